@@ -1,0 +1,216 @@
+"""Passkey retrieval: the paper's text, and one reading per key that is asked at every length."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from transformerfam.errors import TransformerFamError
+from transformerfam.tasks.text import encode, read_text
+
+BEFORE_KEY = (
+    "There is an important info hidden inside a lot of irrelevant text. Find it and memorize them. "
+    "I will quiz you about the important information there. The pass key is"
+)
+BETWEEN_KEYS = ". Remember it."
+AFTER_KEY = " is the pass key."
+FILLER_SENTENCES = " The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again."
+QUESTION = " What is the pass key? The pass key is"
+FIRST_KEY, LAST_KEY = 10_000, 99_999
+
+
+@dataclass(frozen=True)
+class PasskeySequence:
+    """One passkey text in four pieces of token ids, in the order in which they are read."""
+
+    intro_ids: list[int]
+    """The sentences that tell the key, twice."""
+
+    filler_ids: list[int]
+    """The irrelevant text."""
+
+    question_ids: list[int]
+    """The question, up to the place where the key has to follow."""
+
+    answer_ids: list[int]
+    """The key, as the model has to say it."""
+
+    @property
+    def ids(self) -> list[int]:
+        """All four pieces in one list."""
+        return self.intro_ids + self.filler_ids + self.question_ids + self.answer_ids
+
+
+class FillerStream:
+    """Irrelevant text of any length, served in slices from a few tokens that repeat without end."""
+
+    def __init__(self, ids: Sequence[int] | Tensor, name: str) -> None:
+        """Keep `ids`, one period of the filler.
+
+        Args:
+            ids: token ids, at least one.
+            name: what the rows call this filler, "sentences" or the name of a file.
+
+        Raises:
+            TransformerFamError: `ids` is empty.
+        """
+        self.period_T = torch.as_tensor(ids, dtype=torch.long)
+        self.name = name
+        if self.period_T.numel() == 0:
+            raise TransformerFamError(f"filler {name!r} has 0 tokens, at least 1 is required; give a text with words")
+
+    def __len__(self) -> int:
+        """Return the number of tokens after which the filler repeats."""
+        return self.period_T.numel()
+
+    def slice(self, start: int, length: int) -> Tensor:
+        """Return the tokens `start` to `start + length` of the endless filler, shape (length,)."""
+        return self.period_T[(start + torch.arange(length)) % len(self)]
+
+    def rows(self, starts: Tensor, length: int) -> Tensor:
+        """Return one slice of `length` tokens per start; `starts` has shape (B,), the result (B, length)."""
+        return self.period_T[(starts[:, None] + torch.arange(length)) % len(self)]
+
+
+class PasskeyText:
+    """Write passkey texts for one tokenizer: each constant piece is tokenised once, then ids are joined.
+
+    Joining ids and not text makes every key and every length tokenise alike.
+    """
+
+    def __init__(self, tokenizer: Any, filler: str | Path | FillerStream = "sentences") -> None:
+        """Tokenise the constant pieces.
+
+        Args:
+            tokenizer: a Hugging Face tokenizer.
+            filler: "sentences" (the paper's), a UTF-8 text file, or a stream of tokens.
+
+        Raises:
+            TransformerFamError: the tokenizer has no tokens for digits, or the file cannot be read.
+        """
+        self._tokenizer = tokenizer
+        self.filler = filler if isinstance(filler, FillerStream) else load_filler(tokenizer, filler)
+        self.before_key_ids = encode(tokenizer, BEFORE_KEY)
+        self.between_keys_ids = encode(tokenizer, BETWEEN_KEYS)
+        self.after_key_ids = encode(tokenizer, AFTER_KEY)
+        self.question_ids = encode(tokenizer, QUESTION)
+        unknown_id = getattr(tokenizer, "unk_token_id", None)
+        if unknown_id is not None and unknown_id in self.key_ids(1234567890):
+            raise TransformerFamError(
+                "the tokenizer has no tokens for the digits of a passkey, all ten are required; "
+                "use a model whose vocabulary holds digits"
+            )
+
+    @cached_property
+    def _digit_ids(self) -> tuple[list[int], list[int]] | None:
+        """The tokens in front of a key and the token of each digit; None if the tokenizer joins digits."""
+        lead_ids = encode(self._tokenizer, " 1234567890")
+        lead_ids, ids = lead_ids[:-10], lead_ids[-10:]
+        by_digit = [ids[-1], *ids[:-1]] if len(ids) == 10 else []
+        for probe in (10_000, 99_999, 54_321, 67_890):
+            if encode(self._tokenizer, f" {probe}") != lead_ids + [by_digit[int(d)] for d in str(probe) if by_digit]:
+                return None
+        return lead_ids, by_digit
+
+    def key_ids(self, key: int) -> list[int]:
+        """Return the tokens of " <key>", with which a key stands in the text and in the answer."""
+        if self._digit_ids is None:
+            return encode(self._tokenizer, f" {key}")
+        lead_ids, by_digit = self._digit_ids
+        return lead_ids + [by_digit[int(digit)] for digit in str(key)]
+
+    def intro_ids(self, key: int) -> list[int]:
+        """Return the sentences that tell the key."""
+        key_ids = self.key_ids(key)
+        return self.before_key_ids + key_ids + self.between_keys_ids + key_ids + self.after_key_ids
+
+    def sequence(self, key: int, num_filler_tokens: int, filler_start: int = 0) -> PasskeySequence:
+        """Write the text of one key.
+
+        Args:
+            key: five-digit key.
+            num_filler_tokens: tokens of filler between the intro and the question.
+            filler_start: first token of the filler that is used.
+        """
+        return PasskeySequence(
+            intro_ids=self.intro_ids(key),
+            filler_ids=self.filler.slice(filler_start, num_filler_tokens).tolist(),
+            question_ids=list(self.question_ids),
+            answer_ids=self.key_ids(key),
+        )
+
+    def batch(self, keys: Sequence[int], num_filler_tokens: int, filler_starts: Tensor | None = None) -> Tensor:
+        """Write one rectangular training batch without calling the tokenizer.
+
+        The answer is the last `len(key_ids(key))` tokens of each row.
+
+        Args:
+            keys: one key per row.
+            num_filler_tokens: tokens of filler, the same in every row.
+            filler_starts: (B,) first token of filler in each row; None is zero.
+
+        Returns:
+            (B, T) token ids.
+
+        Raises:
+            TransformerFamError: the keys have different numbers of tokens, so that the rows are no rectangle.
+        """
+        starts = torch.zeros(len(keys), dtype=torch.long) if filler_starts is None else filler_starts
+        filler_BT = self.filler.rows(starts, num_filler_tokens)
+        intros = [self.intro_ids(key) for key in keys]
+        tails = [self.question_ids + self.key_ids(key) for key in keys]
+        if len({len(ids) for ids in tails}) > 1:
+            raise TransformerFamError(
+                f"keys take {sorted({len(self.key_ids(key)) for key in keys})} tokens, one number is required in a "
+                "batch; use a tokenizer that gives every digit its own token"
+            )
+        return torch.cat([torch.tensor(intros), filler_BT, torch.tensor(tails)], dim=1)
+
+
+def build_passkey(
+    tokenizer: Any,
+    key: int,
+    filler: FillerStream,
+    num_filler_tokens: int,
+    filler_start: int = 0,
+) -> PasskeySequence:
+    """Write the passkey text of one key; `PasskeyText` does it faster for many.
+
+    Args:
+        tokenizer: a Hugging Face tokenizer.
+        key: five-digit key.
+        filler: the irrelevant text.
+        num_filler_tokens: tokens of filler between the intro and the question.
+        filler_start: first token of the filler that is used.
+
+    Source: sections 3.2 and D.1.
+    """
+    return PasskeyText(tokenizer, filler).sequence(key, num_filler_tokens, filler_start)
+
+
+def load_filler(tokenizer: Any, filler: str | Path) -> FillerStream:
+    """Tokenise the paper's sentences ("sentences") or a UTF-8 text file, once.
+
+    Raises:
+        TransformerFamError: the file is missing, empty or not UTF-8.
+    """
+    if filler == "sentences":
+        return FillerStream(encode(tokenizer, FILLER_SENTENCES), "sentences")
+    return FillerStream(encode(tokenizer, read_text(filler)), Path(filler).name)
+
+
+def draw_keys(num_keys: int, seed: int) -> list[int]:
+    """Draw different five-digit keys; the first keys of a longer draw are those of a shorter one.
+
+    Raises:
+        TransformerFamError: `num_keys` is outside 1 to 90,000.
+    """
+    num_possible = LAST_KEY - FIRST_KEY + 1
+    if not 1 <= num_keys <= num_possible:
+        raise TransformerFamError(f"num_keys is {num_keys}, required is 1 to {num_possible}; change num_keys")
+    generator = torch.Generator().manual_seed(seed)
+    return (FIRST_KEY + torch.randperm(num_possible, generator=generator)[:num_keys]).tolist()

@@ -1,0 +1,117 @@
+"""Text of any length as token ids: UTF-8 decoded and tokenised piece by piece."""
+
+import codecs
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import IO, Any
+
+from transformerfam.errors import TransformerFamError
+
+READ_BYTES = 1 << 16
+
+
+def read_text(path: str | Path) -> str:
+    """Return a UTF-8 file as one string.
+
+    Raises:
+        TransformerFamError: the file cannot be read, or is not UTF-8.
+    """
+    with open_bytes(path) as file:
+        return "".join(decode_utf8(read_pieces(file), str(path)))
+
+
+def open_bytes(path: str | Path) -> IO[bytes]:
+    """Open a file for reading bytes.
+
+    Raises:
+        TransformerFamError: there is no such file, or it cannot be opened.
+    """
+    try:
+        return Path(path).open("rb")
+    except OSError as error:
+        raise TransformerFamError(
+            f"cannot read {str(path)!r} ({error.strerror}); a readable UTF-8 text file is required, check the path"
+        ) from error
+
+
+def read_pieces(file: IO[bytes], num_bytes: int = READ_BYTES) -> Iterator[bytes]:
+    """Yield what `file` holds, as it comes, in pieces of at most `num_bytes` bytes."""
+    read = getattr(file, "read1", file.read)  # a pipe gives what is there instead of waiting for a full piece
+    while piece := read(num_bytes):
+        yield piece
+
+
+def decode_utf8(pieces: Iterable[bytes], name: str) -> Iterator[str]:
+    """Decode pieces of UTF-8 that may cut a character anywhere.
+
+    Args:
+        pieces: bytes, in order.
+        name: where they come from, for the error.
+
+    Raises:
+        TransformerFamError: the bytes are not UTF-8; the message gives the position of the first wrong byte.
+    """
+    decoder = codecs.getincrementaldecoder("utf-8")()
+    num_decoded = 0  # bytes that earlier calls took, without what the decoder holds back
+    for piece, is_last in _mark_last(pieces):
+        held = len(decoder.getstate()[0])
+        try:
+            text = decoder.decode(piece, final=is_last)
+        except UnicodeDecodeError as error:
+            position = num_decoded - held + error.start
+            raise TransformerFamError(
+                f"{name} is not UTF-8: byte 0x{error.object[error.start]:02x} at position {position} ({error.reason}); "
+                "UTF-8 text is required, convert it first, for example with iconv -t UTF-8"
+            ) from error
+        num_decoded += len(piece)
+        if text:
+            yield text
+
+
+def _mark_last(pieces: Iterable[bytes]) -> Iterator[tuple[bytes, bool]]:
+    for piece in pieces:
+        yield piece, False
+    yield b"", True
+
+
+def stream_token_ids(texts: Iterable[str], tokenizer: Any, piece_chars: int = 16_384) -> Iterator[list[int]]:
+    """Tokenise text of any length in constant memory, with the ids that the whole text would give.
+
+    Pieces end between two words, where tokenizers do not join. One that joins over spaces, or a text without a space
+    in `piece_chars` characters, may give other ids at such a place.
+
+    Args:
+        texts: pieces of text that may end anywhere.
+        tokenizer: a Hugging Face tokenizer; no special tokens are added.
+        piece_chars: characters that are gathered before they are tokenised.
+    """
+    drop_space = _joins_space_in_front(tokenizer)
+    buffer = ""
+    for text in texts:
+        buffer += text
+        while len(buffer) > piece_chars:
+            cut = _last_cut(buffer[: piece_chars + 1])
+            yield encode(tokenizer, buffer[:cut])
+            buffer = buffer[cut + (drop_space and buffer[cut : cut + 1] == " ") :]
+    if buffer:
+        yield encode(tokenizer, buffer)
+
+
+def encode(tokenizer: Any, text: str) -> list[int]:
+    """Return the token ids of `text` alone, without special tokens."""
+    return list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+
+
+def _last_cut(text: str) -> int:
+    """Return where the last single space between two words stands, else the length of `text` less one."""
+    end = len(text) - 1
+    while (cut := text.rfind(" ", 1, end)) > 0:
+        if not text[cut - 1].isspace() and not text[cut + 1].isspace():
+            return cut
+        end = cut
+    return len(text) - 1
+
+
+def _joins_space_in_front(tokenizer: Any) -> bool:
+    """Say whether the tokenizer puts its own space in front of a text, so that a piece must not bring one."""
+    return encode(tokenizer, "the sun") != encode(tokenizer, "the") + encode(tokenizer, " sun")
