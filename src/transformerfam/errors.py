@@ -1,5 +1,7 @@
 """Errors that a user can meet; each is a `ValueError`, so one `except` catches them all."""
 
+from typing import Any
+
 
 class TransformerFamError(ValueError):
     """Base class of every error that this package raises for a user's input."""
@@ -27,3 +29,20 @@ class NonFiniteLossError(TransformerFamError):
 
 class MissingPackageError(TransformerFamError):
     """An optional package is not installed; the message gives the install command."""
+
+
+class ReadInterrupted(KeyboardInterrupt):
+    """Ctrl-C while reading; `state` holds what was read, and the message says how to go on.
+
+    Attributes:
+        state: the `FamState` after the last whole piece.
+        num_tokens_done: tokens of this call that the state holds.
+    """
+
+    def __init__(self, state: Any, num_tokens_done: int) -> None:
+        super().__init__(
+            f"interrupted after {num_tokens_done} tokens; go on with model.read(input_ids[..., {num_tokens_done}:], "
+            "state) and the `state` of this exception"
+        )
+        self.state = state
+        self.num_tokens_done = num_tokens_done

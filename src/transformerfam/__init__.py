@@ -1,0 +1,7 @@
+"""TransformerFAM for any transformers decoder: read input of any length in constant memory, and still use it."""
+
+from transformerfam.config import FamConfig
+from transformerfam.convert import convert
+from transformerfam.state import FamState
+
+__all__ = ["FamConfig", "FamState", "convert"]

@@ -1,0 +1,366 @@
+"""Attention over [sinks | memory segments | FAMs | this block]: positions, masks, and what a piece writes.
+
+A *piece* is a run of tokens of one block. Its rows are
+
+    [FAM rows, if the piece begins or completes a block | tokens]
+
+Every row's current block stands at the same few positions, from `first_position` on; when a block is complete, the
+kept keys are turned back by `block_size` instead (rotations compose), so that positions never grow.
+
+Source: sections 2.1, 2.2 and B.2.1, Algorithms 1 and 2 of arXiv 2404.09173.
+"""
+
+import dataclasses
+import functools
+
+import torch
+
+from transformerfam.config import FamConfig
+from transformerfam.state import FamLayer, FamState, Sections
+
+
+def first_position(config: FamConfig) -> int:
+    """Return the position of a block's first token, large enough that nothing in sight of it stands before 0."""
+    return max(config.num_memory_slots, (config.num_previous_fams - 1) * config.block_size + config.fam_length)
+
+
+def fam_offsets(config: FamConfig) -> torch.Tensor:
+    """Return where a FAM stands, `(F,)`, measured from the first token after the block that wrote it.
+
+    Position `zero` does not depend on the block and is not served here.
+    """
+    length = config.fam_length
+    if config.fam_position == "fractional":
+        return torch.arange(1, length + 1, dtype=torch.float64) / (length + 1) - 1
+    return torch.arange(-length, 0, dtype=torch.float64)
+
+
+class KeyTurner:
+    """Turn keys by a number of positions, after RoPE was applied to them.
+
+    Args:
+        inverse_frequencies: `(K_rotary / 2,)` angles per position of the model's RoPE, in the half-split layout; head
+            dimensions beyond `K_rotary` carry no position.
+    """
+
+    def __init__(self, inverse_frequencies: torch.Tensor) -> None:
+        self.inverse_frequencies = inverse_frequencies.detach().to("cpu", torch.float64)
+        self._tables: dict[tuple[float, torch.dtype, torch.device], tuple[torch.Tensor, torch.Tensor]] = {}
+
+    def _table(self, distance: float, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        name = (distance, like.dtype, like.device)
+        if name not in self._tables:
+            angles = distance * self.inverse_frequencies
+            angles = torch.cat((angles, angles))
+            self._tables[name] = (angles.cos().to(like), angles.sin().to(like))
+        return self._tables[name]
+
+    def turn(self, key_BGTK: torch.Tensor, distance: float) -> torch.Tensor:
+        """Return the keys as they would be `distance` positions further on.
+
+        Source: RoPE; R(p + d) = R(d) R(p).
+        """
+        if distance == 0 or key_BGTK.shape[-2] == 0:
+            return key_BGTK
+        cos, sin = self._table(distance, key_BGTK)
+        rotary, rest = key_BGTK.split((cos.shape[-1], key_BGTK.shape[-1] - cos.shape[-1]), dim=-1)
+        first, second = rotary.chunk(2, dim=-1)
+        turned = rotary * cos + torch.cat((-second, first), dim=-1) * sin
+        return turned if rest.shape[-1] == 0 else torch.cat((turned, rest), dim=-1)
+
+
+@dataclasses.dataclass(frozen=True)
+class Phase:
+    """Where the rows of a batch stand when a piece begins: one entry per sequence, or one for all of them.
+
+    `fills` are tokens already in the block, `counts` tokens that the piece adds, `memory` valid memory segments,
+    `older` valid older FAMs, `sinks` whether the sink tokens have left the memory segments.
+    """
+
+    fills: tuple[int, ...]
+    counts: tuple[int, ...]
+    memory: tuple[int, ...]
+    older: tuple[int, ...]
+    sinks: tuple[bool, ...]
+
+    @classmethod
+    def of(cls, state: FamState, counts: list[int]) -> "Phase":
+        """Read the phase off a state."""
+        config, blocks = state.config, state.num_blocks_per_row
+        entries = list(
+            zip(
+                state.block_fill,
+                counts,
+                (min(n, config.num_memory_segments) for n in blocks),
+                (min(n, config.num_previous_fams - 1) for n in blocks),
+                (config.num_sink_tokens > 0 and n > config.num_memory_segments for n in blocks),
+                strict=True,
+            )
+        )
+        if len(set(entries)) == 1:
+            entries = entries[:1]
+        return cls(*(tuple(column) for column in zip(*entries, strict=True)))
+
+    @property
+    def is_uniform(self) -> bool:
+        """Whether all sequences stand at the same place, so that slices serve instead of gathers."""
+        return len(self.fills) == 1
+
+    def window_of_slots(self, config: FamConfig, sections: Sections) -> slice:
+        """Return the slots that hold every key in sight; all of them when the sequences differ."""
+        if not self.is_uniform:
+            return slice(0, sections.num_slots)
+        stop = sections.block + self.fills[0] + self.counts[0]
+        if self.sinks[0]:
+            start = 0
+        elif self.memory[0]:
+            start = sections.older_fams - self.memory[0] * config.block_size
+        else:
+            start = sections.fam - self.older[0] * config.fam_length if sections.fam < sections.block else sections.block
+        return slice(start, stop)
+
+
+@functools.lru_cache(maxsize=8)
+def piece_mask(
+    config: FamConfig, has_fam: bool, num_rows: int, phase: Phase, dtype: torch.dtype, device: torch.device
+) -> torch.Tensor:
+    """Return what every row of a piece sees, as a bias on its logits.
+
+    Args:
+        config: the configuration; `fam_key_bias` is the bias on FAM keys for tokens.
+        has_fam: whether the layer has a FAM.
+        num_rows: FAM rows in front of the tokens.
+        phase: where the sequences stand.
+        dtype: floating type of the logits.
+        device: where the mask lies.
+
+    Returns:
+        `(1 or B, 1, num_rows + T, slots in sight)`: 0 where seen, the smallest number where not.
+
+    Source: sections 2.1 and 2.2; table 8 for `window`.
+    """
+    sections = Sections.of(config, has_fam)
+    size = config.block_size
+    slot = torch.arange(sections.num_slots)[None, None]  # (1, 1, slots)
+    fills, counts, memory, older = (
+        torch.tensor(column)[:, None, None] for column in (phase.fills, phase.counts, phase.memory, phase.older)
+    )
+    is_sink = slot < sections.memory
+    is_memory = (slot >= sections.memory) & (slot < sections.older_fams)
+    is_fam = (slot >= sections.older_fams) & (slot < sections.block)
+    is_block = slot >= sections.block
+    in_block = slot - sections.block
+    place_in_block = torch.arange(max(phase.counts))[None, :, None] + fills  # (B, T, 1)
+
+    distance = torch.where(is_block, place_in_block - in_block, place_in_block + sections.older_fams - slot)
+    seen = is_sink & torch.tensor(phase.sinks)[:, None, None]
+    seen = seen | (is_memory & (slot >= sections.older_fams - memory * size))
+    seen = seen | (is_block & (distance >= 0))
+    if config.window is not None:
+        seen = seen & (is_sink | (distance < config.window))
+    seen = seen | (is_fam & (slot >= sections.fam - older * config.fam_length))
+
+    shut = torch.finfo(dtype).min
+    mask = torch.full(seen.shape, shut, dtype=dtype)
+    mask[seen] = 0
+    mask[seen & is_fam] = config.fam_key_bias
+    if num_rows:
+        rows_see = (is_block & (in_block < fills + counts)) | (is_fam & (slot >= sections.fam))
+        rows = torch.where(rows_see, 0.0, shut).to(dtype).expand(len(phase.fills), num_rows, -1)
+        mask = torch.cat((rows, mask), dim=1)
+    return mask[..., phase.window_of_slots(config, sections)].contiguous()[:, None].to(device)
+
+
+class Piece:
+    """One piece on its way through the layers: what it sees, what it writes, and how it moves the state on.
+
+    Args:
+        state: the state that it advances.
+        counts: tokens that each sequence adds, at most what its block still takes.
+        turner: turns keys of the model at hand.
+    """
+
+    def __init__(self, state: FamState, counts: list[int], turner: KeyTurner) -> None:
+        config = state.config
+        self.state = state
+        self.config = config
+        self.counts = counts
+        self.turner = turner
+        self.phase = Phase.of(state, counts)
+        self.num_tokens = max(counts)
+        fills = state.block_fill
+        self.completes = [n + c == config.block_size and c > 0 for n, c in zip(fills, counts, strict=True)]
+        begins = any(n == 0 and c > 0 for n, c in zip(fills, counts, strict=True))
+        self.num_rows = config.num_rows if config.fam_length and (begins or any(self.completes)) else 0
+        # The residual is left out of a first update, and of every update without FAM copy.
+        without_residual = [
+            not config.fam_copy or (config.zero_first_residual and n == 0 and not state.starts_from_saved_fam)
+            for n in state.num_blocks_per_row
+        ]
+        self.residual_left_out = self._flags(
+            [left_out and done for left_out, done in zip(without_residual, self.completes, strict=True)]
+        )
+
+    def _flags(self, flags: list[bool]) -> bool | torch.Tensor:
+        """Return one bool when all sequences agree, else a tensor `(B,)`."""
+        return flags[0] if len(set(flags)) == 1 else torch.tensor(flags)
+
+    def position_ids(self, device: torch.device) -> torch.Tensor:
+        """Return the positions of FAM rows and tokens, `(1 or B, num_rows + T)`; fractional ones are floats."""
+        config, start = self.config, first_position(self.config)
+        tokens = torch.tensor(self.phase.fills)[:, None] + torch.arange(self.num_tokens) + start
+        if not self.num_rows:
+            return tokens.to(device)
+        if config.fam_position == "zero":  # absolute, so it moves away from the block with every block
+            blocks = self.state.num_blocks_per_row if len(set(self.state.num_blocks_per_row)) > 1 else [
+                self.state.num_blocks_per_row[0]
+            ]
+            behind = torch.tensor([self.state.position_offset + n * config.block_size for n in blocks])[:, None]
+            rows = (start - behind).expand(-1, self.num_rows)
+        else:
+            written = fam_offsets(config) + start
+            query = written + self.query_shift
+            rows = (query if config.fam_copy else torch.cat((query, written)))[None]
+            rows = rows.to(torch.float32) if config.fam_position == "fractional" else rows.long()
+        batch = max(len(rows), len(tokens))
+        return torch.cat((rows.expand(batch, -1), tokens.to(rows.dtype).expand(batch, -1)), dim=1).to(device)
+
+    @property
+    def query_shift(self) -> int:
+        """Positions from where the FAM was written to where its query stands."""
+        moves = self.config.fam_query_position == "current" and self.config.fam_position != "zero"
+        return self.config.block_size if moves else 0
+
+    def mask(self, layer: FamLayer, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+        """Return the mask of a layer; see `piece_mask`."""
+        return piece_mask(self.config, layer.fam is not None, self.num_rows, self.phase, dtype, device)
+
+    def enter_layer(self, layer: FamLayer, hidden_BTD: torch.Tensor) -> torch.Tensor:
+        """Replace the FAM rows in front of a layer by that layer's own FAM.
+
+        Source: Algorithm 2, the input of QKV(norm(F)).
+        """
+        if not self.num_rows or layer.fam is None:
+            return hidden_BTD
+        rows = layer.fam.to(hidden_BTD.dtype)
+        if layer.query_fam is not None:
+            rows = torch.cat((layer.query_fam.to(hidden_BTD.dtype), rows), dim=1)
+        return torch.cat((rows, hidden_BTD[:, self.num_rows :]), dim=1)
+
+    def attend(
+        self, layer: FamLayer, key_BGTK: torch.Tensor, value_BGTK: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Write the keys and values of FAM rows and tokens, and return all slots in sight.
+
+        Source: Algorithm 2, K^ and V^; both rows and tokens read them through their own mask.
+        """
+        sections = layer.sections
+        if self.num_rows and layer.fam is not None:
+            rows = slice(self.num_rows - self.config.fam_length, self.num_rows)
+            written = key_BGTK[:, :, rows]
+            if self.config.fam_copy:  # the key row is the query row, which stands where the update will stand
+                written = self.turner.turn(written, -self.query_shift)
+            layer.put(sections.fam, written, value_BGTK[:, :, rows])
+        key, value = key_BGTK[:, :, self.num_rows :], value_BGTK[:, :, self.num_rows :]
+        if self.phase.is_uniform:
+            layer.put(sections.block + self.phase.fills[0], key, value)
+        else:
+            old = slice(sections.block, sections.num_slots)
+            layer.put(
+                sections.block,
+                self._spread(key, layer.keys[:, :, old]),
+                self._spread(value, layer.values[:, :, old]),
+            )
+        seen = self.phase.window_of_slots(self.config, sections)
+        return layer.keys[:, :, seen], layer.values[:, :, seen]
+
+    def _spread(self, new_BGTK: torch.Tensor, old_BGTK: torch.Tensor) -> torch.Tensor:
+        """Put each sequence's tokens at its own place in the block."""
+        fills = torch.tensor(self.phase.fills, device=new_BGTK.device)[:, None]
+        counts = torch.tensor(self.phase.counts, device=new_BGTK.device)[:, None]
+        source = torch.arange(self.config.block_size, device=new_BGTK.device)[None] - fills
+        is_new = ((source >= 0) & (source < counts))[:, None, :, None]
+        source = source.clamp(0, new_BGTK.shape[2] - 1)[:, None, :, None]
+        spread = new_BGTK.take_along_dim(source, dim=2)
+        return torch.where(is_new, spread.to(old_BGTK.dtype), old_BGTK)
+
+    def after_attention(self, layer: FamLayer, output_BTD: torch.Tensor) -> torch.Tensor:
+        """Take the FAM rows' input out of their attention output where the residual that follows must be zero.
+
+        Source: B.1, `Af = SelfAttention(...) + 0` in the first update; C.3 for the static summary.
+        """
+        left_out = self.residual_left_out
+        if not self.num_rows or layer.fam is None or left_out is False:
+            return output_BTD
+        length = self.config.fam_length
+        residual = (layer.fam if layer.query_fam is None else layer.query_fam).to(output_BTD.dtype)
+        if isinstance(left_out, torch.Tensor):
+            residual = residual * left_out.to(residual)[:, None, None]
+        return torch.cat((output_BTD[:, :length] - residual, output_BTD[:, length:]), dim=1)
+
+    def leave_layer(self, layer: FamLayer, hidden_BTD: torch.Tensor) -> None:
+        """Note what the FAM rows became; it is the layer's FAM once the whole piece is through.
+
+        Source: Algorithm 2, `F_t = FF(norm(Af)) + Af`.
+        """
+        if not any(self.completes) or layer.fam is None:
+            return
+        updated = hidden_BTD[:, : self.config.fam_length].to(layer.fam.dtype)
+        done = self._flags(self.completes)
+        if hidden_BTD.dtype != layer.fam.dtype and self.config.fam_copy:
+            # Add only the change, so that the part of the FAM that the model's type cannot hold is not lost.
+            change = updated - layer.fam.to(hidden_BTD.dtype).to(layer.fam.dtype)
+            left_out = self.residual_left_out
+            if left_out is False:
+                updated = layer.fam + change
+            elif isinstance(left_out, torch.Tensor):
+                updated = torch.where(left_out.to(updated.device)[:, None, None], updated, layer.fam + change)
+        if self.config.fam_norm_bound is not None:
+            bound = self.config.fam_norm_bound
+            mean_square = updated.float().pow(2).mean(-1, keepdim=True).clamp(min=bound**2)
+            updated = updated * (bound * mean_square.rsqrt()).to(updated.dtype)
+        if isinstance(done, torch.Tensor):
+            updated = torch.where(done.to(updated.device)[:, None, None], updated, layer.fam)
+        layer.next_fam = updated
+
+    def advance(self) -> None:
+        """Move the state on: count the tokens, and make complete blocks memory segments and FAMs the past."""
+        state = self.state
+        done = self._flags(self.completes)
+        for layer in state.layers:
+            layer.keep_fam()
+            if done is not False:
+                self._roll(layer, done)
+        for row, (count, completes) in enumerate(zip(self.counts, self.completes, strict=True)):
+            state.block_fill[row] = 0 if completes else state.block_fill[row] + count
+            state.num_blocks_per_row[row] += completes
+
+    def _roll(self, layer: FamLayer, done: bool | torch.Tensor) -> None:
+        """Shift the memory segments and older FAMs of a layer by one block, turned back by `block_size`."""
+        config, sections = self.config, layer.sections
+        size, sinks = config.block_size, config.num_sink_tokens
+        moves: list[tuple[slice, slice, int, bool | torch.Tensor]] = []  # source, target, distance, sequences
+        if sinks and 0 in self.state.num_blocks_per_row:
+            first = [d and n == 0 for d, n in zip(self.completes, self.state.num_blocks_per_row, strict=True)]
+            distance = -(config.num_memory_slots)  # to just in front of the memory segments
+            moves.append((slice(sections.block, sections.block + sinks), slice(0, sinks), distance, self._flags(first)))
+        parts = [(sections.older_fams - sections.memory, sections.memory, size, sections.block)]
+        parts.append((sections.fam - sections.older_fams, sections.older_fams, config.fam_length, sections.fam))
+        for length, start, step, newest in parts:
+            if length:
+                # Segments and FAMs shift to the left; the newest comes in from its own section.
+                moves.append((slice(start + step, start + length), slice(start, start + length - step), -size, done))
+                moves.append((slice(newest, newest + step), slice(start + length - step, start + length), -size, done))
+        detach = config.stop_gradient
+        for source, target, distance, rows in moves:
+            if rows is False or target.stop == target.start:
+                continue
+            key = self.turner.turn(layer.keys[:, :, source], distance)
+            value = layer.values[:, :, source].clone()  # source and target overlap
+            if detach and target.start < sections.older_fams:
+                key, value = key.detach(), value.detach()
+            if isinstance(rows, torch.Tensor):
+                chosen = rows.to(key.device)[:, None, None, None]
+                key = torch.where(chosen, key, layer.keys[:, :, target])
+                value = torch.where(chosen, value, layer.values[:, :, target])
+            layer.put(target.start, key, value)

@@ -1,0 +1,376 @@
+"""FamState: what a reading carries from piece to piece.
+
+Shape suffixes of the whole package: B batch, T tokens, D hidden, H query heads, G key/value heads, K head dim,
+M memory slots, F FAM rows, L layers, V vocabulary.
+
+Every layer keeps one buffer of keys and one of values, `(B, G, slots, K)`, whose slots are
+
+    [sink tokens | memory segments, oldest first | older FAMs, oldest first | FAM | this block]
+
+and the FAM itself, `(B, F, D)`. The sections never change size. Memory segments fill up from the right, this block
+from the left.
+"""
+
+import copy
+import os
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from transformers import Cache
+from transformers.cache_utils import CacheLayerMixin
+
+from transformerfam.config import FamConfig
+from transformerfam.errors import StateMismatchError, TransformerFamError
+from transformerfam.files import load_tensors, save_tensors
+from transformerfam.identity import ModelIdentity
+
+STATE_FORMAT_VERSION = 1
+
+
+class Sections(NamedTuple):
+    """Slots of a layer's key/value buffer: the first slot of every section, and the number of slots."""
+
+    memory: int
+    older_fams: int
+    fam: int
+    block: int
+    num_slots: int
+
+    @classmethod
+    def of(cls, config: FamConfig, has_fam: bool) -> "Sections":
+        """Lay out the buffer of a layer with or without FAM."""
+        older = config.num_memory_slots
+        fam = older + (config.num_fam_slots - config.fam_length if has_fam else 0)
+        block = fam + (config.fam_length if has_fam else 0)
+        return cls(config.num_sink_tokens, older, fam, block, block + config.block_size)
+
+
+class Step(Protocol):
+    """What the state asks of the piece that is going through the model."""
+
+    def attend(
+        self, layer: "FamLayer", key_BGTK: torch.Tensor, value_BGTK: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Write a piece's keys and values and return all that the piece sees."""
+
+
+def place(buffer: torch.Tensor, start: int, content: torch.Tensor) -> torch.Tensor:
+    """Put `content` at slot `start` of dimension -2: in place, or out of place while gradients are recorded."""
+    stop = start + content.shape[-2]
+    if torch.is_grad_enabled():
+        return torch.slice_scatter(buffer, content.to(buffer.dtype), -2, start, stop)
+    buffer[..., start:stop, :] = content
+    return buffer
+
+
+class FamLayer(CacheLayerMixin):
+    """One layer's part of the state.
+
+    Args:
+        keys: `(B, G, slots, K)`, zeros.
+        values: `(B, G, slots, K)`, zeros.
+        sections: where what stands in both.
+        fam: `(B, F, D)`, or None on a layer without FAM.
+        query_fam: `(B, F, D)` initial FAM that asks in every block, kept only with `fam_copy=False`.
+    """
+
+    is_compileable = False
+
+    def __init__(
+        self,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        sections: Sections,
+        fam: torch.Tensor | None,
+        query_fam: torch.Tensor | None,
+    ) -> None:
+        super().__init__()
+        self.keys: torch.Tensor = keys
+        self.values: torch.Tensor = values
+        self.sections = sections
+        self.fam = fam
+        self.query_fam = query_fam
+        self.next_fam: torch.Tensor | None = None  # written by a piece, kept when the whole piece is through
+        self.is_initialized = True
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """Return what the layer carries, by name."""
+        named = {"keys": self.keys, "values": self.values, "fam": self.fam, "query_fam": self.query_fam}
+        return {name: tensor for name, tensor in named.items() if tensor is not None}
+
+    def map(self, function: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        """Replace every carried tensor by `function(tensor)`."""
+        for name, tensor in self.tensors().items():
+            setattr(self, name, function(tensor))
+
+    def put(self, start: int, key: torch.Tensor, value: torch.Tensor) -> None:
+        """Write keys and values `(B, G, n, K)` at slot `start`."""
+        self.keys = place(self.keys, start, key)
+        self.values = place(self.values, start, value)
+
+    def keep_fam(self) -> None:
+        """Make the FAM that the piece wrote the layer's FAM."""
+        if self.next_fam is not None and self.fam is not None:
+            if torch.is_grad_enabled():
+                self.fam = self.next_fam
+            else:
+                self.fam.copy_(self.next_fam)
+        self.next_fam = None
+
+    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+        """Do nothing: `init_state` allocates everything."""
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Refuse: a layer is written by its state, which knows the piece."""
+        raise AssertionError("FamLayer is updated through FamState.update")
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """Return the number of slots; the piece brings its own mask."""
+        return self.sections.num_slots, 0
+
+    def get_seq_length(self) -> int:
+        """Return 0; see `FamState.get_seq_length`."""
+        return 0
+
+    def get_max_length(self) -> int:
+        """Return -1: any length can be read."""
+        return -1
+
+
+class FamState(Cache):
+    """Carry a reading of any length in constant memory: a transformers cache that `model.init_state` makes.
+
+    Under `torch.no_grad` it advances in place; `fork()` first to keep a reading for a second question. While
+    gradients are recorded its tensors are replaced, so that the graph reaches back through all blocks.
+
+    Attributes:
+        config: the `FamConfig` that it was made with.
+        block_fill: tokens in each row's current block.
+        num_blocks_per_row: whole blocks that each row has read.
+        starts_from_saved_fam: whether the reading began from a saved FAM, whose residual counts from the first update.
+    """
+
+    def __init__(
+        self,
+        layers: Sequence[FamLayer],
+        config: FamConfig,
+        identity: ModelIdentity,
+        batch_size: int,
+        *,
+        starts_from_saved_fam: bool = False,
+        position_offset: int = 0,
+    ) -> None:
+        super().__init__(layers=list(layers))
+        self.config = config
+        self.identity = identity
+        self.block_fill = [0] * batch_size
+        self.num_blocks_per_row = [0] * batch_size
+        self.starts_from_saved_fam = starts_from_saved_fam
+        self.position_offset = position_offset
+        self.step: Step | None = None
+
+    # What it holds
+
+    @property
+    def batch_size(self) -> int:
+        """Number of sequences."""
+        return len(self.block_fill)
+
+    @property
+    def row_lengths(self) -> tuple[int, ...]:
+        """Tokens that each sequence has read."""
+        size = self.config.block_size
+        return tuple(n * size + fill for n, fill in zip(self.num_blocks_per_row, self.block_fill, strict=True))
+
+    @property
+    def num_tokens_read(self) -> int:
+        """Tokens that the longest sequence has read."""
+        return max(self.row_lengths)
+
+    @property
+    def num_blocks(self) -> int:
+        """Whole blocks that the longest sequence has read."""
+        return max(self.num_blocks_per_row)
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of all tensors; constant from `init_state` on."""
+        return sum(t.numel() * t.element_size() for layer in self.layers for t in layer.tensors().values())
+
+    @property
+    def fams(self) -> torch.Tensor:
+        """Every layer's FAM, `(L, B, F, D)`; layers without FAM give zeros.
+
+        Raises:
+            TransformerFamError: the configuration has no FAM.
+        """
+        present = [layer.fam for layer in self.layers if layer.fam is not None]
+        if not present:
+            raise TransformerFamError("fam_length is 0, so there is no FAM; convert with fam_length of at least 1")
+        empty = torch.zeros_like(present[0])
+        return torch.stack([empty if layer.fam is None else layer.fam for layer in self.layers])
+
+    # Copies
+
+    def shallow_copy(self) -> "FamState":
+        """Return a new state that shares the tensors: the input of a pure block step while gradients are recorded.
+
+        Under `torch.no_grad` use `fork()`, since the tensors are then written in place.
+        """
+        twin = copy.copy(self)
+        twin.layers = [copy.copy(layer) for layer in self.layers]
+        twin.block_fill = list(self.block_fill)
+        twin.num_blocks_per_row = list(self.num_blocks_per_row)
+        return twin
+
+    def map(self, function: Callable[[torch.Tensor], torch.Tensor]) -> "FamState":
+        """Replace every tensor by `function(tensor)` and return the state."""
+        for layer in self.layers:
+            layer.map(function)
+        return self
+
+    def fork(self) -> "FamState":
+        """Return an independent copy; this one stays as it is."""
+        return self.shallow_copy().map(torch.clone)
+
+    def detach(self) -> "FamState":
+        """Cut the graph and return the state."""
+        return self.map(torch.Tensor.detach)
+
+    def select(self, rows: Sequence[int] | torch.Tensor) -> "FamState":
+        """Return a new state of the batch rows `rows`, in that order; a row may appear more than once."""
+        twin = self.shallow_copy()
+        twin.batch_select_indices(torch.as_tensor(rows))
+        return twin
+
+    def zero_memory(self) -> "FamState":
+        """Set every FAM, and the keys and values made from it, to zero: the control `fam_memory_zeroed`."""
+        for layer in self.layers:
+            if layer.fam is not None:
+                section = layer.keys[..., layer.sections.older_fams : layer.sections.block, :]
+                layer.fam = torch.zeros_like(layer.fam)
+                layer.put(layer.sections.older_fams, torch.zeros_like(section), torch.zeros_like(section))
+        return self
+
+    # The contract of a transformers cache
+
+    @property
+    def is_compileable(self) -> bool:
+        """False: generation shall not compile around this cache."""
+        return False
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Write the keys and values `(B, G, T, K)` of a piece and return all that the piece sees."""
+        if self.step is None:
+            raise TransformerFamError("a FamState serves converted models alone; call convert(model, config) first")
+        return self.step.attend(self.layers[layer_idx], key_states, value_states)
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """Return 0: `generate` would cut so many tokens from its input, and a FamState is given new tokens alone.
+
+        `num_tokens_read` says how much was read.
+        """
+        return 0
+
+    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
+        """Choose and order batch rows, for beam search."""
+        self.batch_select_indices(beam_idx)
+
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        """Keep the batch rows `indices`, in that order."""
+        rows = indices.tolist()
+        self.block_fill = [self.block_fill[row] for row in rows]
+        self.num_blocks_per_row = [self.num_blocks_per_row[row] for row in rows]
+        self.map(lambda tensor: tensor.index_select(0, indices.to(tensor.device)))
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeat every batch row `repeats` times."""
+        self.batch_select_indices(torch.arange(self.batch_size).repeat_interleave(repeats))
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Refuse: what a memory has read cannot be taken back.
+
+        Raises:
+            TransformerFamError: always.
+        """
+        raise TransformerFamError(
+            f"a FamState cannot take back {abs(tokens_to_remove)} tokens, since its memory holds no single tokens; "
+            "fork() the state before reading on, or use a generation strategy that does not crop its cache"
+        )
+
+    def reset(self) -> None:
+        """Refuse: the initial FAM comes from the model.
+
+        Raises:
+            TransformerFamError: always.
+        """
+        raise TransformerFamError("a FamState cannot be reset; start a new one with model.init_state()")
+
+    # Files
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the state to a safetensors file, atomically.
+
+        Raises:
+            TransformerFamError: the folder does not exist or the disk is full; an old file is left as it was.
+        """
+        metadata = {
+            "kind": "state",
+            "format_version": STATE_FORMAT_VERSION,
+            "identity": self.identity.to_metadata(self.config),
+            "block_fill": self.block_fill,
+            "num_blocks_per_row": self.num_blocks_per_row,
+            "starts_from_saved_fam": self.starts_from_saved_fam,
+            "position_offset": self.position_offset,
+        }
+        tensors = {f"layers.{i}.{name}": t for i, layer in enumerate(self.layers) for name, t in layer.tensors().items()}
+        save_tensors(path, tensors, metadata)
+
+    @classmethod
+    def load(
+        cls, path: str | os.PathLike[str], model: torch.nn.Module, batch_size: int | None = None
+    ) -> "FamState":
+        """Read a state that was saved on the same model.
+
+        Args:
+            path: a file that `save` wrote.
+            model: the converted model that goes on with it.
+            batch_size: refuse a state with another number of sequences; None takes any.
+
+        Raises:
+            CorruptFileError: the file is missing, foreign, damaged or of another version.
+            StateMismatchError: it was made on another architecture, configuration, dtype or batch size.
+
+        Warns:
+            UserWarning: it was made on other weights of the same architecture.
+        """
+        tensors, metadata = load_tensors(path, "state", STATE_FORMAT_VERSION)
+        config: FamConfig = model.fam_config
+        num_rows = len(metadata["block_fill"])
+        if batch_size is not None and num_rows != batch_size:
+            raise StateMismatchError(
+                f"{path} holds {num_rows} sequences, required are {batch_size}; read that many, or select() rows"
+            )
+        with torch.no_grad():
+            state: FamState = model.init_state(num_rows)
+        state.identity.check(metadata["identity"], config, str(path))
+        for i, layer in enumerate(state.layers):
+            for name, tensor in layer.tensors().items():
+                stored = tensors.pop(f"layers.{i}.{name}", None)
+                if stored is None or stored.shape != tensor.shape or stored.dtype != tensor.dtype:
+                    there = "nothing" if stored is None else f"{stored.dtype} {tuple(stored.shape)}"
+                    raise StateMismatchError(
+                        f"{path} has {there} as {name} of layer {i}, required is {tensor.dtype} "
+                        f"{tuple(tensor.shape)}; load it into a model of the dtype that it was made on"
+                    )
+                tensor.copy_(stored)
+        state.block_fill = list(metadata["block_fill"])
+        state.num_blocks_per_row = list(metadata["num_blocks_per_row"])
+        state.starts_from_saved_fam = metadata["starts_from_saved_fam"]
+        state.position_offset = metadata["position_offset"]
+        return state
