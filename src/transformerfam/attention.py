@@ -194,8 +194,8 @@ class Piece:
         self.num_rows = config.num_rows if config.fam_length and (begins or any(self.completes)) else 0
         # The residual is left out of a first update, and of every update without FAM copy.
         without_residual = [
-            not config.fam_copy or (config.zero_first_residual and n == 0 and not state.starts_from_saved_fam)
-            for n in state.num_blocks_per_row
+            not config.fam_copy or (config.zero_first_residual and n == 0 and not from_saved)
+            for n, from_saved in zip(state.num_blocks_per_row, state.starts_from_saved_fam, strict=True)
         ]
         self.residual_left_out = self._flags(
             [left_out and done for left_out, done in zip(without_residual, self.completes, strict=True)]

@@ -271,7 +271,11 @@ def initial_fam(decoder: nn.Module) -> list[torch.Tensor]:
 
 
 def init_state(
-    self: PreTrainedModel, batch_size: int = 1, fam: torch.Tensor | None = None, position_offset: int = 0
+    self: PreTrainedModel,
+    batch_size: int = 1,
+    fam: torch.Tensor | None = None,
+    position_offset: int = 0,
+    is_saved: Sequence[bool] | None = None,
 ) -> FamState:
     """Start a reading: allocate all of its state.
 
@@ -281,6 +285,7 @@ def init_state(
         fam: `(L, F, D)` or `(L, batch_size, F, D)` saved FAM to start from instead of the initial one; its residual
             counts from the first update on (B.2.3).
         position_offset: position of the first token; felt by `fam_position="zero"` alone (B.2.2).
+        is_saved: per sequence, whether it starts from `fam`; the others start from the initial FAM. None: all do.
 
     Returns:
         A state of `batch_size` sequences that have read nothing.
@@ -295,7 +300,8 @@ def init_state(
     head_dim = getattr(model_config, "head_dim", None) or model_config.hidden_size // model_config.num_attention_heads
     num_layers, weight = len(decoder.layers), self.get_input_embeddings().weight
     fam_dtype = getattr(torch, config.fam_dtype)
-    initial = initial_fam(decoder) if config.fam_length and (fam is None or not config.fam_copy) else None
+    saved = [fam is not None] * batch_size if is_saved is None else list(is_saved)
+    initial = initial_fam(decoder) if config.fam_length and not (all(saved) and config.fam_copy) else None
     if fam is not None:
         expected = (num_layers, batch_size, config.fam_length, model_config.hidden_size)
         fam = fam[:, None].expand(-1, batch_size, -1, -1) if fam.dim() == 3 else fam
@@ -311,17 +317,19 @@ def init_state(
         buffers = [torch.zeros(shape, dtype=weight.dtype, device=weight.device) for _ in range(2)]
         rows = asking = None
         if config.carries_fam(i):
-            start = initial[i].expand(batch_size, -1, -1) if initial else None
-            rows = start if fam is None else fam[i]
-            rows = rows.to(weight.device, fam_dtype, copy=True).contiguous()
-            asking = None if config.fam_copy else start.to(fam_dtype, copy=True).contiguous()
+            start = initial[i].to(fam_dtype).expand(batch_size, -1, -1) if initial else None
+            rows = start if fam is None else fam[i].to(weight.device, fam_dtype)
+            if fam is not None and not all(saved):
+                rows = torch.where(torch.tensor(saved, device=weight.device)[:, None, None], rows, start)
+            rows = rows.clone(memory_format=torch.contiguous_format)
+            asking = None if config.fam_copy else start.clone(memory_format=torch.contiguous_format)
         layers.append(FamLayer(buffers[0], buffers[1], sections, rows, asking))
     return FamState(
         layers,
         config,
         memory.identity,
         batch_size,
-        starts_from_saved_fam=fam is not None,
+        starts_from_saved_fam=saved,
         position_offset=position_offset,
     )
 

@@ -1,6 +1,7 @@
 """Which model a state or an adapter was made on: architecture, and digests of the weights."""
 
 import dataclasses
+import json
 import warnings
 from typing import Any
 
@@ -37,7 +38,8 @@ def is_memory_parameter(name: str) -> bool:
 def describe_architecture(model: nn.Module) -> dict[str, Any]:
     """Return what two models must share so that a state of one fits the other, as JSON values."""
     values = model.config.to_dict()
-    return {"class": type(model).__name__} | {key: values.get(key) for key in ARCHITECTURE_KEYS}
+    chosen = {"class": type(model).__name__} | {key: values.get(key) for key in ARCHITECTURE_KEYS}
+    return json.loads(json.dumps(chosen))
 
 
 @dataclasses.dataclass

@@ -192,7 +192,7 @@ def _check_first_residual(model: PreTrainedModel, ids: torch.Tensor) -> None:
     try:
         with _probing(model, fam_init=decoder.fam.config.fam_init):
             state = model.init_state(1, fam=_any_fam(model))
-            state.starts_from_saved_fam = False
+            state.starts_from_saved_fam = [False]
             decoder(input_ids=ids[:, :PROBE_BLOCK_SIZE], past_key_values=state)
     finally:
         for handle in handles:

@@ -150,7 +150,8 @@ class FamState(Cache):
         config: the `FamConfig` that it was made with.
         block_fill: tokens in each row's current block.
         num_blocks_per_row: whole blocks that each row has read.
-        starts_from_saved_fam: whether the reading began from a saved FAM, whose residual counts from the first update.
+        starts_from_saved_fam: per row, whether the reading began from a saved FAM, whose residual counts from the
+            first update on.
     """
 
     def __init__(
@@ -160,7 +161,7 @@ class FamState(Cache):
         identity: ModelIdentity,
         batch_size: int,
         *,
-        starts_from_saved_fam: bool = False,
+        starts_from_saved_fam: Sequence[bool] | None = None,
         position_offset: int = 0,
     ) -> None:
         super().__init__(layers=list(layers))
@@ -168,7 +169,7 @@ class FamState(Cache):
         self.identity = identity
         self.block_fill = [0] * batch_size
         self.num_blocks_per_row = [0] * batch_size
-        self.starts_from_saved_fam = starts_from_saved_fam
+        self.starts_from_saved_fam = list(starts_from_saved_fam or [False] * batch_size)
         self.position_offset = position_offset
         self.step: Step | None = None
 
@@ -224,6 +225,7 @@ class FamState(Cache):
         twin.layers = [copy.copy(layer) for layer in self.layers]
         twin.block_fill = list(self.block_fill)
         twin.num_blocks_per_row = list(self.num_blocks_per_row)
+        twin.starts_from_saved_fam = list(self.starts_from_saved_fam)
         return twin
 
     def map(self, function: Callable[[torch.Tensor], torch.Tensor]) -> "FamState":
@@ -286,6 +288,7 @@ class FamState(Cache):
         rows = indices.tolist()
         self.block_fill = [self.block_fill[row] for row in rows]
         self.num_blocks_per_row = [self.num_blocks_per_row[row] for row in rows]
+        self.starts_from_saved_fam = [self.starts_from_saved_fam[row] for row in rows]
         self.map(lambda tensor: tensor.index_select(0, indices.to(tensor.device)))
 
     def batch_repeat_interleave(self, repeats: int) -> None:
@@ -371,6 +374,6 @@ class FamState(Cache):
                 tensor.copy_(stored)
         state.block_fill = list(metadata["block_fill"])
         state.num_blocks_per_row = list(metadata["num_blocks_per_row"])
-        state.starts_from_saved_fam = metadata["starts_from_saved_fam"]
+        state.starts_from_saved_fam = list(metadata["starts_from_saved_fam"])
         state.position_offset = metadata["position_offset"]
         return state

@@ -1,0 +1,254 @@
+"""The adapter: what training adds to a model, in one folder.
+
+`fam.safetensors` holds the prompt or prefix, the configuration, the identity of the base model, and optionally a saved
+FAM; LoRA stands beside it in PEFT's own files, so that PEFT loads it too.
+"""
+
+import dataclasses
+import json
+import os
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import nn
+from transformers import PreTrainedModel
+
+from transformerfam.config import FamConfig
+from transformerfam.convert import convert, memory_of
+from transformerfam.errors import CorruptFileError, MissingPackageError, StateMismatchError, TransformerFamError
+from transformerfam.files import digest_tensors, load_tensors, save_tensors, write_text
+from transformerfam.identity import describe_architecture
+from transformerfam.state import FamState
+
+ADAPTER_FORMAT_VERSION = 1
+FAM_FILE = "fam.safetensors"
+LORA_FILE = "adapter_model.safetensors"
+LORA_CONFIG_FILE = "adapter_config.json"
+
+
+def require_peft() -> Any:
+    """Import PEFT.
+
+    Raises:
+        MissingPackageError: it is not installed.
+    """
+    try:
+        import peft
+    except ImportError as error:
+        raise MissingPackageError(
+            "LoRA needs the package peft, which is not installed; install it with: pip install 'transformerfam[train]'"
+        ) from error
+    return peft
+
+
+def inject_lora(model: PreTrainedModel, lora_config: Any) -> None:
+    """Put LoRA layers into a converted model, in place, and leave prompt or prefix trainable beside them."""
+    require_peft().inject_adapter_in_model(lora_config, model)
+    for parameter in memory_of(model).parameters():
+        parameter.requires_grad_(True)
+
+
+def merge_lora(model: PreTrainedModel) -> None:
+    """Add the LoRA weights to the base weights, in place; outputs stay the same."""
+    peft = require_peft()
+    identity = memory_of(model).identity
+    assert identity is not None
+    identity.base_digest_before_merge = identity.base_digest()
+    identity.memory_digest_before_merge = identity.memory_digest()
+    for name, module in list(model.named_modules()):
+        if isinstance(module, peft.tuners.lora.LoraLayer):
+            module.merge()
+            model.set_submodule(name, module.get_base_layer())
+    del model.peft_config
+
+
+@dataclasses.dataclass
+class FamAdapter:
+    """Prompt or prefix, LoRA and optionally a saved FAM, apart from the base model.
+
+    Attributes:
+        config: the configuration that the memory was trained with.
+        tensors: `prompt` `(F, D)` or `prefix` `(L, F, D)`; none for BSWA.
+        architecture: what the base model must be.
+        base_digest: SHA-256 of the base weights that it was trained on.
+        lora_config: PEFT's configuration as plain values, or None.
+        lora: LoRA tensors by PEFT's names.
+        saved_fam: `(L, F, D)` FAM to start readings from, or None.
+        notes: free JSON values, for example how it was trained and what it was proven for.
+    """
+
+    config: FamConfig
+    tensors: dict[str, torch.Tensor]
+    architecture: dict[str, Any]
+    base_digest: str
+    lora_config: dict[str, Any] | None = None
+    lora: dict[str, torch.Tensor] = dataclasses.field(default_factory=dict)
+    saved_fam: torch.Tensor | None = None
+    notes: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+    @classmethod
+    def from_model(
+        cls, model: PreTrainedModel, saved_fam: FamState | None = None, notes: dict[str, Any] | None = None
+    ) -> "FamAdapter":
+        """Take the adapter off a converted model, which stays as it is.
+
+        Args:
+            model: converted, with or without LoRA injected.
+            saved_fam: a reading whose first sequence's FAM is stored too.
+            notes: free JSON values.
+
+        Raises:
+            TransformerFamError: the model is not converted, or its LoRA was merged and can no longer be told apart.
+        """
+        memory = memory_of(model)
+        assert memory.identity is not None
+        if memory.identity.memory_digest_before_merge is not None:
+            raise TransformerFamError("LoRA was merged into the weights; take the adapter off an unmerged model")
+        adapter = cls(
+            config=memory.config,
+            tensors={name: value.detach().clone() for name, value in memory.named_parameters()},
+            architecture=memory.identity.architecture,
+            base_digest=memory.identity.base_digest(),
+            saved_fam=None if saved_fam is None else saved_fam.fams[:, 0].detach().clone(),
+            notes=dict(notes or {}),
+        )
+        if getattr(model, "peft_config", None):
+            peft = require_peft()
+            values = model.peft_config["default"].to_dict()
+            adapter.lora_config = json.loads(json.dumps(values, default=lambda v: sorted(v) if isinstance(v, set) else str(v)))
+            adapter.lora = {
+                name: value.detach().clone() for name, value in peft.get_peft_model_state_dict(model).items()
+            }
+        return adapter
+
+    def save_pretrained(self, folder: str | os.PathLike[str], dtype: torch.dtype | None = None) -> None:
+        """Write the adapter into `folder`, which is made if need be.
+
+        Args:
+            folder: where to.
+            dtype: type in which floating tensors are stored, for example `torch.float16`; None keeps theirs.
+
+        Raises:
+            TransformerFamError: the disk is full or the folder cannot be written; an old adapter is left as it was.
+        """
+        folder = Path(folder)
+
+        def stored(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+            return {name: value.to(dtype or value.dtype).cpu().contiguous() for name, value in tensors.items()}
+
+        lora, own = stored(self.lora), stored(self.tensors)
+        if self.saved_fam is not None:
+            own["saved_fam"] = self.saved_fam.to(dtype or self.saved_fam.dtype)
+        metadata = {
+            "kind": "adapter",
+            "format_version": ADAPTER_FORMAT_VERSION,
+            "fam_config": self.config.to_dict(),
+            "architecture": self.architecture,
+            "base_digest": self.base_digest,
+            "lora_config": self.lora_config,
+            "lora_digest": digest_tensors(lora) if lora else None,
+            "notes": self.notes,
+        }
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            if lora:
+                write_text(folder / LORA_CONFIG_FILE, json.dumps(self.lora_config, indent=2, sort_keys=True) + "\n")
+                temporary = folder / f".{LORA_FILE}"
+                save_file(lora, temporary)
+                temporary.replace(folder / LORA_FILE)
+        except (OSError, SafetensorError) as error:
+            raise TransformerFamError(f"could not write the adapter to {folder}: {error}; free space there") from error
+        save_tensors(folder / FAM_FILE, own, metadata)
+
+    @classmethod
+    def from_pretrained(cls, folder: str | os.PathLike[str]) -> "FamAdapter":
+        """Read an adapter that `save_pretrained` wrote.
+
+        Raises:
+            CorruptFileError: a file is missing, foreign, damaged or of another version.
+        """
+        folder = Path(folder)
+        tensors, metadata = load_tensors(folder / FAM_FILE, "adapter", ADAPTER_FORMAT_VERSION)
+        lora: dict[str, torch.Tensor] = {}
+        if metadata["lora_config"] is not None:
+            try:
+                lora = load_file(folder / LORA_FILE)
+            except (OSError, SafetensorError) as error:
+                raise CorruptFileError(f"{folder / LORA_FILE} cannot be read ({error}); copy the adapter again") from error
+            if digest_tensors(lora) != metadata["lora_digest"]:
+                raise CorruptFileError(f"{folder / LORA_FILE} is damaged: its checksum does not match; copy it again")
+        return cls(
+            config=FamConfig.from_dict(metadata["fam_config"]),
+            saved_fam=tensors.pop("saved_fam", None),
+            tensors=tensors,
+            architecture=metadata["architecture"],
+            base_digest=metadata["base_digest"],
+            lora_config=metadata["lora_config"],
+            lora=lora,
+            notes=metadata["notes"],
+        )
+
+    def apply(self, model: PreTrainedModel, merge: bool = False) -> PreTrainedModel:
+        """Convert `model` and give it this memory, in place.
+
+        Args:
+            model: the base model, not converted yet.
+            merge: add LoRA to the weights, which is faster and gives the same outputs.
+
+        Returns:
+            The same object.
+
+        Raises:
+            StateMismatchError: the adapter was trained on another architecture.
+            MissingPackageError: it has LoRA and PEFT is not installed.
+
+        Warns:
+            UserWarning: the base weights differ from those that it was trained on.
+        """
+        here = json.loads(json.dumps(describe_architecture(model)))
+        different = [key for key in self.architecture if self.architecture[key] != here.get(key)]
+        if different:
+            key = different[0]
+            raise StateMismatchError(
+                f"adapter was trained on another model: {key} is {self.architecture[key]!r} there and "
+                f"{here.get(key)!r} here; apply it to the model that it was trained on"
+            )
+        convert(model, self.config)
+        memory = memory_of(model)
+        assert memory.identity is not None
+        base_digest = memory.identity.base_digest()
+        if base_digest != self.base_digest:
+            warnings.warn(
+                f"adapter was trained on other base weights: SHA-256 {self.base_digest[:12]} there, {base_digest[:12]} "
+                "here; it is accepted, since the architecture is the same, but may recall less",
+                stacklevel=2,
+            )
+        with torch.no_grad():
+            for name, parameter in memory.named_parameters():
+                parameter.copy_(_required(self.tensors, name, parameter))
+        if self.lora_config is not None:
+            peft = require_peft()
+            inject_lora(model, peft.LoraConfig(**_known_fields(peft.LoraConfig, self.lora_config)))
+            result = peft.set_peft_model_state_dict(model, {name: value.float() for name, value in self.lora.items()})
+            if result.unexpected_keys:
+                raise StateMismatchError(f"adapter has LoRA for unknown parts: {result.unexpected_keys[:3]}")
+            if merge:
+                merge_lora(model)
+        return model
+
+
+def _required(tensors: dict[str, torch.Tensor], name: str, like: nn.Parameter) -> torch.Tensor:
+    if name not in tensors or tensors[name].shape != like.shape:
+        there = tuple(tensors[name].shape) if name in tensors else "missing"
+        raise StateMismatchError(f"adapter's {name} is {there}, required is {tuple(like.shape)}")
+    return tensors[name]
+
+
+def _known_fields(config_class: type, values: dict[str, Any]) -> dict[str, Any]:
+    """Keep what the installed PEFT knows and needs; it computes the rest itself."""
+    names = {field.name for field in dataclasses.fields(config_class) if field.init}
+    return {name: value for name, value in values.items() if name in names and value is not None}
