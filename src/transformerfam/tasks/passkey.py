@@ -128,6 +128,10 @@ class PasskeyText:
         key_ids = self.key_ids(key)
         return self.before_key_ids + key_ids + self.between_keys_ids + key_ids + self.after_key_ids
 
+    def decode(self, ids: list[int]) -> str:
+        """Return what a model said as text, without space around it."""
+        return str(self._tokenizer.decode(ids)).strip()
+
     def sequence(self, key: int, num_filler_tokens: int, filler_start: int = 0) -> PasskeySequence:
         """Write the text of one key.
 

@@ -1,0 +1,159 @@
+"""Next-token loss and accuracy over a long text, in constant memory."""
+
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from transformerfam.errors import TransformerFamError
+from transformerfam.state import FamState
+from transformerfam.tasks.provenance import provenance
+from transformerfam.tasks.text import decode_utf8, open_bytes, read_pieces, stream_token_ids
+
+PIECE_TOKENS = 256
+"""Tokens whose logits are held at once; with 49,152 words they take 50 MB."""
+
+
+def evaluate_next_token(
+    model: Any,
+    tokenizer: Any,
+    path: str | Path,
+    *,
+    num_tokens: int | None = None,
+    segment_tokens: int | None = None,
+    system: str = "fam",
+    model_name: str = "unnamed",
+    seed: int = 0,
+    progress: Callable[[int, int | None, FamState], None] | None = None,
+) -> Iterator[dict[str, Any]]:
+    """Predict every token of a UTF-8 text from all tokens before it; yield rows of loss and accuracy.
+
+    The first token is read and not predicted.
+
+    Args:
+        model: a converted model.
+        tokenizer: its tokenizer.
+        path: UTF-8 text file.
+        num_tokens: tokens to read at most; None is the whole file.
+        segment_tokens: yield a row for every so many tokens besides the last row, which covers all of them.
+        system: name for the rows.
+        model_name: name for the rows.
+        seed: number for the rows; nothing is drawn.
+        progress: called after every piece with tokens done, tokens to do (None: unknown) and the state.
+
+    Raises:
+        TransformerFamError: the file is not UTF-8 or holds fewer than two tokens, or a number is out of range.
+    """
+    for name, value, least in (("num_tokens", num_tokens, 2), ("segment_tokens", segment_tokens, 1)):
+        if value is not None and value < least:
+            raise TransformerFamError(f"{name} is {value}, required is at least {least}; change {name}")
+
+    def row(score: "_Score", first: int) -> dict[str, Any]:
+        return {
+            "task": "next-token",
+            "system": system,
+            "model": model_name,
+            "seed": seed,
+            "file": Path(path).name,
+            "first_token": first,
+            "num_tokens": score.num_read,
+            "loss": score.loss_sum / max(1, score.num_predicted),
+            "accuracy": score.num_correct / max(1, score.num_predicted),
+            "num_predicted": score.num_predicted,
+            **provenance(),
+        }
+
+    total, segment, segment_start = _Score(), _Score(), 0
+    with open_bytes(path) as file:
+        texts = decode_utf8(read_pieces(file), str(path))
+        pieces = rechunk(stream_token_ids(texts, tokenizer), PIECE_TOKENS, num_tokens, segment_tokens)
+        for score, state in _scores(model, pieces):
+            total.add(score)
+            segment.add(score)
+            if progress is not None:
+                progress(total.num_read, num_tokens, state)
+            if segment_tokens is not None and segment.num_read == segment_tokens:
+                yield row(segment, segment_start)
+                segment, segment_start = _Score(), total.num_read
+    if total.num_predicted == 0:
+        raise TransformerFamError(
+            f"{path} holds {total.num_read} tokens, at least 2 are required; give a longer text"
+        )
+    yield row(total, 0)
+
+
+class _Score:
+    """Sums over some tokens."""
+
+    def __init__(self, num_read: int = 0, num_predicted: int = 0, loss_sum: float = 0.0, num_correct: int = 0) -> None:
+        self.num_read = num_read
+        self.num_predicted = num_predicted
+        self.loss_sum = loss_sum  # nats
+        self.num_correct = num_correct
+
+    def add(self, other: "_Score") -> None:
+        self.num_read += other.num_read
+        self.num_predicted += other.num_predicted
+        self.loss_sum += other.loss_sum
+        self.num_correct += other.num_correct
+
+
+@torch.no_grad()
+def _score_piece(model: Any, ids_T: Tensor, state: FamState, before_V: Tensor | None) -> tuple[_Score, Tensor]:
+    """Feed one piece; `before_V` are the logits in front of it. Return its score and the logits behind it."""
+    logits_TV = model(input_ids=ids_T[None], past_key_values=state).logits[0].float()
+    targets_T = ids_T
+    predicted_TV = logits_TV[:-1]
+    if before_V is None:
+        targets_T = ids_T[1:]
+    else:
+        predicted_TV = torch.cat([before_V[None], predicted_TV])
+    loss_sum = F.cross_entropy(predicted_TV, targets_T, reduction="sum").item() if len(targets_T) else 0.0
+    num_correct = int((predicted_TV.argmax(dim=-1) == targets_T).sum())
+    return _Score(len(ids_T), len(targets_T), loss_sum, num_correct), logits_TV[-1].clone()
+
+
+def _scores(model: Any, pieces: Iterable[list[int]]) -> Iterator[tuple[_Score, FamState]]:
+    with torch.no_grad():
+        state = model.init_state()
+    device = next(model.parameters()).device
+    before_V = None
+    for ids in pieces:
+        score, before_V = _score_piece(model, torch.tensor(ids, device=device), state, before_V)
+        yield score, state
+
+
+def rechunk(
+    pieces: Iterable[list[int]], num_tokens: int, limit: int | None = None, multiple: int | None = None
+) -> Iterator[list[int]]:
+    """Yield the same ids in pieces of `num_tokens`, the last one shorter.
+
+    Args:
+        pieces: lists of token ids, of any lengths.
+        num_tokens: tokens per piece.
+        limit: tokens at most, all together; None is all.
+        multiple: also end a piece at every multiple of so many tokens.
+    """
+    buffer: list[int] = []
+    num_done = 0
+
+    def wanted() -> int:
+        ends = [num_tokens]
+        if multiple is not None:
+            ends.append(multiple - num_done % multiple)
+        if limit is not None:
+            ends.append(limit - num_done)
+        return min(ends)
+
+    for piece in pieces:
+        buffer += piece
+        while (size := wanted()) and len(buffer) >= size:
+            yield buffer[:size]
+            buffer, num_done = buffer[size:], num_done + size
+        if limit is not None and num_done >= limit:
+            return
+    if buffer:
+        yield buffer

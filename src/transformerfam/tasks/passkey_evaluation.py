@@ -1,0 +1,233 @@
+"""Passkey retrieval measured: one reading per key, forked and asked at every length."""
+
+from collections.abc import Callable, Collection, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from transformerfam.errors import TransformerFamError
+from transformerfam.state import FamState
+from transformerfam.tasks.passkey import FillerStream, PasskeyText, draw_keys
+from transformerfam.tasks.provenance import provenance
+
+READ_TOKENS = 4096
+"""Tokens of filler per row that are handed to the model at once: what keeps memory constant at any length."""
+
+MEMORY_ZEROED = "fam_memory_zeroed"
+
+Question = tuple[str, int, int]
+"""System, filler tokens and key: what tells one question of a run from another."""
+
+
+@dataclass(kw_only=True)
+class PasskeyEvaluation:
+    """Ask for passkeys at many filler lengths.
+
+    Raises:
+        TransformerFamError: a length is negative, there is none, or a number is out of its range.
+    """
+
+    filler_lengths: Sequence[int]
+    """Tokens of filler, each at least 0."""
+
+    num_keys: int
+    """Different keys, each asked at every length."""
+
+    seed: int = 0
+    """Seed of keys, jitter and places in a book."""
+
+    systems: Sequence[str] = ("fam",)
+    """Names for the rows; "fam_memory_zeroed" zeroes the memory before the question, on a fork of its own."""
+
+    filler: str | Path | FillerStream = "sentences"
+    """"sentences" (the paper's), a UTF-8 text file, or a stream of tokens."""
+
+    jitter: bool = True
+    """Add up to a block of filler to each question, so that questions stand at every place in a block."""
+
+    batch_size: int = 8
+    """Keys that are read side by side."""
+
+    model_name: str = "unnamed"
+    """What the rows call the model."""
+
+    max_training_filler_tokens: int | None = None
+    """Longest filler that the model was trained on, for the rows."""
+
+    finished: Collection[Question] = field(default_factory=frozenset)
+    """Questions that were answered before; they are left out."""
+
+    progress: Callable[[int, int, FamState], None] | None = None
+    """Called after every piece with the tokens read per row, the tokens to read, and the state."""
+
+    def __post_init__(self) -> None:
+        lengths = sorted(set(self.filler_lengths))
+        if not lengths or lengths[0] < 0:
+            raise TransformerFamError(
+                f"filler_lengths is {list(self.filler_lengths)}, required are one or more lengths of at least 0 tokens"
+            )
+        if self.batch_size < 1:
+            raise TransformerFamError(f"batch_size is {self.batch_size}, required is at least 1; change batch_size")
+        if not self.systems:
+            raise TransformerFamError("systems is empty, at least one name is required, for example fam")
+        self.filler_lengths = lengths
+
+    def rows(self, model: Any, tokenizer: Any) -> Iterator[dict[str, Any]]:
+        """Read, ask, and yield one row per question as soon as it is answered.
+
+        Args:
+            model: a converted model.
+            tokenizer: its tokenizer.
+        """
+        text = PasskeyText(tokenizer, self.filler)
+        keys = draw_keys(self.num_keys, self.seed)
+        missing = [key for key in keys if any(self._systems_missing(key, n) for n in self.filler_lengths)]
+        block_size = model.fam_config.block_size
+        for start in range(0, len(missing), self.batch_size):
+            batch = missing[start : start + self.batch_size]
+            yield from _Batch(self, model, text, batch, [keys.index(key) for key in batch], block_size).rows()
+
+    def jitters(self, num_filler_tokens: int, block_size: int) -> list[int]:
+        """Return each key's additional filler at one length: spread evenly over a block, in random order."""
+        if not self.jitter:
+            return [0] * self.num_keys
+        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + num_filler_tokens)
+        shift = torch.rand((), generator=generator).item()
+        order = torch.randperm(self.num_keys, generator=generator).tolist()
+        return [int((place + shift) * block_size / self.num_keys) % block_size for place in order]
+
+    def _systems_missing(self, key: int, num_filler_tokens: int) -> list[str]:
+        return [name for name in self.systems if (name, num_filler_tokens, key) not in self.finished]
+
+
+def evaluate_passkey(model: Any, tokenizer: Any, **options: Any) -> Iterator[dict[str, Any]]:
+    """Yield one row per passkey question; the options are the fields of `PasskeyEvaluation`.
+
+    Args:
+        model: a converted model.
+        tokenizer: its tokenizer.
+        options: see `PasskeyEvaluation`; `filler_lengths` and `num_keys` are required.
+
+    Raises:
+        TransformerFamError: an option is out of its range, or the filler is not UTF-8.
+
+    Source: sections 3.2 and D.1.
+    """
+    return PasskeyEvaluation(**options).rows(model, tokenizer)
+
+
+@dataclass
+class _Batch:
+    """Keys that are read as the rows of one state.
+
+    The reading itself stays in step: every row reads the same number of filler tokens. Jitter is read on the fork,
+    just before the question.
+    """
+
+    options: PasskeyEvaluation
+    model: Any
+    text: PasskeyText
+    keys: list[int]
+    key_indices: list[int]
+    block_size: int
+
+    def rows(self) -> Iterator[dict[str, Any]]:
+        lengths = [n for n in self.options.filler_lengths if any(self._missing(n))]
+        starts_B = self._filler_starts()
+        state = self._read_intros()
+        num_read = 0
+        for length in lengths:
+            while num_read < length:
+                num_tokens = min(READ_TOKENS, length - num_read)
+                filler_BT = self.text.filler.rows(starts_B + num_read, num_tokens)
+                state = self.model.read(filler_BT, state, progress=False)
+                num_read += num_tokens
+                if self.options.progress is not None:
+                    self.options.progress(num_read, lengths[-1], state)
+            yield from self._ask(state, length, starts_B + num_read)
+
+    def _missing(self, length: int) -> list[list[str]]:
+        return [self.options._systems_missing(key, length) for key in self.keys]
+
+    def _filler_starts(self) -> Tensor:
+        """Return (B,) where each key's filler begins: the paper's text at its first word, a book at a place per key."""
+        if self.text.filler.name == "sentences":
+            return torch.zeros(len(self.keys), dtype=torch.long)
+        generator = torch.Generator().manual_seed(self.options.seed)
+        starts = torch.randint(len(self.text.filler), (self.options.num_keys,), generator=generator)
+        return starts[self.key_indices]
+
+    def _read_intros(self) -> FamState:
+        return self._read_ragged([torch.tensor(self.text.intro_ids(key)) for key in self.keys], None)
+
+    def _read_ragged(self, rows: list[Tensor], state: FamState | None) -> FamState:
+        """Read rows of different lengths, padded on the left."""
+        longest = max(len(row) for row in rows)
+        if longest == 0 and state is not None:
+            return state
+        ids_BT = torch.zeros(len(rows), longest, dtype=torch.long)
+        mask_BT = torch.zeros(len(rows), longest, dtype=torch.long)
+        for row_idx, row in enumerate(rows):
+            ids_BT[row_idx, longest - len(row) :] = row
+            mask_BT[row_idx, longest - len(row) :] = 1
+        mask = None if bool(mask_BT.all()) else mask_BT
+        return self.model.read(ids_BT, state, attention_mask=mask, progress=False)
+
+    def _ask(self, state: FamState, length: int, filler_starts_B: Tensor) -> Iterator[dict[str, Any]]:
+        missing = self._missing(length)
+        jitters = [self.options.jitters(length, self.block_size)[i] for i in self.key_indices]
+        ready = state.fork()
+        tails = [self.text.filler.slice(int(start), j) for start, j in zip(filler_starts_B, jitters, strict=True)]
+        ready = self._read_ragged(tails, ready)
+        for system in self.options.systems:
+            if not any(system in names for names in missing):
+                continue
+            fork = ready.fork()
+            num_blocks = [num_tokens // self.block_size for num_tokens in fork.row_lengths]
+            if system == MEMORY_ZEROED:
+                fork.zero_memory()
+            answers = self._answers(fork)
+            for row_idx, key in enumerate(self.keys):
+                if system in missing[row_idx]:
+                    yield {
+                        "task": "passkey",
+                        "system": system,
+                        "model": self.options.model_name,
+                        "seed": self.options.seed,
+                        "filler": self.text.filler.name,
+                        "filler_tokens": length,
+                        "jitter": jitters[row_idx],
+                        "num_blocks": num_blocks[row_idx],
+                        "key": key,
+                        "answer": answers[row_idx][0],
+                        "correct": answers[row_idx][1],
+                        "max_training_filler_tokens": self.options.max_training_filler_tokens,
+                        **provenance(),
+                    }
+
+    @torch.no_grad()
+    def _answers(self, state: FamState) -> list[tuple[str, bool]]:
+        """Ask, and return each row's answer and whether it is the whole key."""
+        wanted = [self.text.key_ids(key) for key in self.keys]
+        question_BT = torch.tensor(self.text.question_ids).expand(len(self.keys), -1)
+        said_BT = greedy_tokens(self.model, question_BT, state, max(len(ids) for ids in wanted))
+        said = [ids[: len(key_ids)] for ids, key_ids in zip(said_BT.tolist(), wanted, strict=True)]
+        return [(self.text.decode(ids), ids == key_ids) for ids, key_ids in zip(said, wanted, strict=True)]
+
+
+@torch.no_grad()
+def greedy_tokens(model: Any, ids_BT: Tensor, state: FamState, num_tokens: int) -> Tensor:
+    """Feed `ids_BT` and return the `num_tokens` likeliest next tokens, one after the other, (B, num_tokens).
+
+    The state advances over the input and all tokens but the last.
+    """
+    said = []
+    for _ in range(num_tokens):
+        device = next(model.parameters()).device
+        logits_BTV = model(input_ids=ids_BT.to(device), past_key_values=state, logits_to_keep=1).logits
+        ids_BT = logits_BTV[:, -1:].argmax(dim=-1)
+        said.append(ids_BT.cpu())
+    return torch.cat(said, dim=1)

@@ -1,0 +1,56 @@
+"""Where a result row comes from: package version, commit and machine."""
+
+import os
+import platform
+import subprocess
+from functools import cache
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+UNKNOWN = "unknown"
+
+
+@cache
+def provenance() -> dict[str, Any]:
+    """Return the fields `version`, `git_commit` and `machine` that every row carries."""
+    return {"version": package_version(), "git_commit": git_commit(), "machine": machine()}
+
+
+def package_version() -> str:
+    """Return the installed version of this package, "unknown" if it runs from a plain folder."""
+    try:
+        return version("transformerfam")
+    except PackageNotFoundError:
+        return UNKNOWN
+
+
+def git_commit() -> str:
+    """Return the commit of the repository that holds this file, with "+" if it was changed since; else "unknown"."""
+    folder = Path(__file__).resolve().parent
+
+    def git(*arguments: str) -> str:
+        command = ["git", "-C", str(folder), *arguments]
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=30).stdout.strip()
+
+    try:
+        tracked = git("ls-files", Path(__file__).name)
+        if not tracked:
+            return UNKNOWN
+        return git("rev-parse", "HEAD") + ("+" if git("status", "--porcelain", "--untracked-files=no") else "")
+    except (OSError, subprocess.SubprocessError):
+        return UNKNOWN
+
+
+def machine() -> str:
+    """Return the processor's name and the number of cores that this process may use."""
+    name = platform.processor() or platform.machine() or UNKNOWN
+    try:
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
+            if line.startswith("model name"):
+                name = line.partition(":")[2].strip()
+                break
+    except OSError:
+        pass
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return f"{name}, {cores} cores"
