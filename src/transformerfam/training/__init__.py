@@ -1,0 +1,1 @@
+"""Training: recipes, batches, back-propagation through all blocks, exact resume."""

@@ -1,0 +1,152 @@
+"""Back-propagation through all blocks of a sequence, with the activations of one block in memory.
+
+Each block is a pure function: state tensors and token ids in, a part of the loss and new state tensors out. Its
+activations are computed again when the gradient comes back to it.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+from transformers import PreTrainedModel
+
+from transformerfam.state import FamState
+from transformerfam.training.sequences import Batch
+
+
+@dataclass
+class StepOutput:
+    """What a pass over one batch gives."""
+
+    loss: torch.Tensor
+    """Weighted sum over all positions, with the graph."""
+    key_loss: torch.Tensor
+    """Mean cross-entropy of the key's tokens, 0 where no row asks."""
+    is_right_B: torch.Tensor
+    """Whether every token of the row's key has the largest logit."""
+    passed_fam_LBFD: torch.Tensor | None
+    """The FAM to pass on, detached; None where no block was completed before it."""
+
+
+@dataclass
+class _BlockOutput:
+    state: FamState
+    loss: torch.Tensor
+    key_loss: torch.Tensor
+    num_wrong_B: torch.Tensor
+
+
+def run_batch(
+    model: PreTrainedModel,
+    batch: Batch,
+    state: FamState,
+    *,
+    checkpoint_blocks: bool = True,
+    pass_before_question: bool = False,
+) -> StepOutput:
+    """Read a batch block after block and sum up its loss, the graph kept from the first block to the last.
+
+    Args:
+        model: the converted model.
+        batch: what is read and predicted.
+        state: where reading starts; it is not changed.
+        checkpoint_blocks: compute each block again in the backward pass instead of keeping its activations.
+        pass_before_question: the FAM that is passed on is the one in front of the block in which the question begins.
+
+    Returns:
+        The loss with its graph, and what the log shows.
+
+    Source: section 2.1, "training long inputs runs block after block with gradient checkpointing".
+    """
+    total_loss, total_key_loss = torch.zeros(()), torch.zeros(())
+    num_wrong_B = torch.zeros(len(batch.input_ids_BT), dtype=torch.long)
+    block_size = model.fam_config.block_size
+    has_fam = model.fam_config.fam_length > 0
+    passed = None
+    for start, stop in block_spans(batch.input_ids_BT.shape[1], block_size):
+        output = (
+            checkpoint(_run_block, model, state, batch, start, stop, use_reentrant=False, preserve_rng_state=_drops(model))
+            if checkpoint_blocks
+            else _run_block(model, state, batch, start, stop)
+        )
+        state = output.state
+        total_loss, total_key_loss = total_loss + output.loss, total_key_loss + output.key_loss
+        num_wrong_B = num_wrong_B + output.num_wrong_B
+        is_whole = stop - start == block_size
+        if has_fam and is_whole and (not pass_before_question or stop <= batch.question_start):
+            passed = state.fams.detach()
+    num_keys = batch.is_key_BT.sum().clamp(min=1)
+    asks_B = batch.is_key_BT.any(dim=1)
+    return StepOutput(total_loss, total_key_loss.detach() / num_keys, (num_wrong_B == 0)[asks_B], passed)
+
+
+def block_spans(length: int, block_size: int) -> Iterator[tuple[int, int]]:
+    """Yield the first and one past the last token of every block of a sequence."""
+    for start in range(0, length, block_size):
+        yield start, min(start + block_size, length)
+
+
+def _run_block(model: PreTrainedModel, state: FamState, batch: Batch, start: int, stop: int) -> _BlockOutput:
+    """Read one block; the state that comes in stays as it is.
+
+    Logits are made for the weighed positions alone, since all of them would be the largest tensor of the step.
+    """
+    state = state.shallow_copy()
+    hidden_BTD = model.get_decoder()(
+        input_ids=batch.input_ids_BT[:, start:stop], past_key_values=state
+    ).last_hidden_state
+    weights_BT = batch.weights_BT[:, start:stop]
+    num_wrong_B = torch.zeros(len(weights_BT), dtype=torch.long)
+    rows, columns = (weights_BT > 0).nonzero(as_tuple=True)
+    if len(rows) == 0:
+        return _BlockOutput(state, hidden_BTD.new_zeros(()), hidden_BTD.new_zeros(()), num_wrong_B)
+    labels_N = batch.labels_BT[:, start:stop][rows, columns]
+    logits_NV = model.get_output_embeddings()(hidden_BTD[rows, columns]).float()
+    losses_N = nn.functional.cross_entropy(logits_NV, labels_N, reduction="none")
+    is_key_N = batch.is_key_BT[:, start:stop][rows, columns]
+    wrong_N = (logits_NV.detach().argmax(dim=-1) != labels_N) & is_key_N
+    num_wrong_B = num_wrong_B.index_add(0, rows, wrong_N.long())
+    loss = (losses_N * weights_BT[rows, columns]).sum()
+    return _BlockOutput(state, loss, losses_N.detach()[is_key_N].sum(), num_wrong_B)
+
+
+def _drops(model: nn.Module) -> bool:
+    """Say whether the model draws random numbers, so that recomputing must draw the same ones again."""
+    return any(isinstance(module, nn.Dropout) and module.p > 0 for module in model.modules())
+
+
+@torch.no_grad()
+def find_non_finite(model: PreTrainedModel, batch: Batch, state: FamState) -> str:
+    """Read a batch again and say where a hidden state first was not finite.
+
+    Args:
+        model: the converted model, with the weights that gave the loss.
+        batch: the batch that gave it.
+        state: the state that the step started from.
+
+    Returns:
+        "block b, layer l", counted from 0, or where else the fault lies.
+    """
+    found: list[int] = []
+    handles = []
+    for layer_idx, layer in enumerate(model.get_decoder().layers):
+
+        def note(module: nn.Module, args: object, output: object, layer_idx: int = layer_idx) -> None:
+            hidden = output[0] if isinstance(output, tuple) else output
+            if isinstance(hidden, torch.Tensor) and not bool(torch.isfinite(hidden).all()):
+                found.append(layer_idx)
+
+        handles.append(layer.register_forward_hook(note))
+    try:
+        state = state.fork()
+        block_size = model.fam_config.block_size
+        for block_idx, (start, stop) in enumerate(block_spans(batch.input_ids_BT.shape[1], block_size)):
+            model.get_decoder()(input_ids=batch.input_ids_BT[:, start:stop], past_key_values=state)
+            if found:
+                return f"block {block_idx}, layer {found[0]}"
+    finally:
+        for handle in handles:
+            handle.remove()
+    return "the language-model head, behind the last layer"

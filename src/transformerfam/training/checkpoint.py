@@ -1,0 +1,111 @@
+"""Checkpoints: everything that the next step depends on, in one safetensors file that is replaced atomically."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from transformerfam.errors import CorruptFileError
+from transformerfam.files import load_tensors, save_tensors
+from transformerfam.training.optimizer import AverageOfWeights
+from transformerfam.training.state_passing import SavedFam, StatePassing
+
+CHECKPOINT_FILE = "checkpoint.safetensors"
+CHECKPOINT_FORMAT_VERSION = 1
+
+
+def save_checkpoint(
+    folder: Path,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    average: AverageOfWeights,
+    passing: StatePassing,
+    progress: dict[str, Any],
+) -> None:
+    """Write `folder/checkpoint.safetensors`.
+
+    Args:
+        folder: where to.
+        model: its trainable weights are stored; the others come from the base model.
+        optimizer: its moments are stored in the order of its parameters.
+        average: the moving average of the weights.
+        passing: the saved FAM.
+        progress: JSON values: step, stage, recipe and what else the trainer needs.
+
+    Raises:
+        TransformerFamError: the disk is full; an old checkpoint is left as it was.
+    """
+    tensors = {f"model.{n}": p for n, p in model.named_parameters() if p.requires_grad}
+    tensors |= {f"average.{name}": value for name, value in average.values.items()}
+    for index, values in optimizer.state_dict()["state"].items():
+        tensors |= {f"optimizer.{index}.{name}": torch.as_tensor(value) for name, value in values.items()}
+    if passing.saved is not None:
+        tensors["passed_fam"] = passing.saved.fam_LBFD
+    tensors["torch_rng"] = torch.get_rng_state()
+    metadata = {
+        "kind": "checkpoint",
+        "format_version": CHECKPOINT_FORMAT_VERSION,
+        "progress": progress,
+        "passing_started": passing.started,
+        "passed_keys": None if passing.saved is None else list(passing.saved.keys),
+    }
+    save_tensors(folder / CHECKPOINT_FILE, tensors, metadata)
+
+
+def load_checkpoint(
+    folder: Path,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    average: AverageOfWeights,
+    passing: StatePassing,
+) -> dict[str, Any]:
+    """Put a checkpoint into model, optimizer, average and state passing.
+
+    Returns:
+        The `progress` that was saved.
+
+    Raises:
+        CorruptFileError: there is no checkpoint, it is damaged, or it does not fit the recipe's model.
+    """
+    path = folder / CHECKPOINT_FILE
+    tensors, metadata = load_tensors(path, "checkpoint", CHECKPOINT_FORMAT_VERSION)
+    parameters = {f"model.{n}": p for n, p in model.named_parameters() if p.requires_grad}
+    stored = {name for name in tensors if name.startswith("model.")}
+    if stored != set(parameters) or any(tensors[n].shape != p.shape for n, p in parameters.items()):
+        raise CorruptFileError(f"{path} holds the weights of another model; resume with the recipe that it was made by")
+    with torch.no_grad():
+        for name, parameter in parameters.items():
+            parameter.copy_(tensors[name])
+        for name in average.values:
+            average.values[name].copy_(tensors[f"average.{name}"])
+    moments: dict[int, dict[str, torch.Tensor]] = {}
+    for full_name, tensor in tensors.items():
+        part, _, rest = full_name.partition(".")
+        if part == "optimizer":
+            index, _, name = rest.partition(".")
+            moments.setdefault(int(index), {})[name] = tensor
+    optimizer.load_state_dict(optimizer.state_dict() | {"state": moments})
+    keys = metadata["passed_keys"]
+    passing.saved = None if keys is None else SavedFam(tensors["passed_fam"], tuple(keys))
+    passing.started = metadata["passing_started"]
+    torch.set_rng_state(tensors["torch_rng"])
+    return metadata["progress"]
+
+
+def cut_log(path: Path, num_steps: int) -> None:
+    """Drop the lines that were written after the checkpoint, and a line that a killed run left unfinished."""
+    if not path.exists():
+        return
+    kept = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError:
+            break
+        if row["step"] < num_steps:
+            kept.append(line + "\n")
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_text("".join(kept), encoding="utf-8")
+    temporary.replace(path)

@@ -1,0 +1,65 @@
+"""AdamW with a learning rate for each group of weights, its schedule, and the average of the weights."""
+
+import math
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from transformerfam.convert import fam_parameters
+from transformerfam.training.recipe import KeyBiasSection, OptimizerSection, Recipe
+
+
+def build_optimizer(model: PreTrainedModel, recipe: Recipe) -> torch.optim.AdamW:
+    """Return AdamW over all trainable weights: the initial FAM in one group, the rest (LoRA or all) in another."""
+    section = recipe.optimizer
+    prompt = fam_parameters(model)
+    own = {id(parameter) for parameter in prompt}
+    rest = [p for p in model.parameters() if p.requires_grad and id(p) not in own]
+    rest_lr = recipe.lora.lr if recipe.lora is not None and recipe.lora.lr is not None else section.lr
+    prompt_lr = section.lr if section.prompt_lr is None else section.prompt_lr
+    groups = [{"params": rest, "lr": rest_lr, "base_lr": rest_lr}]
+    if prompt:
+        groups.append({"params": prompt, "lr": prompt_lr, "base_lr": prompt_lr, "weight_decay": 0.0})
+    return torch.optim.AdamW(groups, lr=section.lr, betas=section.betas, weight_decay=section.weight_decay)
+
+
+def lr_factor(section: OptimizerSection, step: int, num_steps: int) -> float:
+    """Return what the learning rates are multiplied with at `step`, counted from 0."""
+    warmup = min(1.0, (step + 1) / max(1, section.warmup_steps))
+    if section.schedule == "constant" or step < section.decay_start:
+        return warmup
+    done = (step - section.decay_start) / max(1, num_steps - section.decay_start)
+    left = 1 - done if section.schedule == "linear" else 0.5 * (1 + math.cos(math.pi * done))
+    return warmup * (section.final_lr_fraction + (1 - section.final_lr_fraction) * left)
+
+
+def key_bias_at(section: KeyBiasSection | None, step: int) -> float:
+    """Return the bias on FAM keys at `step`; from `end_step` on it is exactly 0.0."""
+    if section is None or step >= section.end_step:
+        return 0.0
+    done = max(0.0, (step - section.start_step) / (section.end_step - section.start_step))
+    return section.start_value * (1.0 - done)
+
+
+class AverageOfWeights:
+    """An exponential moving average of the trainable weights, whose decay grows with the number of steps."""
+
+    def __init__(self, model: nn.Module, decay: float) -> None:
+        self.decay = decay
+        self.values = {n: p.detach().clone() for n, p in model.named_parameters() if p.requires_grad} if decay else {}
+
+    @torch.no_grad()
+    def update(self, model: nn.Module, step: int) -> None:
+        """Move the average towards the weights after step `step`, counted from 0."""
+        decay = min(self.decay, (step + 1) / (step + 11))
+        for name, parameter in model.named_parameters():
+            if name in self.values:
+                self.values[name].lerp_(parameter, 1 - decay)
+
+    @torch.no_grad()
+    def copy_to(self, model: nn.Module) -> None:
+        """Put the average into the model."""
+        for name, parameter in model.named_parameters():
+            if name in self.values:
+                parameter.copy_(self.values[name])

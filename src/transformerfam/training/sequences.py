@@ -1,0 +1,155 @@
+"""The batch of a training step, as a pure function of seed, step and stage.
+
+Another kind of sequence (packed pieces, a repeated random segment) is one more function that returns a `Row`.
+"""
+
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from transformerfam.errors import RecipeError
+from transformerfam.tasks.passkey import FIRST_KEY, LAST_KEY, FillerStream, PasskeyText
+from transformerfam.tasks.text import encode, read_text
+from transformerfam.training.recipe import DataSection, LossSection, Recipe, Stage
+
+
+@dataclass(frozen=True)
+class Row:
+    """One sequence before it is weighed: its tokens, and where an answer stands at its end."""
+
+    ids: list[int]
+    num_answer_tokens: int
+    """Tokens at the end that must be predicted whole; 0 for plain text."""
+    key: int | None
+    """The key that it asks for."""
+
+
+@dataclass(frozen=True)
+class Batch:
+    """What one step trains on. Position t predicts token t + 1."""
+
+    input_ids_BT: torch.Tensor
+    labels_BT: torch.Tensor
+    """The next token of every position."""
+    weights_BT: torch.Tensor
+    """Weight of every position in the loss; most are zero. Each kind sums to its weight in the recipe."""
+    is_key_BT: torch.Tensor
+    """Positions that predict the key."""
+    question_start: int
+    """First token of the question; the length of the rows where no row asks."""
+    keys: tuple[int | None, ...]
+    """The key that each row asks for."""
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens in all rows."""
+        return self.input_ids_BT.numel()
+
+
+class SequenceBuilder:
+    """Write the batches of a recipe.
+
+    All rows of a batch have one length. It is drawn anew for every step, token by token, so that question and key come
+    to stand at every phase of a block and across its boundaries.
+    """
+
+    def __init__(self, recipe: Recipe, tokenizer: Any) -> None:
+        """Tokenise the fillers.
+
+        Raises:
+            RecipeError: the folder of books is empty.
+        """
+        self.seed = recipe.schedule.seed
+        self.batch_size = recipe.schedule.batch_size
+        self.stages: Sequence[Stage] = recipe.schedule.curriculum
+        self.ask_later = recipe.state_passing.ask_later
+        self.data: DataSection = recipe.data
+        self.loss: LossSection = recipe.loss
+        book = load_books(tokenizer, recipe.data.books) if recipe.data.books else None
+        self.texts = {
+            "passkey_sentences": PasskeyText(tokenizer),
+            "passkey_book": PasskeyText(tokenizer, book) if book else None,
+            "book": PasskeyText(tokenizer, book) if book else None,
+        }
+        text = self.texts["passkey_sentences"]
+        assert text is not None
+        self.num_intro_tokens = len(text.intro_ids(FIRST_KEY))
+        self.num_answer_tokens = len(text.key_ids(FIRST_KEY))
+        self.num_question_tokens = len(text.question_ids)
+
+    def batch(self, step: int, stage_idx: int, carried_keys: Sequence[int | None] | None = None) -> Batch:
+        """Write the batch of a step.
+
+        Args:
+            step: number of the step, from 0.
+            stage_idx: stage of the curriculum, from 0.
+            carried_keys: the key that the passed state of each row holds, or None where it holds none or no state is
+                passed.
+        """
+        draw = random.Random(f"{self.seed}/{step}/{stage_idx}")
+        num_filler = draw.randint(*self.stages[stage_idx].filler_tokens)
+        rows = [self._row(draw, num_filler, carried_keys[i] if carried_keys else None) for i in range(self.batch_size)]
+        length = self.num_intro_tokens + num_filler + self.num_question_tokens + self.num_answer_tokens
+        asks = any(row.key is not None for row in rows)
+        question_start = length - self.num_question_tokens - self.num_answer_tokens if asks else length
+        return self._weigh(rows, draw, question_start)
+
+    def _row(self, draw: random.Random, num_filler: int, carried_key: int | None) -> Row:
+        kinds = ("passkey_sentences", "passkey_book", "book")
+        kind = draw.choices(kinds, [getattr(self.data, name) for name in kinds])[0]
+        start, key = draw.randrange(1 << 30), draw.randint(FIRST_KEY, LAST_KEY)
+        later = draw.random() < self.ask_later and carried_key is not None
+        text = self.texts[kind]
+        assert text is not None
+        if kind == "book":
+            return self._book_row(text, num_filler, start)
+        if later:
+            assert carried_key is not None
+            return self._later_row(text, num_filler, start, carried_key)
+        return Row(text.sequence(key, num_filler, start).ids, self.num_answer_tokens, key)
+
+    def _later_row(self, text: PasskeyText, num_filler: int, start: int, carried_key: int) -> Row:
+        """Go on with filler where the key would be told, and ask for the key of the step before."""
+        filler = text.filler.slice(start, self.num_intro_tokens + num_filler).tolist()
+        return Row(filler + text.question_ids + text.key_ids(carried_key), self.num_answer_tokens, carried_key)
+
+    def _book_row(self, text: PasskeyText, num_filler: int, start: int) -> Row:
+        length = self.num_intro_tokens + num_filler + self.num_question_tokens + self.num_answer_tokens
+        return Row(text.filler.slice(start, length).tolist(), 0, None)
+
+    def _weigh(self, rows: Sequence[Row], draw: random.Random, question_start: int) -> Batch:
+        ids = torch.tensor([row.ids for row in rows])
+        is_key, is_other = torch.zeros_like(ids, dtype=torch.bool), torch.zeros_like(ids, dtype=torch.bool)
+        length = ids.shape[1]
+        for i, row in enumerate(rows):
+            first_answer = length - 1 - row.num_answer_tokens  # position that predicts the first token of the answer
+            is_key[i, first_answer : length - 1] = row.num_answer_tokens > 0
+            chosen = draw.sample(range(first_answer), min(self.loss.num_other_tokens, first_answer))
+            is_other[i, chosen] = True
+        weights = torch.zeros(ids.shape)
+        for mask, weight in ((is_key, self.loss.key), (is_other, self.loss.other_tokens)):
+            weights[mask] = weight / max(1, int(mask.sum()))
+        labels = torch.cat((ids[:, 1:], ids[:, :1]), dim=1)  # the last column has weight 0
+        return Batch(ids, labels, weights, is_key, question_start, tuple(row.key for row in rows))
+
+
+def load_books(tokenizer: Any, folder: str | Path) -> FillerStream:
+    """Tokenise all `.txt` files of a folder, in the order of their names.
+
+    Raises:
+        RecipeError: there is no such file.
+        TransformerFamError: a file is not UTF-8.
+    """
+    paths = sorted(Path(folder).glob("*.txt"))
+    if not paths:
+        raise RecipeError(f"data.books is {str(folder)!r}, required is a folder with at least one .txt file; put books there")
+    tokens: list[int] = []
+    read: Callable[[Path], str] = read_text
+    for path in paths:
+        for paragraph in read(path).split("\n\n"):  # long texts at once make tokenizers slow and warn
+            tokens += encode(tokenizer, paragraph + "\n\n")
+    return FillerStream(tokens, Path(folder).name)

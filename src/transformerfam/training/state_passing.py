@@ -1,0 +1,68 @@
+"""Random state passing (RSP): a step may start from the FAM that the step before ended with.
+
+Source: B.2.3.
+"""
+
+import random
+from dataclasses import dataclass
+
+import torch
+
+from transformerfam.training.recipe import StatePassingSection
+
+
+@dataclass
+class SavedFam:
+    """The FAM that a step left behind."""
+
+    fam_LBFD: torch.Tensor
+    """`(L, B, F, D)`, detached."""
+    keys: tuple[int | None, ...]
+    """The key that each row's FAM was told."""
+
+
+class StatePassing:
+    """Decide which steps start from a saved FAM, and keep it from step to step.
+
+    With probability p a step goes on where the last one ended, so chains of steps have geometric length.
+    """
+
+    def __init__(self, section: StatePassingSection, seed: int) -> None:
+        self.section = section
+        self.seed = seed
+        self.saved: SavedFam | None = None
+        self.started = False
+
+    def update_start(self, step: int, stage_idx: int, is_solved: bool) -> None:
+        """Begin, for good, when the step, the stage or the accuracy of the recipe is reached."""
+        section = self.section
+        conditions = (
+            section.start_step is not None and step >= section.start_step,
+            section.start_stage is not None and stage_idx >= section.start_stage,
+            section.start_accuracy is not None and is_solved,
+            section.start_step is section.start_stage is section.start_accuracy is None,
+        )
+        self.started = self.started or any(conditions)
+
+    def draw(self, step: int) -> SavedFam | None:
+        """Return the FAM that this step starts from, or None for the initial one."""
+        passes = random.Random(f"{self.seed}/pass/{step}").random() < self.section.probability
+        return self.saved if self.started and passes else None
+
+    def keep(self, fam_LBFD: torch.Tensor | None, keys: tuple[int | None, ...]) -> None:
+        """Save a step's FAM; one that is not finite is dropped, so that it cannot poison the steps behind it.
+
+        Args:
+            fam_LBFD: every layer's FAM, or None where the step completed no block.
+            keys: the key that each row asked for.
+        """
+        if self.section.probability == 0:
+            return
+        if fam_LBFD is None or not bool(torch.isfinite(fam_LBFD).all()):
+            self.saved = None
+            return
+        fam_LBFD = fam_LBFD.detach()
+        if self.section.rows == "first":
+            fam_LBFD = fam_LBFD[:, :1].expand_as(fam_LBFD)
+            keys = (keys[0],) * len(keys)
+        self.saved = SavedFam(fam_LBFD.contiguous(), keys)

@@ -1,0 +1,57 @@
+"""The tiny model: a word-level tokenizer for the passkey text, and a small Llama with random weights."""
+
+import re
+
+import torch
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from transformerfam.tasks.passkey import AFTER_KEY, BEFORE_KEY, BETWEEN_KEYS, FILLER_SENTENCES, QUESTION
+from transformerfam.training.recipe import ModelSection
+
+UNKNOWN, BEGIN, END = "<unk>", "<s>", "</s>"
+SPACE = "▁"
+
+
+def build_tiny_tokenizer() -> PreTrainedTokenizerFast:
+    """Return a tokenizer whose words are those of the passkey text; every digit is one token."""
+    text = " ".join((BEFORE_KEY, BETWEEN_KEYS, AFTER_KEY, FILLER_SENTENCES, QUESTION))
+    words = [f"{SPACE}{word}" for word in sorted(set(re.findall(r"[A-Za-z]+", text)))]
+    first_word = BEFORE_KEY.split()[0]  # stands without a space in front of it
+    vocabulary = [UNKNOWN, BEGIN, END, SPACE, *"0123456789", ".", "?", first_word, *words]
+    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(vocabulary)}, unk_token=UNKNOWN))
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Metaspace(SPACE, prepend_scheme="never"),
+            pre_tokenizers.Split(Regex(f"{SPACE}(?=[0-9])|[0-9]|[^A-Za-z0-9{SPACE}]"), "isolated"),
+        ]
+    )
+    tokenizer.decoder = decoders.Sequence([decoders.Fuse(), decoders.Replace(SPACE, " ")])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        unk_token=UNKNOWN,
+        bos_token=BEGIN,
+        eos_token=END,
+        pad_token=END,
+        clean_up_tokenization_spaces=False,
+    )
+
+
+def build_tiny_model(section: ModelSection, vocab_size: int) -> LlamaForCausalLM:
+    """Return a small Llama in float32 with random weights that depend on `section.seed` alone."""
+    config = LlamaConfig(
+        vocab_size=vocab_size,
+        hidden_size=section.hidden_size,
+        intermediate_size=section.intermediate_size,
+        num_hidden_layers=section.num_hidden_layers,
+        num_attention_heads=section.num_attention_heads,
+        num_key_value_heads=section.num_key_value_heads,
+        bos_token_id=1,
+        eos_token_id=2,
+        pad_token_id=2,
+        tie_word_embeddings=False,
+        attn_implementation="sdpa",
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(section.seed)
+        return LlamaForCausalLM(config)

@@ -1,0 +1,311 @@
+"""Train a memory by a recipe: the loop, its log, its checkpoints, and what is kept at the end."""
+
+import contextlib
+import json
+import signal
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+from torch import nn
+
+from transformerfam.adapter import FamAdapter
+from transformerfam.convert import set_key_bias
+from transformerfam.errors import NonFiniteLossError, RecipeError, TransformerFamError
+from transformerfam.files import write_text
+from transformerfam.models import BASE_NOTE, save_model
+from transformerfam.training.blocks import StepOutput, find_non_finite, run_batch
+from transformerfam.training.checkpoint import CHECKPOINT_FILE, cut_log, load_checkpoint, save_checkpoint
+from transformerfam.training.optimizer import AverageOfWeights, build_optimizer, key_bias_at, lr_factor
+from transformerfam.training.recipe import Recipe, build_recipe
+from transformerfam.training.sequences import Batch, SequenceBuilder
+from transformerfam.training.setup import build_trainee
+from transformerfam.training.state_passing import StatePassing
+
+LOG_FILE = "log.jsonl"
+RECIPE_FILE = "recipe.json"
+
+
+@dataclass(frozen=True)
+class TrainingResult:
+    """How a run ended."""
+
+    folder: Path
+    steps: int
+    """Steps that were done, all runs together."""
+    seconds: float
+    is_complete: bool
+    """False when it was interrupted; a checkpoint is there, and no memory yet."""
+    message: str
+    """What to tell the user."""
+
+
+class Trainer:
+    """Train the memory of a recipe in a folder.
+
+    The folder gets `log.jsonl`, `checkpoint.safetensors`, `recipe.json` and, at the end, the trained memory: a whole
+    model after full training, an adapter in float16 after LoRA.
+    """
+
+    def __init__(self, recipe: Recipe, folder: str | Path, resume: bool = False) -> None:
+        """Build model, data and optimizer.
+
+        Args:
+            recipe: what to train.
+            folder: where to; made if need be.
+            resume: go on from the folder's checkpoint.
+
+        Raises:
+            RecipeError: the folder holds a run already and `resume` is False, or another recipe's and it is True.
+            CorruptFileError: `resume` is True and there is no checkpoint that can be read.
+        """
+        self.recipe = recipe
+        self.folder = Path(folder)
+        if recipe.schedule.threads is not None:
+            torch.set_num_threads(recipe.schedule.threads)
+        torch.set_flush_denormal(True)
+        torch.manual_seed(recipe.schedule.seed)
+        self._check_folder(resume)
+        self.model, self.tokenizer = build_trainee(recipe)
+        self.sequences = SequenceBuilder(recipe, self.tokenizer)
+        self.optimizer = build_optimizer(self.model, recipe)
+        self.average = AverageOfWeights(self.model, recipe.optimizer.average_decay)
+        self.passing = StatePassing(recipe.state_passing, recipe.schedule.seed)
+        self.step = 0
+        self.stage_idx = 0
+        self.steps_in_stage = 0
+        self.accuracies: deque[float] = deque(maxlen=recipe.schedule.curriculum[0].window)
+        self.seconds = 0.0
+        self.num_tokens = 0
+        self._is_interrupted = False
+        if resume:
+            self._restore()
+
+    def _check_folder(self, resume: bool) -> None:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        path = self.folder / RECIPE_FILE
+        values = json.loads(json.dumps(self.recipe.to_dict()))
+        if resume and path.exists():
+            before = json.loads(path.read_text(encoding="utf-8"))
+            different = [name for name in values if values[name] != before.get(name) and name != "schedule"]
+            if different:
+                raise RecipeError(
+                    f"{self.folder} was trained with another recipe: section {different[0]} differs; resume with the "
+                    "same recipe, or train into another folder"
+                )
+        elif not resume and (self.folder / CHECKPOINT_FILE).exists():
+            raise RecipeError(
+                f"{self.folder} holds a run already; go on with it by --resume, or train into another folder"
+            )
+        write_text(path, json.dumps(values, indent=2) + "\n")
+
+    # The loop
+
+    def run(self, on_step: Callable[["Trainer", dict[str, Any]], None] | None = None) -> TrainingResult:
+        """Train to the end, or to Ctrl-C.
+
+        Args:
+            on_step: called after every step with the trainer and the step's values, for progress.
+
+        Raises:
+            NonFiniteLossError: the loss or a gradient is not finite; nothing of that step reaches the weights.
+        """
+        schedule = self.recipe.schedule
+        self.model.train()
+        begin, seconds_before = time.monotonic(), self.seconds
+        last_save = begin
+        with self._interrupts(), (self.folder / LOG_FILE).open("a", encoding="utf-8") as log:
+            while self.step < schedule.steps and not self._is_interrupted:
+                row = self._train_step()
+                now = time.monotonic()
+                self.seconds = seconds_before + now - begin
+                row |= {"seconds": round(self.seconds, 2), "tokens_per_second": round(self.num_tokens / self.seconds, 1)}
+                if row["step"] % schedule.log_every == 0:
+                    log.write(json.dumps(row) + "\n")
+                    log.flush()
+                if on_step is not None:
+                    on_step(self, row)
+                if now - last_save >= schedule.checkpoint_seconds:
+                    self.save_checkpoint()
+                    last_save = time.monotonic()
+                if schedule.max_seconds is not None and self.seconds >= schedule.max_seconds:
+                    break
+        self.save_checkpoint()
+        if self._is_interrupted:
+            text = f"stopped after step {self.step} of {schedule.steps}; go on with: fam train RECIPE --resume"
+            return TrainingResult(self.folder, self.step, self.seconds, False, text)
+        self.save_memory()
+        text = f"{self.step} steps in {self.seconds:.0f} s; the memory is in {self.folder}"
+        return TrainingResult(self.folder, self.step, self.seconds, True, text)
+
+    def _train_step(self) -> dict[str, Any]:
+        step, recipe = self.step, self.recipe
+        section = recipe.optimizer
+        if recipe.key_bias is not None:
+            set_key_bias(self.model, key_bias_at(recipe.key_bias, step))
+        factor = lr_factor(section, step, recipe.schedule.steps)
+        for group in self.optimizer.param_groups:
+            group["lr"] = group["base_lr"] * factor
+        saved = self.passing.draw(step)
+        batch = self.sequences.batch(step, self.stage_idx, None if saved is None else saved.keys)
+        fam = None if saved is None else saved.fam_LBFD
+        output = run_batch(
+            self.model,
+            batch,
+            self.model.init_state(len(batch.keys), fam=fam),
+            checkpoint_blocks=recipe.schedule.checkpoint_blocks,
+            pass_before_question=recipe.state_passing.before_question,
+        )
+        self._require_finite(output.loss, batch, fam)
+        self.optimizer.zero_grad()
+        output.loss.backward()
+        trained = [p for group in self.optimizer.param_groups for p in group["params"]]
+        grad_norm = nn.utils.clip_grad_norm_(trained, section.clip_norm)
+        if not bool(torch.isfinite(grad_norm)):
+            raise NonFiniteLossError(self._name_non_finite_gradient())
+        self.optimizer.step()
+        self.average.update(self.model, step)
+        self.passing.keep(output.passed_fam_LBFD, batch.keys)
+        row = self._describe(output, batch, float(grad_norm), saved is not None)
+        self._advance(row["key_accuracy"])
+        return row
+
+    def _advance(self, key_accuracy: float | None) -> None:
+        """Count the step, and go on to the next stage of the curriculum when it is due."""
+        self.step += 1
+        self.steps_in_stage += 1
+        if key_accuracy is not None:
+            self.accuracies.append(key_accuracy)
+        stages = self.recipe.schedule.curriculum
+        stage = stages[self.stage_idx]
+        is_full = len(self.accuracies) == self.accuracies.maxlen
+        is_solved = (
+            stage.advance_accuracy is not None
+            and is_full
+            and sum(self.accuracies) / len(self.accuracies) >= stage.advance_accuracy
+        )
+        is_last = self.stage_idx == len(stages) - 1
+        wanted = self.recipe.state_passing.start_accuracy
+        passes = is_last and is_full and wanted is not None and sum(self.accuracies) / len(self.accuracies) >= wanted
+        if not is_last and (is_solved or (stage.max_steps is not None and self.steps_in_stage >= stage.max_steps)):
+            self.stage_idx += 1
+            self.steps_in_stage = 0
+            self.accuracies = deque(maxlen=stages[self.stage_idx].window)
+        self.passing.update_start(self.step, self.stage_idx, passes)
+
+    def _describe(self, output: StepOutput, batch: Batch, grad_norm: float, is_passed: bool) -> dict[str, Any]:
+        self.num_tokens += batch.num_tokens
+        fam = output.passed_fam_LBFD
+        norm = None if fam is None else float(fam.float().pow(2).mean(-1).sqrt().mean((1, 2)).max())
+        asks = output.is_right_B.numel() > 0
+        return {
+            "step": self.step,
+            "stage": self.stage_idx,
+            "state_passed": is_passed,
+            "loss": output.loss.item(),
+            "key_loss": output.key_loss.item() if asks else None,
+            "key_accuracy": output.is_right_B.float().mean().item() if asks else None,
+            "grad_norm": grad_norm,
+            "fam_norm": norm,
+            "lr": self.optimizer.param_groups[0]["lr"],
+            "fam_key_bias": self.model.fam_config.fam_key_bias,
+            "tokens": self.num_tokens,
+        }
+
+    def _require_finite(self, loss: torch.Tensor, batch: Batch, fam: torch.Tensor | None) -> None:
+        if bool(torch.isfinite(loss)):
+            return
+        with torch.no_grad():
+            state = self.model.init_state(len(batch.keys), fam=fam)
+        place = find_non_finite(self.model, batch, state)
+        raise NonFiniteLossError(
+            f"loss is {loss.item()} at step {self.step}; hidden states are first not finite in {place}; lower "
+            "optimizer.lr or optimizer.clip_norm, or set fam.fam_norm_bound, and resume from the last checkpoint"
+        )
+
+    def _name_non_finite_gradient(self) -> str:
+        for name, parameter in self.model.named_parameters():
+            if parameter.grad is not None and not bool(torch.isfinite(parameter.grad).all()):
+                break
+        return (
+            f"the gradient of {name} is not finite at step {self.step}, though the loss is; lower optimizer.lr, or set "
+            "fam.fam_norm_bound, and resume from the last checkpoint"
+        )
+
+    # Ctrl-C, checkpoints, results
+
+    @contextlib.contextmanager
+    def _interrupts(self) -> Iterator[None]:
+        """Let Ctrl-C end the run after the step at hand; a second one ends it at once."""
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+
+        def stop(number: int, frame: FrameType | None) -> None:
+            self._is_interrupted = True
+            signal.signal(signal.SIGINT, before)
+
+        before = signal.signal(signal.SIGINT, stop)
+        try:
+            yield
+        finally:
+            signal.signal(signal.SIGINT, before)
+
+    def save_checkpoint(self) -> None:
+        """Write everything that the next step depends on."""
+        progress = {
+            "step": self.step,
+            "stage_idx": self.stage_idx,
+            "steps_in_stage": self.steps_in_stage,
+            "accuracies": list(self.accuracies),
+            "seconds": self.seconds,
+            "num_tokens": self.num_tokens,
+        }
+        save_checkpoint(self.folder, self.model, self.optimizer, self.average, self.passing, progress)
+
+    def _restore(self) -> None:
+        progress = load_checkpoint(self.folder, self.model, self.optimizer, self.average, self.passing)
+        self.step, self.stage_idx = progress["step"], progress["stage_idx"]
+        self.steps_in_stage = progress["steps_in_stage"]
+        window = self.recipe.schedule.curriculum[self.stage_idx].window
+        self.accuracies = deque(progress["accuracies"], maxlen=window)
+        self.seconds, self.num_tokens = progress["seconds"], progress["num_tokens"]
+        cut_log(self.folder / LOG_FILE, self.step)
+
+    def save_memory(self) -> None:
+        """Write the trained memory into the folder, with the averaged weights where the recipe asks for them."""
+        self.average.copy_to(self.model)
+        if self.recipe.key_bias is not None:
+            set_key_bias(self.model, 0.0)
+        self.model.eval()
+        notes = {
+            BASE_NOTE: self.recipe.model.base,
+            "recipe": json.loads(json.dumps(self.recipe.to_dict())),
+            "steps": self.step,
+            "seconds": round(self.seconds),
+            "num_tokens": self.num_tokens,
+            "max_training_filler_tokens": max(s.filler_tokens[1] for s in self.recipe.schedule.curriculum),
+        }
+        if self.recipe.lora is None:
+            save_model(self.model, self.tokenizer, self.folder, notes)
+        else:
+            FamAdapter.from_model(self.model, notes=notes).save_pretrained(self.folder, dtype=torch.float16)
+
+
+def recipe_of_run(folder: str | Path) -> Recipe:
+    """Return the recipe that a folder was trained with.
+
+    Raises:
+        TransformerFamError: the folder holds no run.
+    """
+    path = Path(folder) / RECIPE_FILE
+    try:
+        return build_recipe(json.loads(path.read_text(encoding="utf-8")))
+    except OSError as error:
+        raise TransformerFamError(f"{folder} holds no training run: {path.name} is missing; give its folder") from error
