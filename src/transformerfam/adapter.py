@@ -119,7 +119,7 @@ class FamAdapter:
         if getattr(model, "peft_config", None):
             peft = require_peft()
             values = model.peft_config["default"].to_dict()
-            adapter.lora_config = json.loads(json.dumps(values, default=lambda v: sorted(v) if isinstance(v, set) else str(v)))
+            adapter.lora_config = json.loads(json.dumps(values, default=_plain))
             adapter.lora = {
                 name: value.detach().clone() for name, value in peft.get_peft_model_state_dict(model).items()
             }
@@ -178,7 +178,9 @@ class FamAdapter:
             try:
                 lora = load_file(folder / LORA_FILE)
             except (OSError, SafetensorError) as error:
-                raise CorruptFileError(f"{folder / LORA_FILE} cannot be read ({error}); copy the adapter again") from error
+                raise CorruptFileError(
+                    f"{folder / LORA_FILE} cannot be read ({error}); copy the adapter again"
+                ) from error
             if digest_tensors(lora) != metadata["lora_digest"]:
                 raise CorruptFileError(f"{folder / LORA_FILE} is damaged: its checksum does not match; copy it again")
         return cls(
@@ -239,6 +241,11 @@ class FamAdapter:
             if merge:
                 merge_lora(model)
         return model
+
+
+def _plain(value: Any) -> Any:
+    """Turn PEFT's sets and enumerations into JSON values."""
+    return sorted(value) if isinstance(value, set) else str(value)
 
 
 def _required(tensors: dict[str, torch.Tensor], name: str, like: nn.Parameter) -> torch.Tensor:

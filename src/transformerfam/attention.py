@@ -47,6 +47,7 @@ class KeyTurner:
         self.inverse_frequencies = inverse_frequencies.detach().to("cpu", torch.float64)
         self._tables: dict[tuple[float, torch.dtype, torch.device], tuple[torch.Tensor, torch.Tensor]] = {}
 
+    @torch.inference_mode(mode=False)
     def _table(self, distance: float, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         name = (distance, like.dtype, like.device)
         if name not in self._tables:
@@ -116,11 +117,14 @@ class Phase:
         elif self.memory[0]:
             start = sections.older_fams - self.memory[0] * config.block_size
         else:
-            start = sections.fam - self.older[0] * config.fam_length if sections.fam < sections.block else sections.block
+            start = (
+                sections.fam - self.older[0] * config.fam_length if sections.fam < sections.block else sections.block
+            )
         return slice(start, stop)
 
 
 @functools.lru_cache(maxsize=8)
+@torch.inference_mode(mode=False)
 def piece_mask(
     config: FamConfig, has_fam: bool, num_rows: int, phase: Phase, dtype: torch.dtype, device: torch.device
 ) -> torch.Tensor:
@@ -166,7 +170,8 @@ def piece_mask(
     mask[seen & is_fam] = config.fam_key_bias
     if num_rows:
         rows_see = (is_block & (in_block < fills + counts)) | (is_fam & (slot >= sections.fam))
-        rows = torch.where(rows_see, 0.0, shut).to(dtype).expand(len(phase.fills), num_rows, -1)
+        rows = torch.full(rows_see.shape, shut, dtype=dtype).masked_fill(rows_see, 0)
+        rows = rows.expand(len(phase.fills), num_rows, -1)
         mask = torch.cat((rows, mask), dim=1)
     return mask[..., phase.window_of_slots(config, sections)].contiguous()[:, None].to(device)
 
@@ -212,9 +217,11 @@ class Piece:
         if not self.num_rows:
             return tokens.to(device)
         if config.fam_position == "zero":  # absolute, so it moves away from the block with every block
-            blocks = self.state.num_blocks_per_row if len(set(self.state.num_blocks_per_row)) > 1 else [
-                self.state.num_blocks_per_row[0]
-            ]
+            blocks = (
+                self.state.num_blocks_per_row
+                if len(set(self.state.num_blocks_per_row)) > 1
+                else [self.state.num_blocks_per_row[0]]
+            )
             behind = torch.tensor([self.state.position_offset + n * config.block_size for n in blocks])[:, None]
             rows = (start - behind).expand(-1, self.num_rows)
         else:

@@ -40,7 +40,8 @@ def check_structure(model: Any, config: FamConfig, served: Sequence[str]) -> Non
     decoder = model.get_decoder()
     if not hasattr(decoder, "rotary_emb") or not hasattr(decoder.rotary_emb, "inv_freq"):
         raise UnsupportedModelError(
-            f"{name} has no rotary position embedding (RoPE), which the memory's positions need; choose a model with RoPE"
+            f"{name} has no rotary position embedding (RoPE), which the memory's positions need; choose a model with "
+            "RoPE"
         )
     if model_type not in served:
         raise UnsupportedModelError(f"model type {model_type!r} is not served, required is one of {', '.join(served)}")
@@ -52,7 +53,8 @@ def check_structure(model: Any, config: FamConfig, served: Sequence[str]) -> Non
     rope_type = decoder.rotary_emb.rope_type
     if rope_type in ("dynamic", "longrope"):
         raise UnsupportedModelError(
-            f"RoPE of type {rope_type!r} changes with the length of the text, so keys cannot be turned; set another type"
+            f"RoPE of type {rope_type!r} changes with the length of the text, so keys cannot be turned; set another "
+            "type"
         )
     num_layers = len(decoder.layers)
     if config.fam_layers is not None and max(config.fam_layers) >= num_layers:
@@ -114,8 +116,8 @@ def _require_equal(seam: str, there: torch.Tensor, required: torch.Tensor) -> No
     limit = RELATIVE_TOLERANCE[required.dtype]
     if not error <= limit:  # also refuses NaN
         raise UnsupportedModelError(
-            f"the {seam} seam does not fit this model: relative error {error:.1e}, allowed is {limit:.0e}; the family's "
-            "forward in this transformers version differs from what conversion knows"
+            f"the {seam} seam does not fit this model: relative error {error:.1e}, allowed is {limit:.0e}; the "
+            "family's forward in this transformers version differs from what conversion knows"
         )
 
 

@@ -331,13 +331,13 @@ class FamState(Cache):
             "starts_from_saved_fam": self.starts_from_saved_fam,
             "position_offset": self.position_offset,
         }
-        tensors = {f"layers.{i}.{name}": t for i, layer in enumerate(self.layers) for name, t in layer.tensors().items()}
+        tensors = {
+            f"layers.{i}.{name}": t for i, layer in enumerate(self.layers) for name, t in layer.tensors().items()
+        }
         save_tensors(path, tensors, metadata)
 
     @classmethod
-    def load(
-        cls, path: str | os.PathLike[str], model: torch.nn.Module, batch_size: int | None = None
-    ) -> "FamState":
+    def load(cls, path: str | os.PathLike[str], model: torch.nn.Module, batch_size: int | None = None) -> "FamState":
         """Read a state that was saved on the same model.
 
         Args:

@@ -1,0 +1,196 @@
+"""The forward of a converted decoder: input of any length, piece by piece.
+
+The class's own forward runs once per piece, and a piece never crosses a block boundary. Every sequence of a batch keeps
+its own place in its block, so that padding and decoding never mix them up.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.modeling_outputs import BaseModelOutputWithPast
+
+from transformerfam.attention import Piece
+from transformerfam.errors import StateMismatchError, TransformerFamError
+from transformerfam.memory import FamMemory, run_decoder
+from transformerfam.state import FamState
+
+
+def check_ids(input_ids: torch.Tensor, vocab_size: int) -> None:
+    """Refuse empty input and token ids out of range.
+
+    Raises:
+        TransformerFamError: with the id and the range.
+    """
+    if input_ids.numel() == 0:
+        raise TransformerFamError("input is empty, required is at least one token; give token ids")
+    low, high = int(input_ids.min()), int(input_ids.max())
+    if low < 0 or high >= vocab_size:
+        raise TransformerFamError(
+            f"token id {low if low < 0 else high} is out of range, required is 0 to {vocab_size - 1}; use the "
+            "tokenizer of this model"
+        )
+
+
+def _check_mask(attention_mask: torch.Tensor | None, batch_size: int, length: int) -> torch.Tensor | None:
+    """Return the `(B, T)` boolean mask of this call's tokens, or None where all are real."""
+    if attention_mask is None:
+        return None
+    if attention_mask.dim() != 2 or len(attention_mask) != batch_size or attention_mask.shape[1] < length:
+        raise TransformerFamError(
+            f"attention_mask has shape {tuple(attention_mask.shape)}, required is (batch, tokens) "
+            f"({batch_size}, {length}); a converted model makes its own mask of blocks and memory"
+        )
+    valid = attention_mask[:, -length:].bool()  # while it decodes, generate gives the whole text's mask
+    return None if bool(valid.all()) else valid
+
+
+def read_pieces(
+    self: nn.Module,
+    input_ids: torch.Tensor | None = None,
+    attention_mask: torch.Tensor | None = None,
+    position_ids: torch.Tensor | None = None,
+    past_key_values: FamState | None = None,
+    inputs_embeds: torch.Tensor | None = None,
+    use_cache: bool | None = None,
+    **kwargs: Any,
+) -> BaseModelOutputWithPast:
+    """Run the decoder over tokens of any number, piece by piece; a piece never crosses a block boundary.
+
+    This is `forward` of a converted model's decoder. `position_ids` are not used: positions follow from the state.
+
+    Args:
+        self: the decoder.
+        input_ids: `(B, T)` new tokens.
+        attention_mask: `(B, T)`, 1 for tokens and 0 for padding; of a longer mask the last T columns count.
+        position_ids: ignored.
+        past_key_values: the state to advance; None starts one.
+        inputs_embeds: `(B, T, D)` instead of `input_ids`.
+        use_cache: False leaves the state out of the output.
+        **kwargs: go on to the model's own forward.
+
+    Returns:
+        Hidden states `(B, T, D)` after the last norm (of padding: any finite values), and the state.
+    """
+    if (input_ids is None) == (inputs_embeds is None):
+        raise TransformerFamError("exactly one of input_ids and inputs_embeds is required")
+    if self.gradient_checkpointing and self.training:
+        raise TransformerFamError(
+            "gradient checkpointing of single layers drops the state that a converted model needs; call "
+            "model.gradient_checkpointing_disable(), and checkpoint whole blocks as transformerfam.training does"
+        )
+    if kwargs.get("output_attentions"):
+        raise TransformerFamError(
+            "output_attentions is not available on a converted model, since every piece sees another number of keys; "
+            "call it with output_attentions=False"
+        )
+    if inputs_embeds is None:
+        check_ids(input_ids, self.embed_tokens.num_embeddings)
+        inputs_embeds = self.embed_tokens(input_ids)
+    batch_size, length = inputs_embeds.shape[:2]
+    state = _own_state(self, past_key_values, batch_size)
+    valid = _check_mask(attention_mask, batch_size, length)
+    lengths = [length] * batch_size if valid is None else valid.sum(1).tolist()
+    if valid is not None:  # move padding behind the tokens
+        order = torch.argsort(~valid, dim=1, stable=True)
+        inputs_embeds = inputs_embeds.take_along_dim(order[..., None], dim=1)
+    done = [0] * batch_size
+    columns: list[list[int]] = [[] for _ in lengths]  # where each token's result stands in the joined pieces
+    pieces: list[BaseModelOutputWithPast] = []
+    width = 0
+    while any(d < n for d, n in zip(done, lengths, strict=True)):
+        block_size = state.config.block_size
+        counts = [min(n - d, block_size - f) for n, d, f in zip(lengths, done, state.block_fill, strict=True)]
+        pieces.append(_run_piece(self, state, _slice_rows(inputs_embeds, done, counts), counts, kwargs))
+        for row, count in enumerate(counts):
+            columns[row] += range(width, width + count)
+            done[row] += count
+        width += max(counts)
+    return _join(pieces, columns, valid, inputs_embeds, state if use_cache is not False else None)
+
+
+def _own_state(decoder: nn.Module, cache: Any, batch_size: int) -> FamState:
+    memory: FamMemory = decoder.fam
+    if cache is None:
+        return memory.identity.model.init_state(batch_size)
+    if not isinstance(cache, FamState):
+        raise StateMismatchError(
+            f"past_key_values is a {type(cache).__name__}, required is a FamState; start one with model.init_state()"
+        )
+    if cache.batch_size != batch_size:
+        raise StateMismatchError(
+            f"state holds {cache.batch_size} sequences, input has {batch_size}; start a new state with "
+            f"init_state(batch_size={batch_size})"
+        )
+    if cache.identity is not memory.identity and cache.identity.architecture != memory.identity.architecture:
+        raise StateMismatchError("state belongs to another model; start a new one with model.init_state()")
+    if cache.config.replace(fam_key_bias=0.0) != memory.config.replace(fam_key_bias=0.0):
+        raise StateMismatchError(
+            f"state was made with {cache.config}, the model has {memory.config}; start a new one with "
+            "model.init_state()"
+        )
+    return cache
+
+
+def _slice_rows(inputs_BTD: torch.Tensor, starts: list[int], counts: list[int]) -> torch.Tensor:
+    """Return each sequence's next tokens, `(B, max(counts), D)`; what lies behind a sequence's count is padding."""
+    longest = max(counts)
+    if len(set(starts)) == 1:
+        return inputs_BTD[:, starts[0] : starts[0] + longest]
+    columns = torch.tensor(starts)[:, None] + torch.arange(longest)
+    columns = columns.clamp(max=inputs_BTD.shape[1] - 1).to(inputs_BTD.device)
+    return inputs_BTD.take_along_dim(columns[..., None], dim=1)
+
+
+def _run_piece(
+    decoder: nn.Module, state: FamState, tokens_BTD: torch.Tensor, counts: list[int], kwargs: dict[str, Any]
+) -> BaseModelOutputWithPast:
+    """Send one piece through the layers, and move the state on once it is through."""
+    piece = Piece(state, counts, decoder.fam.turner)
+    if piece.num_rows:
+        rows = tokens_BTD.new_zeros(len(tokens_BTD), piece.num_rows, tokens_BTD.shape[2])
+        tokens_BTD = torch.cat((rows, tokens_BTD), dim=1)
+    state.step = piece
+    try:
+        output = run_decoder(decoder, tokens_BTD, piece.position_ids(tokens_BTD.device), state, **kwargs)
+        piece.advance()
+    finally:
+        state.step = None
+    output.last_hidden_state = output.last_hidden_state[:, piece.num_rows :]
+    if output.hidden_states is not None:
+        output.hidden_states = tuple(hidden[:, piece.num_rows :] for hidden in output.hidden_states)
+    return output
+
+
+def _join(
+    pieces: list[BaseModelOutputWithPast],
+    columns: list[list[int]],
+    valid: torch.Tensor | None,
+    inputs_BTD: torch.Tensor,
+    state: FamState | None,
+) -> BaseModelOutputWithPast:
+    """Join the pieces' hidden states and put every token's back where the caller had it."""
+    if not pieces:  # a chunk of padding alone
+        return BaseModelOutputWithPast(last_hidden_state=torch.zeros_like(inputs_BTD), past_key_values=state)
+    in_order = columns[0] == list(range(inputs_BTD.shape[1])) and all(c == columns[0] for c in columns)
+    index = None
+    if not in_order:
+        placed = torch.zeros(inputs_BTD.shape[:2], dtype=torch.long)
+        for row, own in enumerate(columns):
+            targets = torch.arange(len(own)) if valid is None else valid[row].cpu().nonzero()[:, 0]
+            placed[row, targets] = torch.tensor(own, dtype=torch.long)
+        index = placed[..., None].to(inputs_BTD.device)
+
+    def joined(parts: Sequence[torch.Tensor]) -> torch.Tensor:
+        whole = parts[0] if len(parts) == 1 else torch.cat(list(parts), dim=1)
+        return whole if index is None else whole.take_along_dim(index, dim=1)
+
+    hidden_states = None
+    if pieces[0].hidden_states is not None:
+        hidden_states = tuple(joined(parts) for parts in zip(*(p.hidden_states for p in pieces), strict=True))
+    return BaseModelOutputWithPast(
+        last_hidden_state=joined([piece.last_hidden_state for piece in pieces]),
+        past_key_values=state,
+        hidden_states=hidden_states,
+    )

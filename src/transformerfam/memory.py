@@ -1,0 +1,147 @@
+"""What conversion adds to a decoder: the parameters of the memory, and the initial FAM made from them."""
+
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import Cache, PreTrainedModel
+from transformers.modeling_outputs import BaseModelOutputWithPast
+
+from transformerfam.attention import KeyTurner, fam_offsets, first_position
+from transformerfam.config import FamConfig
+from transformerfam.errors import TransformerFamError
+from transformerfam.identity import ModelIdentity
+
+
+class FamMemory(nn.Module):
+    """The parameters and settings that conversion adds to a decoder, as its submodule `fam`.
+
+    Attributes:
+        prompt: `(F, D)` embeddings from which the initial FAM is made (`fam_init="prompt"`).
+        prefix: `(L, F, D)` initial FAM of every layer (`fam_init="prefix"`).
+    """
+
+    def __init__(self, config: FamConfig, embedding: nn.Embedding, num_layers: int) -> None:
+        super().__init__()
+        self.config = config
+        self.turner: KeyTurner | None = None
+        self.identity: ModelIdentity | None = None
+        if config.fam_length == 0:
+            return
+        rows = initial_prompt(embedding, config.fam_length)
+        if config.fam_init == "prompt":
+            self.prompt = nn.Parameter(rows)
+        else:
+            self.prefix = nn.Parameter(rows.expand(num_layers, -1, -1).clone())
+
+
+def initial_prompt(embedding: nn.Embedding, fam_length: int) -> torch.Tensor:
+    """Return the prompt that conversion starts from, `(F, D)`: the mean embedding, each row moved a little.
+
+    The rows differ by a hundredth of the embeddings' spread, from a generator of their own, so that equal models
+    convert to equal memories and no two rows stay twins in training.
+    """
+    weight = embedding.weight.detach().float()
+    noise = torch.randn(fam_length, weight.shape[1], generator=torch.Generator().manual_seed(0))
+    rows = weight.mean(0) + 0.01 * weight.std() * noise.to(weight.device)
+    return rows.to(embedding.weight.dtype)
+
+
+def memory_of(model: PreTrainedModel) -> FamMemory:
+    """Return the converted model's `FamMemory`.
+
+    Raises:
+        TransformerFamError: the model is not converted.
+    """
+    memory = getattr(model.get_decoder(), "fam", None)
+    if memory is None:
+        raise TransformerFamError("the model has no memory yet; call convert(model, FamConfig(...)) first")
+    return memory
+
+
+def fam_parameters(model: PreTrainedModel) -> list[nn.Parameter]:
+    """Return the only new parameters: prompt `(F, D)` or prefix `(L, F, D)`; none for BSWA."""
+    return list(memory_of(model).parameters())
+
+
+def set_key_bias(model: PreTrainedModel, value: float) -> None:
+    """Set `fam_key_bias` of a converted model; states that exist keep theirs."""
+    memory = memory_of(model)
+    memory.config = memory.config.replace(fam_key_bias=float(value))
+    model.fam_config = memory.config
+
+
+class InitialFam:
+    """Send the prompt up alone and note what enters every layer: the initial FAM (B.1)."""
+
+    def __init__(self) -> None:
+        self.fams: list[torch.Tensor] = []
+
+    def enter_layer(self, layer: None, hidden_BTD: torch.Tensor) -> torch.Tensor:
+        """Note a layer's input `(1, F, D)`."""
+        self.fams.append(hidden_BTD)
+        return hidden_BTD
+
+    def mask(self, layer: None, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+        """Let every prompt row see every other."""
+        length = self.fams[-1].shape[1]
+        return torch.zeros(1, 1, length, length, dtype=dtype, device=device)
+
+    def attend(self, layer: None, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keep nothing."""
+        return key, value
+
+    def after_attention(self, layer: None, output_BTD: torch.Tensor) -> torch.Tensor:
+        """Leave the attention output as it is."""
+        return output_BTD
+
+    def leave_layer(self, layer: None, hidden_BTD: torch.Tensor) -> None:
+        """Note nothing."""
+
+
+class _PromptCache(Cache):
+    """The cache of the prompt's way up: it keeps nothing."""
+
+    def __init__(self, num_layers: int) -> None:
+        super().__init__(layers=[])
+        self.layers = [None] * num_layers
+        self.step = InitialFam()
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        return key_states, value_states
+
+
+def run_decoder(
+    decoder: nn.Module, embeddings_BTD: torch.Tensor, positions: torch.Tensor, cache: Cache, **kwargs: Any
+) -> BaseModelOutputWithPast:
+    """Run the class's own forward over one piece; every layer gets its mask from the piece."""
+    return type(decoder).forward(
+        decoder,
+        inputs_embeds=embeddings_BTD,
+        attention_mask=torch.zeros(1, 1, 1, 1, dtype=embeddings_BTD.dtype, device=embeddings_BTD.device),
+        position_ids=positions,
+        past_key_values=cache,
+        use_cache=True,
+        **kwargs,
+    )
+
+
+def initial_fam(decoder: nn.Module) -> list[torch.Tensor]:
+    """Return every layer's initial FAM, `(1, F, D)` each.
+
+    Source: B.1, "prompt tuning" and, for the ablation, "prefix tuning".
+    """
+    memory: FamMemory = decoder.fam
+    config = memory.config
+    if config.fam_init == "prefix":
+        return [rows[None] for rows in memory.prefix]
+    if config.fam_position == "zero":
+        positions = torch.zeros(1, config.fam_length, dtype=torch.long)
+    else:
+        positions = (fam_offsets(config) + first_position(config))[None]
+        positions = positions.float() if config.fam_position == "fractional" else positions.long()
+    cache = _PromptCache(len(decoder.layers))
+    run_decoder(decoder, memory.prompt[None], positions.to(memory.prompt.device), cache)
+    return cache.step.fams

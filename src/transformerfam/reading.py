@@ -1,0 +1,149 @@
+"""The methods that a converted model has beside its own: `init_state`, `read`, and the cache of `generate`."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from transformerfam.errors import ReadInterrupted, StateMismatchError, TransformerFamError
+from transformerfam.forward import check_ids
+from transformerfam.memory import initial_fam, memory_of
+from transformerfam.progress import reading_bar
+from transformerfam.state import FamLayer, FamState, Sections
+
+Progress = Callable[[int, int, FamState], None]
+
+
+def init_state(
+    self: PreTrainedModel,
+    batch_size: int = 1,
+    fam: torch.Tensor | None = None,
+    position_offset: int = 0,
+    is_saved: Sequence[bool] | None = None,
+) -> FamState:
+    """Start a reading: allocate all of its state.
+
+    Args:
+        self: the converted model.
+        batch_size: number of sequences.
+        fam: `(L, F, D)` or `(L, batch_size, F, D)` saved FAM to start from instead of the initial one; its residual
+            counts from the first update on (B.2.3).
+        position_offset: position of the first token; felt by `fam_position="zero"` alone (B.2.2).
+        is_saved: per sequence, whether it starts from `fam`; the others start from the initial FAM. None: all do.
+
+    Returns:
+        A state of `batch_size` sequences that have read nothing.
+
+    Raises:
+        TransformerFamError: `batch_size` is below 1, or `fam` has another shape.
+    """
+    if batch_size < 1:
+        raise TransformerFamError(f"batch_size is {batch_size}, required is at least 1")
+    decoder, memory = self.get_decoder(), memory_of(self)
+    config, model_config = memory.config, self.config
+    head_dim = getattr(model_config, "head_dim", None) or model_config.hidden_size // model_config.num_attention_heads
+    num_layers, weight = len(decoder.layers), self.get_input_embeddings().weight
+    fam_dtype = getattr(torch, config.fam_dtype)
+    saved = [fam is not None] * batch_size if is_saved is None else list(is_saved)
+    initial = initial_fam(decoder) if config.fam_length and not (all(saved) and config.fam_copy) else None
+    if fam is not None:
+        expected = (num_layers, batch_size, config.fam_length, model_config.hidden_size)
+        fam = fam[:, None].expand(-1, batch_size, -1, -1) if fam.dim() == 3 else fam
+        if tuple(fam.shape) != expected:
+            raise StateMismatchError(
+                f"fam has shape {tuple(fam.shape)}, required is (layers, batch, fam_length, hidden_size) {expected}; "
+                "save it from a state of the same model and configuration"
+            )
+    layers = []
+    for i in range(num_layers):
+        sections = Sections.of(config, config.carries_fam(i))
+        shape = (batch_size, model_config.num_key_value_heads, sections.num_slots, head_dim)
+        buffers = [torch.zeros(shape, dtype=weight.dtype, device=weight.device) for _ in range(2)]
+        rows = asking = None
+        if config.carries_fam(i):
+            start = initial[i].to(fam_dtype).expand(batch_size, -1, -1) if initial else None
+            rows = start if fam is None else fam[i].to(weight.device, fam_dtype)
+            if fam is not None and not all(saved):
+                rows = torch.where(torch.tensor(saved, device=weight.device)[:, None, None], rows, start)
+            rows = rows.clone(memory_format=torch.contiguous_format)
+            asking = None if config.fam_copy else start.clone(memory_format=torch.contiguous_format)
+        layers.append(FamLayer(buffers[0], buffers[1], sections, rows, asking))
+    return FamState(
+        layers,
+        config,
+        memory.identity,
+        batch_size,
+        starts_from_saved_fam=saved,
+        position_offset=position_offset,
+    )
+
+
+@torch.no_grad()
+def read(
+    self: PreTrainedModel,
+    input_ids: torch.Tensor | Sequence[int],
+    state: FamState | None = None,
+    attention_mask: torch.Tensor | None = None,
+    progress: bool | Progress = False,
+) -> FamState:
+    """Read tokens of any number into a state, in constant memory and without logits.
+
+    Args:
+        self: the converted model.
+        input_ids: `(T,)` or `(B, T)` token ids.
+        state: reading to go on with, in place; None starts one.
+        attention_mask: `(B, T)`, 1 for tokens and 0 for padding, on either side.
+        progress: True draws a bar; a function is called with (tokens done, tokens in all, state) after every block.
+
+    Returns:
+        The state, advanced by the tokens.
+
+    Raises:
+        TransformerFamError: empty input, token ids out of range, or a batch that does not fit the state.
+        ReadInterrupted: Ctrl-C; it carries the state and says how to go on.
+    """
+    ids = torch.as_tensor(input_ids, dtype=torch.long)
+    ids = (ids[None] if ids.dim() == 1 else ids).to(self.device)
+    check_ids(ids, self.get_input_embeddings().num_embeddings)
+    state = self.init_state(len(ids)) if state is None else state
+    if progress is True:
+        with reading_bar(ids.shape[1]) as update:
+            return self.read(ids, state, attention_mask, update)
+    decoder, total, done = self.get_decoder(), ids.shape[1], 0
+    try:
+        while done < total:
+            # Whole blocks for rows in step; with rows out of step any chunk is right.
+            count = min(total - done, self.fam_config.block_size - state.block_fill[0])
+            mask = None if attention_mask is None else attention_mask[:, done : done + count]
+            decoder(input_ids=ids[:, done : done + count], attention_mask=mask, past_key_values=state)
+            done += count
+            if callable(progress):
+                progress(done, total, state)
+    except KeyboardInterrupt as error:
+        raise ReadInterrupted(state, done) from error
+    return state
+
+
+def prepare_cache_for_generation(
+    self: PreTrainedModel,
+    generation_config: Any,
+    model_kwargs: dict[str, Any],
+    generation_mode: Any,
+    batch_size: int,
+    max_cache_length: int,
+) -> None:
+    """Give `generate` a FamState where the caller gave none, and refuse caches of other kinds."""
+    if generation_config.cache_implementation is not None:
+        raise TransformerFamError(
+            f"cache_implementation is {generation_config.cache_implementation!r}, required is None; a converted model "
+            "carries a FamState"
+        )
+    expand = max(generation_config.num_beams or 1, generation_config.num_return_sequences or 1)
+    given = model_kwargs.get("past_key_values")
+    if given is None:
+        if generation_config.use_cache is not False:
+            model_kwargs["past_key_values"] = self.init_state(batch_size * expand)
+        return
+    if isinstance(given, FamState) and expand > 1 and given.batch_size == batch_size:
+        given.batch_repeat_interleave(expand)
