@@ -123,6 +123,7 @@ OPTIONS: list[dict[str, Any]] = [
     {"num_memory_segments": 2},
     {"stop_gradient": True},
     {"stop_gradient": True, "num_sink_tokens": 2},
+    {"stop_gradient": True, "num_previous_fams": 3},
     {"window": 1},
     {"window": 4},
     {"window": 6, "num_sink_tokens": 1, "num_memory_segments": 2},

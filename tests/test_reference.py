@@ -296,7 +296,8 @@ def test_field_changes_logits_from_its_first_token_on(changes: dict[str, Any], f
 def test_block_size_changes_logits() -> None:
     """Catches a block size that is not the boundary: blocks of 5 differ from blocks of 4 from token 4 on."""
     difference = (run().logits - run(block_size=5).logits).abs().amax(dim=1)
-    assert bool((difference[:4] < 1e-9).all()) and difference[4] > 1e-6
+    assert bool((difference[:4] < 1e-9).all())
+    assert difference[4] > 1e-6
 
 
 def test_stop_gradient_changes_gradients_alone() -> None:
@@ -315,7 +316,8 @@ def test_stop_gradient_changes_gradients_alone() -> None:
         assert grad is not None
         grads[stop_gradient], logits[stop_gradient] = grad[:8], result.logits
     torch.testing.assert_close(logits[True], logits[False], **EXACT)
-    assert bool((grads[True][:4] == 0).all()) and bool((grads[True][4:].abs().amax(1) > 0).all())
+    assert bool((grads[True][:4] == 0).all())
+    assert bool((grads[True][4:].abs().amax(1) > 0).all())
     assert bool((grads[False].abs().amax(1) > 0).all())
 
 
@@ -328,7 +330,8 @@ def test_norm_bound_scales_long_rows_alone() -> None:
     torch.testing.assert_close(bounded[0], free[0], **EXACT)
     expected = free[1] * torch.clamp(bound / size, max=1)[..., None]
     torch.testing.assert_close(bounded[1], expected, **EXACT)
-    assert bool((size > bound).any()) and bool((size < bound).any())
+    assert bool((size > bound).any())
+    assert bool((size < bound).any())
 
 
 def test_static_summary_takes_no_residual_and_asks_with_initial_fam() -> None:
