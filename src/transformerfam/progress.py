@@ -10,11 +10,13 @@ from transformerfam.state import FamState
 
 
 @contextlib.contextmanager
-def reading_bar(num_tokens: int, description: str = "reading") -> Iterator[Callable[[int, int, FamState], None]]:
+def reading_bar(
+    num_tokens: int | None, description: str = "reading"
+) -> Iterator[Callable[[int, int | None, FamState], None]]:
     """Show a bar on the terminal and yield the function that moves it.
 
     Args:
-        num_tokens: tokens to be read.
+        num_tokens: tokens to be read; None where nobody knows.
         description: text in front of the bar.
 
     Yields:
@@ -33,7 +35,7 @@ def reading_bar(num_tokens: int, description: str = "reading") -> Iterator[Calla
     with Progress(*columns) as progress:
         task = progress.add_task(description, total=num_tokens, rate="", size="")
 
-        def update(done: int, total: int, state: FamState) -> None:
+        def update(done: int, total: int | None, state: FamState) -> None:
             speed = progress.tasks[0].speed
             rate = f"{speed:,.0f} tokens/s" if speed else ""
             progress.update(task, completed=done, total=total, rate=rate, size=decimal(state.num_bytes))

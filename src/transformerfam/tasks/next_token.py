@@ -79,9 +79,7 @@ def evaluate_next_token(
                 yield row(segment, segment_start)
                 segment, segment_start = _Score(), total.num_read
     if total.num_predicted == 0:
-        raise TransformerFamError(
-            f"{path} holds {total.num_read} tokens, at least 2 are required; give a longer text"
-        )
+        raise TransformerFamError(f"{path} holds {total.num_read} tokens, at least 2 are required; give a longer text")
     yield row(total, 0)
 
 

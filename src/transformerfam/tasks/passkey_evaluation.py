@@ -1,6 +1,6 @@
 """Passkey retrieval measured: one reading per key, forked and asked at every length."""
 
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -48,6 +48,9 @@ class PasskeyEvaluation:
     jitter: bool = True
     """Add up to a block of filler to each question, so that questions stand at every place in a block."""
 
+    prefix_tokens: int = 0
+    """Tokens of filler in front of the intro; the paper has none. It moves the key within its block."""
+
     batch_size: int = 8
     """Keys that are read side by side."""
 
@@ -61,7 +64,7 @@ class PasskeyEvaluation:
     """Questions that were answered before; they are left out."""
 
     progress: Callable[[int, int, FamState], None] | None = None
-    """Called after every piece with the tokens read per row, the tokens to read, and the state."""
+    """Called after every block with the tokens of filler done, those to do (of all keys together), and the state."""
 
     def __post_init__(self) -> None:
         lengths = sorted(set(self.filler_lengths))
@@ -71,6 +74,8 @@ class PasskeyEvaluation:
             )
         if self.batch_size < 1:
             raise TransformerFamError(f"batch_size is {self.batch_size}, required is at least 1; change batch_size")
+        if self.prefix_tokens < 0:
+            raise TransformerFamError(f"prefix_tokens is {self.prefix_tokens}, required is at least 0")
         if not self.systems:
             raise TransformerFamError("systems is empty, at least one name is required, for example fam")
         self.filler_lengths = lengths
@@ -86,9 +91,11 @@ class PasskeyEvaluation:
         keys = draw_keys(self.num_keys, self.seed)
         missing = [key for key in keys if any(self._systems_missing(key, n) for n in self.filler_lengths)]
         block_size = model.fam_config.block_size
-        for start in range(0, len(missing), self.batch_size):
-            batch = missing[start : start + self.batch_size]
-            yield from _Batch(self, model, text, batch, [keys.index(key) for key in batch], block_size).rows()
+        batches = [missing[start : start + self.batch_size] for start in range(0, len(missing), self.batch_size)]
+        for batch_idx, batch in enumerate(batches):
+            key_indices = [keys.index(key) for key in batch]
+            share = (batch_idx * self.batch_size, len(missing))
+            yield from _Batch(self, model, text, batch, key_indices, block_size, share).rows()
 
     def jitters(self, num_filler_tokens: int, block_size: int) -> list[int]:
         """Return each key's additional filler at one length: spread evenly over a block, in random order."""
@@ -101,6 +108,18 @@ class PasskeyEvaluation:
 
     def _systems_missing(self, key: int, num_filler_tokens: int) -> list[str]:
         return [name for name in self.systems if (name, num_filler_tokens, key) not in self.finished]
+
+
+def finished_questions(rows: Iterable[Mapping[str, Any]], options: PasskeyEvaluation) -> frozenset[Question]:
+    """Return the questions that `rows` answered with the same model, seed, filler and prefix as `options`."""
+    name = options.filler.name if isinstance(options.filler, FillerStream) else Path(options.filler).name
+    wanted = (options.model_name, options.seed, name, options.prefix_tokens)
+    return frozenset(
+        (row["system"], row["filler_tokens"], row["key"])
+        for row in rows
+        if row["task"] == "passkey"
+        and (row["model"], row["seed"], row.get("filler"), row.get("prefix_tokens", 0)) == wanted
+    )
 
 
 def evaluate_passkey(model: Any, tokenizer: Any, **options: Any) -> Iterator[dict[str, Any]]:
@@ -133,21 +152,31 @@ class _Batch:
     keys: list[int]
     key_indices: list[int]
     block_size: int
+    share: tuple[int, int]
+    """Keys that were done before this batch, and keys in all: for progress."""
 
     def rows(self) -> Iterator[dict[str, Any]]:
         lengths = [n for n in self.options.filler_lengths if any(self._missing(n))]
         starts_B = self._filler_starts()
-        state = self._read_intros()
+        state = self._read_intros(starts_B - self.options.prefix_tokens)
         num_read = 0
         for length in lengths:
             while num_read < length:
                 num_tokens = min(READ_TOKENS, length - num_read)
                 filler_BT = self.text.filler.rows(starts_B + num_read, num_tokens)
-                state = self.model.read(filler_BT, state, progress=False)
+                state = self.model.read(filler_BT, state, progress=self._progress(num_read, lengths[-1]))
                 num_read += num_tokens
-                if self.options.progress is not None:
-                    self.options.progress(num_read, lengths[-1], state)
             yield from self._ask(state, length, starts_B + num_read)
+
+    def _progress(self, num_read: int, length: int) -> Callable[[int, int, FamState], None] | bool:
+        report, (num_before, num_keys) = self.options.progress, self.share
+        if report is None:
+            return False
+
+        def update(done: int, total: int, state: FamState) -> None:
+            report(num_before * length + len(self.keys) * (num_read + done), num_keys * length, state)
+
+        return update
 
     def _missing(self, length: int) -> list[list[str]]:
         return [self.options._systems_missing(key, length) for key in self.keys]
@@ -160,8 +189,10 @@ class _Batch:
         starts = torch.randint(len(self.text.filler), (self.options.num_keys,), generator=generator)
         return starts[self.key_indices]
 
-    def _read_intros(self) -> FamState:
-        return self._read_ragged([torch.tensor(self.text.intro_ids(key)) for key in self.keys], None)
+    def _read_intros(self, prefix_starts_B: Tensor) -> FamState:
+        prefix_BT = self.text.filler.rows(prefix_starts_B, self.options.prefix_tokens)
+        intros = [torch.tensor(self.text.intro_ids(key)) for key in self.keys]
+        return self._read_ragged([torch.cat(pieces) for pieces in zip(prefix_BT, intros, strict=True)], None)
 
     def _read_ragged(self, rows: list[Tensor], state: FamState | None) -> FamState:
         """Read rows of different lengths, padded on the left."""
@@ -200,6 +231,7 @@ class _Batch:
                         "filler": self.text.filler.name,
                         "filler_tokens": length,
                         "jitter": jitters[row_idx],
+                        "prefix_tokens": self.options.prefix_tokens,
                         "num_blocks": num_blocks[row_idx],
                         "key": key,
                         "answer": answers[row_idx][0],

@@ -1,5 +1,7 @@
-"""Where a result row comes from: package version, commit and machine."""
+"""Where a result row comes from: package version, commit, machine, and what is known of the model."""
 
+import importlib.resources
+import json
 import os
 import platform
 import subprocess
@@ -8,7 +10,13 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from transformerfam.adapter import FAM_FILE, FamAdapter
+from transformerfam.errors import CorruptFileError
+from transformerfam.models import BSWA_FOLDER, NAMED_MODELS
+
 UNKNOWN = "unknown"
+CARD_FILE = "card.json"
+"""Beside an adapter: what was measured after training. Its values go before the notes inside the adapter."""
 
 
 @cache
@@ -54,3 +62,31 @@ def machine() -> str:
         pass
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     return f"{name}, {cores} cores"
+
+
+def memory_notes(name_or_folder: str | Path, system: str = "fam") -> dict[str, Any]:
+    """Return what is known of a trained memory: the notes of its training, and the card of its measurements.
+
+    Args:
+        name_or_folder: as for `load_model`.
+        system: "bswa" gives the notes of the rival trained alike, where there is one.
+
+    Raises:
+        CorruptFileError: the adapter or the card cannot be read.
+    """
+    if str(name_or_folder) in NAMED_MODELS:
+        folder = Path(str(importlib.resources.files("transformerfam"))) / "data" / str(name_or_folder)
+    else:
+        folder = Path(name_or_folder)
+    if system == "fam_untrained":
+        return {}
+    if system == "bswa":
+        folder = folder / BSWA_FOLDER
+    notes = FamAdapter.from_pretrained(folder).notes if (folder / FAM_FILE).is_file() else {}
+    card = folder / CARD_FILE
+    if card.is_file():
+        try:
+            notes = notes | json.loads(card.read_text(encoding="utf-8"))
+        except (ValueError, TypeError) as error:
+            raise CorruptFileError(f"{card} is no JSON object ({error}); copy it again") from error
+    return notes

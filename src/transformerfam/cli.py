@@ -1,0 +1,353 @@
+"""The command `fam`: each subcommand parses, calls one function, and prints.
+
+torch and transformers take seconds to import, so each subcommand imports what it needs.
+"""
+
+import contextlib
+import shlex
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import IO, TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+from typer.core import TyperGroup
+
+from transformerfam.errors import ReadInterrupted, TransformerFamError
+
+if TYPE_CHECKING:
+    from transformerfam.state import FamState
+
+FAILED = 2
+INTERRUPTED = 130
+
+
+class ErrorsInOneLine(TyperGroup):
+    """Turn the errors of this package into one red line and exit status 2."""
+
+    def invoke(self, ctx: Any) -> Any:
+        """Run a subcommand."""
+        try:
+            return super().invoke(ctx)
+        except TransformerFamError as error:
+            message = " ".join(str(error).split())
+            Console(stderr=True, soft_wrap=True).print(f"[red]error: {escape(message)}[/red]", highlight=False)
+            raise typer.Exit(FAILED) from error
+
+
+app = typer.Typer(cls=ErrorsInOneLine, no_args_is_help=True, pretty_exceptions_show_locals=False, add_completion=False)
+evaluate_app = typer.Typer(cls=ErrorsInOneLine, no_args_is_help=True)
+app.add_typer(evaluate_app, name="evaluate", help="Measure a model; rows go to a JSON lines file.")
+
+ModelOption = Annotated[str, typer.Option("--model", help="tiny, smollm2, or a folder.")]
+SystemOption = Annotated[
+    str, typer.Option("--system", help="fam, bswa, fam_memory_zeroed or fam_untrained; several with commas.")
+]
+SetOption = Annotated[list[str] | None, typer.Option("--set", help="key=value; may be given more than once.")]
+
+
+@app.callback()
+def main() -> None:
+    """TransformerFAM: read input of any length in constant memory, and still use it."""
+
+
+@evaluate_app.command("passkey")
+def evaluate_passkey_command(
+    output: Annotated[Path, typer.Option("--output", help="JSON lines; finished questions in it are not asked again.")],
+    filler_tokens: Annotated[str, typer.Option("--filler-tokens", help="Tokens of filler: N or N,N,...")],
+    model: ModelOption = "tiny",
+    num_keys: Annotated[int, typer.Option("--num-keys", help="Keys, each asked at every length.")] = 20,
+    seed: Annotated[int, typer.Option("--seed", help="Seed of keys and jitter.")] = 0,
+    system: SystemOption = "fam",
+    filler: Annotated[str, typer.Option("--filler", help="sentences (the paper's), or a UTF-8 file.")] = "sentences",
+    jitter: Annotated[bool, typer.Option(help="Add up to a block of filler to each question.")] = True,
+    batch_size: Annotated[int, typer.Option("--batch-size", help="Keys that are read side by side.")] = 10,
+    prefix_tokens: Annotated[int, typer.Option("--prefix-tokens", help="Tokens of filler in front of the intro.")] = 0,
+) -> None:
+    """Hide five-digit keys in filler, read once per key, and ask at every length."""
+    from transformerfam.reports.passkey import passkey_table
+    from transformerfam.reports.rows import RowFile
+    from transformerfam.tasks.passkey_evaluation import PasskeyEvaluation, finished_questions
+    from transformerfam.tasks.provenance import memory_notes
+
+    lengths = [_whole_number(text, "--filler-tokens") for text in filler_tokens.split(",")]
+    with RowFile(output) as rows:
+        for loaded, systems in _systems_by_model(system).items():
+            with _tokens_bar(f"passkey, {', '.join(systems)}") as update:
+                evaluation = PasskeyEvaluation(
+                    filler_lengths=lengths,
+                    num_keys=num_keys,
+                    seed=seed,
+                    systems=systems,
+                    filler=filler,
+                    jitter=jitter,
+                    batch_size=batch_size,
+                    prefix_tokens=prefix_tokens,
+                    model_name=model,
+                    max_training_filler_tokens=memory_notes(model, loaded).get("max_training_filler_tokens"),
+                    progress=update,
+                )
+                evaluation.finished = finished_questions(rows.rows, evaluation)
+                for row in evaluation.rows(*_load(model, loaded)):
+                    rows.append(row)
+        _print_table(passkey_table(rows.rows))
+
+
+@evaluate_app.command("next-token")
+def evaluate_next_token_command(
+    file: Annotated[Path, typer.Argument(help="UTF-8 text.")],
+    model: ModelOption = "tiny",
+    system: SystemOption = "fam",
+    num_tokens: Annotated[int | None, typer.Option("--num-tokens", help="Tokens to read; all if not given.")] = None,
+    segment_tokens: Annotated[
+        int | None, typer.Option("--segment-tokens", help="Also a row for every N tokens.")
+    ] = None,
+    output: Annotated[Path | None, typer.Option("--output", help="JSON lines; rows are appended.")] = None,
+    overrides: SetOption = None,
+) -> None:
+    """Measure loss and accuracy of predicting every token of a text."""
+    from transformerfam.reports.next_token import next_token_table
+    from transformerfam.reports.rows import RowFile
+    from transformerfam.tasks.next_token import evaluate_next_token
+
+    shown = []
+    with RowFile(output) if output is not None else contextlib.nullcontext() as rows:
+        for loaded, systems in _systems_by_model(system).items():
+            if loaded not in systems:
+                raise TransformerFamError(f"system {systems[0]!r} belongs to the passkey task; take fam or bswa")
+            loaded_model, tokenizer = _load(model, loaded, _config_overrides(overrides))
+            with _tokens_bar(f"next token, {loaded}") as update:
+                measured = evaluate_next_token(
+                    loaded_model,
+                    tokenizer,
+                    file,
+                    num_tokens=num_tokens,
+                    segment_tokens=segment_tokens,
+                    system=loaded,
+                    model_name=model,
+                    progress=update,
+                )
+                for row in measured:
+                    shown.append(row)
+                    if rows is not None:
+                        rows.append(row)
+    _print_table(next_token_table(shown))
+
+
+@app.command("read")
+def read_command(
+    file: Annotated[str, typer.Argument(help="UTF-8 text, or - for standard input.")],
+    save: Annotated[Path, typer.Option("--save", help="Where the state goes.")],
+    model: ModelOption = "tiny",
+    state: Annotated[Path | None, typer.Option("--state", help="Go on from this state.")] = None,
+    skip_tokens: Annotated[int, typer.Option("--skip-tokens", help="Tokens of the text that the state has read.")] = 0,
+) -> None:
+    """Read a text of any length and save the state; Ctrl-C saves what was read and says how to go on."""
+    from transformerfam.state import FamState
+    from transformerfam.tasks.reading import count_tokens, read_text_stream
+    from transformerfam.tasks.text import decode_utf8, open_bytes, read_pieces
+
+    console = Console(stderr=True, soft_wrap=True)
+    with _open_input(file, open_bytes) as source:
+        loaded_model, tokenizer = _load(model)
+        start = None if state is None else FamState.load(state, loaded_model, batch_size=1)
+        num_tokens = None if file == "-" else count_tokens(file, tokenizer)
+        texts = decode_utf8(read_pieces(source), "standard input" if file == "-" else file)
+        try:
+            with _tokens_bar("reading") as update:
+                done = read_text_stream(
+                    loaded_model,
+                    tokenizer,
+                    texts,
+                    start,
+                    skip_tokens=skip_tokens,
+                    progress=lambda n, moved: update(n, num_tokens, moved),
+                )
+        except ReadInterrupted as interrupt:
+            interrupt.state.save(save)
+            console.print(
+                f"interrupted after {interrupt.num_tokens_done:,} tokens, which are kept in {escape(str(save))}; go on "
+                f"with: fam read {escape(shlex.quote(file))} --model {model} --state {save} --save {save} "
+                f"--skip-tokens {interrupt.num_tokens_done}",
+                highlight=False,
+            )
+            raise typer.Exit(INTERRUPTED) from interrupt
+    done.save(save)
+    console.print(f"read {done.num_tokens_read:,} tokens; state of {done.num_bytes:,} bytes in {escape(str(save))}")
+
+
+@app.command("generate")
+def generate_command(
+    question: Annotated[str, typer.Argument(help="What follows the text that was read.")],
+    state: Annotated[Path, typer.Option("--state", help="A state that `fam read` saved; it stays as it is.")],
+    model: ModelOption = "tiny",
+    max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", min=1)] = 32,
+) -> None:
+    """Answer a question on a saved reading with the likeliest tokens."""
+    from transformerfam.state import FamState
+    from transformerfam.tasks.reading import generate_text
+
+    loaded_model, tokenizer = _load(model)
+    loaded_state = FamState.load(state, loaded_model, batch_size=1)
+    typer.echo(generate_text(loaded_model, tokenizer, question, loaded_state, max_new_tokens))
+
+
+@app.command("train")
+def train_command(
+    recipe: Annotated[Path, typer.Argument(help="TOML file.")],
+    output: Annotated[Path | None, typer.Option("--output", help="Folder of the run; runs/NAME if not given.")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the folder's checkpoint.")] = False,
+    overrides: SetOption = None,
+) -> None:
+    """Train a memory by a recipe."""
+    from transformerfam.training.recipe import load_recipe
+    from transformerfam.training.trainer import Trainer
+
+    loaded = load_recipe(recipe, overrides or ())
+    folder = output or Path("runs") / recipe.stem
+    trainer = Trainer(loaded, folder, resume=resume)
+    with _steps_bar(loaded.schedule.steps) as update:
+        result = trainer.run(lambda _, row: update(row))
+    message = result.message.replace("RECIPE", str(recipe))
+    message += f" --output {folder}" if output is not None and not result.is_complete else ""
+    Console(stderr=True, soft_wrap=True).print(escape(message), highlight=False)
+    if not result.is_complete:
+        raise typer.Exit(INTERRUPTED)
+
+
+@app.command("report")
+def report_command(
+    rows: Annotated[list[Path], typer.Argument(help="JSON lines files of rows.")],
+    figures: Annotated[list[Path] | None, typer.Option("--figure", help="Passkey figure: .svg, .png or .pdf.")] = None,
+) -> None:
+    """Print tables of result rows, and draw the passkey figure."""
+    from transformerfam.reports.next_token import next_token_table
+    from transformerfam.reports.passkey import passkey_table, plot_passkey
+    from transformerfam.reports.rows import read_rows
+
+    loaded = read_rows(rows)
+    tables = [table for table in (passkey_table(loaded), next_token_table(loaded)) if table is not None]
+    if not tables:
+        raise TransformerFamError(
+            f"the {len(rows)} files hold {len(loaded)} rows and none is of a task that is reported; required are rows "
+            "of passkey or next-token"
+        )
+    for table in tables:
+        _print_table(table)
+    for figure in figures or []:
+        plot_passkey(loaded, figure)
+
+
+@app.command("demo")
+def demo_command(
+    seed: Annotated[int | None, typer.Option("--seed", help="Seed of the key; drawn if not given.")] = None,
+    tokens: Annotated[
+        int | None, typer.Option("--tokens", help="Tokens to read; what the memory was proven for.")
+    ] = None,
+    model: ModelOption = "smollm2",
+) -> None:
+    """Hide a key on the first page of a novel, read the novel, and ask: FAM beside BSWA."""
+    from transformerfam.demo import draw_seed, prepare_demo, run_demo
+
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    console = Console()
+    demo = prepare_demo(model, draw_seed() if seed is None else seed, tokens)
+    console.print(demo.introduction(), highlight=False)
+    results = run_demo(demo, _tokens_bar)
+    console.print(demo.table(results))
+    if not results["fam"].is_recalled:
+        console.print("[red]FAM did not recall the key[/red]")
+        raise typer.Exit(1)
+
+
+def _load(model: str, system: str = "fam", overrides: dict[str, Any] | None = None) -> tuple[Any, Any]:
+    """Load a model and its tokenizer without transformers' own progress bar."""
+    from transformers.utils import logging
+
+    from transformerfam.models import load_model
+
+    logging.disable_progress_bar()
+    return load_model(model, system, overrides)  # type: ignore[arg-type]
+
+
+def _systems_by_model(systems: str) -> dict[str, list[str]]:
+    """Group the names of systems by the model that serves them; a zeroed memory is the same model."""
+    from transformerfam.tasks.passkey_evaluation import MEMORY_ZEROED
+
+    groups: dict[str, list[str]] = {}
+    for name in dict.fromkeys(part.strip() for part in systems.split(",")):
+        groups.setdefault("fam" if name == MEMORY_ZEROED else name, []).append(name)
+    return groups
+
+
+def _config_overrides(overrides: list[str] | None) -> dict[str, Any]:
+    from transformerfam.training.recipe import apply_override
+
+    values: dict[str, Any] = {}
+    for override in overrides or []:
+        apply_override(values, override)
+    return values
+
+
+def _whole_number(text: str, name: str) -> int:
+    try:
+        return int(text)
+    except ValueError as error:
+        raise TransformerFamError(f"{name} has {text!r}, required are whole numbers, for example 512,1024") from error
+
+
+@contextlib.contextmanager
+def _open_input(file: str, open_file: Callable[[str], IO[bytes]]) -> Iterator[IO[bytes]]:
+    if file == "-":
+        yield sys.stdin.buffer
+    else:
+        with open_file(file) as opened:
+            yield opened
+
+
+def _print_table(table: Any) -> None:
+    if table is not None:
+        Console().print(table)
+
+
+@contextlib.contextmanager
+def _tokens_bar(description: str) -> "Iterator[Callable[[int, int | None, FamState], None]]":
+    """Show a bar of tokens, tokens per second, time left and bytes of state; it starts with the first update."""
+    from transformerfam.progress import reading_bar
+
+    with contextlib.ExitStack() as stack:
+        move: Callable[..., None] | None = None
+
+        def update(done: int, total: int | None, state: "FamState") -> None:
+            nonlocal move
+            if move is None:
+                move = stack.enter_context(reading_bar(total, description))
+            move(done, total, state)
+
+        yield update
+
+
+@contextlib.contextmanager
+def _steps_bar(num_steps: int) -> Iterator[Callable[[dict[str, Any]], None]]:
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (BarColumn(), MofNCompleteColumn(), TextColumn("steps {task.description} ETA"))
+    with Progress(*columns, TimeRemainingColumn(), console=Console(stderr=True)) as progress:
+        task = progress.add_task("", total=num_steps)
+
+        def update(row: dict[str, Any]) -> None:
+            keys = "-" if row["key_accuracy"] is None else f"{row['key_accuracy']:.2f}"
+            text = (
+                f"stage {row['stage']}, loss {row['loss']:.3f}, keys {keys}, {row['tokens_per_second']:,.0f} tokens/s"
+            )
+            progress.update(task, completed=row["step"], description=text)
+
+        yield update
+
+
+if __name__ == "__main__":
+    app()

@@ -1,0 +1,184 @@
+"""Result rows: JSON lines on disk, and the accuracies that follow from them."""
+
+import contextlib
+import json
+import math
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any, NamedTuple
+
+from transformerfam.errors import CorruptFileError, TransformerFamError
+
+Row = dict[str, Any]
+
+Z_95 = 1.959963984540054
+"""Standard normal quantile of a two-sided 95 % interval."""
+
+
+class RowFile:
+    """Append rows to a JSON lines file, each flushed at once; what stands there already is kept.
+
+    A last line that a killed run left unfinished is cut off.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        """Open the file, which is made if need be, with its folder.
+
+        Args:
+            path: JSON lines file.
+
+        Raises:
+            CorruptFileError: the file holds something else than rows.
+            TransformerFamError: it cannot be written.
+        """
+        self.path = Path(path)
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self._file = self.path.open("a+b")
+        except OSError as error:
+            raise self._unwritable(error) from error
+        self._file.seek(0)
+        content = self._file.read()
+        whole = content[: content.rfind(b"\n") + 1]
+        try:
+            self.rows = list(_parse(whole, self.path))
+        except CorruptFileError:
+            self._file.close()
+            raise
+        if len(whole) < len(content):
+            self._file.truncate(len(whole))
+
+    def append(self, row: Mapping[str, Any]) -> None:
+        """Write one row and flush it.
+
+        Raises:
+            TransformerFamError: the disk is full; the rows before it are kept.
+        """
+        start = self._file.seek(0, 2)
+        try:
+            self._file.write(json.dumps(dict(row)).encode() + b"\n")
+            self._file.flush()
+        except OSError as error:
+            self._cut(start)
+            raise self._unwritable(error) from error
+        self.rows.append(dict(row))
+
+    def _cut(self, length: int) -> None:
+        with contextlib.suppress(OSError):  # the next opening cuts an unfinished line too
+            self._file.truncate(length)
+
+    def _unwritable(self, error: OSError) -> TransformerFamError:
+        return TransformerFamError(
+            f"could not write {self.path}: {error.strerror or error}; rows before are kept; free space or choose "
+            "another file, then run the same command again"
+        )
+
+    def __enter__(self) -> "RowFile":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._file.close()
+
+
+def read_rows(paths: Iterable[str | Path]) -> list[Row]:
+    """Return the rows of all files.
+
+    Raises:
+        CorruptFileError: a file is missing, or a line is no row; the message gives its number.
+    """
+    rows: list[Row] = []
+    for path in map(Path, paths):
+        try:
+            content = path.read_bytes()
+        except OSError as error:
+            raise CorruptFileError(
+                f"cannot read {path} ({error.strerror}); a JSON lines file of rows is required, check the path"
+            ) from error
+        rows += _parse(content, path)
+    return rows
+
+
+def _parse(content: bytes, path: Path) -> Iterator[Row]:
+    for number, line in enumerate(content.splitlines(), start=1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except ValueError:
+            row = None
+        if not isinstance(row, dict) or "task" not in row:
+            raise CorruptFileError(
+                f"line {number} of {path} is no result row: {line[:60].decode(errors='replace')!r}; required is a JSON "
+                "object with the field task, as `fam evaluate` writes them"
+            )
+        yield row
+
+
+def wilson_interval(num_correct: int, num_questions: int) -> tuple[float, float]:
+    """Return the 95 % Wilson score interval of a share.
+
+    Args:
+        num_correct: right answers.
+        num_questions: answers in all, at least 1.
+    """
+    assert 0 <= num_correct <= num_questions, "more right answers than questions"
+    assert num_questions >= 1, "a share of nothing"
+    share = num_correct / num_questions
+    scale = 1 + Z_95**2 / num_questions
+    middle = (share + Z_95**2 / (2 * num_questions)) / scale
+    half = Z_95 * math.sqrt(share * (1 - share) / num_questions + Z_95**2 / (4 * num_questions**2)) / scale
+    return max(0.0, middle - half), min(1.0, middle + half)
+
+
+class Accuracy(NamedTuple):
+    """The share of passkeys recalled at one length, with its 95 % Wilson interval."""
+
+    filler_tokens: int
+    num_correct: int
+    num_questions: int
+    low: float
+    high: float
+
+    @property
+    def share(self) -> float:
+        """Right answers over questions."""
+        return self.num_correct / self.num_questions
+
+
+class Series(NamedTuple):
+    """What makes one curve: rows that differ in anything of this are not pooled."""
+
+    model: str
+    system: str
+    filler: str
+
+    def label(self, others: Iterable["Series"]) -> str:
+        """Return the shortest name that tells this curve from the `others`: system, then what differs."""
+        others = list(others)
+        parts = [self.system]
+        if len({series.model for series in others}) > 1:
+            parts.insert(0, self.model)
+        if len({series.filler for series in others}) > 1:
+            parts.append(f"({self.filler})")
+        return " ".join(parts)
+
+
+def accuracy_by_length(rows: Iterable[Row]) -> dict[Series, list[Accuracy]]:
+    """Return every curve of the passkey rows, lengths ascending; rows of other tasks are left out."""
+    counts: dict[Series, dict[int, list[int]]] = {}
+    for row in rows:
+        if row["task"] != "passkey":
+            continue
+        series = Series(str(row["model"]), row["system"], row.get("filler", "sentences"))
+        count = counts.setdefault(series, {}).setdefault(row["filler_tokens"], [0, 0])
+        count[0] += bool(row["correct"])
+        count[1] += 1
+    return {
+        series: [
+            Accuracy(length, *by_length[length], *wilson_interval(*by_length[length])) for length in sorted(by_length)
+        ]
+        for series, by_length in sorted(counts.items())
+    }

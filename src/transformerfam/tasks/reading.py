@@ -1,0 +1,105 @@
+"""Read text of any length into a state, in constant memory, so that an interrupted reading can go on."""
+
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from transformerfam.errors import ReadInterrupted, TransformerFamError
+from transformerfam.state import FamState
+from transformerfam.tasks.next_token import rechunk
+from transformerfam.tasks.text import decode_utf8, encode, open_bytes, read_pieces, stream_token_ids
+
+PIECE_TOKENS = 4096
+
+
+def read_text_stream(
+    model: Any,
+    tokenizer: Any,
+    texts: Iterable[str],
+    state: FamState | None = None,
+    *,
+    skip_tokens: int = 0,
+    progress: Callable[[int, FamState], None] | None = None,
+) -> FamState:
+    """Read pieces of text, which may end anywhere, into one state.
+
+    Args:
+        model: a converted model.
+        tokenizer: its tokenizer.
+        texts: pieces of text, in order.
+        state: reading to go on with, in place; None starts one.
+        skip_tokens: tokens at the beginning of the text that the state has read already.
+        progress: called after every block with the tokens done, skipped ones included, and the state.
+
+    Returns:
+        The state.
+
+    Raises:
+        TransformerFamError: there is no token to read.
+        ReadInterrupted: Ctrl-C; it carries the state and the tokens of this text that are done.
+    """
+    with torch.no_grad():
+        state = model.init_state() if state is None else state
+    num_read_before = state.num_tokens_read
+    num_seen = 0
+    try:
+        for ids in rechunk(stream_token_ids(texts, tokenizer), PIECE_TOKENS):
+            rest = ids[max(0, skip_tokens - num_seen) :]
+            num_seen += len(ids)
+            if not rest:
+                continue
+
+            def update(done: int, total: int, moved: FamState, before: int = num_seen - len(rest)) -> None:
+                if progress is not None:
+                    progress(before + done, moved)
+
+            model.read(rest, state, progress=update)
+    except KeyboardInterrupt as error:
+        raise ReadInterrupted(state, skip_tokens + state.num_tokens_read - num_read_before) from error
+    if num_seen <= skip_tokens:
+        raise TransformerFamError(
+            f"the text has {num_seen} tokens and {skip_tokens} of them are skipped, at least 1 is required to read; "
+            "give a longer text"
+        )
+    return state
+
+
+def count_tokens(path: str | Path, tokenizer: Any) -> int:
+    """Return the number of tokens in a UTF-8 file.
+
+    Raises:
+        TransformerFamError: the file cannot be read, or is not UTF-8.
+    """
+    with open_bytes(path) as file:
+        return sum(map(len, stream_token_ids(decode_utf8(read_pieces(file), str(path)), tokenizer)))
+
+
+@torch.no_grad()
+def generate_text(model: Any, tokenizer: Any, question: str, state: FamState, max_new_tokens: int) -> str:
+    """Return the likeliest continuation of what was read and `question`; the state advances.
+
+    Args:
+        model: a converted model.
+        tokenizer: its tokenizer.
+        question: text that follows what the state has read.
+        state: a reading of one sequence.
+        max_new_tokens: tokens at most; an end-of-text token ends it earlier.
+
+    Raises:
+        TransformerFamError: the question is empty.
+    """
+    ids = encode(tokenizer, question)
+    if not ids:
+        raise TransformerFamError("the question is empty, at least one token is required; give a question")
+    ids_BT = torch.tensor([ids], device=model.device)
+    output_BT = model.generate(
+        ids_BT,
+        attention_mask=torch.ones_like(ids_BT),
+        past_key_values=state,
+        max_new_tokens=max_new_tokens,
+        do_sample=False,
+        pad_token_id=tokenizer.pad_token_id or tokenizer.eos_token_id or 0,
+    )
+    return str(tokenizer.decode(output_BT[0, len(ids) :], skip_special_tokens=True)).strip()
