@@ -8,7 +8,7 @@ number of keys that one query sees, I the width of the feed-forward layer.
 
 import dataclasses
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -65,6 +65,7 @@ class ReferenceWeights:
                 f"{config.attention_bias}, mlp_bias {config.mlp_bias}, hidden_act {config.hidden_act!r}; "
                 "use a model without them"
             )
+        decoder: Any = model.model
         layers = tuple(
             LayerWeights(
                 attention_norm_D=layer.input_layernorm.weight,
@@ -77,14 +78,14 @@ class ReferenceWeights:
                 up_IxD=layer.mlp.up_proj.weight,
                 down_DxI=layer.mlp.down_proj.weight,
             )
-            for layer in model.model.layers
+            for layer in decoder.layers
         )
         head_dim = layers[0].query_HKxD.shape[0] // config.num_attention_heads
-        rotary = model.model.rotary_emb
+        rotary = decoder.rotary_emb
         return cls(
-            embedding_VD=model.model.embed_tokens.weight,
+            embedding_VD=decoder.embed_tokens.weight,
             layers=layers,
-            final_norm_D=model.model.norm.weight,
+            final_norm_D=decoder.norm.weight,
             output_embedding_VD=model.lm_head.weight,
             num_attention_heads=config.num_attention_heads,
             num_key_value_heads=layers[0].key_GKxD.shape[0] // head_dim,
