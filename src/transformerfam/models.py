@@ -57,8 +57,8 @@ def load_model(
     adapter = FamAdapter.from_pretrained(folder) if (folder / FAM_FILE).is_file() else None
     if adapter is None and system == "fam":
         raise TransformerFamError(
-            f"{name_or_folder} has no trained memory ({FAM_FILE} is missing in {folder}); train one with `fam train`, or "
-            "load system 'bswa' or 'fam_untrained'"
+            f"{name_or_folder} has no trained memory ({FAM_FILE} is missing in {folder}); train one with `fam train`, "
+            "or load system 'bswa' or 'fam_untrained'"
         )
     config = (adapter.config if adapter else FamConfig()).replace(**dict(config_overrides or {}))
     model, tokenizer = load_base(name_or_folder, adapter, folder)
@@ -91,7 +91,9 @@ def save_model(
         TransformerFamError: the model has LoRA, is not converted, or the disk is full.
     """
     if getattr(model, "peft_config", None):
-        raise TransformerFamError("the model has LoRA; save it with FamAdapter.from_model(model).save_pretrained(folder)")
+        raise TransformerFamError(
+            "the model has LoRA; save it with FamAdapter.from_model(model).save_pretrained(folder)"
+        )
     adapter = FamAdapter.from_model(model, notes=dict(notes or {}))
     own = {f"{name}." for name, module in model.named_modules() if module is model.get_decoder().fam}
     weights = {name: value for name, value in model.state_dict().items() if not name.startswith(tuple(own))}

