@@ -67,7 +67,9 @@ def run_batch(
     passed = None
     for start, stop in block_spans(batch.input_ids_BT.shape[1], block_size):
         output = (
-            checkpoint(_run_block, model, state, batch, start, stop, use_reentrant=False, preserve_rng_state=_drops(model))
+            checkpoint(
+                _run_block, model, state, batch, start, stop, use_reentrant=False, preserve_rng_state=_drops(model)
+            )
             if checkpoint_blocks
             else _run_block(model, state, batch, start, stop)
         )

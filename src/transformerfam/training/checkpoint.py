@@ -37,7 +37,7 @@ def save_checkpoint(
     Raises:
         TransformerFamError: the disk is full; an old checkpoint is left as it was.
     """
-    tensors = {f"model.{n}": p for n, p in model.named_parameters() if p.requires_grad}
+    tensors: dict[str, torch.Tensor] = {f"model.{n}": p for n, p in model.named_parameters() if p.requires_grad}
     tensors |= {f"average.{name}": value for name, value in average.values.items()}
     for index, values in optimizer.state_dict()["state"].items():
         tensors |= {f"optimizer.{index}.{name}": torch.as_tensor(value) for name, value in values.items()}

@@ -142,6 +142,9 @@ class LossSection:
 
     key: float = 1.0
     other_tokens: float = 0.1
+    repeated_key: float = 0.0
+    """Weight of the key's second mention in the introduction, which can be copied from the first: it teaches a model
+    from scratch to copy before it can remember."""
     num_other_tokens: int = 32
     """Random other tokens of each sequence that are predicted too."""
 
@@ -211,7 +214,9 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     try:
         values = tomllib.loads(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
-        raise RecipeError(f"cannot read the recipe {str(path)!r}: {error.strerror}; give the path of a TOML file") from error
+        raise RecipeError(
+            f"cannot read the recipe {str(path)!r}: {error.strerror}; give the path of a TOML file"
+        ) from error
     except ValueError as error:  # TOML syntax and UTF-8
         raise RecipeError(f"{path} is no valid TOML: {error}; correct the file") from error
     for override in overrides:

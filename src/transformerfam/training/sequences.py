@@ -26,6 +26,8 @@ class Row:
     """Tokens at the end that must be predicted whole; 0 for plain text."""
     key: int | None
     """The key that it asks for."""
+    repeated_key_start: int | None = None
+    """First token of the key's second mention."""
 
 
 @dataclass(frozen=True)
@@ -110,7 +112,8 @@ class SequenceBuilder:
         if later:
             assert carried_key is not None
             return self._later_row(text, num_filler, start, carried_key)
-        return Row(text.sequence(key, num_filler, start).ids, self.num_answer_tokens, key)
+        repeated = len(text.before_key_ids) + self.num_answer_tokens + len(text.between_keys_ids)
+        return Row(text.sequence(key, num_filler, start).ids, self.num_answer_tokens, key, repeated)
 
     def _later_row(self, text: PasskeyText, num_filler: int, start: int, carried_key: int) -> Row:
         """Go on with filler where the key would be told, and ask for the key of the step before."""
@@ -123,16 +126,20 @@ class SequenceBuilder:
 
     def _weigh(self, rows: Sequence[Row], draw: random.Random, question_start: int) -> Batch:
         ids = torch.tensor([row.ids for row in rows])
-        is_key, is_other = torch.zeros_like(ids, dtype=torch.bool), torch.zeros_like(ids, dtype=torch.bool)
+        is_key, is_repeated, is_other = (torch.zeros_like(ids, dtype=torch.bool) for _ in range(3))
         length = ids.shape[1]
         for i, row in enumerate(rows):
             first_answer = length - 1 - row.num_answer_tokens  # position that predicts the first token of the answer
             is_key[i, first_answer : length - 1] = row.num_answer_tokens > 0
+            if row.repeated_key_start is not None:
+                before = row.repeated_key_start - 1  # predicts the first token of the second mention
+                is_repeated[i, before : before + row.num_answer_tokens] = True
             chosen = draw.sample(range(first_answer), min(self.loss.num_other_tokens, first_answer))
             is_other[i, chosen] = True
         weights = torch.zeros(ids.shape)
-        for mask, weight in ((is_key, self.loss.key), (is_other, self.loss.other_tokens)):
-            weights[mask] = weight / max(1, int(mask.sum()))
+        kinds = ((is_key, self.loss.key), (is_repeated, self.loss.repeated_key), (is_other, self.loss.other_tokens))
+        for mask, weight in kinds:
+            weights[mask] += weight / max(1, int(mask.sum()))
         labels = torch.cat((ids[:, 1:], ids[:, :1]), dim=1)  # the last column has weight 0
         return Batch(ids, labels, weights, is_key, question_start, tuple(row.key for row in rows))
 
@@ -146,7 +153,9 @@ def load_books(tokenizer: Any, folder: str | Path) -> FillerStream:
     """
     paths = sorted(Path(folder).glob("*.txt"))
     if not paths:
-        raise RecipeError(f"data.books is {str(folder)!r}, required is a folder with at least one .txt file; put books there")
+        raise RecipeError(
+            f"data.books is {str(folder)!r}, required is a folder with at least one .txt file; put books there"
+        )
     tokens: list[int] = []
     read: Callable[[Path], str] = read_text
     for path in paths:

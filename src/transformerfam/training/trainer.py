@@ -82,6 +82,7 @@ class Trainer:
         self.steps_in_stage = 0
         self.accuracies: deque[float] = deque(maxlen=recipe.schedule.curriculum[0].window)
         self.seconds = 0.0
+        self.cpu_seconds = 0.0
         self.num_tokens = 0
         self._is_interrupted = False
         if resume:
@@ -119,13 +120,19 @@ class Trainer:
         schedule = self.recipe.schedule
         self.model.train()
         begin, seconds_before = time.monotonic(), self.seconds
-        last_save = begin
+        last_save, cpu = begin, time.process_time()
         with self._interrupts(), (self.folder / LOG_FILE).open("a", encoding="utf-8") as log:
             while self.step < schedule.steps and not self._is_interrupted:
                 row = self._train_step()
                 now = time.monotonic()
                 self.seconds = seconds_before + now - begin
-                row |= {"seconds": round(self.seconds, 2), "tokens_per_second": round(self.num_tokens / self.seconds, 1)}
+                self.cpu_seconds += time.process_time() - cpu
+                cpu = time.process_time()
+                row |= {"cpu_seconds": round(self.cpu_seconds, 2)}
+                row |= {
+                    "seconds": round(self.seconds, 2),
+                    "tokens_per_second": round(self.num_tokens / self.seconds, 1),
+                }
                 if row["step"] % schedule.log_every == 0:
                     log.write(json.dumps(row) + "\n")
                     log.flush()
@@ -230,9 +237,11 @@ class Trainer:
         )
 
     def _name_non_finite_gradient(self) -> str:
-        for name, parameter in self.model.named_parameters():
-            if parameter.grad is not None and not bool(torch.isfinite(parameter.grad).all()):
-                break
+        name = next(
+            name
+            for name, parameter in self.model.named_parameters()
+            if parameter.grad is not None and not bool(torch.isfinite(parameter.grad).all())
+        )
         return (
             f"the gradient of {name} is not finite at step {self.step}, though the loss is; lower optimizer.lr, or set "
             "fam.fam_norm_bound, and resume from the last checkpoint"
@@ -265,6 +274,7 @@ class Trainer:
             "steps_in_stage": self.steps_in_stage,
             "accuracies": list(self.accuracies),
             "seconds": self.seconds,
+            "cpu_seconds": self.cpu_seconds,
             "num_tokens": self.num_tokens,
         }
         save_checkpoint(self.folder, self.model, self.optimizer, self.average, self.passing, progress)
@@ -275,7 +285,8 @@ class Trainer:
         self.steps_in_stage = progress["steps_in_stage"]
         window = self.recipe.schedule.curriculum[self.stage_idx].window
         self.accuracies = deque(progress["accuracies"], maxlen=window)
-        self.seconds, self.num_tokens = progress["seconds"], progress["num_tokens"]
+        self.seconds, self.cpu_seconds = progress["seconds"], progress["cpu_seconds"]
+        self.num_tokens = progress["num_tokens"]
         cut_log(self.folder / LOG_FILE, self.step)
 
     def save_memory(self) -> None:
@@ -289,6 +300,7 @@ class Trainer:
             "recipe": json.loads(json.dumps(self.recipe.to_dict())),
             "steps": self.step,
             "seconds": round(self.seconds),
+            "cpu_seconds": round(self.cpu_seconds),
             "num_tokens": self.num_tokens,
             "max_training_filler_tokens": max(s.filler_tokens[1] for s in self.recipe.schedule.curriculum),
         }

@@ -1,0 +1,142 @@
+"""Back-propagation through blocks: how far it reaches, and what it keeps in memory."""
+
+import pytest
+import torch
+from torch.autograd.graph import saved_tensors_hooks
+from training_recipes import small_recipe
+
+from transformerfam.errors import NonFiniteLossError
+from transformerfam.training.blocks import find_non_finite, run_batch
+from transformerfam.training.sequences import SequenceBuilder
+from transformerfam.training.setup import build_trainee
+from transformerfam.training.trainer import Trainer
+
+
+def batch_of(recipe, num_filler):
+    sections = {"schedule": {"curriculum": [{"filler_tokens": [num_filler, num_filler]}]}}
+    model, tokenizer = build_trainee(recipe)
+    builder = SequenceBuilder(small_recipe(**sections), tokenizer)
+    return model, builder.batch(0, 0)
+
+
+def gradient_of_first_block(fam, checkpoint_blocks=True):
+    """Return the gradient of the key's loss by the embeddings of the first block, over 16 blocks and more."""
+    model, batch = batch_of(small_recipe(fam=fam), 16 * 16)
+    batch.weights_BT[~batch.is_key_BT] = 0.0
+    embedded = []
+
+    def note(module, args, output):
+        if not embedded:  # recomputed blocks come later
+            output.retain_grad()
+            embedded.append(output)
+
+    model.get_input_embeddings().register_forward_hook(note)
+    state = model.init_state(3)
+    run_batch(model, batch, state, checkpoint_blocks=checkpoint_blocks).loss.backward()
+    return embedded[0].grad
+
+
+def test_gradient_reaches_first_block_over_16_blocks_through_fam():
+    """A state that is detached between blocks, so that nothing learns to remember."""
+    gradient = gradient_of_first_block({}, checkpoint_blocks=False)
+    assert gradient.abs().sum() > 0
+    assert torch.isfinite(gradient).all()
+
+
+def test_gradient_stays_in_the_window_without_fam():
+    """A test that would pass without any memory: BSWA of two layers and one segment reaches two blocks."""
+    gradient = gradient_of_first_block({"fam_length": 0, "num_memory_segments": 1}, checkpoint_blocks=False)
+    assert gradient is None or gradient.abs().sum() == 0
+
+
+@pytest.mark.parametrize("fam", [{}, {"fam_length": 0, "num_memory_segments": 2}])
+def test_checkpointing_changes_no_gradient(fam):
+    """A block that changes the state that came in, so that computing it again gives something else."""
+    gradients = []
+    for checkpoint_blocks in (False, True):
+        model, batch = batch_of(small_recipe(fam=fam), 60)
+        loss = run_batch(model, batch, model.init_state(3), checkpoint_blocks=checkpoint_blocks).loss
+        loss.backward()
+        gradients.append({n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None})
+    plain, again = gradients
+    assert plain.keys() == again.keys()
+    for name, gradient in plain.items():
+        torch.testing.assert_close(gradient, again[name])
+
+
+def saved_bytes(num_filler, checkpoint_blocks):
+    """Return the bytes of all tensors that autograd keeps for the backward pass of one batch."""
+    model, batch = batch_of(small_recipe(), num_filler)
+    kept = {}
+
+    def pack(tensor):
+        storage = tensor.untyped_storage()
+        kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    state = model.init_state(3)
+    with saved_tensors_hooks(pack, lambda tensor: tensor):
+        output = run_batch(model, batch, state, checkpoint_blocks=checkpoint_blocks)
+    return sum(kept.values()), state.num_bytes, output
+
+
+def test_checkpointing_saves_one_block_and_states():
+    """Activations of all blocks kept: memory that grows as without checkpointing.
+
+    Between blocks only states may be kept, at most one each.
+    """
+    short, state_bytes, first = saved_bytes(16 * 8, checkpoint_blocks=True)
+    long, _, second = saved_bytes(16 * 24, checkpoint_blocks=True)
+    everything, _, third = saved_bytes(16 * 24, checkpoint_blocks=False)
+    assert long - short <= 16 * state_bytes
+    assert everything > 10 * long
+    assert all(output.loss.requires_grad for output in (first, second, third))
+
+
+def test_logits_are_made_for_weighed_positions_alone():
+    """Logits of a whole sequence, the largest tensor of a step."""
+    model, batch = batch_of(small_recipe(), 60)
+    sizes = []
+    model.get_output_embeddings().register_forward_hook(lambda module, args, output: sizes.append(output.shape[0]))
+    run_batch(model, batch, model.init_state(3))
+    assert sum(sizes) == int((batch.weights_BT > 0).sum())
+
+
+def test_passed_fam_is_that_before_the_question():
+    """A FAM that has read the answer, and so is told the key again."""
+    model, batch = batch_of(small_recipe(), 60)
+    passed = run_batch(model, batch, model.init_state(3), pass_before_question=True).passed_fam_LBFD
+    whole = batch.question_start // 16 * 16
+    expected = model.read(batch.input_ids_BT[:, :whole]).fams
+    torch.testing.assert_close(passed, expected)
+
+
+@pytest.mark.parametrize(("layer", "filler"), [(0, 20), (1, 20)])
+def test_layer_that_is_not_finite_is_named(layer, filler):
+    """A stop that does not say where to look."""
+    model, batch = batch_of(small_recipe(), filler)
+    with torch.no_grad():
+        model.model.layers[layer].mlp.down_proj.weight[0, 0] = torch.inf
+    assert find_non_finite(model, batch, model.init_state(3)) == f"block 0, layer {layer}"
+
+
+def test_block_that_is_not_finite_is_named():
+    """Block 0 named whatever the block."""
+    model, batch = batch_of(small_recipe(), 60)
+    token = int(batch.input_ids_BT[0, 40])
+    first = int((batch.input_ids_BT == token).any(0).nonzero()[0])
+    with torch.no_grad():
+        model.get_input_embeddings().weight[token] = torch.nan
+    expected = f"block {first // 16}, layer 0"
+    with torch.no_grad():
+        state = model.init_state(3, fam=torch.zeros(2, 4, 32))
+    assert find_non_finite(model, batch, state) == expected
+
+
+def test_training_stops_at_a_loss_that_is_not_finite(tmp_path):
+    """Weights that are overwritten by NaN."""
+    trainer = Trainer(small_recipe(), tmp_path)
+    with torch.no_grad():
+        trainer.model.model.layers[1].mlp.down_proj.weight[0, 0] = torch.inf
+    with pytest.raises(NonFiniteLossError, match=r"at step 0.*block 0, layer 1.*lower optimizer.lr"):
+        trainer.run()

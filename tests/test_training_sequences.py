@@ -1,0 +1,118 @@
+"""Batches and passed states."""
+
+import pytest
+import torch
+from training_recipes import small_recipe
+
+from transformerfam.errors import RecipeError
+from transformerfam.training.recipe import StatePassingSection
+from transformerfam.training.sequences import SequenceBuilder
+from transformerfam.training.state_passing import StatePassing
+from transformerfam.training.tiny import build_tiny_tokenizer
+
+TOKENIZER = build_tiny_tokenizer()
+PASSES_ALL = {"probability": 0.8, "rows": "all", "ask_later": 1.0}
+
+
+def test_tiny_tokenizer_gives_every_digit_one_token():
+    """A key that the tiny model would have to guess from a word it does not know."""
+    text = "There is an important info. The pass key is 12345. What is the pass key?"
+    ids = TOKENIZER(text)["input_ids"]
+    assert TOKENIZER.unk_token_id not in ids
+    assert TOKENIZER.decode(ids) == text
+    assert TOKENIZER.tokenize(" 907")[1:] == ["9", "0", "7"]
+
+
+def test_batch_depends_on_seed_step_and_stage_alone():
+    """A resumed run that sees other data."""
+    builder, again = (SequenceBuilder(small_recipe(), TOKENIZER) for _ in range(2))
+    builder.batch(0, 0)
+    first, second = builder.batch(4, 1), again.batch(4, 1)
+    assert torch.equal(first.input_ids_BT, second.input_ids_BT)
+    assert torch.equal(first.weights_BT, second.weights_BT)
+    assert not torch.equal(first.input_ids_BT[0], builder.batch(5, 1).input_ids_BT[0, : first.input_ids_BT.shape[1]])
+
+
+def test_labels_are_the_next_tokens_and_the_key_is_weighed():
+    """Weights that stand one position off, so that the model learns to repeat its input."""
+    builder = SequenceBuilder(small_recipe(loss={"repeated_key": 0.5}), TOKENIZER)
+    batch = builder.batch(0, 1)
+    assert torch.equal(batch.labels_BT[:, :-1], batch.input_ids_BT[:, 1:])
+    assert batch.weights_BT[:, -1].sum() == 0
+    assert len(set(batch.keys)) == 3
+    for row, key in enumerate(batch.keys):
+        answer = batch.labels_BT[row][batch.is_key_BT[row]]
+        assert TOKENIZER.decode(answer) == f" {key}"
+        assert TOKENIZER.decode(batch.input_ids_BT[row, batch.question_start :]).startswith(" What is the pass key?")
+    assert batch.weights_BT[batch.is_key_BT].sum() == pytest.approx(1.0)
+    assert batch.weights_BT.sum() == pytest.approx(1.6)
+
+
+def test_question_stands_at_every_phase_of_a_block():
+    """Questions that never cross a block boundary in training, and always fail there in use."""
+    builder = SequenceBuilder(small_recipe(), TOKENIZER)
+    phases = {builder.batch(step, 1).question_start % 16 for step in range(200)}
+    assert phases == set(range(16))
+
+
+def test_asking_later_asks_for_the_key_that_the_state_holds():
+    """A row that tells a new key and asks for the old one, or the other way round."""
+    builder = SequenceBuilder(small_recipe(state_passing=PASSES_ALL), TOKENIZER)
+    batch = builder.batch(3, 1, carried_keys=(12345, None, 67890))
+    assert batch.keys[0] == 12345
+    assert batch.keys[2] == 67890
+    text = TOKENIZER.decode(batch.input_ids_BT[0])
+    assert text.count("12345") == 1
+    assert text.endswith("The pass key is 12345")
+    assert TOKENIZER.decode(batch.input_ids_BT[1]).count(str(batch.keys[1])) == 3
+
+
+def test_books_are_mixed_in_by_their_share(tmp_path):
+    """Book text that asks for a key which it does not hold."""
+    (tmp_path / "a.txt").write_text("The sky is blue.\n\nThe grass is green.")
+    data = {"passkey_sentences": 1.0, "book": 1.0, "passkey_book": 1.0, "books": str(tmp_path)}
+    builder = SequenceBuilder(small_recipe(data=data, schedule={"batch_size": 30}), TOKENIZER)
+    batch = builder.batch(0, 1)
+    plain = [row for row, key in enumerate(batch.keys) if key is None]
+    assert 0 < len(plain) < 30
+    assert not batch.is_key_BT[plain].any()
+    assert (batch.weights_BT[plain].sum(1) > 0).all()
+
+
+def test_empty_folder_of_books_is_refused(tmp_path):
+    """Training that silently goes on without books."""
+    with pytest.raises(RecipeError, match=r"at least one \.txt file"):
+        SequenceBuilder(small_recipe(data={"book": 0.5, "books": str(tmp_path)}), TOKENIZER)
+
+
+def test_state_is_passed_with_its_probability_once_started():
+    """State passing that starts too early, or a chain that never ends."""
+    passing = StatePassing(StatePassingSection(probability=0.8, start_stage=1, rows="all"), seed=0)
+    fam = torch.randn(2, 3, 4, 5)
+    passing.keep(fam, (1, 2, 3))
+    passing.update_start(10, 0, False)
+    assert all(passing.draw(step) is None for step in range(20))
+    passing.update_start(11, 1, False)
+    passed = [passing.draw(step) is not None for step in range(1000)]
+    assert 0.75 < sum(passed) / 1000 < 0.85
+    assert torch.equal(passing.draw(passed.index(True)).fam_LBFD, fam)
+
+
+def test_first_rows_state_is_passed_to_all_rows():
+    """Another batch row's FAM than the paper's."""
+    passing = StatePassing(StatePassingSection(probability=1.0), seed=0)
+    passing.update_start(0, 0, False)
+    fam = torch.randn(2, 3, 4, 5, requires_grad=True)
+    passing.keep(fam, (7, 8, 9))
+    saved = passing.draw(0)
+    assert torch.equal(saved.fam_LBFD, fam[:, :1].expand_as(fam))
+    assert not saved.fam_LBFD.requires_grad
+    assert saved.keys == (7, 7, 7)
+
+
+def test_state_that_is_not_finite_is_not_passed():
+    """One overflow that spoils every step behind it."""
+    passing = StatePassing(StatePassingSection(probability=1.0), seed=0)
+    passing.update_start(0, 0, False)
+    passing.keep(torch.full((1, 1, 1, 1), torch.inf), (7,))
+    assert passing.draw(0) is None

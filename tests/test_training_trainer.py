@@ -1,0 +1,169 @@
+"""The training loop: resume, interruption, what it leaves behind."""
+
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from rich.console import Console
+from training_recipes import small_recipe, small_values
+
+from transformerfam.errors import CorruptFileError, RecipeError
+from transformerfam.files import load_tensors
+from transformerfam.models import load_model
+from transformerfam.training.progress import training_bar
+from transformerfam.training.recipe import build_recipe
+from transformerfam.training.trainer import Trainer, recipe_of_run
+
+# Everything that a resumed run could get wrong: passed states, keys asked later, stages, averages, key bias.
+SECTIONS = {
+    "schedule": {"steps": 10, "checkpoint_seconds": 0.0},
+    "state_passing": {"probability": 0.9, "rows": "all", "ask_later": 0.5, "start_step": 2},
+    "optimizer": {"average_decay": 0.9, "schedule": "cosine"},
+    "key_bias": {"start_value": -4.0, "end_step": 8},
+}
+KILLED = """
+import json, os, signal, sys
+from transformerfam.training.progress import training_bar
+from transformerfam.training.recipe import build_recipe
+from transformerfam.training.trainer import Trainer
+
+def kill(trainer, row):
+    if row["step"] == 6:
+        os.kill(os.getpid(), signal.SIGKILL)  # the log has step 6, the checkpoint only the steps before it
+
+Trainer(build_recipe(json.loads(sys.argv[1])), sys.argv[2]).run(kill)
+"""
+
+
+def log_of(folder):
+    lines = (folder / "log.jsonl").read_text().splitlines()
+    return [json.loads(line) for line in lines]
+
+
+def without_times(rows):
+    return [{k: v for k, v in row.items() if "second" not in k} for row in rows]
+
+
+def test_run_killed_and_resumed_gives_the_losses_of_one_that_ran_through(tmp_path):
+    """A resumed run that differs: lost moments, passed states, random numbers, or log lines written twice."""
+    values = small_values(**SECTIONS)
+    threads = torch.get_num_threads()
+    environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
+    source = str(Path(sys.modules["transformerfam"].__file__).parents[1])
+    environment["PYTHONPATH"] = source
+    command = [sys.executable, "-c", KILLED, json.dumps(values), str(tmp_path / "killed")]
+    killed = subprocess.run(command, env=environment, capture_output=True, check=False)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr.decode()
+    assert len(log_of(tmp_path / "killed")) == 7
+    recipe = build_recipe(values)
+    resumed = Trainer(recipe, tmp_path / "killed", resume=True)
+    assert resumed.step == 6
+    resumed.run()
+    Trainer(recipe, tmp_path / "whole").run()
+    assert without_times(log_of(tmp_path / "killed")) == without_times(log_of(tmp_path / "whole"))
+    rows = log_of(tmp_path / "whole")
+    assert [row["step"] for row in rows] == list(range(10))
+    assert any(row["state_passed"] for row in rows)
+    for name in ("model.safetensors", "fam.safetensors"):
+        assert (tmp_path / "killed" / name).stat().st_size == (tmp_path / "whole" / name).stat().st_size
+
+
+def test_ctrl_c_keeps_a_checkpoint_and_says_how_to_go_on(tmp_path):
+    """Minutes of training lost by one key."""
+    trainer = Trainer(small_recipe(), tmp_path)
+    before = signal.getsignal(signal.SIGINT)
+    result = trainer.run(lambda trainer, row: signal.raise_signal(signal.SIGINT) if row["step"] == 2 else None)
+    assert (result.steps, result.is_complete) == (3, False)
+    assert "--resume" in result.message
+    assert signal.getsignal(signal.SIGINT) is before
+    again = Trainer(small_recipe(), tmp_path, resume=True)
+    assert again.run().is_complete
+    assert [row["step"] for row in log_of(tmp_path)] == list(range(6))
+
+
+def test_key_bias_is_exactly_zero_in_the_trained_memory(tmp_path):
+    """A bias that stays behind when time is up before its end."""
+    recipe = small_recipe(key_bias={"start_value": -4.0, "end_step": 6}, schedule={"max_seconds": 0.0})
+    trainer = Trainer(recipe, tmp_path)
+    assert trainer.run().steps == 1
+    assert log_of(tmp_path)[0]["fam_key_bias"] == -4.0
+    assert trainer.model.fam_config.fam_key_bias == 0.0
+    _, metadata = load_tensors(tmp_path / "fam.safetensors", "adapter", 1)
+    assert metadata["fam_config"]["fam_key_bias"] == 0.0
+
+
+def test_trained_model_is_loaded_as_it_was(tmp_path):
+    """A folder that gives back the weights from before training, or without their average."""
+    trainer = Trainer(small_recipe(optimizer={"average_decay": 0.5}), tmp_path)
+    trainer.run()
+    model, tokenizer = load_model(tmp_path)
+    ids = torch.tensor([tokenizer("The grass is green. The sky is blue. Here we go.")["input_ids"] * 3])
+    with torch.no_grad():
+        torch.testing.assert_close(model(input_ids=ids).logits, trainer.model(input_ids=ids).logits)
+    assert recipe_of_run(tmp_path) == trainer.recipe
+
+
+def test_lora_is_kept_as_an_adapter_in_float16(tmp_path):
+    """A LoRA run that writes, or trains, the whole model."""
+    trainer = Trainer(small_recipe(lora={"rank": 2}, model={"base": "tiny-random"}), tmp_path)
+    trained = {name for name, p in trainer.model.named_parameters() if p.requires_grad}
+    assert all("lora_" in name or name.endswith("fam.prompt") for name in trained)
+    assert any(name.endswith("fam.prompt") for name in trained)
+    before = {n: p.detach().clone() for n, p in trainer.model.named_parameters()}
+    trainer.run()
+    changed = {n for n, p in trainer.model.named_parameters() if not torch.equal(p, before[n])}
+    assert changed == trained
+    tensors, metadata = load_tensors(tmp_path / "fam.safetensors", "adapter", 1)
+    assert tensors["prompt"].dtype == torch.float16
+    assert metadata["notes"]["max_training_filler_tokens"] == 60
+    assert not (tmp_path / "model.safetensors").exists()
+
+
+def test_loss_falls_on_a_short_passkey(tmp_path):
+    """A trainer that runs, logs, and learns nothing."""
+    schedule = {"steps": 60, "batch_size": 8, "curriculum": [{"filler_tokens": [1, 8]}]}
+    recipe = small_recipe(schedule=schedule, optimizer={"lr": 5e-3}, fam={"block_size": 64})
+    Trainer(recipe, tmp_path).run()
+    losses = [row["loss"] for row in log_of(tmp_path)]
+    assert sum(losses[-5:]) < 0.6 * sum(losses[:5])
+
+
+def test_folder_of_another_run_is_refused(tmp_path):
+    """A finished run overwritten by a second start, or resumed with other settings."""
+    Trainer(small_recipe(schedule={"steps": 1}), tmp_path).run()
+    with pytest.raises(RecipeError, match="holds a run already"):
+        Trainer(small_recipe(), tmp_path)
+    with pytest.raises(RecipeError, match="section optimizer differs"):
+        Trainer(small_recipe(optimizer={"lr": 1.0}), tmp_path, resume=True)
+    assert Trainer(small_recipe(), tmp_path, resume=True).run().steps == 6  # a longer schedule goes on
+
+
+def test_damaged_checkpoint_is_refused(tmp_path):
+    """A run that starts anew, or with half of its moments, after a disk error."""
+    with pytest.raises(CorruptFileError, match="does not exist"):
+        Trainer(small_recipe(), tmp_path / "new", resume=True)
+    Trainer(small_recipe(schedule={"steps": 1}), tmp_path).run()
+    path = tmp_path / "checkpoint.safetensors"
+    data = bytearray(path.read_bytes())
+    data[-100] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(CorruptFileError, match="damaged"):
+        Trainer(small_recipe(), tmp_path, resume=True)
+
+
+def test_bar_shows_steps_loss_and_keys(tmp_path):
+    """Minutes in front of a terminal that says nothing."""
+    console = Console(file=io.StringIO(), force_terminal=True, width=120)
+    trainer = Trainer(small_recipe(), tmp_path)
+    with training_bar(trainer, console) as update:
+        trainer.run(update)
+    shown = console.file.getvalue()
+    assert "6/6" in shown
+    assert "keys" in shown
+    assert "tokens/s" in shown

@@ -1,0 +1,32 @@
+"""Recipes that train in seconds, for the tests of training."""
+
+from transformerfam.training.recipe import build_recipe
+
+
+def small_values(**sections):
+    """Return the values of a recipe for a model of two narrow layers; `sections` change it."""
+    values = {
+        "model": {
+            "base": "tiny-random",
+            "num_hidden_layers": 2,
+            "hidden_size": 32,
+            "num_attention_heads": 2,
+            "num_key_value_heads": 1,
+            "intermediate_size": 48,
+        },
+        "fam": {"block_size": 16, "fam_length": 4, "num_memory_segments": 0, "fam_norm_bound": 5.0},
+        "optimizer": {"warmup_steps": 2},
+        "schedule": {
+            "steps": 6,
+            "batch_size": 3,
+            "curriculum": [{"filler_tokens": [1, 30], "max_steps": 3}, {"filler_tokens": [10, 60]}],
+        },
+    }
+    for name, section in sections.items():
+        values[name] = {**values.get(name, {}), **section} if isinstance(section, dict) else section
+    return values
+
+
+def small_recipe(**sections):
+    """Build the recipe of `small_values`."""
+    return build_recipe(small_values(**sections))
