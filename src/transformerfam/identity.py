@@ -110,13 +110,18 @@ class ModelIdentity:
                     f"{what} was made on another {part.replace('_', ' ')}: {key} is {there.get(key)!r} there and "
                     f"{here.get(key)!r} here; load it into the model and configuration that it was made on"
                 )
-        for part, here_digest, name in (
+        weights = (
             ("base_digest", self.base_digest(), "base weights"),
             ("memory_digest", self.memory_digest(), "memory weights (prompt and LoRA)"),
-        ):
-            if part in metadata and metadata[part] != here_digest:
-                warnings.warn(
-                    f"{what} was made on other {name}: SHA-256 {metadata[part][:12]} there, {here_digest[:12]} here; "
-                    "it is accepted, since the architecture is the same, but may recall less",
-                    stacklevel=3,
-                )
+        )
+        others = [
+            f"{name} (SHA-256 {metadata[part][:12]} there, {digest[:12]} here)"
+            for part, digest, name in weights
+            if metadata[part] != digest
+        ]
+        if others:
+            warnings.warn(
+                f"{what} was made on other {' and '.join(others)}; it is accepted, since the architecture is the same, "
+                "but may recall less",
+                stacklevel=3,
+            )

@@ -1,0 +1,266 @@
+"""Conversion: what it keeps, what it adds, and every model that it refuses."""
+
+import copy
+import inspect
+from typing import Any
+
+import pytest
+import torch
+from tiny_llama import make_tiny_llama, random_ids
+from transformers import (
+    BertConfig,
+    BertLMHeadModel,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    T5Config,
+    T5ForConditionalGeneration,
+)
+from transformers.models.llama import modeling_llama
+
+from transformerfam import FamConfig, convert
+from transformerfam.attention import KeyTurner, piece_mask
+from transformerfam.convert import fam_parameters, memory_of, set_key_bias
+from transformerfam.errors import ReadInterrupted, TransformerFamError, UnsupportedModelError
+
+CONFIG = FamConfig(block_size=8, fam_length=3, num_memory_segments=1)
+SHAPE: dict[str, Any] = {
+    "vocab_size": 61,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+}
+
+
+def test_conversion_keeps_class_weights_and_signature() -> None:
+    """Catches a wrapper where users were promised their own model."""
+    model = make_tiny_llama()
+    weights = {name: value.clone() for name, value in model.named_parameters()}
+    signature = inspect.signature(model.get_decoder().forward)
+    converted = convert(model, CONFIG)
+    assert converted is model
+    assert isinstance(model, LlamaForCausalLM)
+    assert inspect.signature(model.get_decoder().forward) == signature
+    for name, value in model.named_parameters():
+        assert name == "model.fam.prompt" or torch.equal(value, weights[name])
+
+
+def test_prompt_is_the_only_new_parameter() -> None:
+    """Catches parameters beyond the paper's F x hidden_size, or F x hidden_size x layers for the prefix."""
+    assert [tuple(p.shape) for p in fam_parameters(convert(make_tiny_llama(), CONFIG))] == [(3, 32)]
+    prefix = convert(make_tiny_llama(), CONFIG.replace(fam_init="prefix"))
+    assert [tuple(p.shape) for p in fam_parameters(prefix)] == [(2, 3, 32)]
+    assert fam_parameters(convert(make_tiny_llama(), CONFIG.replace(fam_length=0))) == []
+
+
+@torch.no_grad()
+def test_copy_of_a_converted_model_reads_on_its_own() -> None:
+    """Catches hooks and methods of a copy that still act on the original."""
+    model = convert(make_tiny_llama(), CONFIG)
+    ids = random_ids(1, 20)
+    expected = model(input_ids=ids).logits
+    twin = copy.deepcopy(model)
+    for parameter in model.parameters():
+        parameter.zero_()
+    assert torch.equal(twin(input_ids=ids).logits, expected)
+    assert twin.read(ids).num_tokens_read == 20
+
+
+@torch.no_grad()
+def test_closed_key_bias_gives_bswa() -> None:
+    """Catches a bias that tokens do not feel, or that the FAM's own update feels."""
+    ids = random_ids(1, 40)
+    model = convert(make_tiny_llama(), CONFIG)
+    open_logits = model(input_ids=ids).logits
+    set_key_bias(model, -1e4)
+    assert model.fam_config.fam_key_bias == -1e4
+    bswa = convert(make_tiny_llama(), CONFIG.replace(fam_length=0))(input_ids=ids).logits
+    torch.testing.assert_close(model(input_ids=ids).logits, bswa, atol=1e-5, rtol=0)
+    assert not torch.allclose(open_logits, bswa, atol=1e-3)
+
+
+@torch.no_grad()
+def test_embeddings_serve_instead_of_ids_and_labels_give_a_loss() -> None:
+    """Catches doors of the base model that conversion shuts."""
+    model, ids = convert(make_tiny_llama(), CONFIG), random_ids(2, 20)
+    output = model(input_ids=ids, labels=ids, output_hidden_states=True)
+    embeddings = model.get_input_embeddings()(ids)
+    torch.testing.assert_close(model(inputs_embeds=embeddings).logits, output.logits)
+    assert output.loss.isfinite()
+    assert [tuple(hidden.shape) for hidden in output.hidden_states] == [(2, 20, 32)] * 3
+    assert model(input_ids=ids, use_cache=False).past_key_values is None
+    torch.testing.assert_close(model(input_ids=ids, logits_to_keep=3).logits, output.logits[:, -3:])
+
+
+@torch.no_grad()
+def test_eager_and_sdpa_agree() -> None:
+    model, ids = convert(make_tiny_llama(), CONFIG), random_ids(1, 30)
+    expected = model(input_ids=ids).logits
+    model.set_attn_implementation("eager")
+    piece_mask.cache_clear()
+    torch.testing.assert_close(model(input_ids=ids).logits, expected, atol=1e-5, rtol=0)
+
+
+def test_encoder_is_refused() -> None:
+    encoder = BertLMHeadModel(
+        BertConfig(hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32)
+    )
+    with pytest.raises(UnsupportedModelError, match="rotary position embedding|is an encoder"):
+        convert(encoder, CONFIG)
+
+
+def test_encoder_decoder_is_refused() -> None:
+    model = T5ForConditionalGeneration(T5Config(d_model=32, num_layers=1, num_heads=2, d_ff=32, vocab_size=50))
+    with pytest.raises(UnsupportedModelError, match="T5ForConditionalGeneration is an encoder-decoder"):
+        convert(model, CONFIG)
+
+
+def test_model_without_rope_is_refused() -> None:
+    model = GPT2LMHeadModel(GPT2Config(n_embd=32, n_layer=1, n_head=2, vocab_size=50))
+    with pytest.raises(UnsupportedModelError, match="GPT2LMHeadModel has no rotary position embedding"):
+        convert(model, CONFIG)
+
+
+def test_family_not_served_is_refused() -> None:
+    with pytest.raises(UnsupportedModelError, match="'mistral' is not served, required is one of llama"):
+        convert(MistralForCausalLM(MistralConfig(**SHAPE)), CONFIG)
+
+
+def test_something_else_is_refused() -> None:
+    with pytest.raises(UnsupportedModelError, match="model is a Linear"):
+        convert(torch.nn.Linear(2, 2), CONFIG)  # type: ignore[arg-type]
+
+
+def test_length_dependent_rope_is_refused() -> None:
+    rope = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}
+    with pytest.raises(UnsupportedModelError, match="'dynamic' changes with the length"):
+        convert(LlamaForCausalLM(LlamaConfig(**SHAPE, rope_parameters=rope)), CONFIG)
+
+
+def test_unknown_attention_back_end_is_refused() -> None:
+    model = make_tiny_llama()
+    model.set_attn_implementation("flex_attention")
+    with pytest.raises(UnsupportedModelError, match="'flex_attention', required is one of eager, sdpa"):
+        convert(model, CONFIG)
+
+
+def test_layer_out_of_range_is_refused() -> None:
+    with pytest.raises(UnsupportedModelError, match="fam_layers names layer 5, the model has layers 0 to 1"):
+        convert(make_tiny_llama(), CONFIG.replace(fam_layers=(0, 5)))
+
+
+def test_second_conversion_is_refused() -> None:
+    model = convert(make_tiny_llama(), CONFIG)
+    with pytest.raises(UnsupportedModelError, match="converted already"):
+        convert(model, CONFIG)
+
+
+def refuse_and_compare(match: str) -> None:
+    """Convert, expect the named seam to be refused, and see that the model is as it was."""
+    model, ids = make_tiny_llama(), random_ids(1, 12)
+    expected = model(ids).logits
+    with pytest.raises(UnsupportedModelError, match=match):
+        convert(model, CONFIG)
+    assert torch.equal(model(ids).logits, expected)
+    assert not hasattr(model, "read")
+    assert [name for name, _ in model.named_parameters() if "fam" in name] == []
+
+
+def test_wrong_turning_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches a check that passes a family with another RoPE layout."""
+    turn = KeyTurner.turn
+    monkeypatch.setattr(KeyTurner, "turn", lambda self, key, distance: turn(self, key, -distance))
+    refuse_and_compare("the position seam")
+
+
+def test_layer_that_ignores_its_cache_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches a check that passes a family which changed how it calls its cache."""
+    forward = modeling_llama.LlamaAttention.forward
+
+    def without_cache(self: Any, *args: Any, past_key_values: Any = None, **kwargs: Any) -> Any:
+        kwargs["attention_mask"] = None
+        return forward(self, *args, past_key_values=None, **kwargs)
+
+    monkeypatch.setattr(modeling_llama.LlamaAttention, "forward", without_cache)
+    refuse_and_compare("the cache seam")
+
+
+def test_family_with_another_residual_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches a check that passes a family which adds its residual elsewhere."""
+    forward = modeling_llama.LlamaDecoderLayer.forward
+
+    def twice_residual(self: Any, hidden_states: Any, **kwargs: Any) -> Any:
+        attended, _ = self.self_attn(hidden_states=self.input_layernorm(hidden_states), **kwargs)
+        hidden_states = 2 * hidden_states + attended
+        return hidden_states + self.mlp(self.post_attention_layernorm(hidden_states))
+
+    assert inspect.signature(forward).parameters["hidden_states"]
+    monkeypatch.setattr(modeling_llama.LlamaDecoderLayer, "forward", twice_residual)
+    refuse_and_compare("the first residual seam")
+
+
+def test_unconverted_model_says_what_to_do() -> None:
+    with pytest.raises(TransformerFamError, match=r"no memory yet; call convert"):
+        memory_of(make_tiny_llama())
+
+
+def test_bad_input_is_refused() -> None:
+    model = convert(make_tiny_llama(), CONFIG)
+    with pytest.raises(TransformerFamError, match="input is empty"):
+        model.read([])
+    with pytest.raises(TransformerFamError, match="token id 61 is out of range, required is 0 to 60"):
+        model.read([3, 61])
+    with pytest.raises(TransformerFamError, match="token id -2 is out of range"):
+        model(input_ids=torch.tensor([[-2]]))
+    with pytest.raises(TransformerFamError, match="attention_mask has shape"):
+        model(input_ids=random_ids(1, 4), attention_mask=torch.ones(1, 1, 4, 4))
+    with pytest.raises(TransformerFamError, match="output_attentions is not available"):
+        model(input_ids=random_ids(1, 4), output_attentions=True)
+    with pytest.raises(TransformerFamError, match="exactly one of input_ids and inputs_embeds"):
+        model.get_decoder()()
+    model.train()
+    model.get_decoder().gradient_checkpointing = True
+    with pytest.raises(TransformerFamError, match="gradient checkpointing of single layers"):
+        model(input_ids=random_ids(1, 4))
+
+
+def test_interrupted_read_keeps_what_was_read() -> None:
+    """Catches a Ctrl-C that loses the reading, or leaves a state that goes on differently."""
+    model, ids = convert(make_tiny_llama(), CONFIG), random_ids(1, 50)
+
+    def interrupt(done: int, total: int, state: Any) -> None:
+        if done == 24:
+            raise KeyboardInterrupt
+
+    with pytest.raises(
+        ReadInterrupted, match=r"after 24 tokens; go on with model.read\(input_ids\[..., 24:\]"
+    ) as caught:
+        model.read(ids, progress=interrupt)
+    error = caught.value
+    state = model.read(ids[:, error.num_tokens_done :], error.state)
+    assert torch.equal(state.fams, model.read(ids).fams)
+
+
+def test_interrupt_within_a_piece_leaves_the_state_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches layers that are one block ahead of others after Ctrl-C in the middle of a forward."""
+    model, ids = convert(make_tiny_llama(), CONFIG), random_ids(1, 50)
+    expected = model.read(ids).fams
+    mlp = model.model.layers[1].mlp
+    forward, calls = mlp.forward, []
+
+    def interrupt_once(hidden: torch.Tensor) -> torch.Tensor:
+        calls.append(1)
+        if len(calls) == 4:
+            raise KeyboardInterrupt
+        return forward(hidden)
+
+    monkeypatch.setattr(mlp, "forward", interrupt_once)
+    with pytest.raises(ReadInterrupted) as caught:
+        model.read(ids)
+    state = model.read(ids[:, caught.value.num_tokens_done :], caught.value.state)
+    assert torch.equal(state.fams, expected)
