@@ -147,10 +147,10 @@ def read_command(
     """Read a text of any length and save the state; Ctrl-C saves what was read and says how to go on."""
     from transformerfam.state import FamState
     from transformerfam.tasks.reading import count_tokens, read_text_stream
-    from transformerfam.tasks.text import decode_utf8, open_bytes, read_pieces
+    from transformerfam.tasks.text import decode_utf8, read_pieces
 
     console = Console(stderr=True, soft_wrap=True)
-    with _open_input(file, open_bytes) as source:
+    with _open_input(file) as source:
         loaded_model, tokenizer = _load(model)
         start = None if state is None else FamState.load(state, loaded_model, batch_size=1)
         num_tokens = None if file == "-" else count_tokens(file, tokenizer)
@@ -251,9 +251,7 @@ def demo_command(
     """Hide a key on the first page of a novel, read the novel, and ask: FAM beside BSWA."""
     from transformerfam.demo import draw_seed, prepare_demo, run_demo
 
-    from transformers.utils import logging
-
-    logging.disable_progress_bar()
+    _hide_loading_bars()
     console = Console()
     demo = prepare_demo(model, draw_seed() if seed is None else seed, tokens)
     console.print(demo.introduction(), highlight=False)
@@ -264,13 +262,16 @@ def demo_command(
         raise typer.Exit(1)
 
 
-def _load(model: str, system: str = "fam", overrides: dict[str, Any] | None = None) -> tuple[Any, Any]:
-    """Load a model and its tokenizer without transformers' own progress bar."""
+def _hide_loading_bars() -> None:
     from transformers.utils import logging
 
+    logging.disable_progress_bar()
+
+
+def _load(model: str, system: str = "fam", overrides: dict[str, Any] | None = None) -> tuple[Any, Any]:
     from transformerfam.models import load_model
 
-    logging.disable_progress_bar()
+    _hide_loading_bars()
     return load_model(model, system, overrides)  # type: ignore[arg-type]
 
 
@@ -300,13 +301,10 @@ def _whole_number(text: str, name: str) -> int:
         raise TransformerFamError(f"{name} has {text!r}, required are whole numbers, for example 512,1024") from error
 
 
-@contextlib.contextmanager
-def _open_input(file: str, open_file: Callable[[str], IO[bytes]]) -> Iterator[IO[bytes]]:
-    if file == "-":
-        yield sys.stdin.buffer
-    else:
-        with open_file(file) as opened:
-            yield opened
+def _open_input(file: str) -> contextlib.AbstractContextManager[IO[bytes]]:
+    from transformerfam.tasks.text import open_bytes
+
+    return contextlib.nullcontext(sys.stdin.buffer) if file == "-" else open_bytes(file)
 
 
 def _print_table(table: Any) -> None:

@@ -178,7 +178,8 @@ def accuracy_by_length(rows: Iterable[Row]) -> dict[Series, list[Accuracy]]:
         count[1] += 1
     return {
         series: [
-            Accuracy(length, *by_length[length], *wilson_interval(*by_length[length])) for length in sorted(by_length)
+            Accuracy(length, right, asked, *wilson_interval(right, asked))
+            for length, (right, asked) in sorted(by_length.items())
         ]
         for series, by_length in sorted(counts.items())
     }

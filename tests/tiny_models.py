@@ -1,0 +1,33 @@
+"""A tiny random model with a memory nobody trained, in memory and as a folder that `--model` takes."""
+
+from pathlib import Path
+
+from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
+
+from transformerfam import FamConfig, convert
+from transformerfam.models import save_model
+from transformerfam.training.recipe import ModelSection
+from transformerfam.training.tiny import build_tiny_model, build_tiny_tokenizer
+
+BLOCK_SIZE = 8
+
+
+def make_passkey_model(fam_length: int = 2) -> tuple[LlamaForCausalLM, PreTrainedTokenizerFast]:
+    """Make a converted model whose vocabulary is that of the passkey text, and its tokenizer."""
+    tokenizer = build_tiny_tokenizer()
+    section = ModelSection(
+        base="tiny-random",
+        num_hidden_layers=2,
+        hidden_size=16,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        intermediate_size=16,
+    )
+    model = build_tiny_model(section, len(tokenizer)).eval()
+    config = FamConfig(block_size=BLOCK_SIZE, fam_length=fam_length, num_memory_segments=0)
+    return convert(model, config), tokenizer
+
+
+def save_passkey_model(folder: Path) -> None:
+    """Write such a model with notes as training leaves them."""
+    save_model(*make_passkey_model(), folder, notes={"max_training_filler_tokens": 512})
