@@ -35,7 +35,7 @@ def test_batch_depends_on_seed_step_and_stage_alone():
 
 def test_labels_are_the_next_tokens_and_the_key_is_weighed():
     """Weights that stand one position off, so that the model learns to repeat its input."""
-    builder = SequenceBuilder(small_recipe(loss={"repeated_key": 0.5}), TOKENIZER)
+    builder = SequenceBuilder(small_recipe(), TOKENIZER)
     batch = builder.batch(0, 1)
     assert torch.equal(batch.labels_BT[:, :-1], batch.input_ids_BT[:, 1:])
     assert batch.weights_BT[:, -1].sum() == 0
@@ -45,7 +45,7 @@ def test_labels_are_the_next_tokens_and_the_key_is_weighed():
         assert TOKENIZER.decode(answer) == f" {key}"
         assert TOKENIZER.decode(batch.input_ids_BT[row, batch.question_start :]).startswith(" What is the pass key?")
     assert batch.weights_BT[batch.is_key_BT].sum() == pytest.approx(1.0)
-    assert batch.weights_BT.sum() == pytest.approx(1.6)
+    assert batch.weights_BT.sum() == pytest.approx(1.1)
 
 
 def test_question_stands_at_every_phase_of_a_block():
@@ -116,3 +116,12 @@ def test_state_that_is_not_finite_is_not_passed():
     passing.update_start(0, 0, False)
     passing.keep(torch.full((1, 1, 1, 1), torch.inf), (7,))
     assert passing.draw(0) is None
+
+
+def test_keys_of_few_digits_are_mixed_in_by_their_share():
+    """Keys that a model can tell by the digit before, which is not where it has to look."""
+    data = {"few_digits": 0.5}
+    builder = SequenceBuilder(small_recipe(data=data, schedule={"batch_size": 400}), TOKENIZER)
+    keys = builder.batch(0, 0).keys
+    assert all(10_000 <= key <= 99_999 for key in keys)
+    assert 0.45 < sum(len(set(str(key))) <= 3 for key in keys) / len(keys) < 0.75

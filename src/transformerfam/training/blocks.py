@@ -25,7 +25,7 @@ class StepOutput:
     key_loss: torch.Tensor
     """Mean cross-entropy of the key's tokens, 0 where no row asks."""
     is_right_B: torch.Tensor
-    """Whether every token of the row's key has the largest logit."""
+    """Whether every token of the row's key has the largest logit; True where the row asks nothing."""
     passed_fam_LBFD: torch.Tensor | None
     """The FAM to pass on, detached; None where no block was completed before it."""
 
@@ -80,8 +80,7 @@ def run_batch(
         if has_fam and is_whole and (not pass_before_question or stop <= batch.question_start):
             passed = state.fams.detach()
     num_keys = batch.is_key_BT.sum().clamp(min=1)
-    asks_B = batch.is_key_BT.any(dim=1)
-    return StepOutput(total_loss, total_key_loss.detach() / num_keys, (num_wrong_B == 0)[asks_B], passed)
+    return StepOutput(total_loss, total_key_loss.detach() / num_keys, num_wrong_B == 0, passed)
 
 
 def block_spans(length: int, block_size: int) -> Iterator[tuple[int, int]]:

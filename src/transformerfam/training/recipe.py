@@ -132,6 +132,9 @@ class DataSection:
     """Passkey in book text."""
     book: float = 0.0
     """Book text alone."""
+    few_digits: float = 0.0
+    """Share of keys that are made of two or three different digits. They cannot be told by looking up which digit came
+    behind the last one, which is where learning from scratch stays for long: 7 in 10 random keys repeat a digit."""
     books: str | None = None
     """Folder of UTF-8 `.txt` files; all are used."""
 
@@ -142,9 +145,6 @@ class LossSection:
 
     key: float = 1.0
     other_tokens: float = 0.1
-    repeated_key: float = 0.0
-    """Weight of the key's second mention in the introduction, which can be copied from the first: it teaches a model
-    from scratch to copy before it can remember."""
     num_other_tokens: int = 32
     """Random other tokens of each sequence that are predicted too."""
 

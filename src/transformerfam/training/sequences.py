@@ -26,8 +26,8 @@ class Row:
     """Tokens at the end that must be predicted whole; 0 for plain text."""
     key: int | None
     """The key that it asks for."""
-    repeated_key_start: int | None = None
-    """First token of the key's second mention."""
+    is_told: bool
+    """Whether it tells that key; if not, it asks for the key of the passed state."""
 
 
 @dataclass(frozen=True)
@@ -45,6 +45,8 @@ class Batch:
     """First token of the question; the length of the rows where no row asks."""
     keys: tuple[int | None, ...]
     """The key that each row asks for."""
+    is_told_B: torch.Tensor
+    """Rows that tell the key themselves; the others ask for a key of the passed state, or ask nothing."""
 
     @property
     def num_tokens(self) -> int:
@@ -103,7 +105,7 @@ class SequenceBuilder:
     def _row(self, draw: random.Random, num_filler: int, carried_key: int | None) -> Row:
         kinds = ("passkey_sentences", "passkey_book", "book")
         kind = draw.choices(kinds, [getattr(self.data, name) for name in kinds])[0]
-        start, key = draw.randrange(1 << 30), draw.randint(FIRST_KEY, LAST_KEY)
+        start, key = draw.randrange(1 << 30), self._draw_key(draw)
         later = draw.random() < self.ask_later and carried_key is not None
         text = self.texts[kind]
         assert text is not None
@@ -112,36 +114,43 @@ class SequenceBuilder:
         if later:
             assert carried_key is not None
             return self._later_row(text, num_filler, start, carried_key)
-        repeated = len(text.before_key_ids) + self.num_answer_tokens + len(text.between_keys_ids)
-        return Row(text.sequence(key, num_filler, start).ids, self.num_answer_tokens, key, repeated)
+        return Row(text.sequence(key, num_filler, start).ids, self.num_answer_tokens, key, is_told=True)
+
+    def _draw_key(self, draw: random.Random) -> int:
+        """Draw a key; some are made of few different digits."""
+        key = draw.randint(FIRST_KEY, LAST_KEY)
+        if draw.random() >= self.data.few_digits:
+            return key
+        digits = draw.sample("0123456789", draw.choice((2, 3)))
+        first = draw.choice([digit for digit in digits if digit != "0"])
+        return int(first + "".join(draw.choices(digits, k=len(str(FIRST_KEY)) - 1)))
 
     def _later_row(self, text: PasskeyText, num_filler: int, start: int, carried_key: int) -> Row:
         """Go on with filler where the key would be told, and ask for the key of the step before."""
         filler = text.filler.slice(start, self.num_intro_tokens + num_filler).tolist()
-        return Row(filler + text.question_ids + text.key_ids(carried_key), self.num_answer_tokens, carried_key)
+        return Row(
+            filler + text.question_ids + text.key_ids(carried_key), self.num_answer_tokens, carried_key, is_told=False
+        )
 
     def _book_row(self, text: PasskeyText, num_filler: int, start: int) -> Row:
         length = self.num_intro_tokens + num_filler + self.num_question_tokens + self.num_answer_tokens
-        return Row(text.filler.slice(start, length).tolist(), 0, None)
+        return Row(text.filler.slice(start, length).tolist(), 0, None, is_told=False)
 
     def _weigh(self, rows: Sequence[Row], draw: random.Random, question_start: int) -> Batch:
         ids = torch.tensor([row.ids for row in rows])
-        is_key, is_repeated, is_other = (torch.zeros_like(ids, dtype=torch.bool) for _ in range(3))
+        is_key, is_other = (torch.zeros_like(ids, dtype=torch.bool) for _ in range(2))
         length = ids.shape[1]
         for i, row in enumerate(rows):
             first_answer = length - 1 - row.num_answer_tokens  # position that predicts the first token of the answer
             is_key[i, first_answer : length - 1] = row.num_answer_tokens > 0
-            if row.repeated_key_start is not None:
-                before = row.repeated_key_start - 1  # predicts the first token of the second mention
-                is_repeated[i, before : before + row.num_answer_tokens] = True
             chosen = draw.sample(range(first_answer), min(self.loss.num_other_tokens, first_answer))
             is_other[i, chosen] = True
         weights = torch.zeros(ids.shape)
-        kinds = ((is_key, self.loss.key), (is_repeated, self.loss.repeated_key), (is_other, self.loss.other_tokens))
-        for mask, weight in kinds:
-            weights[mask] += weight / max(1, int(mask.sum()))
+        for mask, weight in ((is_key, self.loss.key), (is_other, self.loss.other_tokens)):
+            weights[mask] = weight / max(1, int(mask.sum()))
         labels = torch.cat((ids[:, 1:], ids[:, :1]), dim=1)  # the last column has weight 0
-        return Batch(ids, labels, weights, is_key, question_start, tuple(row.key for row in rows))
+        is_told = torch.tensor([row.is_told for row in rows])
+        return Batch(ids, labels, weights, is_key, question_start, tuple(row.key for row in rows), is_told)
 
 
 def load_books(tokenizer: Any, folder: str | Path) -> FillerStream:

@@ -210,14 +210,15 @@ class Trainer:
         self.num_tokens += batch.num_tokens
         fam = output.passed_fam_LBFD
         norm = None if fam is None else float(fam.float().pow(2).mean(-1).sqrt().mean((1, 2)).max())
-        asks = output.is_right_B.numel() > 0
+        asks_B = batch.is_key_BT.any(dim=1)
         return {
             "step": self.step,
             "stage": self.stage_idx,
             "state_passed": is_passed,
             "loss": output.loss.item(),
-            "key_loss": output.key_loss.item() if asks else None,
-            "key_accuracy": output.is_right_B.float().mean().item() if asks else None,
+            "key_loss": output.key_loss.item() if bool(asks_B.any()) else None,
+            "key_accuracy": _share(output.is_right_B[asks_B]),
+            "key_accuracy_asked_later": _share(output.is_right_B[asks_B & ~batch.is_told_B]),
             "grad_norm": grad_norm,
             "fam_norm": norm,
             "lr": self.optimizer.param_groups[0]["lr"],
@@ -308,6 +309,10 @@ class Trainer:
             save_model(self.model, self.tokenizer, self.folder, notes)
         else:
             FamAdapter.from_model(self.model, notes=notes).save_pretrained(self.folder, dtype=torch.float16)
+
+
+def _share(is_right_N: torch.Tensor) -> float | None:
+    return is_right_N.float().mean().item() if is_right_N.numel() else None
 
 
 def recipe_of_run(folder: str | Path) -> Recipe:
