@@ -23,9 +23,10 @@ from transformerfam.tasks.text import encode
 from transformerfam.training.tiny import build_tiny_tokenizer
 
 PAPERS_TEXT = (
-    "There is an important info hidden inside a lot of irrelevant text. Find it and memorize them. I will quiz you about "
-    "the important information there. The pass key is 12345. Remember it. 12345 is the pass key. The grass is green. "
-    "The sky is blue. The sun is yellow. Here we go. There and back again. What is the pass key? The pass key is 12345"
+    "There is an important info hidden inside a lot of irrelevant text. Find it and memorize them. I will quiz you "
+    "about the important information there. The pass key is 12345. Remember it. 12345 is the pass key. The grass is "
+    "green. The sky is blue. The sun is yellow. Here we go. There and back again. What is the pass key? The pass "
+    "key is 12345"
 )
 
 
@@ -88,7 +89,9 @@ def test_tokenizer_that_joins_digits_is_served_by_itself():
 
 def test_tokenizer_without_digits_is_refused():
     """Would catch keys that are all the same unknown token, so that every answer is right."""
-    with pytest.raises(TransformerFamError, match="no tokens for the digits of a passkey.*use a model whose vocabulary"):
+    with pytest.raises(
+        TransformerFamError, match="no tokens for the digits of a passkey.*use a model whose vocabulary"
+    ):
         PasskeyText(word_tokenizer(["The", "grass"]))
 
 
@@ -103,10 +106,9 @@ def test_batch_rows_are_the_single_texts(tokenizer):
 
 def test_batch_of_keys_with_different_token_counts_is_refused():
     """Would catch a ragged batch that torch refuses without saying why."""
+    text = PasskeyText(word_tokenizer(["1234567890", "12345", "67", "890"]))
+    text.key_ids = lambda key: [1] * (1 if key == 12345 else 2)
     with pytest.raises(TransformerFamError, match=r"keys take \[1, 2\] tokens.*every digit its own token"):
-        text = PasskeyText(word_tokenizer(["1234567890", "12345", "67", "890"]))
-        text.key_ids = lambda key: [1] * (1 if key == 12345 else 2)
-        text.between_keys_ids = []
         text.batch([12345, 67890], 4)
 
 

@@ -1,24 +1,34 @@
-"""The command `fam`: each subcommand parses, calls one function, and prints.
-
-torch and transformers take seconds to import, so each subcommand imports what it needs.
-"""
+"""The command `fam`: each subcommand parses, calls one function, and prints."""
 
 import contextlib
 import shlex
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Annotated, Any
+from typing import IO, Annotated, Any
 
 import typer
 from rich.console import Console
 from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from transformers.utils import logging as transformers_logging
 from typer.core import TyperGroup
 
+from transformerfam.demo import draw_seed, prepare_demo, run_demo
 from transformerfam.errors import ReadInterrupted, TransformerFamError
-
-if TYPE_CHECKING:
-    from transformerfam.state import FamState
+from transformerfam.models import load_model, save_model
+from transformerfam.progress import reading_bar
+from transformerfam.reports.next_token import next_token_table
+from transformerfam.reports.passkey import passkey_table, plot_passkey
+from transformerfam.reports.rows import RowFile, read_rows
+from transformerfam.state import FamState
+from transformerfam.tasks.next_token import evaluate_next_token
+from transformerfam.tasks.passkey_evaluation import MEMORY_ZEROED, PasskeyEvaluation, finished_questions
+from transformerfam.tasks.provenance import memory_notes
+from transformerfam.tasks.reading import count_tokens, generate_text, read_text_stream
+from transformerfam.tasks.text import decode_utf8, open_bytes, read_pieces
+from transformerfam.training.recipe import apply_override, load_recipe
+from transformerfam.training.trainer import Trainer
 
 FAILED = 2
 INTERRUPTED = 130
@@ -38,7 +48,7 @@ class ErrorsInOneLine(TyperGroup):
 
 
 app = typer.Typer(cls=ErrorsInOneLine, no_args_is_help=True, pretty_exceptions_show_locals=False, add_completion=False)
-evaluate_app = typer.Typer(cls=ErrorsInOneLine, no_args_is_help=True)
+evaluate_app = typer.Typer(no_args_is_help=True)
 app.add_typer(evaluate_app, name="evaluate", help="Measure a model; rows go to a JSON lines file.")
 
 ModelOption = Annotated[str, typer.Option("--model", help="tiny, smollm2, or a folder.")]
@@ -67,11 +77,6 @@ def evaluate_passkey_command(
     prefix_tokens: Annotated[int, typer.Option("--prefix-tokens", help="Tokens of filler in front of the intro.")] = 0,
 ) -> None:
     """Hide five-digit keys in filler, read once per key, and ask at every length."""
-    from transformerfam.reports.passkey import passkey_table
-    from transformerfam.reports.rows import RowFile
-    from transformerfam.tasks.passkey_evaluation import PasskeyEvaluation, finished_questions
-    from transformerfam.tasks.provenance import memory_notes
-
     lengths = [_whole_number(text, "--filler-tokens") for text in filler_tokens.split(",")]
     with RowFile(output) as rows:
         for loaded, systems in _systems_by_model(system).items():
@@ -90,8 +95,12 @@ def evaluate_passkey_command(
                     progress=update,
                 )
                 evaluation.finished = finished_questions(rows.rows, evaluation)
-                for row in evaluation.rows(*_load(model, loaded)):
-                    rows.append(row)
+                try:
+                    for row in evaluation.rows(*_load(model, loaded)):
+                        rows.append(row)
+                except KeyboardInterrupt as interrupt:
+                    _say(f"interrupted; {output} keeps {len(rows.rows)} rows; run the same command again to go on")
+                    raise typer.Exit(INTERRUPTED) from interrupt
         _print_table(passkey_table(rows.rows))
 
 
@@ -108,10 +117,6 @@ def evaluate_next_token_command(
     overrides: SetOption = None,
 ) -> None:
     """Measure loss and accuracy of predicting every token of a text."""
-    from transformerfam.reports.next_token import next_token_table
-    from transformerfam.reports.rows import RowFile
-    from transformerfam.tasks.next_token import evaluate_next_token
-
     shown = []
     with RowFile(output) if output is not None else contextlib.nullcontext() as rows:
         for loaded, systems in _systems_by_model(system).items():
@@ -136,6 +141,22 @@ def evaluate_next_token_command(
     _print_table(next_token_table(shown))
 
 
+@app.command("convert")
+def convert_command(
+    model: Annotated[str, typer.Argument(help="smollm2, or a folder that transformers loads.")],
+    output: Annotated[Path, typer.Argument(help="Folder for the converted model.")],
+    overrides: SetOption = None,
+) -> None:
+    """Give a model a memory that nobody trained yet, and save it with its weights."""
+    converted, tokenizer = _load(model, "fam_untrained", _config_overrides(overrides))
+    save_model(converted, tokenizer, output)
+    config = converted.fam_config
+    _say(
+        f"{type(converted).__name__} in {output}: block_size {config.block_size}, fam_length {config.fam_length}, "
+        f"num_memory_segments {config.num_memory_segments}; train its memory with fam train"
+    )
+
+
 @app.command("read")
 def read_command(
     file: Annotated[str, typer.Argument(help="UTF-8 text, or - for standard input.")],
@@ -145,11 +166,6 @@ def read_command(
     skip_tokens: Annotated[int, typer.Option("--skip-tokens", help="Tokens of the text that the state has read.")] = 0,
 ) -> None:
     """Read a text of any length and save the state; Ctrl-C saves what was read and says how to go on."""
-    from transformerfam.state import FamState
-    from transformerfam.tasks.reading import count_tokens, read_text_stream
-    from transformerfam.tasks.text import decode_utf8, read_pieces
-
-    console = Console(stderr=True, soft_wrap=True)
     with _open_input(file) as source:
         loaded_model, tokenizer = _load(model)
         start = None if state is None else FamState.load(state, loaded_model, batch_size=1)
@@ -167,15 +183,14 @@ def read_command(
                 )
         except ReadInterrupted as interrupt:
             interrupt.state.save(save)
-            console.print(
-                f"interrupted after {interrupt.num_tokens_done:,} tokens, which are kept in {escape(str(save))}; go on "
-                f"with: fam read {escape(shlex.quote(file))} --model {model} --state {save} --save {save} "
-                f"--skip-tokens {interrupt.num_tokens_done}",
-                highlight=False,
+            again = shlex.join(["fam", "read", file, "--model", model, "--state", str(save), "--save", str(save)])
+            _say(
+                f"interrupted after {interrupt.num_tokens_done:,} tokens, which are kept in {save}; go on with: "
+                f"{again} --skip-tokens {interrupt.num_tokens_done}"
             )
             raise typer.Exit(INTERRUPTED) from interrupt
     done.save(save)
-    console.print(f"read {done.num_tokens_read:,} tokens; state of {done.num_bytes:,} bytes in {escape(str(save))}")
+    _say(f"read {done.num_tokens_read:,} tokens; state of {done.num_bytes:,} bytes in {save}")
 
 
 @app.command("generate")
@@ -186,9 +201,6 @@ def generate_command(
     max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", min=1)] = 32,
 ) -> None:
     """Answer a question on a saved reading with the likeliest tokens."""
-    from transformerfam.state import FamState
-    from transformerfam.tasks.reading import generate_text
-
     loaded_model, tokenizer = _load(model)
     loaded_state = FamState.load(state, loaded_model, batch_size=1)
     typer.echo(generate_text(loaded_model, tokenizer, question, loaded_state, max_new_tokens))
@@ -202,9 +214,6 @@ def train_command(
     overrides: SetOption = None,
 ) -> None:
     """Train a memory by a recipe."""
-    from transformerfam.training.recipe import load_recipe
-    from transformerfam.training.trainer import Trainer
-
     loaded = load_recipe(recipe, overrides or ())
     folder = output or Path("runs") / recipe.stem
     trainer = Trainer(loaded, folder, resume=resume)
@@ -212,7 +221,7 @@ def train_command(
         result = trainer.run(lambda _, row: update(row))
     message = result.message.replace("RECIPE", str(recipe))
     message += f" --output {folder}" if output is not None and not result.is_complete else ""
-    Console(stderr=True, soft_wrap=True).print(escape(message), highlight=False)
+    _say(message)
     if not result.is_complete:
         raise typer.Exit(INTERRUPTED)
 
@@ -223,10 +232,6 @@ def report_command(
     figures: Annotated[list[Path] | None, typer.Option("--figure", help="Passkey figure: .svg, .png or .pdf.")] = None,
 ) -> None:
     """Print tables of result rows, and draw the passkey figure."""
-    from transformerfam.reports.next_token import next_token_table
-    from transformerfam.reports.passkey import passkey_table, plot_passkey
-    from transformerfam.reports.rows import read_rows
-
     loaded = read_rows(rows)
     tables = [table for table in (passkey_table(loaded), next_token_table(loaded)) if table is not None]
     if not tables:
@@ -249,8 +254,6 @@ def demo_command(
     model: ModelOption = "smollm2",
 ) -> None:
     """Hide a key on the first page of a novel, read the novel, and ask: FAM beside BSWA."""
-    from transformerfam.demo import draw_seed, prepare_demo, run_demo
-
     _hide_loading_bars()
     console = Console()
     demo = prepare_demo(model, draw_seed() if seed is None else seed, tokens)
@@ -262,14 +265,17 @@ def demo_command(
         raise typer.Exit(1)
 
 
-def _hide_loading_bars() -> None:
-    from transformers.utils import logging
+def _say(message: str) -> None:
+    """Print one line to standard error, neither wrapped nor read as markup."""
+    Console(stderr=True, soft_wrap=True).print(escape(message), highlight=False)
 
-    logging.disable_progress_bar()
+
+def _hide_loading_bars() -> None:
+
+    transformers_logging.disable_progress_bar()
 
 
 def _load(model: str, system: str = "fam", overrides: dict[str, Any] | None = None) -> tuple[Any, Any]:
-    from transformerfam.models import load_model
 
     _hide_loading_bars()
     return load_model(model, system, overrides)  # type: ignore[arg-type]
@@ -277,8 +283,6 @@ def _load(model: str, system: str = "fam", overrides: dict[str, Any] | None = No
 
 def _systems_by_model(systems: str) -> dict[str, list[str]]:
     """Group the names of systems by the model that serves them; a zeroed memory is the same model."""
-    from transformerfam.tasks.passkey_evaluation import MEMORY_ZEROED
-
     groups: dict[str, list[str]] = {}
     for name in dict.fromkeys(part.strip() for part in systems.split(",")):
         groups.setdefault("fam" if name == MEMORY_ZEROED else name, []).append(name)
@@ -286,7 +290,6 @@ def _systems_by_model(systems: str) -> dict[str, list[str]]:
 
 
 def _config_overrides(overrides: list[str] | None) -> dict[str, Any]:
-    from transformerfam.training.recipe import apply_override
 
     values: dict[str, Any] = {}
     for override in overrides or []:
@@ -302,7 +305,6 @@ def _whole_number(text: str, name: str) -> int:
 
 
 def _open_input(file: str) -> contextlib.AbstractContextManager[IO[bytes]]:
-    from transformerfam.tasks.text import open_bytes
 
     return contextlib.nullcontext(sys.stdin.buffer) if file == "-" else open_bytes(file)
 
@@ -313,14 +315,12 @@ def _print_table(table: Any) -> None:
 
 
 @contextlib.contextmanager
-def _tokens_bar(description: str) -> "Iterator[Callable[[int, int | None, FamState], None]]":
+def _tokens_bar(description: str) -> Iterator[Callable[[int, int | None, FamState], None]]:
     """Show a bar of tokens, tokens per second, time left and bytes of state; it starts with the first update."""
-    from transformerfam.progress import reading_bar
-
     with contextlib.ExitStack() as stack:
         move: Callable[..., None] | None = None
 
-        def update(done: int, total: int | None, state: "FamState") -> None:
+        def update(done: int, total: int | None, state: FamState) -> None:
             nonlocal move
             if move is None:
                 move = stack.enter_context(reading_bar(total, description))
@@ -331,7 +331,6 @@ def _tokens_bar(description: str) -> "Iterator[Callable[[int, int | None, FamSta
 
 @contextlib.contextmanager
 def _steps_bar(num_steps: int) -> Iterator[Callable[[dict[str, Any]], None]]:
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     columns = (BarColumn(), MofNCompleteColumn(), TextColumn("steps {task.description} ETA"))
     with Progress(*columns, TimeRemainingColumn(), console=Console(stderr=True)) as progress:

@@ -73,7 +73,7 @@ class Demo:
     def table(self, results: dict[str, "DemoResult"]) -> Table:
         """Return FAM and BSWA beside each other."""
         table = Table(title=f"{self.model_name}, {self.num_tokens:,} tokens, key {self.key}, seed {self.seed}")
-        table.add_column("")
+        table.add_column("", no_wrap=True)
         for system in results:
             table.add_column(system.upper(), justify="right")
         lines: tuple[tuple[str, Callable[[DemoResult], str]], ...] = (

@@ -1,0 +1,316 @@
+"""The command `fam`: thin, but with errors in one line, standard input, and Ctrl-C that loses nothing."""
+
+import contextlib
+import json
+
+import pytest
+import tiny_models
+from transformers import DynamicCache
+from typer.testing import CliRunner
+
+from transformerfam import FamState, cli, demo
+from transformerfam.models import load_model
+from transformerfam.reports.rows import read_rows
+from transformerfam.tasks import provenance
+from transformerfam.training.recipe import ModelSection
+from transformerfam.training.tiny import build_tiny_model
+
+TEXT = "The grass is green. The sky is blue. The pass key is 12345. Remember it. Here we go. " * 20
+RECIPE = """
+[model]
+base = "tiny-random"
+num_hidden_layers = 2
+hidden_size = 16
+num_attention_heads = 2
+num_key_value_heads = 1
+intermediate_size = 16
+[fam]
+block_size = 16
+fam_length = 2
+num_memory_segments = 0
+[schedule]
+steps = 3
+batch_size = 2
+curriculum = [{ filler_tokens = [1, 9] }]
+"""
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    path = tmp_path_factory.mktemp("model")
+    tiny_models.save_passkey_model(path)
+    return path
+
+
+@pytest.fixture
+def book(tmp_path):
+    path = tmp_path / "book.txt"
+    path.write_text(TEXT, encoding="utf-8")
+    return path
+
+
+def run(*arguments, status=0, stdin=None):
+    result = CliRunner().invoke(cli.app, [str(argument) for argument in arguments], input=stdin)
+    assert result.exit_code == status, (result.output, result.exception)
+    return " ".join(result.output.split())
+
+
+def run_passkey(folder, output, *more, **options):
+    fixed = ("--model", folder, "--filler-tokens", "0,30", "--num-keys", 2, "--seed", 1, "--output", output)
+    return run("evaluate", "passkey", *fixed, *more, **options)
+
+
+def test_passkey_writes_rows_of_every_system(folder, tmp_path):
+    """Would catch systems that share a model but not a row, and notes of the training that are lost."""
+    output = tmp_path / "rows.jsonl"
+    text = run_passkey(folder, output, "--system", "fam,fam_memory_zeroed,bswa,fam_untrained")
+    rows = read_rows([output])
+    assert len(rows) == 2 * 2 * 4
+    assert {row["system"] for row in rows} == {"fam", "fam_memory_zeroed", "bswa", "fam_untrained"}
+    assert {row["model"] for row in rows} == {str(folder)}
+    assert {row["max_training_filler_tokens"] for row in rows if row["system"] == "fam"} == {512}
+    assert "2 keys at every length" in text
+
+
+def test_passkey_goes_on_where_a_killed_run_stopped(folder, tmp_path):
+    """Would catch hours of questions asked again."""
+    whole, cut = tmp_path / "whole.jsonl", tmp_path / "cut.jsonl"
+    run_passkey(folder, whole)
+    lines = whole.read_text().splitlines(keepends=True)
+    cut.write_text("".join(lines[:2]) + lines[2][:20])
+    run_passkey(folder, cut)
+    assert cut.read_text() == whole.read_text()
+    run_passkey(folder, cut)
+    assert cut.read_text() == whole.read_text()
+
+
+def test_passkey_stopped_by_ctrl_c_keeps_its_rows_and_says_so(folder, tmp_path, monkeypatch):
+    """Would catch an interrupted evaluation that leaves the user without a way on."""
+    output = tmp_path / "rows.jsonl"
+    append = cli.RowFile.append
+
+    def impatient(self, row):
+        append(self, row)
+        if len(self.rows) == 3:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(cli.RowFile, "append", impatient)
+        text = run_passkey(folder, output, status=130)
+    assert "keeps 3 rows; run the same command again to go on" in text
+    assert len(read_rows([output])) == 3
+    run_passkey(folder, output)
+    assert len(read_rows([output])) == 4
+
+
+def test_passkey_takes_a_book(folder, tmp_path, book):
+    """Would catch a filler option that takes the paper's sentences alone."""
+    run_passkey(folder, tmp_path / "rows.jsonl", "--filler", book)
+    assert {row["filler"] for row in read_rows([tmp_path / "rows.jsonl"])} == {"book.txt"}
+
+
+def test_next_token_shows_a_table_and_appends_rows(folder, tmp_path, book):
+    """Would catch a change of configuration that does not reach the model."""
+    output = tmp_path / "rows.jsonl"
+    options = ("--model", folder, "--num-tokens", 50, "--output", output)
+    assert "0 to 50" in run("evaluate", "next-token", book, *options, "--system", "fam,bswa")
+    run("evaluate", "next-token", book, *options, "--system", "bswa", "--set", "num_memory_segments=2")
+    losses = [row["loss"] for row in read_rows([output])]
+    assert len(set(losses)) == 3
+
+
+def test_read_from_standard_input_equals_read_from_file(folder, tmp_path, book):
+    """Would catch standard input that is decoded in another way, or read to its end first."""
+    run("read", book, "--model", folder, "--save", tmp_path / "a.safetensors")
+    run("read", "-", "--model", folder, "--save", tmp_path / "b.safetensors", stdin=TEXT.encode())
+    model, _ = load_model(folder)
+    first, second = (FamState.load(tmp_path / name, model) for name in ("a.safetensors", "b.safetensors"))
+    assert first.row_lengths == second.row_lengths
+    assert first.fams.equal(second.fams)
+
+
+def test_read_stopped_by_ctrl_c_is_kept_and_goes_on(folder, tmp_path, book, monkeypatch):
+    """Would catch an hour of reading lost, or a command to go on that reads tokens twice."""
+    whole, part = tmp_path / "whole.safetensors", tmp_path / "part.safetensors"
+    run("read", book, "--model", folder, "--save", whole)
+
+    @contextlib.contextmanager
+    def impatient(description):
+        def update(done, total, state):
+            if done > 100:
+                raise KeyboardInterrupt
+
+        yield update
+
+    with monkeypatch.context() as patch:
+        patch.setattr(cli, "_tokens_bar", impatient)
+        text = run("read", book, "--model", folder, "--save", part, status=130)
+    command = text[text.index("go on with: fam ") :].split()[4:]
+    assert command[0] == "read"
+    run(*command)
+    model, _ = load_model(folder)
+    first, second = FamState.load(whole, model), FamState.load(part, model)
+    assert first.row_lengths == second.row_lengths
+    assert (first.fams - second.fams).abs().max() < 1e-5
+
+
+def test_generate_answers_and_leaves_the_saved_state(folder, tmp_path, book):
+    """Would catch a second question that hears the first."""
+    state = tmp_path / "s.safetensors"
+    run("read", book, "--model", folder, "--save", state)
+    before = state.read_bytes()
+    ask = ("generate", "--model", folder, "--state", state, "--max-new-tokens", 4, " What is the pass key?")
+    assert run(*ask) == run(*ask)
+    assert state.read_bytes() == before
+
+
+def test_convert_saves_a_model_that_load_model_takes(folder, tmp_path):
+    """Would catch settings that are lost on the way to the folder."""
+    assert "block_size 12, fam_length 3" in run(
+        "convert", folder, tmp_path / "new", "--set", "block_size=12", "--set", "fam_length=3"
+    )
+    assert load_model(tmp_path / "new")[0].fam_config.block_size == 12
+
+
+def test_train_resume_and_override(tmp_path, monkeypatch):
+    """Would catch a recipe that trains from Python only."""
+    recipe = tmp_path / "r.toml"
+    recipe.write_text(RECIPE)
+    output = tmp_path / "run"
+    assert "3 steps" in run("train", recipe, "--output", output)
+    assert "5 steps" in run("train", recipe, "--output", output, "--resume", "--set", "schedule.steps=5")
+    steps = [json.loads(line)["step"] for line in (output / "log.jsonl").read_text().splitlines()]
+    assert steps == [0, 1, 2, 3, 4]
+    load_model(output)
+
+
+def test_report_prints_and_draws(folder, tmp_path):
+    """Would catch a report that needs anything but rows."""
+    output = tmp_path / "rows.jsonl"
+    run_passkey(folder, output)
+    assert "Passkeys recalled" in run("report", output, "--figure", tmp_path / "f.svg", "--figure", tmp_path / "f.png")
+    assert (tmp_path / "f.svg").is_file()
+    assert (tmp_path / "f.png").is_file()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("evaluate", "passkey", "--output", "{tmp}/r", "--filler-tokens", "1,x"), "--filler-tokens has 'x'"),
+        (("evaluate", "passkey", "--output", "{tmp}/r", "--filler-tokens", "9", "--model", "smolm2"), "mean smollm2?"),
+        (("evaluate", "passkey", "--output", "{tmp}/r", "--filler-tokens", "9", "--system", "fan"), "no system 'fan'"),
+        (("evaluate", "next-token", "{book}", "--model", "{folder}", "--system", "fam_memory_zeroed"), "passkey task"),
+        (("evaluate", "next-token", "{tmp}/none.txt", "--model", "{folder}"), "cannot read"),
+        (
+            ("evaluate", "next-token", "{book}", "--model", "{folder}", "--set", "block_sise=4"),
+            "did you mean block_size",
+        ),
+        (("read", "{latin}", "--model", "{folder}", "--save", "{tmp}/s"), "not UTF-8: byte 0xff at position 3"),
+        (("read", "{empty}", "--model", "{folder}", "--save", "{tmp}/s"), "the text has 0 tokens"),
+        (("read", "{book}", "--model", "{folder}", "--save", "{tmp}/none/s"), "could not write"),
+        (("generate", "x", "--model", "{folder}", "--state", "{book}"), "no readable safetensors file"),
+        (("train", "{tmp}/none.toml"), "cannot read the recipe"),
+        (("report", "{tmp}/none.jsonl"), "cannot read"),
+        (("report", "{empty}"), "hold 0 rows and none is of a task that is reported"),
+        (("demo", "--model", "{folder}", "--tokens", "5"), "tokens is 5, the key's page takes"),
+    ],
+)
+def test_bad_input_is_one_line_and_status_2(folder, tmp_path, book, arguments, message):
+    """Would catch a traceback, or a message that is cut by the width of the terminal."""
+    (tmp_path / "latin.txt").write_bytes(b"The\xff")
+    (tmp_path / "empty.txt").write_text("")
+    places = {"tmp": tmp_path, "book": book, "folder": folder}
+    places |= {"latin": tmp_path / "latin.txt", "empty": tmp_path / "empty.txt"}
+    output = run(*(argument.format(**places) for argument in arguments), status=2)
+    assert message in output
+    assert "error: " in output
+    assert "Traceback" not in output
+
+
+def test_error_is_not_wrapped(folder, tmp_path):
+    """Would catch messages cut into several lines, which nobody can search for."""
+    result = CliRunner().invoke(cli.app, ["report", str(tmp_path / ("x" * 150))])
+    assert len(result.output.strip().splitlines()) == 1
+
+
+def test_name_of_a_file_in_brackets_is_printed_as_it_is(tmp_path):
+    """Would catch a path swallowed as markup of the terminal."""
+    assert "[red]x.jsonl" in run("report", tmp_path / "[red]x.jsonl", status=2)
+
+
+# The demo
+
+
+def test_demo_that_does_not_recall_ends_with_status_1(folder):
+    """Would catch a demo that looks green whatever the model says."""
+    text = run("demo", "--model", folder, "--tokens", 300, "--seed", 4, status=1)
+    assert "FAM did not recall the key" in text
+    for part in ("seed 4", "FAM", "BSWA", "peak resident memory", "tokens/s", "key/value cache of full attention"):
+        assert part in text
+
+
+def test_demo_that_recalls_ends_with_status_0(folder, monkeypatch):
+    """Would catch a status that depends on BSWA, or on nothing."""
+    answers = {}
+    prepare = demo.prepare_demo
+    monkeypatch.setattr(cli, "prepare_demo", lambda *a: answers.setdefault("demo", prepare(*a)))
+    monkeypatch.setattr(demo, "greedy_tokens", lambda *a: demo.torch.tensor([answers["demo"].answer_ids]))
+    assert "yes" in run("demo", "--model", folder, "--tokens", 300, "--seed", 4)
+
+
+def test_demo_text_holds_page_key_and_rest_in_order(folder, monkeypatch):
+    """Would catch a key that is never read, or read again at the end."""
+    monkeypatch.setattr(demo, "memory_notes", lambda name: {"proven_prefix_tokens": 60, "proven_filler_tokens": 400})
+    made = demo.prepare_demo(str(folder), seed=2)
+    _, tokenizer = load_model(folder)
+    text = tokenizer.decode(made.piece(0, made.num_tokens))
+    assert made.num_tokens == 400
+    assert 0 < len(made.page_ids) <= 60
+    assert text.count(f"The pass key is {made.key}. Remember it. {made.key} is the pass key.") == 1
+    pieces = [made.piece(start, 8) for start in range(0, 400, 8)]
+    assert demo.torch.cat(pieces).equal(made.piece(0, 400))
+
+
+def test_demo_seed_draws_key(folder):
+    """Would catch a demo that cannot be repeated, or that always hides the same key."""
+    keys = [demo.prepare_demo(str(folder), seed, 200).key for seed in (1, 1, 2)]
+    assert keys[0] == keys[1] != keys[2]
+
+
+def test_full_attention_cache_is_counted_as_transformers_allocates_it():
+    """Would catch query heads counted for key heads."""
+    section = ModelSection(
+        base="tiny-random", num_hidden_layers=2, hidden_size=16, num_attention_heads=2, num_key_value_heads=1
+    )
+    plain, cache = build_tiny_model(section, 60), DynamicCache()
+    plain(demo.torch.zeros(1, 9, dtype=demo.torch.long), past_key_values=cache)
+    held = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
+    assert demo.full_attention_bytes(plain, 9) == held
+
+
+def test_peak_memory_is_that_of_this_process():
+    """Would catch kilobytes reported as bytes."""
+    demo.reset_peak_memory()
+    assert 50e6 < demo.peak_memory() < 1e12
+
+
+# Where rows come from
+
+
+def test_provenance_names_commit_and_machine(tmp_path):
+    """Would catch rows that nobody can trace."""
+    fields = provenance.provenance()
+    assert set(fields) == {"version", "git_commit", "machine"}
+    assert all(fields.values())
+
+
+def test_card_goes_before_the_notes_of_training(folder, tmp_path):
+    """Would catch a demo that does not know what its memory was proven for."""
+    assert provenance.memory_notes(folder)["max_training_filler_tokens"] == 512
+    tiny_models.save_passkey_model(tmp_path)
+    (tmp_path / "card.json").write_text('{"proven_filler_tokens": 30000}')
+    assert provenance.memory_notes(tmp_path)["proven_filler_tokens"] == 30_000
+    assert provenance.memory_notes(tmp_path, "fam_untrained") == {}
+    (tmp_path / "card.json").write_text("{")
+    with pytest.raises(ValueError, match="card.json is no JSON object"):
+        provenance.memory_notes(tmp_path)
