@@ -1,6 +1,5 @@
 """The training loop: resume, interruption, what it leaves behind."""
 
-import io
 import json
 import os
 import signal
@@ -10,13 +9,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from rich.console import Console
 from training_recipes import small_recipe, small_values
 
 from transformerfam.errors import CorruptFileError, RecipeError
 from transformerfam.files import load_tensors
 from transformerfam.models import load_model
-from transformerfam.training.progress import training_bar
 from transformerfam.training.recipe import build_recipe
 from transformerfam.training.trainer import Trainer, recipe_of_run
 
@@ -29,7 +26,6 @@ SECTIONS = {
 }
 KILLED = """
 import json, os, signal, sys
-from transformerfam.training.progress import training_bar
 from transformerfam.training.recipe import build_recipe
 from transformerfam.training.trainer import Trainer
 
@@ -157,13 +153,10 @@ def test_damaged_checkpoint_is_refused(tmp_path):
         Trainer(small_recipe(), tmp_path, resume=True)
 
 
-def test_bar_shows_steps_loss_and_keys(tmp_path):
-    """Minutes in front of a terminal that says nothing."""
-    console = Console(file=io.StringIO(), force_terminal=True, width=120)
-    trainer = Trainer(small_recipe(), tmp_path)
-    with training_bar(trainer, console) as update:
-        trainer.run(update)
-    shown = console.file.getvalue()
-    assert "6/6" in shown
-    assert "keys" in shown
-    assert "tokens/s" in shown
+def test_key_that_was_lost_is_not_asked_again(tmp_path):
+    """Rows that ask for what the memory cannot hold any more: noise that undoes what was learnt."""
+    passing = {"probability": 1.0, "rows": "all", "ask_later": 1.0}
+    Trainer(small_recipe(state_passing=passing), tmp_path).run()  # untrained, so that every answer is wrong
+    rows = log_of(tmp_path)
+    assert any(row["state_passed"] for row in rows)
+    assert all(row["key_accuracy"] == 0 and row["key_accuracy_asked_later"] is None for row in rows)

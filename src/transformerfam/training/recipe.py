@@ -70,6 +70,8 @@ class Stage:
     advance_accuracy: float | None = None
     """Go on when the share of right keys over the last `window` steps is at least this; None waits for `max_steps`."""
     window: int = 30
+    lr_factor: float = 1.0
+    """What all learning rates are multiplied with in this stage."""
     max_steps: int | None = None
     """Go on after so many steps in any case."""
 
@@ -108,7 +110,8 @@ class StatePassingSection:
     rows: Literal["first", "all"] = "first"
     """Whose FAM is saved: the first sequence's for all (the paper), or each sequence's for itself."""
     ask_later: float = 0.0
-    """Share of sequences that go on with filler alone and ask for the key of the step before; needs `rows = "all"`."""
+    """Share of sequences that go on with filler alone and ask again for the key that the step before got right; needs
+    `rows = "all"`."""
     before_question: bool = False
     """Save the FAM as it was before the block of the question, so that answering refreshes nothing."""
 

@@ -18,7 +18,8 @@ class SavedFam:
     fam_LBFD: torch.Tensor
     """`(L, B, F, D)`, detached."""
     keys: tuple[int | None, ...]
-    """The key that each row's FAM was told."""
+    """The key that each row's FAM holds, None where the row could not say it: a lost key teaches nothing when it is
+    asked again."""
 
 
 class StatePassing:
@@ -54,7 +55,7 @@ class StatePassing:
 
         Args:
             fam_LBFD: every layer's FAM, or None where the step completed no block.
-            keys: the key that each row asked for.
+            keys: the key that each row asked for and got right, else None.
         """
         if self.section.probability == 0:
             return

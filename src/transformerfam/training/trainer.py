@@ -157,6 +157,7 @@ class Trainer:
         if recipe.key_bias is not None:
             set_key_bias(self.model, key_bias_at(recipe.key_bias, step))
         factor = lr_factor(section, step, recipe.schedule.steps)
+        factor *= recipe.schedule.curriculum[self.stage_idx].lr_factor
         for group in self.optimizer.param_groups:
             group["lr"] = group["base_lr"] * factor
         saved = self.passing.draw(step)
@@ -178,7 +179,8 @@ class Trainer:
             raise NonFiniteLossError(self._name_non_finite_gradient())
         self.optimizer.step()
         self.average.update(self.model, step)
-        self.passing.keep(output.passed_fam_LBFD, batch.keys)
+        known = (key if right else None for key, right in zip(batch.keys, output.is_right_B.tolist(), strict=True))
+        self.passing.keep(output.passed_fam_LBFD, tuple(known))
         row = self._describe(output, batch, float(grad_norm), saved is not None)
         self._advance(row["key_accuracy"])
         return row
