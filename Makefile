@@ -33,7 +33,7 @@ demo: $(STAMP)  ## hide a passkey in a novel, read it in constant memory, ask (A
 	@$(OFFLINE) $(BIN)/fam demo $(ARGS)
 
 test: $(STAMP)  ## all tests but the slow ones, offline (ARGS="-k passkey")
-	@$(OFFLINE) $(BIN)/python -m pytest $(ARGS)
+	@$(OFFLINE) $(BIN)/python -m pytest -n auto $(ARGS)
 
 check: lint types layers test  ## lint, docstrings, types, layering, tests
 

@@ -22,9 +22,10 @@ from transformers import (
 from transformers.models.llama import modeling_llama
 
 from transformerfam import FamConfig, convert
-from transformerfam.attention import KeyTurner, piece_mask
+from transformerfam.attention import piece_mask
 from transformerfam.convert import fam_parameters, memory_of, set_key_bias
 from transformerfam.errors import ReadInterrupted, TransformerFamError, UnsupportedModelError
+from transformerfam.positions import KeyTurner
 
 CONFIG = FamConfig(block_size=8, fam_length=3, num_memory_segments=1)
 SHAPE: dict[str, Any] = {

@@ -4,9 +4,6 @@ A *piece* is a run of tokens of one block. Its rows are
 
     [FAM rows, if the piece begins or completes a block | tokens]
 
-Every row's current block stands at the same few positions, from `first_position` on; when a block is complete, the
-kept keys are turned back by `block_size` instead (rotations compose), so that positions never grow.
-
 Source: sections 2.1, 2.2 and B.2.1, Algorithms 1 and 2 of arXiv 2404.09173.
 """
 
@@ -15,59 +12,10 @@ import functools
 
 import torch
 
+from transformerfam.cache_layer import FamLayer, Sections
 from transformerfam.config import FamConfig
-from transformerfam.state import FamLayer, FamState, Sections
-
-
-def first_position(config: FamConfig) -> int:
-    """Return the position of a block's first token, large enough that nothing in sight of it stands before 0."""
-    return max(config.num_memory_slots, (config.num_previous_fams - 1) * config.block_size + config.fam_length)
-
-
-def fam_offsets(config: FamConfig) -> torch.Tensor:
-    """Return where a FAM stands, `(F,)`, measured from the first token after the block that wrote it.
-
-    Position `zero` does not depend on the block and is not served here.
-    """
-    length = config.fam_length
-    if config.fam_position == "fractional":
-        return torch.arange(1, length + 1, dtype=torch.float64) / (length + 1) - 1
-    return torch.arange(-length, 0, dtype=torch.float64)
-
-
-class KeyTurner:
-    """Turn keys by a number of positions, after RoPE was applied to them.
-
-    Args:
-        inverse_frequencies: `(K_rotary / 2,)` angles per position of the model's RoPE, in the half-split layout; head
-            dimensions beyond `K_rotary` carry no position.
-    """
-
-    def __init__(self, inverse_frequencies: torch.Tensor) -> None:
-        self.inverse_frequencies = inverse_frequencies.detach().to("cpu", torch.float64)
-        self._tables: dict[tuple[float, torch.dtype, torch.device], tuple[torch.Tensor, torch.Tensor]] = {}
-
-    @torch.inference_mode(mode=False)
-    def _table(self, distance: float, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        name = (distance, like.dtype, like.device)
-        if name not in self._tables:
-            angles = distance * self.inverse_frequencies
-            angles = torch.cat((angles, angles))
-            self._tables[name] = (angles.cos().to(like), angles.sin().to(like))
-        return self._tables[name]
-
-    def turn(self, key_BGTK: torch.Tensor, distance: float) -> torch.Tensor:
-        """Return the keys as they would be `distance` positions further on.
-
-        Source: RoPE; R(p + d) = R(d) R(p).
-        """
-        if distance == 0 or key_BGTK.shape[-2] == 0:
-            return key_BGTK
-        cos, sin = self._table(distance, key_BGTK)
-        rotary, rest = key_BGTK.split((cos.shape[-1], key_BGTK.shape[-1] - cos.shape[-1]), dim=-1)
-        first, second = rotary.chunk(2, dim=-1)
-        turned = rotary * cos + torch.cat((-second, first), dim=-1) * sin
-        return turned if rest.shape[-1] == 0 else torch.cat((turned, rest), dim=-1)
+from transformerfam.positions import KeyTurner, fam_offsets, first_position
+from transformerfam.state import FamState
 
 
 @dataclasses.dataclass(frozen=True)
@@ -262,24 +210,31 @@ class Piece:
         Source: Algorithm 2, K^ and V^; both rows and tokens read them through their own mask.
         """
         sections = layer.sections
+        key, value = key_BGTK[:, :, self.num_rows :], value_BGTK[:, :, self.num_rows :]
         if self.num_rows and layer.fam is not None:
             rows = slice(self.num_rows - self.config.fam_length, self.num_rows)
-            written = key_BGTK[:, :, rows]
+            fam_key, fam_value = key_BGTK[:, :, rows], value_BGTK[:, :, rows]
             if self.config.fam_copy:  # the key row is the query row, which stands where the update will stand
-                written = self.turner.turn(written, -self.query_shift)
-            layer.put(sections.fam, written, value_BGTK[:, :, rows])
-        key, value = key_BGTK[:, :, self.num_rows :], value_BGTK[:, :, self.num_rows :]
-        if self.phase.is_uniform:
-            layer.put(sections.block + self.phase.fills[0], key, value)
+                fam_key = self.turner.turn(fam_key, -self.query_shift)
+            if self.phase.is_uniform and self.phase.fills[0] == 0:  # FAM and tokens stand side by side: write once
+                layer.put(sections.fam, torch.cat((fam_key, key), dim=2), torch.cat((fam_value, value), dim=2))
+            else:
+                layer.put(sections.fam, fam_key, fam_value)
+                self._put_tokens(layer, key, value)
         else:
-            old = slice(sections.block, sections.num_slots)
-            layer.put(
-                sections.block,
-                self._spread(key, layer.keys[:, :, old]),
-                self._spread(value, layer.values[:, :, old]),
-            )
+            self._put_tokens(layer, key, value)
         seen = self.phase.window_of_slots(self.config, sections)
         return layer.keys[:, :, seen], layer.values[:, :, seen]
+
+    def _put_tokens(self, layer: FamLayer, key_BGTK: torch.Tensor, value_BGTK: torch.Tensor) -> None:
+        """Write the tokens' keys and values behind those of the block so far."""
+        sections = layer.sections
+        if self.phase.is_uniform:
+            layer.put(sections.block + self.phase.fills[0], key_BGTK, value_BGTK)
+            return
+        old = slice(sections.block, sections.num_slots)
+        key = self._spread(key_BGTK, layer.keys[:, :, old])
+        layer.put(sections.block, key, self._spread(value_BGTK, layer.values[:, :, old]))
 
     def _spread(self, new_BGTK: torch.Tensor, old_BGTK: torch.Tensor) -> torch.Tensor:
         """Put each sequence's tokens at its own place in the block."""

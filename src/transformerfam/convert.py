@@ -14,12 +14,13 @@ from typing import Any
 from torch import nn
 from transformers import Cache, PreTrainedModel
 
-from transformerfam.attention import KeyTurner, Piece
+from transformerfam.attention import Piece
 from transformerfam.config import FamConfig
 from transformerfam.errors import UnsupportedModelError
 from transformerfam.forward import read_pieces
 from transformerfam.identity import ModelIdentity, describe_architecture
 from transformerfam.memory import FamMemory, InitialFam, fam_parameters, memory_of, set_key_bias
+from transformerfam.positions import KeyTurner
 from transformerfam.reading import init_state, prepare_cache_for_generation, read
 from transformerfam.seams import check_seams, check_structure
 

@@ -7,10 +7,10 @@ from torch import nn
 from transformers import Cache, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
-from transformerfam.attention import KeyTurner, fam_offsets, first_position
 from transformerfam.config import FamConfig
 from transformerfam.errors import TransformerFamError
 from transformerfam.identity import ModelIdentity
+from transformerfam.positions import KeyTurner, fam_offsets, first_position
 
 
 class FamMemory(nn.Module):

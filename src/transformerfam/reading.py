@@ -6,11 +6,12 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
+from transformerfam.cache_layer import FamLayer, Sections
 from transformerfam.errors import ReadInterrupted, StateMismatchError, TransformerFamError
 from transformerfam.forward import check_ids
 from transformerfam.memory import initial_fam, memory_of
 from transformerfam.progress import reading_bar
-from transformerfam.state import FamLayer, FamState, Sections
+from transformerfam.state import FamState
 
 Progress = Callable[[int, int, FamState], None]
 

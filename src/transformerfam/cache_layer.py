@@ -1,0 +1,122 @@
+"""One layer's part of a `FamState`: its keys, values and FAM.
+
+Every layer keeps one buffer of keys and one of values, `(B, G, slots, K)`, whose slots are
+
+    [sink tokens | memory segments, oldest first | older FAMs, oldest first | FAM | this block]
+
+and the FAM itself, `(B, F, D)`. The sections never change size. Memory segments fill up from the right, this block
+from the left.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from transformers.cache_utils import CacheLayerMixin
+
+from transformerfam.config import FamConfig
+
+
+class Sections(NamedTuple):
+    """Slots of a layer's key/value buffer: the first slot of every section, and the number of slots."""
+
+    memory: int
+    older_fams: int
+    fam: int
+    block: int
+    num_slots: int
+
+    @classmethod
+    def of(cls, config: FamConfig, has_fam: bool) -> "Sections":
+        """Lay out the buffer of a layer with or without FAM."""
+        older = config.num_memory_slots
+        fam = older + (config.num_fam_slots - config.fam_length if has_fam else 0)
+        block = fam + (config.fam_length if has_fam else 0)
+        return cls(config.num_sink_tokens, older, fam, block, block + config.block_size)
+
+
+def place(buffer: torch.Tensor, start: int, content: torch.Tensor) -> torch.Tensor:
+    """Put `content` at slot `start` of dimension -2: in place, or out of place while gradients are recorded."""
+    stop = start + content.shape[-2]
+    if torch.is_grad_enabled():
+        if stop - start == buffer.shape[-2]:
+            return content.to(buffer.dtype)
+        return torch.slice_scatter(buffer, content.to(buffer.dtype), -2, start, stop)
+    buffer[..., start:stop, :] = content
+    return buffer
+
+
+class FamLayer(CacheLayerMixin):
+    """One layer's part of the state.
+
+    Args:
+        keys: `(B, G, slots, K)`, zeros.
+        values: `(B, G, slots, K)`, zeros.
+        sections: where what stands in both.
+        fam: `(B, F, D)`, or None on a layer without FAM.
+        query_fam: `(B, F, D)` initial FAM that asks in every block, kept only with `fam_copy=False`.
+    """
+
+    is_compileable = False
+
+    def __init__(
+        self,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        sections: Sections,
+        fam: torch.Tensor | None,
+        query_fam: torch.Tensor | None,
+    ) -> None:
+        super().__init__()
+        self.keys: torch.Tensor = keys
+        self.values: torch.Tensor = values
+        self.sections = sections
+        self.fam = fam
+        self.query_fam = query_fam
+        self.next_fam: torch.Tensor | None = None  # written by a piece, kept when the whole piece is through
+        self.is_initialized = True
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """Return what the layer carries, by name."""
+        named = {"keys": self.keys, "values": self.values, "fam": self.fam, "query_fam": self.query_fam}
+        return {name: tensor for name, tensor in named.items() if tensor is not None}
+
+    def map(self, function: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        """Replace every carried tensor by `function(tensor)`."""
+        for name, tensor in self.tensors().items():
+            setattr(self, name, function(tensor))
+
+    def put(self, start: int, key: torch.Tensor, value: torch.Tensor) -> None:
+        """Write keys and values `(B, G, n, K)` at slot `start`."""
+        self.keys = place(self.keys, start, key)
+        self.values = place(self.values, start, value)
+
+    def keep_fam(self) -> None:
+        """Make the FAM that the piece wrote the layer's FAM."""
+        if self.next_fam is not None and self.fam is not None:
+            if torch.is_grad_enabled():
+                self.fam = self.next_fam
+            else:
+                self.fam.copy_(self.next_fam)
+        self.next_fam = None
+
+    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+        """Do nothing: `init_state` allocates everything."""
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Refuse: a layer is written by its state, which knows the piece."""
+        raise AssertionError("FamLayer is updated through FamState.update")
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """Return the number of slots; the piece brings its own mask."""
+        return self.sections.num_slots, 0
+
+    def get_seq_length(self) -> int:
+        """Return 0; see `FamState.get_seq_length`."""
+        return 0
+
+    def get_max_length(self) -> int:
+        """Return -1: any length can be read."""
+        return -1
