@@ -14,7 +14,7 @@ from transformerfam.adapter import FamAdapter, inject_lora
 from transformerfam.convert import fam_parameters
 from transformerfam.errors import CorruptFileError, MissingPackageError, StateMismatchError, TransformerFamError
 
-CONFIG = FamConfig(block_size=8, fam_length=3, num_memory_segments=1)
+CONFIG = FamConfig(fam_key_bias=0.0, block_size=8, fam_length=3, num_memory_segments=1)
 
 
 def trained(with_lora: bool = True, **fields: Any) -> Any:

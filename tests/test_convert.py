@@ -27,7 +27,7 @@ from transformerfam.convert import fam_parameters, memory_of, set_key_bias
 from transformerfam.errors import ReadInterrupted, TransformerFamError, UnsupportedModelError
 from transformerfam.positions import KeyTurner
 
-CONFIG = FamConfig(block_size=8, fam_length=3, num_memory_segments=1)
+CONFIG = FamConfig(fam_key_bias=0.0, block_size=8, fam_length=3, num_memory_segments=1)
 SHAPE: dict[str, Any] = {
     "vocab_size": 61,
     "hidden_size": 32,

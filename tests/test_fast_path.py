@@ -23,7 +23,7 @@ from transformerfam.reference import ReferenceResult, ReferenceWeights, run_refe
 LOGITS_TOLERANCE = 4e-5
 GRADIENT_TOLERANCE = 1.5e-4
 NUM_LAYERS = 2
-BASE: dict[str, Any] = {"block_size": 4, "fam_length": 2, "num_memory_segments": 1}
+BASE: dict[str, Any] = {"fam_key_bias": 0.0, "block_size": 4, "fam_length": 2, "num_memory_segments": 1}
 
 
 def make_converted(config: FamConfig, num_layers: int = NUM_LAYERS, seed: int = 0) -> Any:
@@ -330,7 +330,7 @@ def test_attention_back_end_matches_reference(implementation: str, num_key_value
     """Catches a mask that one attention back end reads otherwise, and groups of heads."""
     base = make_tiny_llama(NUM_LAYERS, num_key_value_heads=num_key_value_heads)
     base.set_attn_implementation(implementation)
-    model = convert(base, FamConfig(**BASE, fam_key_bias=-1.0))
+    model = convert(base, FamConfig(**{**BASE, "fam_key_bias": -1.0}))
     assert_matches_reference(model, [random_ids(10), random_ids(7, seed=1)], padding_side="left")
 
 

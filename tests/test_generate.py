@@ -17,7 +17,7 @@ NUM_NEW = 20
 
 @pytest.fixture
 def model() -> Any:
-    return convert(make_tiny_llama(), FamConfig(block_size=8, fam_length=3, num_memory_segments=1))
+    return convert(make_tiny_llama(), FamConfig(fam_key_bias=0.0, block_size=8, fam_length=3, num_memory_segments=1))
 
 
 @torch.no_grad()

@@ -20,7 +20,7 @@ from transformerfam.errors import CorruptFileError, MissingPackageError, Transfo
 from transformerfam.models import load_base, load_model, load_smollm2, save_model
 from transformerfam.novels import load_novel
 
-CONFIG = FamConfig(block_size=4, fam_length=2, num_memory_segments=1)
+CONFIG = FamConfig(fam_key_bias=0.0, block_size=4, fam_length=2, num_memory_segments=1)
 IDS = random_ids(1, 19)
 
 

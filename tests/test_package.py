@@ -41,7 +41,9 @@ def test_readme_python_blocks_run_in_order(
     monkeypatch.chdir(tmp_path)
     make_tiny_llama().save_pretrained("my-llama")
     make_tokenizer().save_pretrained("my-llama")
-    save_model(convert(make_tiny_llama(), FamConfig(block_size=8, fam_length=2)), make_tokenizer(), "named")
+    save_model(
+        convert(make_tiny_llama(), FamConfig(fam_key_bias=0.0, block_size=8, fam_length=2)), make_tokenizer(), "named"
+    )
     Path("book.txt").write_text(load_novel("persuasion")[:20_000])
     blocks = code_blocks(README, "python")
     assert len(blocks) >= 3

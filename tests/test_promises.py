@@ -15,7 +15,7 @@ TOLERANCE = 1e-5
 
 
 def converted(num_layers: int = 3, **fields: Any) -> Any:
-    config = FamConfig(**{"block_size": 8, "fam_length": 3, "num_memory_segments": 1} | fields)
+    config = FamConfig(**{"block_size": 8, "fam_length": 3, "num_memory_segments": 1, "fam_key_bias": 0.0} | fields)
     return convert(make_tiny_llama(num_layers), config)
 
 

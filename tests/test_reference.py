@@ -18,7 +18,7 @@ from transformerfam.reference import ReferenceResult, ReferenceWeights, fam_posi
 from transformerfam.reference_layer import LayerWeights
 
 EXACT = {"rtol": 0, "atol": 1e-9}
-BASE = {"block_size": 4, "fam_length": 2, "num_memory_segments": 1}
+BASE = {"fam_key_bias": 0.0, "block_size": 4, "fam_length": 2, "num_memory_segments": 1}
 
 
 def run(num_tokens: int = 14, *, num_layers: int = 2, seed: int = 0, **options: Any) -> ReferenceResult:
@@ -114,7 +114,9 @@ def test_bswa_three_tokens_equals_formula() -> None:
 @pytest.mark.parametrize("query_position", ["written", "current"])
 def test_fam_two_blocks_equals_formula(query_position: Any) -> None:
     """Catches any slip in Algorithm 2: what the FAM sees and where it stands, the zero residual, then the real one."""
-    config = FamConfig(block_size=2, fam_length=1, num_memory_segments=0, fam_query_position=query_position)
+    config = FamConfig(
+        fam_key_bias=0.0, block_size=2, fam_length=1, num_memory_segments=0, fam_query_position=query_position
+    )
     result = run_reference(one_pair_weights(), config, torch.tensor([0, 1, 2, 0, 1]), initial=PROMPT)
     shift = 0 if query_position == "written" else 2
     # The FAM read in a block stands one position before it: -1, then 1, then 3.
@@ -180,7 +182,7 @@ def test_wide_window_without_fam_equals_transformers(block_size: int, num_memory
 def test_positions_of_fam_paper_example() -> None:
     """Catches a FAM that stands elsewhere than in section B.2.1: B = 4, F = 2, written by the block m ... m + 3."""
     m = 20
-    last = FamConfig(block_size=4, fam_length=2, fam_query_position="written")
+    last = FamConfig(fam_key_bias=0.0, block_size=4, fam_length=2, fam_query_position="written")
     assert fam_positions(last, m + 4) == ([m + 2, m + 3], [m + 2, m + 3])
     key, query = fam_positions(last.replace(fam_position="fractional"), m + 4)
     assert key == query == pytest.approx([m + 3 + 1 / 3, m + 3 + 2 / 3])
@@ -201,7 +203,7 @@ def test_first_update_residual_is_zero_then_added() -> None:
     torch.testing.assert_close(from_saved.fams[1], added.fams[1], **EXACT)
     assert (zero.fams[1] - added.fams[1]).abs().max() > 0.1
     # A prefix of zeros leaves nothing to add, so both agree.
-    config = FamConfig(block_size=4, fam_length=2, fam_init="prefix")
+    config = FamConfig(fam_key_bias=0.0, block_size=4, fam_length=2, fam_init="prefix")
     runs = [
         run_reference(
             weights, config.replace(zero_first_residual=value), random_ids(4), initial=torch.zeros(1, 2, 32).double()

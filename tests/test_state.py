@@ -18,7 +18,7 @@ from transformerfam.errors import CorruptFileError, StateMismatchError, Transfor
 
 
 def converted(seed: int = 0, **fields: Any) -> Any:
-    config = FamConfig(**{"block_size": 8, "fam_length": 3, "num_memory_segments": 1} | fields)
+    config = FamConfig(**{"block_size": 8, "fam_length": 3, "num_memory_segments": 1, "fam_key_bias": 0.0} | fields)
     return convert(make_tiny_llama(2, seed=seed), config)
 
 
@@ -87,7 +87,9 @@ def test_saved_fam_starts_a_reading_with_its_residual() -> None:
 @pytest.mark.parametrize("fam_dtype", ["float32", "bfloat16"])
 def test_fam_dtype_is_kept_under_bfloat16(fam_dtype: str) -> None:
     """Catches a FAM that is silently kept in the model's type."""
-    model = convert(make_tiny_llama(2).bfloat16(), FamConfig(block_size=8, fam_length=3, fam_dtype=fam_dtype))
+    model = convert(
+        make_tiny_llama(2).bfloat16(), FamConfig(fam_key_bias=0.0, block_size=8, fam_length=3, fam_dtype=fam_dtype)
+    )
     state = model.read(random_ids(30))
     assert state.fams.dtype == getattr(torch, fam_dtype)
     assert state.fams.isfinite().all()
@@ -97,7 +99,9 @@ def test_reads_in_bfloat16_as_in_float32() -> None:
     """Catches a fault on the path that adds only the change to a float32 FAM: 5 % is bfloat16 rounding here."""
     ids = random_ids(40)
     exact = converted().read(ids).fams
-    model = convert(make_tiny_llama(2).bfloat16(), FamConfig(block_size=8, fam_length=3, num_memory_segments=1))
+    model = convert(
+        make_tiny_llama(2).bfloat16(), FamConfig(fam_key_bias=0.0, block_size=8, fam_length=3, num_memory_segments=1)
+    )
     error = (model.read(ids).fams - exact).norm() / exact.norm()
     assert error < 0.05
 
@@ -144,7 +148,7 @@ def test_load_refuses_another_configuration(saved: tuple[Any, Path]) -> None:
 
 
 def test_load_refuses_another_model(saved: tuple[Any, Path]) -> None:
-    other = convert(make_tiny_llama(3), FamConfig(block_size=8, fam_length=3, num_memory_segments=1))
+    other = convert(make_tiny_llama(3), FamConfig(fam_key_bias=0.0, block_size=8, fam_length=3, num_memory_segments=1))
     with pytest.raises(StateMismatchError, match="another architecture: num_hidden_layers is 2 there and 3 here"):
         FamState.load(saved[1], other)
 
@@ -155,7 +159,9 @@ def test_load_warns_of_other_weights(saved: tuple[Any, Path]) -> None:
 
 
 def test_load_refuses_another_dtype(saved: tuple[Any, Path]) -> None:
-    other = convert(make_tiny_llama(2).bfloat16(), FamConfig(block_size=8, fam_length=3, num_memory_segments=1))
+    other = convert(
+        make_tiny_llama(2).bfloat16(), FamConfig(fam_key_bias=0.0, block_size=8, fam_length=3, num_memory_segments=1)
+    )
     with (
         pytest.warns(UserWarning, match="other base weights"),
         pytest.raises(StateMismatchError, match=r"torch.float32 .* as keys of layer 0, required is torch.bfloat16"),

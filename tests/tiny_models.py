@@ -24,7 +24,7 @@ def make_passkey_model(fam_length: int = 2) -> tuple[LlamaForCausalLM, PreTraine
         intermediate_size=16,
     )
     model = build_tiny_model(section, len(tokenizer)).eval()
-    config = FamConfig(block_size=BLOCK_SIZE, fam_length=fam_length, num_memory_segments=0)
+    config = FamConfig(fam_key_bias=0.0, block_size=BLOCK_SIZE, fam_length=fam_length, num_memory_segments=0)
     return convert(model, config), tokenizer
 
 

@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import nn
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from transformerfam.attention import Piece
@@ -17,13 +16,13 @@ from transformerfam.memory import FamMemory, run_decoder
 from transformerfam.state import FamState
 
 
-def check_ids(input_ids: torch.Tensor, vocab_size: int) -> None:
+def check_ids(input_ids: torch.Tensor | None, vocab_size: int) -> None:
     """Refuse empty input and token ids out of range.
 
     Raises:
         TransformerFamError: with the id and the range.
     """
-    if input_ids.numel() == 0:
+    if input_ids is None or input_ids.numel() == 0:
         raise TransformerFamError("input is empty, required is at least one token; give token ids")
     low, high = int(input_ids.min()), int(input_ids.max())
     if low < 0 or high >= vocab_size:
@@ -47,7 +46,7 @@ def _check_mask(attention_mask: torch.Tensor | None, batch_size: int, length: in
 
 
 def read_pieces(
-    self: nn.Module,
+    self: Any,
     input_ids: torch.Tensor | None = None,
     attention_mask: torch.Tensor | None = None,
     position_ids: torch.Tensor | None = None,
@@ -110,8 +109,9 @@ def read_pieces(
     return _join(pieces, columns, valid, inputs_embeds, state if use_cache is not False else None)
 
 
-def _own_state(decoder: nn.Module, cache: Any, batch_size: int) -> FamState:
+def _own_state(decoder: Any, cache: Any, batch_size: int) -> FamState:
     memory: FamMemory = decoder.fam
+    assert memory.identity is not None
     if cache is None:
         return memory.identity.model.init_state(batch_size)
     if not isinstance(cache, FamState):
@@ -144,7 +144,7 @@ def _slice_rows(inputs_BTD: torch.Tensor, starts: list[int], counts: list[int]) 
 
 
 def _run_piece(
-    decoder: nn.Module, state: FamState, tokens_BTD: torch.Tensor, counts: list[int], kwargs: dict[str, Any]
+    decoder: Any, state: FamState, tokens_BTD: torch.Tensor, counts: list[int], kwargs: dict[str, Any]
 ) -> BaseModelOutputWithPast:
     """Send one piece through the layers, and move the state on once it is through."""
     piece = Piece(state, counts, decoder.fam.turner)

@@ -5,8 +5,6 @@ import json
 import warnings
 from typing import Any
 
-from torch import nn
-
 from transformerfam.config import FamConfig
 from transformerfam.errors import StateMismatchError
 from transformerfam.files import digest_tensors
@@ -35,7 +33,7 @@ def is_memory_parameter(name: str) -> bool:
     return LORA_MARK in name or FAM_PREFIX in name
 
 
-def describe_architecture(model: nn.Module) -> dict[str, Any]:
+def describe_architecture(model: Any) -> dict[str, Any]:
     """Return what two models must share so that a state of one fits the other, as JSON values."""
     values = model.config.to_dict()
     chosen = {"class": type(model).__name__} | {key: values.get(key) for key in ARCHITECTURE_KEYS}
@@ -49,7 +47,7 @@ class ModelIdentity:
     Architecture and configuration must be equal; weights may differ, with a warning that names the difference.
     """
 
-    model: nn.Module
+    model: Any
     architecture: dict[str, Any]
     base_digest_before_merge: str | None = None
     """Digest of the base weights, kept when LoRA was merged into them."""

@@ -128,7 +128,7 @@ def run_decoder(
     )
 
 
-def initial_fam(decoder: nn.Module) -> list[torch.Tensor]:
+def initial_fam(decoder: Any) -> list[torch.Tensor]:
     """Return every layer's initial FAM, `(1, F, D)` each.
 
     Source: B.1, "prompt tuning" and, for the ablation, "prefix tuning".

@@ -42,6 +42,7 @@ def init_state(
     if batch_size < 1:
         raise TransformerFamError(f"batch_size is {batch_size}, required is at least 1")
     decoder, memory = self.get_decoder(), memory_of(self)
+    assert memory.identity is not None
     config, model_config = memory.config, self.config
     head_dim = getattr(model_config, "head_dim", None) or model_config.hidden_size // model_config.num_attention_heads
     num_layers, weight = len(decoder.layers), self.get_input_embeddings().weight
@@ -61,14 +62,18 @@ def init_state(
         sections = Sections.of(config, config.carries_fam(i))
         shape = (batch_size, model_config.num_key_value_heads, sections.num_slots, head_dim)
         buffers = [torch.zeros(shape, dtype=weight.dtype, device=weight.device) for _ in range(2)]
-        rows = asking = None
+        rows = asking = start = None
         if config.carries_fam(i):
-            start = initial[i].to(fam_dtype).expand(batch_size, -1, -1) if initial else None
-            rows = start if fam is None else fam[i].to(weight.device, fam_dtype)
-            if fam is not None and not all(saved):
-                rows = torch.where(torch.tensor(saved, device=weight.device)[:, None, None], rows, start)
+            if initial is not None:
+                start = rows = initial[i].to(fam_dtype).expand(batch_size, -1, -1)
+            if fam is not None:
+                rows = fam[i].to(weight.device, fam_dtype)
+                if start is not None and not all(saved):
+                    rows = torch.where(torch.tensor(saved, device=weight.device)[:, None, None], rows, start)
+            assert rows is not None
             rows = rows.clone(memory_format=torch.contiguous_format)
-            asking = None if config.fam_copy else start.clone(memory_format=torch.contiguous_format)
+            if not config.fam_copy and start is not None:
+                asking = start.clone(memory_format=torch.contiguous_format)
         layers.append(FamLayer(buffers[0], buffers[1], sections, rows, asking))
     return FamState(
         layers,

@@ -82,7 +82,12 @@ def _probing(model: PreTrainedModel, **changes: Any) -> Iterator[None]:
     """Put a small configuration in force for a probe, without dropout."""
     memory, was_training = model.get_decoder().fam, model.training
     config = memory.config
-    probe = {"block_size": PROBE_BLOCK_SIZE, "fam_length": PROBE_FAM_LENGTH, "num_memory_segments": 1}
+    probe = {
+        "block_size": PROBE_BLOCK_SIZE,
+        "fam_length": PROBE_FAM_LENGTH,
+        "num_memory_segments": 1,
+        "fam_key_bias": 0.0,
+    }
     memory.config = FamConfig(**probe | {"fam_layers": config.fam_layers} | changes)
     model.eval()
     try:

@@ -227,7 +227,7 @@ class FamState(Cache):
         save_tensors(path, tensors, metadata)
 
     @classmethod
-    def load(cls, path: str | os.PathLike[str], model: torch.nn.Module, batch_size: int | None = None) -> "FamState":
+    def load(cls, path: str | os.PathLike[str], model: Any, batch_size: int | None = None) -> "FamState":
         """Read a state that was saved on the same model.
 
         Args:

@@ -162,7 +162,7 @@ class Recipe:
 
     model: ModelSection
     schedule: ScheduleSection
-    fam: FamConfig = field(default_factory=FamConfig)
+    fam: FamConfig = field(default_factory=lambda: FamConfig(fam_key_bias=0.0))
     lora: LoraSection | None = None
     optimizer: OptimizerSection = field(default_factory=OptimizerSection)
     state_passing: StatePassingSection = field(default_factory=StatePassingSection)
@@ -261,6 +261,8 @@ def build_recipe(values: dict[str, Any]) -> Recipe:
 def _build(cls: type, values: Any, where: str) -> Any:
     if not isinstance(values, dict):
         raise RecipeError(f"{where or 'recipe'} is {values!r}, required is a section with keys")
+    if cls is FamConfig:  # training begins with an open memory; the key_bias section may close it at first
+        values = {"fam_key_bias": 0.0} | values
     fields = {f.name: f for f in dataclasses.fields(cls)}
     for name in values:
         if name not in fields:
