@@ -14,7 +14,8 @@ from training_recipes import small_recipe, small_values
 from transformerfam.errors import CorruptFileError, RecipeError
 from transformerfam.files import load_tensors
 from transformerfam.models import load_model
-from transformerfam.training.recipe import build_recipe
+from transformerfam.training.recipe import StatePassingSection, build_recipe
+from transformerfam.training.state_passing import StatePassing
 from transformerfam.training.trainer import Trainer, recipe_of_run
 
 # Everything that a resumed run could get wrong: passed states, keys asked later, stages, averages, key bias.
@@ -160,3 +161,11 @@ def test_key_that_was_lost_is_not_asked_again(tmp_path):
     rows = log_of(tmp_path)
     assert any(row["state_passed"] for row in rows)
     assert all(row["key_accuracy"] == 0 and row["key_accuracy_asked_later"] is None for row in rows)
+
+
+def test_told_rows_of_a_passed_step_overwrite_as_often_as_asked():
+    """Catches fresh sequences that are made to overwrite an old key although the recipe starts them afresh."""
+    is_told = torch.tensor([True, False, True, True])
+    for share, expected in ((0.0, [False, True, False, False]), (1.0, [True] * 4)):
+        passing = StatePassing(StatePassingSection(probability=1.0, overwrite=share), seed=0)
+        assert passing.rows_from_saved(3, is_told) == expected

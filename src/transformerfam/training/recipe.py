@@ -112,6 +112,9 @@ class StatePassingSection:
     ask_later: float = 0.0
     """Share of sequences that go on with filler alone and ask again for the key that the step before got right; needs
     `rows = "all"`."""
+    overwrite: float = 1.0
+    """Of the sequences that tell a new key in a passed step, the share that starts from the saved FAM and has to
+    overwrite the old key (1 is the paper); the others start from the initial FAM."""
     before_question: bool = False
     """Save the FAM as it was before the block of the question, so that answering refreshes nothing."""
 

@@ -50,6 +50,16 @@ class StatePassing:
         passes = random.Random(f"{self.seed}/pass/{step}").random() < self.section.probability
         return self.saved if self.started and passes else None
 
+    def rows_from_saved(self, step: int, is_told_B: torch.Tensor) -> list[bool]:
+        """Say which rows of a passed step start from the saved FAM; the others start from the initial one.
+
+        Args:
+            step: number of the step.
+            is_told_B: rows that tell a key of their own, shape (B,).
+        """
+        draw = random.Random(f"{self.seed}/overwrite/{step}")
+        return [not told or draw.random() < self.section.overwrite for told in is_told_B.tolist()]
+
     def keep(self, fam_LBFD: torch.Tensor | None, keys: tuple[int | None, ...]) -> None:
         """Save a step's FAM; one that is not finite is dropped, so that it cannot poison the steps behind it.
 

@@ -20,13 +20,14 @@ from transformerfam.convert import set_key_bias
 from transformerfam.errors import NonFiniteLossError, RecipeError, TransformerFamError
 from transformerfam.files import write_text
 from transformerfam.models import BASE_NOTE, save_model
+from transformerfam.state import FamState
 from transformerfam.training.blocks import StepOutput, find_non_finite, run_batch
 from transformerfam.training.checkpoint import CHECKPOINT_FILE, cut_log, load_checkpoint, save_checkpoint
 from transformerfam.training.optimizer import AverageOfWeights, build_optimizer, key_bias_at, lr_factor
 from transformerfam.training.recipe import Recipe, build_recipe
 from transformerfam.training.sequences import Batch, SequenceBuilder
 from transformerfam.training.setup import build_trainee
-from transformerfam.training.state_passing import StatePassing
+from transformerfam.training.state_passing import SavedFam, StatePassing
 
 LOG_FILE = "log.jsonl"
 RECIPE_FILE = "recipe.json"
@@ -162,15 +163,15 @@ class Trainer:
             group["lr"] = group["base_lr"] * factor
         saved = self.passing.draw(step)
         batch = self.sequences.batch(step, self.stage_idx, None if saved is None else saved.keys)
-        fam = None if saved is None else saved.fam_LBFD
+        state = self._start_state(batch, saved)
         output = run_batch(
             self.model,
             batch,
-            self.model.init_state(len(batch.keys), fam=fam),
+            state,
             checkpoint_blocks=recipe.schedule.checkpoint_blocks,
             pass_before_question=recipe.state_passing.before_question,
         )
-        self._require_finite(output.loss, batch, fam)
+        self._require_finite(output.loss, batch, saved)
         self.optimizer.zero_grad()
         output.loss.backward()
         trained = [p for group in self.optimizer.param_groups for p in group["params"]]
@@ -228,11 +229,17 @@ class Trainer:
             "tokens": self.num_tokens,
         }
 
-    def _require_finite(self, loss: torch.Tensor, batch: Batch, fam: torch.Tensor | None) -> None:
+    def _start_state(self, batch: Batch, saved: SavedFam | None) -> FamState:
+        if saved is None:
+            return self.model.init_state(len(batch.keys))
+        is_saved = self.passing.rows_from_saved(self.step, batch.is_told_B)
+        return self.model.init_state(len(batch.keys), fam=saved.fam_LBFD, is_saved=is_saved)
+
+    def _require_finite(self, loss: torch.Tensor, batch: Batch, saved: SavedFam | None) -> None:
         if bool(torch.isfinite(loss)):
             return
         with torch.no_grad():
-            state = self.model.init_state(len(batch.keys), fam=fam)
+            state = self._start_state(batch, saved)
         place = find_non_finite(self.model, batch, state)
         raise NonFiniteLossError(
             f"loss is {loss.item()} at step {self.step}; hidden states are first not finite in {place}; lower "
