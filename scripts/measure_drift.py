@@ -36,7 +36,7 @@ def main() -> None:
             fams = {}
             for model_dtype, fam_dtype in (("float32", "float32"), ("bfloat16", "float32"), ("bfloat16", "bfloat16")):
                 model = copy.deepcopy(base).to(getattr(torch, model_dtype))
-                convert(model, FamConfig(**shape, fam_norm_bound=bound, fam_dtype=fam_dtype))
+                convert(model, FamConfig(**shape, fam_key_bias=0.0, fam_norm_bound=bound, fam_dtype=fam_dtype))
                 state, done = None, 0
                 for updates in REPORTED_UPDATES:
                     state = model.read(ids[:, 16 * done : 16 * updates], state)

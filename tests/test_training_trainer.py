@@ -169,3 +169,20 @@ def test_told_rows_of_a_passed_step_overwrite_as_often_as_asked():
     for share, expected in ((0.0, [False, True, False, False]), (1.0, [True] * 4)):
         passing = StatePassing(StatePassingSection(probability=1.0, overwrite=share), seed=0)
         assert passing.rows_from_saved(3, is_told) == expected
+
+
+def test_passed_fam_reads_on_between_steps(tmp_path):
+    """Catches filler between steps that is not read, is read with gradients, or is read before passing begins."""
+    passing = {"probability": 1.0, "rows": "all", "between_blocks": [2, 2], "start_step": 2}
+    trainer = Trainer(small_recipe(state_passing=passing), tmp_path)
+    fam = trainer.model.init_state(3).fams.detach()
+    trainer.passing.keep(fam, (12345, None, 67890))
+    trainer._read_between(step=1)
+    assert torch.equal(trainer.passing.saved.fam_LBFD, fam)
+    trainer.passing.started = True
+    trainer._read_between(step=5)
+    read = trainer.passing.saved
+    expected = trainer.model.read(trainer.sequences.filler(5, 32), trainer.model.init_state(3, fam=fam)).fams
+    assert torch.equal(read.fam_LBFD, expected)
+    assert read.keys == (12345, None, 67890)
+    assert not read.fam_LBFD.requires_grad

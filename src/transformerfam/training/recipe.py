@@ -115,6 +115,9 @@ class StatePassingSection:
     overwrite: float = 1.0
     """Of the sequences that tell a new key in a passed step, the share that starts from the saved FAM and has to
     overwrite the old key (1 is the paper); the others start from the initial FAM."""
+    between_blocks: tuple[int, int] = (0, 0)
+    """Least and most blocks of filler that a passed FAM reads from one step to the next, without gradient: a cheap way
+    to ask later still."""
     before_question: bool = False
     """Save the FAM as it was before the block of the question, so that answering refreshes nothing."""
 

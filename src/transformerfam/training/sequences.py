@@ -116,6 +116,18 @@ class SequenceBuilder:
             return self._later_row(text, num_filler, start, carried_key)
         return Row(text.sequence(key, num_filler, start).ids, self.num_answer_tokens, key, is_told=True)
 
+    def filler(self, step: int, num_tokens: int) -> torch.Tensor:
+        """Return filler for every row, `(B, num_tokens)`, each from its own place and of the kinds of the recipe."""
+        draw = random.Random(f"{self.seed}/{step}/filler")
+        kinds = ("passkey_sentences", "passkey_book")
+        shares = [getattr(self.data, name) for name in kinds]
+        rows = []
+        for kind in draw.choices(kinds, shares, k=self.batch_size):
+            text = self.texts[kind]
+            assert text is not None
+            rows.append(text.filler.slice(draw.randrange(1 << 30), num_tokens))
+        return torch.stack(rows)
+
     def _draw_key(self, draw: random.Random) -> int:
         """Draw a key; some are made of few different digits."""
         key = draw.randint(FIRST_KEY, LAST_KEY)

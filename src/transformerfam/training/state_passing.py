@@ -60,6 +60,10 @@ class StatePassing:
         draw = random.Random(f"{self.seed}/overwrite/{step}")
         return [not told or draw.random() < self.section.overwrite for told in is_told_B.tolist()]
 
+    def blocks_between(self, step: int) -> int:
+        """Return how many blocks a passed FAM reads after a step, without gradient; 0 before passing begins."""
+        return random.Random(f"{self.seed}/between/{step}").randint(*self.section.between_blocks) if self.started else 0
+
     def keep(self, fam_LBFD: torch.Tensor | None, keys: tuple[int | None, ...]) -> None:
         """Save a step's FAM; one that is not finite is dropped, so that it cannot poison the steps behind it.
 

@@ -182,6 +182,7 @@ class Trainer:
         self.average.update(self.model, step)
         known = (key if right else None for key, right in zip(batch.keys, output.is_right_B.tolist(), strict=True))
         self.passing.keep(output.passed_fam_LBFD, tuple(known))
+        self._read_between(step)
         row = self._describe(output, batch, float(grad_norm), saved is not None)
         self._advance(row["key_accuracy"])
         return row
@@ -228,6 +229,17 @@ class Trainer:
             "fam_key_bias": self.model.fam_config.fam_key_bias,
             "tokens": self.num_tokens,
         }
+
+    def _read_between(self, step: int) -> None:
+        """Let the passed FAM read some filler before the next step, without gradient."""
+        saved = self.passing.saved
+        num_blocks = self.passing.blocks_between(step)
+        if saved is None or num_blocks == 0:
+            return
+        with torch.no_grad():
+            state = self.model.init_state(len(saved.keys), fam=saved.fam_LBFD)
+            ids = self.sequences.filler(step, num_blocks * self.model.fam_config.block_size)
+            saved.fam_LBFD = self.model.read(ids, state).fams
 
     def _start_state(self, batch: Batch, saved: SavedFam | None) -> FamState:
         if saved is None:
