@@ -6,7 +6,7 @@ from transformerfam.adapter import inject_lora, require_peft
 from transformerfam.convert import convert
 from transformerfam.models import load_base
 from transformerfam.training.recipe import Recipe
-from transformerfam.training.tiny import build_tiny_model, build_tiny_tokenizer
+from transformerfam.training.tiny import build_tiny_model, build_tiny_tokenizer, draw_prompt
 
 
 def build_trainee(recipe: Recipe) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
@@ -22,6 +22,8 @@ def build_trainee(recipe: Recipe) -> tuple[PreTrainedModel, PreTrainedTokenizerB
     else:
         model, tokenizer = load_base(recipe.model.base)
     convert(model, recipe.fam)
+    if recipe.model.base == "tiny-random":
+        draw_prompt(model, recipe.model.seed)
     if recipe.lora is not None:
         lora = recipe.lora
         config = require_peft().LoraConfig(

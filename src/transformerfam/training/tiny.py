@@ -6,8 +6,13 @@ import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from transformerfam.convert import fam_parameters
 from transformerfam.tasks.passkey import AFTER_KEY, BEFORE_KEY, BETWEEN_KEYS, FILLER_SENTENCES, QUESTION
 from transformerfam.training.recipe import ModelSection
+
+EMBEDDING_STD, LINEAR_STD = 1.0, 0.05
+"""Standard deviations of the random weights, those of torch's own layers. With transformers' 0.02 for both, learning sticks
+for thousands of steps where a key with a repeated digit cannot be told."""
 
 UNKNOWN, BEGIN, END = "<unk>", "<s>", "</s>"
 SPACE = "▁"
@@ -50,8 +55,23 @@ def build_tiny_model(section: ModelSection, vocab_size: int) -> LlamaForCausalLM
         eos_token_id=2,
         pad_token_id=2,
         tie_word_embeddings=False,
+        initializer_range=LINEAR_STD,
         attn_implementation="sdpa",
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(section.seed)
-        return LlamaForCausalLM(config)
+        model = LlamaForCausalLM(config)
+        torch.nn.init.normal_(model.get_input_embeddings().weight, std=EMBEDDING_STD)
+        return model
+
+
+def draw_prompt(model: LlamaForCausalLM, seed: int) -> None:
+    """Draw prompt or prefix of a converted random model like its embeddings, in place.
+
+    The mean embedding, from which `convert` starts, says nothing in a model that was never trained, and rows that are
+    nearly equal take long to part.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    for rows in fam_parameters(model):
+        with torch.no_grad():
+            rows.copy_(EMBEDDING_STD * torch.randn(rows.shape, generator=generator))
