@@ -116,12 +116,3 @@ def test_state_that_is_not_finite_is_not_passed():
     passing.update_start(0, 0, False)
     passing.keep(torch.full((1, 1, 1, 1), torch.inf), (7,))
     assert passing.draw(0) is None
-
-
-def test_keys_of_few_digits_are_mixed_in_by_their_share():
-    """Keys that a model can tell by the digit before, which is not where it has to look."""
-    data = {"few_digits": 0.5}
-    builder = SequenceBuilder(small_recipe(data=data, schedule={"batch_size": 400}), TOKENIZER)
-    keys = builder.batch(0, 0).keys
-    assert all(10_000 <= key <= 99_999 for key in keys)
-    assert 0.45 < sum(len(set(str(key))) <= 3 for key in keys) / len(keys) < 0.75

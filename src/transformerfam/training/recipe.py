@@ -70,8 +70,6 @@ class Stage:
     advance_accuracy: float | None = None
     """Go on when the share of right keys over the last `window` steps is at least this; None waits for `max_steps`."""
     window: int = 30
-    lr_factor: float = 1.0
-    """What all learning rates are multiplied with in this stage."""
     max_steps: int | None = None
     """Go on after so many steps in any case."""
 
@@ -141,9 +139,6 @@ class DataSection:
     """Passkey in book text."""
     book: float = 0.0
     """Book text alone."""
-    few_digits: float = 0.0
-    """Share of keys that are made of two or three different digits. They cannot be told by looking up which digit came
-    behind the last one, which is where learning from scratch stays for long: 7 in 10 random keys repeat a digit."""
     books: str | None = None
     """Folder of UTF-8 `.txt` files; all are used."""
 

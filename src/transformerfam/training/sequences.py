@@ -105,7 +105,7 @@ class SequenceBuilder:
     def _row(self, draw: random.Random, num_filler: int, carried_key: int | None) -> Row:
         kinds = ("passkey_sentences", "passkey_book", "book")
         kind = draw.choices(kinds, [getattr(self.data, name) for name in kinds])[0]
-        start, key = draw.randrange(1 << 30), self._draw_key(draw)
+        start, key = draw.randrange(1 << 30), draw.randint(FIRST_KEY, LAST_KEY)
         later = draw.random() < self.ask_later and carried_key is not None
         text = self.texts[kind]
         assert text is not None
@@ -127,15 +127,6 @@ class SequenceBuilder:
             assert text is not None
             rows.append(text.filler.slice(draw.randrange(1 << 30), num_tokens))
         return torch.stack(rows)
-
-    def _draw_key(self, draw: random.Random) -> int:
-        """Draw a key; some are made of few different digits."""
-        key = draw.randint(FIRST_KEY, LAST_KEY)
-        if draw.random() >= self.data.few_digits:
-            return key
-        digits = draw.sample("0123456789", draw.choice((2, 3)))
-        first = draw.choice([digit for digit in digits if digit != "0"])
-        return int(first + "".join(draw.choices(digits, k=len(str(FIRST_KEY)) - 1)))
 
     def _later_row(self, text: PasskeyText, num_filler: int, start: int, carried_key: int) -> Row:
         """Go on with filler where the key would be told, and ask for the key of the step before."""

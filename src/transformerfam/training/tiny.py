@@ -11,8 +11,8 @@ from transformerfam.tasks.passkey import AFTER_KEY, BEFORE_KEY, BETWEEN_KEYS, FI
 from transformerfam.training.recipe import ModelSection
 
 EMBEDDING_STD, LINEAR_STD = 1.0, 0.05
-"""Standard deviations of the random weights, those of torch's own layers. With transformers' 0.02 for both, learning sticks
-for thousands of steps where a key with a repeated digit cannot be told."""
+"""Standard deviations of the random weights, those of torch's own layers. With transformers' 0.02 for both, learning
+sticks for thousands of steps where a key with a repeated digit cannot be told."""
 
 UNKNOWN, BEGIN, END = "<unk>", "<s>", "</s>"
 SPACE = "▁"

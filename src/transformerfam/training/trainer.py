@@ -158,7 +158,6 @@ class Trainer:
         if recipe.key_bias is not None:
             set_key_bias(self.model, key_bias_at(recipe.key_bias, step))
         factor = lr_factor(section, step, recipe.schedule.steps)
-        factor *= recipe.schedule.curriculum[self.stage_idx].lr_factor
         for group in self.optimizer.param_groups:
             group["lr"] = group["base_lr"] * factor
         saved = self.passing.draw(step)
