@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import torch
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 from transformerfam import FamConfig, convert
@@ -24,6 +25,8 @@ def make_passkey_model(fam_length: int = 2) -> tuple[LlamaForCausalLM, PreTraine
         intermediate_size=16,
     )
     model = build_tiny_model(section, len(tokenizer)).eval()
+    with torch.no_grad():  # small embeddings, so that attention, and with it the memory, shows in the answers
+        model.get_input_embeddings().weight.mul_(0.05)
     config = FamConfig(fam_key_bias=0.0, block_size=BLOCK_SIZE, fam_length=fam_length, num_memory_segments=0)
     return convert(model, config), tokenizer
 
