@@ -77,7 +77,8 @@ class FamConfig:
     """Bias on the logits with which tokens see FAM keys; 0 is the paper's form, in which every trained memory ends.
 
     The default closes the memory, so that a pre-trained model keeps its language until its memory is trained: 0 costs
-    SmolLM2 5.1 nats per token of a novel, -8 costs 0.07 and -16 nothing (`scripts/measure_untrained.py`)."""
+    SmolLM2 5.1 nats per token of a novel, -8 costs 0.07 and -16 nothing with 16 rows, 0.07 with 64
+    (docs/choices.md)."""
 
     fam_dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """Type in which the FAM is kept from block to block, whatever the type of the model."""
