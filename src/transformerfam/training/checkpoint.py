@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from transformerfam.errors import CorruptFileError
-from transformerfam.files import load_tensors, save_tensors
+from transformerfam.files import load_tensors, save_tensors, write_text
 from transformerfam.training.optimizer import AverageOfWeights
 from transformerfam.training.state_passing import SavedFam, StatePassing
 
@@ -106,6 +106,4 @@ def cut_log(path: Path, num_steps: int) -> None:
             break
         if row["step"] < num_steps:
             kept.append(line + "\n")
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text("".join(kept), encoding="utf-8")
-    temporary.replace(path)
+    write_text(path, "".join(kept))
