@@ -67,6 +67,26 @@ def test_asking_later_asks_for_the_key_that_the_state_holds():
     assert TOKENIZER.decode(batch.input_ids_BT[1]).count(str(batch.keys[1])) == 3
 
 
+def test_key_is_told_behind_a_prefix():
+    """A memory that finds a key only where a text begins, or a prefix that is counted as filler."""
+    builder = SequenceBuilder(small_recipe(data={"prefix_tokens": [5, 9]}, state_passing=PASSES_ALL), TOKENIZER)
+    text = builder.texts["passkey_sentences"]
+    places = set()
+    for step in range(30):
+        batch = builder.batch(step, 0, carried_keys=(None, None, 12345))
+        ids = batch.input_ids_BT[0].tolist()
+        intro = text.intro_ids(batch.keys[0])
+        place = next(i for i in range(len(ids)) if ids[i : i + len(intro)] == intro)
+        places.add(place)
+        num_filler = batch.question_start - place - len(intro)
+        assert 1 <= num_filler <= 30
+        filler = ids[:place] + ids[place + len(intro) : batch.question_start]
+        starts = range(len(text.filler))
+        assert any(filler == text.filler.slice(start, len(filler)).tolist() for start in starts)
+        assert TOKENIZER.decode(batch.input_ids_BT[2, batch.question_start :]).endswith("12345")
+    assert places == set(range(5, 10))
+
+
 def test_books_are_mixed_in_by_their_share(tmp_path):
     """Book text that asks for a key which it does not hold."""
     (tmp_path / "a.txt").write_text("The sky is blue.\n\nThe grass is green.")

@@ -122,6 +122,39 @@ def test_lora_is_kept_as_an_adapter_in_float16(tmp_path):
     assert not (tmp_path / "model.safetensors").exists()
 
 
+def test_training_starts_from_a_trained_memory(tmp_path):
+    """A second run that begins from scratch, loses the LoRA or prompt of the first, or trains other weights."""
+    whole, first, second = tmp_path / "whole", tmp_path / "first", tmp_path / "second"
+    Trainer(small_recipe(), whole).run()
+    started = Trainer(small_recipe(model={"base": "tiny-random", "memory": str(whole)}), second)
+    trained = load_model(whole)[0].state_dict()
+    for name, value in started.model.state_dict().items():
+        torch.testing.assert_close(value, trained[name], msg=name)
+    assert all(p.requires_grad for p in started.model.parameters())
+
+    trainer = Trainer(small_recipe(lora={"rank": 2}, model={"base": str(whole)}), first)
+    trainer.run()
+    warm = {"base": str(whole), "memory": str(first)}
+    started = Trainer(small_recipe(lora={"rank": 2}, model=warm), tmp_path / "third")
+    expected = {name: p for name, p in trainer.model.named_parameters() if p.requires_grad}
+    found = {name: p for name, p in started.model.named_parameters() if p.requires_grad}
+    assert found.keys() == expected.keys()
+    for name, value in found.items():
+        torch.testing.assert_close(value, expected[name], atol=1e-3, rtol=1e-3, msg=name)  # kept in float16
+    assert any("lora_B" in name and bool(value.any()) for name, value in found.items())
+
+
+@pytest.mark.parametrize("lora", [{"rank": 4}, {"rank": 2, "alpha": 8.0}, None])
+def test_memory_with_other_lora_is_refused(tmp_path, lora):
+    """LoRA of the first run read into other shapes or scaled anew, or left under full training."""
+    whole, first = tmp_path / "whole", tmp_path / "first"
+    Trainer(small_recipe(), whole).run()
+    Trainer(small_recipe(lora={"rank": 2}, model={"base": str(whole)}), first).run()
+    sections = {"model": {"base": str(whole), "memory": str(first)}} | ({} if lora is None else {"lora": lora})
+    with pytest.raises(RecipeError, match=r"has LoRA of rank, alpha and targets \(2, 32.0"):
+        Trainer(small_recipe(**sections), tmp_path / "second")
+
+
 def test_loss_falls_on_a_short_passkey(tmp_path):
     """A trainer that runs, logs, and learns nothing."""
     schedule = {"steps": 60, "batch_size": 8, "curriculum": [{"filler_tokens": [1, 8]}]}

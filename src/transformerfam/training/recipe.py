@@ -2,6 +2,7 @@
 
 import dataclasses
 import difflib
+import json
 import tomllib
 import types
 import typing
@@ -20,6 +21,8 @@ class ModelSection:
 
     base: str
     """`tiny-random` (from scratch), `smollm2`, or a folder that `from_pretrained` reads."""
+    memory: str | None = None
+    """Name or folder of a trained memory of that base to start from: its prompt or prefix, and its weights or LoRA."""
     num_hidden_layers: int = 4
     hidden_size: int = 128
     num_attention_heads: int = 4
@@ -141,6 +144,8 @@ class DataSection:
     """Book text alone."""
     books: str | None = None
     """Folder of UTF-8 `.txt` files; all are used."""
+    prefix_tokens: tuple[int, int] = (0, 0)
+    """Least and most tokens of filler in front of the sentences that tell the key; every step draws one number."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -178,6 +183,8 @@ class Recipe:
         for stage in self.schedule.curriculum:
             low, high = stage.filler_tokens
             _require(0 <= low <= high, f"filler_tokens is [{low}, {high}], required is 0 <= low <= high")
+        low, high = self.data.prefix_tokens
+        _require(0 <= low <= high, f"data.prefix_tokens is [{low}, {high}], required is 0 <= low <= high")
         _require(
             self.state_passing.ask_later == 0 or self.state_passing.rows == "all",
             'state_passing.ask_later needs state_passing.rows = "all", since every sequence asks for its own key',
@@ -202,7 +209,7 @@ class Recipe:
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain JSON values that `build_recipe` takes back."""
-        return dataclasses.asdict(self)
+        return json.loads(json.dumps(dataclasses.asdict(self)))  # type: ignore[no-any-return]
 
 
 def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:

@@ -96,25 +96,32 @@ class SequenceBuilder:
         """
         draw = random.Random(f"{self.seed}/{step}/{stage_idx}")
         num_filler = draw.randint(*self.stages[stage_idx].filler_tokens)
-        rows = [self._row(draw, num_filler, carried_keys[i] if carried_keys else None) for i in range(self.batch_size)]
-        length = self.num_intro_tokens + num_filler + self.num_question_tokens + self.num_answer_tokens
+        num_prefix = random.Random(f"{self.seed}/{step}/prefix").randint(*self.data.prefix_tokens)
+        carried = carried_keys or [None] * self.batch_size
+        rows = [self._row(draw, num_prefix, num_filler, key) for key in carried]
+        length = len(rows[0].ids)
         asks = any(row.key is not None for row in rows)
         question_start = length - self.num_question_tokens - self.num_answer_tokens if asks else length
         return self._weigh(rows, draw, question_start)
 
-    def _row(self, draw: random.Random, num_filler: int, carried_key: int | None) -> Row:
+    def _row(self, draw: random.Random, num_prefix: int, num_filler: int, carried_key: int | None) -> Row:
         kinds = ("passkey_sentences", "passkey_book", "book")
         kind = draw.choices(kinds, [getattr(self.data, name) for name in kinds])[0]
         start, key = draw.randrange(1 << 30), draw.randint(FIRST_KEY, LAST_KEY)
         later = draw.random() < self.ask_later and carried_key is not None
         text = self.texts[kind]
         assert text is not None
+        num_before_question = num_prefix + self.num_intro_tokens + num_filler
         if kind == "book":
-            return self._book_row(text, num_filler, start)
-        if later:
+            length = num_before_question + self.num_question_tokens + self.num_answer_tokens
+            return Row(text.filler.slice(start, length).tolist(), 0, None, is_told=False)
+        if later:  # filler alone, where the key would be told, and the question for the key of the step before
             assert carried_key is not None
-            return self._later_row(text, num_filler, start, carried_key)
-        return Row(text.sequence(key, num_filler, start).ids, self.num_answer_tokens, key, is_told=True)
+            ids = text.filler.slice(start, num_before_question).tolist() + text.question_ids + text.key_ids(carried_key)
+            return Row(ids, self.num_answer_tokens, carried_key, is_told=False)
+        prefix_ids = text.filler.slice(start, num_prefix).tolist()
+        told = text.sequence(key, num_filler, start + num_prefix)
+        return Row(prefix_ids + told.ids, self.num_answer_tokens, key, is_told=True)
 
     def filler(self, step: int, num_tokens: int) -> torch.Tensor:
         """Return filler for every row, `(B, num_tokens)`, each from its own place and of the kinds of the recipe."""
@@ -127,17 +134,6 @@ class SequenceBuilder:
             assert text is not None
             rows.append(text.filler.slice(draw.randrange(1 << 30), num_tokens))
         return torch.stack(rows)
-
-    def _later_row(self, text: PasskeyText, num_filler: int, start: int, carried_key: int) -> Row:
-        """Go on with filler where the key would be told, and ask for the key of the step before."""
-        filler = text.filler.slice(start, self.num_intro_tokens + num_filler).tolist()
-        return Row(
-            filler + text.question_ids + text.key_ids(carried_key), self.num_answer_tokens, carried_key, is_told=False
-        )
-
-    def _book_row(self, text: PasskeyText, num_filler: int, start: int) -> Row:
-        length = self.num_intro_tokens + num_filler + self.num_question_tokens + self.num_answer_tokens
-        return Row(text.filler.slice(start, length).tolist(), 0, None, is_told=False)
 
     def _weigh(self, rows: Sequence[Row], draw: random.Random, question_start: int) -> Batch:
         ids = torch.tensor([row.ids for row in rows])

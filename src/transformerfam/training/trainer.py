@@ -92,10 +92,10 @@ class Trainer:
     def _check_folder(self, resume: bool) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
         path = self.folder / RECIPE_FILE
-        values = json.loads(json.dumps(self.recipe.to_dict()))
+        values = self.recipe.to_dict()
         if resume and path.exists():
-            before = json.loads(path.read_text(encoding="utf-8"))
-            different = [name for name in values if values[name] != before.get(name) and name != "schedule"]
+            before = recipe_of_run(self.folder).to_dict()
+            different = [name for name in values if values[name] != before[name] and name != "schedule"]
             if different:
                 raise RecipeError(
                     f"{self.folder} was trained with another recipe: section {different[0]} differs; resume with the "
@@ -318,7 +318,7 @@ class Trainer:
         self.model.eval()
         notes = {
             BASE_NOTE: self.recipe.model.base,
-            "recipe": json.loads(json.dumps(self.recipe.to_dict())),
+            "recipe": self.recipe.to_dict(),
             "steps": self.step,
             "seconds": round(self.seconds),
             "cpu_seconds": round(self.cpu_seconds),
