@@ -209,7 +209,7 @@ class Recipe:
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain JSON values that `build_recipe` takes back."""
-        return json.loads(json.dumps(dataclasses.asdict(self)))  # type: ignore[no-any-return]
+        return json.loads(json.dumps(dataclasses.asdict(self)))
 
 
 def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
