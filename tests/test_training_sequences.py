@@ -109,7 +109,7 @@ def test_state_is_passed_with_its_probability_once_started():
     """State passing that starts too early, or a chain that never ends."""
     passing = StatePassing(StatePassingSection(probability=0.8, start_stage=1, rows="all"), seed=0)
     fam = torch.randn(2, 3, 4, 5)
-    passing.keep(fam, (1, 2, 3))
+    passing.keep(0, fam, (1, 2, 3))
     passing.update_start(10, 0, False)
     assert all(passing.draw(step) is None for step in range(20))
     passing.update_start(11, 1, False)
@@ -123,7 +123,7 @@ def test_first_rows_state_is_passed_to_all_rows():
     passing = StatePassing(StatePassingSection(probability=1.0), seed=0)
     passing.update_start(0, 0, False)
     fam = torch.randn(2, 3, 4, 5, requires_grad=True)
-    passing.keep(fam, (7, 8, 9))
+    passing.keep(0, fam, (7, 8, 9))
     saved = passing.draw(0)
     assert torch.equal(saved.fam_LBFD, fam[:, :1].expand_as(fam))
     assert not saved.fam_LBFD.requires_grad
@@ -134,5 +134,22 @@ def test_state_that_is_not_finite_is_not_passed():
     """One overflow that spoils every step behind it."""
     passing = StatePassing(StatePassingSection(probability=1.0), seed=0)
     passing.update_start(0, 0, False)
-    passing.keep(torch.full((1, 1, 1, 1), torch.inf), (7,))
+    passing.keep(0, torch.full((1, 1, 1, 1), torch.inf), (7,))
     assert passing.draw(0) is None
+
+
+def test_noise_is_a_share_of_each_rows_size_and_depends_on_the_step_alone():
+    """Noise that drowns small rows, that a resumed run draws anew, or that reaches no passed state."""
+
+    def passed(step, noise=0.5):
+        passing = StatePassing(StatePassingSection(probability=1.0, rows="all", noise=noise), seed=0)
+        passing.update_start(0, 0, False)
+        passing.keep(step, fam, (1, 2))
+        return passing.draw(0).fam_LBFD
+
+    scale = torch.tensor([1.0, 100.0]).view(1, 1, 2, 1)
+    fam = scale * torch.ones(3, 2, 2, 4000)
+    torch.testing.assert_close(((passed(4) - fam) / scale).std(-1), torch.full((3, 2, 2), 0.5), atol=0.03, rtol=0)
+    assert torch.equal(passed(4), passed(4))
+    assert not torch.equal(passed(4), passed(5))
+    assert torch.equal(passed(4, noise=0.0), fam)

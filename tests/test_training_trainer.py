@@ -209,7 +209,7 @@ def test_passed_fam_reads_on_between_steps(tmp_path):
     passing = {"probability": 1.0, "rows": "all", "between_blocks": [2, 2], "start_step": 2}
     trainer = Trainer(small_recipe(state_passing=passing), tmp_path)
     fam = trainer.model.init_state(3).fams.detach()
-    trainer.passing.keep(fam, (12345, None, 67890))
+    trainer.passing.keep(0, fam, (12345, None, 67890))
     trainer._read_between(step=1)
     assert torch.equal(trainer.passing.saved.fam_LBFD, fam)
     trainer.passing.started = True

@@ -119,6 +119,9 @@ class StatePassingSection:
     between_blocks: tuple[int, int] = (0, 0)
     """Least and most blocks of filler that a passed FAM reads from one step to the next, without gradient: a cheap way
     to ask later still."""
+    noise: float = 0.0
+    """Standard deviation of the noise that is added to a passed FAM after every step, as a share of each row's root
+    mean square: a memory that corrects errors is trained, not one in which they add up."""
     before_question: bool = False
     """Save the FAM as it was before the block of the question, so that answering refreshes nothing."""
 
@@ -198,6 +201,7 @@ class Recipe:
             self.data.books is not None or self.data.passkey_book == self.data.book == 0,
             "data.passkey_book or data.book is above 0, required is a folder of .txt files; set data.books",
         )
+        _require(self.state_passing.noise >= 0, f"state_passing.noise is {self.state_passing.noise}, required is >= 0")
         if self.key_bias is not None:
             _require(
                 self.key_bias.start_step < self.key_bias.end_step <= self.schedule.steps,

@@ -64,10 +64,11 @@ class StatePassing:
         """Return how many blocks a passed FAM reads after a step, without gradient; 0 before passing begins."""
         return random.Random(f"{self.seed}/between/{step}").randint(*self.section.between_blocks) if self.started else 0
 
-    def keep(self, fam_LBFD: torch.Tensor | None, keys: tuple[int | None, ...]) -> None:
-        """Save a step's FAM; one that is not finite is dropped, so that it cannot poison the steps behind it.
+    def keep(self, step: int, fam_LBFD: torch.Tensor | None, keys: tuple[int | None, ...]) -> None:
+        """Save a step's FAM, with noise; one that is not finite is dropped, so that it cannot poison later steps.
 
         Args:
+            step: number of the step.
             fam_LBFD: every layer's FAM, or None where the step completed no block.
             keys: the key that each row asked for and got right, else None.
         """
@@ -80,4 +81,9 @@ class StatePassing:
         if self.section.rows == "first":
             fam_LBFD = fam_LBFD[:, :1].expand_as(fam_LBFD)
             keys = (keys[0],) * len(keys)
+        if self.section.noise > 0:
+            generator = torch.Generator().manual_seed(random.Random(f"{self.seed}/noise/{step}").getrandbits(63))
+            noise_LBFD = torch.randn(fam_LBFD.shape, generator=generator).to(fam_LBFD)
+            rms_LBF1 = fam_LBFD.pow(2).mean(-1, keepdim=True).sqrt()
+            fam_LBFD = fam_LBFD + self.section.noise * rms_LBF1 * noise_LBFD
         self.saved = SavedFam(fam_LBFD.contiguous(), keys)

@@ -180,7 +180,7 @@ class Trainer:
         self.optimizer.step()
         self.average.update(self.model, step)
         known = (key if right else None for key, right in zip(batch.keys, output.is_right_B.tolist(), strict=True))
-        self.passing.keep(output.passed_fam_LBFD, tuple(known))
+        self.passing.keep(step, output.passed_fam_LBFD, tuple(known))
         self._read_between(step)
         row = self._describe(output, batch, float(grad_norm), saved is not None)
         self._advance(row["key_accuracy"])
