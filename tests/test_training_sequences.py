@@ -153,3 +153,13 @@ def test_noise_is_a_share_of_each_rows_size_and_depends_on_the_step_alone():
     assert torch.equal(passed(4), passed(4))
     assert not torch.equal(passed(4), passed(5))
     assert torch.equal(passed(4, noise=0.0), fam)
+
+
+def test_share_of_keys_has_few_different_digits():
+    """Keys out of range, or keys of few digits in another share than the recipe's."""
+    builder = SequenceBuilder(small_recipe(data={"few_digits": 0.5}, schedule={"batch_size": 400}), TOKENIZER)
+    keys = builder.batch(0, 0).keys
+    assert all(10_000 <= key <= 99_999 for key in keys)
+    few = [key for key in keys if len(set(str(key))) <= 3]
+    assert 0.5 < len(few) / len(keys) < 0.7  # 0.5 drawn so, and 0.19 of the others
+    assert len(set(few)) > 150

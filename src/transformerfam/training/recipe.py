@@ -147,6 +147,9 @@ class DataSection:
     """Book text alone."""
     books: str | None = None
     """Folder of UTF-8 `.txt` files; all are used."""
+    few_digits: float = 0.0
+    """Share of the keys that are made of two or three different digits. Looking up which digit came behind the last one
+    does not tell them, as it tells most keys of five different digits: only the place of a digit does."""
     prefix_tokens: tuple[int, int] = (0, 0)
     """Least and most tokens of filler in front of the sentences that tell the key; every step draws one number."""
 

@@ -107,7 +107,7 @@ class SequenceBuilder:
     def _row(self, draw: random.Random, num_prefix: int, num_filler: int, carried_key: int | None) -> Row:
         kinds = ("passkey_sentences", "passkey_book", "book")
         kind = draw.choices(kinds, [getattr(self.data, name) for name in kinds])[0]
-        start, key = draw.randrange(1 << 30), draw.randint(FIRST_KEY, LAST_KEY)
+        start, key = draw.randrange(1 << 30), self._draw_key(draw)
         later = draw.random() < self.ask_later and carried_key is not None
         text = self.texts[kind]
         assert text is not None
@@ -122,6 +122,13 @@ class SequenceBuilder:
         prefix_ids = text.filler.slice(start, num_prefix).tolist()
         told = text.sequence(key, num_filler, start + num_prefix)
         return Row(prefix_ids + told.ids, self.num_answer_tokens, key, is_told=True)
+
+    def _draw_key(self, draw: random.Random) -> int:
+        if self.data.few_digits == 0 or draw.random() >= self.data.few_digits:
+            return draw.randint(FIRST_KEY, LAST_KEY)
+        digits = draw.sample(range(10), draw.choice((2, 3)))
+        first = draw.choice([digit for digit in digits if digit > 0])
+        return int("".join(map(str, [first, *draw.choices(digits, k=4)])))
 
     def filler(self, step: int, num_tokens: int) -> torch.Tensor:
         """Return filler for every row, `(B, num_tokens)`, each from its own place and of the kinds of the recipe."""
