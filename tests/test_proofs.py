@@ -1,7 +1,6 @@
 """The slow proofs: what the shipped memories and the recipes promise, minutes each. `make prove` runs them."""
 
 import json
-from collections import Counter
 from importlib.resources import files
 from pathlib import Path
 
@@ -10,6 +9,7 @@ import pytest
 from transformerfam import FamConfig
 from transformerfam.models import load_model
 from transformerfam.novels import load_novel
+from transformerfam.reports.rows import accuracy_by_length
 from transformerfam.tasks.next_token import evaluate_next_token
 from transformerfam.tasks.passkey_evaluation import evaluate_passkey
 from transformerfam.training.recipe import load_recipe
@@ -19,23 +19,19 @@ ROOT = Path(__file__).parents[1]
 pytestmark = pytest.mark.slow
 
 
-def accuracy_by_length(rows):
-    asked, right = Counter(), Counter()
-    for row in rows:
-        asked[row["filler_tokens"]] += 1
-        right[row["filler_tokens"]] += row["correct"]
-    return {length: right[length] / asked[length] for length in asked}
+def shares(rows):
+    """Return the share of right keys by length; all rows are of one series."""
+    (series,) = accuracy_by_length(rows).values()
+    return {point.filler_tokens: point.share for point in series}
 
 
 def test_tiny_memory_recalls_as_its_published_rows_say():
     """A published table that the shipped weights do not give, or that only the machine it was measured on gives."""
     path = ROOT / "docs" / "results" / "tiny_passkey.jsonl"
     rows = [row for row in map(json.loads, path.read_text().splitlines()) if row["system"] == "fam"]
-    published = accuracy_by_length(row for row in rows if row["filler_tokens"] <= 8192)
+    published = shares(row for row in rows if row["filler_tokens"] <= 8192)
     model, tokenizer = load_model("tiny")
-    found = accuracy_by_length(
-        evaluate_passkey(model, tokenizer, filler_lengths=list(published), num_keys=50, batch_size=50)
-    )
+    found = shares(evaluate_passkey(model, tokenizer, filler_lengths=list(published), num_keys=50, batch_size=50))
     assert published.keys() == found.keys()
     for length, accuracy in published.items():
         assert found[length] == pytest.approx(accuracy, abs=0.06), length  # three keys: rounding differs by machine
@@ -48,7 +44,7 @@ def test_tiny_recipe_trains_a_memory_from_nothing(tmp_path):
     model, tokenizer = load_model(tmp_path)
     card = json.loads((files("transformerfam") / "data" / "tiny" / "card.json").read_text())
     lengths = [512, card["proven_filler_tokens"]]
-    found = accuracy_by_length(evaluate_passkey(model, tokenizer, filler_lengths=lengths, num_keys=50, batch_size=50))
+    found = shares(evaluate_passkey(model, tokenizer, filler_lengths=lengths, num_keys=50, batch_size=50))
     assert min(found.values()) >= 0.8, found
 
 

@@ -187,10 +187,8 @@ class Recipe:
         _require(self.schedule.batch_size >= 1, f"schedule.batch_size is {self.schedule.batch_size}, required is >= 1")
         _require(len(self.schedule.curriculum) > 0, "schedule.curriculum is empty, required is at least one stage")
         for stage in self.schedule.curriculum:
-            low, high = stage.filler_tokens
-            _require(0 <= low <= high, f"filler_tokens is [{low}, {high}], required is 0 <= low <= high")
-        low, high = self.data.prefix_tokens
-        _require(0 <= low <= high, f"data.prefix_tokens is [{low}, {high}], required is 0 <= low <= high")
+            _require_range("filler_tokens", *stage.filler_tokens)
+        _require_range("data.prefix_tokens", *self.data.prefix_tokens)
         _require(
             self.state_passing.ask_later == 0 or self.state_passing.rows == "all",
             'state_passing.ask_later needs state_passing.rows = "all", since every sequence asks for its own key',
@@ -332,3 +330,7 @@ def _convert(kind: Any, value: Any, where: str) -> Any:
 def _require(holds: bool, message: str) -> None:
     if not holds:
         raise RecipeError(message)
+
+
+def _require_range(name: str, low: int, high: int) -> None:
+    _require(0 <= low <= high, f"{name} is [{low}, {high}], required is 0 <= low <= high")
