@@ -115,8 +115,22 @@ def test_next_token_shows_a_table_and_appends_rows(folder, tmp_path, book):
     options = ("--model", folder, "--num-tokens", 50, "--output", output)
     assert "0 to 50" in run("evaluate", "next-token", book, *options, "--system", "fam,bswa")
     run("evaluate", "next-token", book, *options, "--system", "bswa", "--set", "num_memory_segments=2")
-    losses = [row["loss"] for row in read_rows([output])]
-    assert len(set(losses)) == 3
+    rows = list(read_rows([output]))
+    assert len({row["loss"] for row in rows}) == 3
+    assert [row["model"] for row in rows] == [str(folder), str(folder), f"{folder} num_memory_segments=2"]
+
+
+def test_passkey_takes_a_changed_configuration_under_its_own_name(folder, tmp_path):
+    """Would catch an ablation whose rows pass for those of the shipped memory, or that changes nothing."""
+    output = tmp_path / "rows.jsonl"
+    run_passkey(folder, output)
+    run_passkey(folder, output, "--set", "block_size=4")
+    plain, changed = (
+        [row for row in read_rows([output]) if ("block_size=4" in row["model"]) == is_changed]
+        for is_changed in (False, True)
+    )
+    assert len(plain) == len(changed) == 4
+    assert all(a["num_blocks"] < b["num_blocks"] for a, b in zip(plain, changed, strict=True))
 
 
 def test_read_from_standard_input_equals_read_from_file(folder, tmp_path, book):

@@ -10,6 +10,7 @@ import pytest
 
 from transformerfam.errors import TransformerFamError
 from transformerfam.novels import HELD_OUT_NOVELS, load_novel
+from transformerfam.tasks.text import read_text
 
 SCRIPT = Path(__file__).parents[1] / "scripts" / "prepare_books.py"
 
@@ -41,6 +42,11 @@ def test_load_novel_refuses_unknown_name_with_the_nearest() -> None:
         load_novel("persuation")
     with pytest.raises(TransformerFamError, match="no novel 'ulysses'.*persuasion, northanger_abbey"):
         load_novel("ulysses")
+
+
+def test_novel_is_read_by_its_name_where_a_file_is() -> None:
+    """Catches a measurement on a novel that asks its user to unpack the package's own data."""
+    assert read_text("persuasion") == load_novel("persuasion")
 
 
 @pytest.mark.parametrize("name", HELD_OUT_NOVELS)

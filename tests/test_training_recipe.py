@@ -40,6 +40,7 @@ def test_recipe_survives_json():
         ({"schedule": {"curriculum": [{"filler_tokens": [9]}]}}, r"required is a list of 2 values"),
         ({"optimizer": {"schedule": "step"}}, r"required is one of constant, cosine, linear"),
         ({"state_passing": {"ask_later": 0.5}}, r'needs state_passing.rows = "all"'),
+        ({"state_passing": {"between_blocks": [3, 1]}}, r"state_passing.between_blocks is \[3, 1\]"),
         ({"fam": {"fam_length": 0}, "state_passing": {"probability": 0.8}}, r"there is no state to pass"),
         ({"data": {"book": 0.5}}, r"set data.books"),
         ({"fam": {"fam_key_bias": -4.0}}, r"use the key_bias section"),

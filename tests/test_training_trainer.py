@@ -14,6 +14,7 @@ from training_recipes import small_recipe, small_values
 from transformerfam.errors import CorruptFileError, RecipeError
 from transformerfam.files import load_tensors
 from transformerfam.models import load_model
+from transformerfam.tasks.provenance import memory_notes
 from transformerfam.training.recipe import StatePassingSection, build_recipe
 from transformerfam.training.state_passing import StatePassing
 from transformerfam.training.trainer import Trainer, recipe_of_run
@@ -153,6 +154,26 @@ def test_memory_with_other_lora_is_refused(tmp_path, lora):
     sections = {"model": {"base": str(whole), "memory": str(first)}} | ({} if lora is None else {"lora": lora})
     with pytest.raises(RecipeError, match=r"has LoRA of rank, alpha and targets \(2, 32.0"):
         Trainer(small_recipe(**sections), tmp_path / "second")
+
+
+def test_memory_of_another_base_is_refused(tmp_path):
+    """A memory that is trained on, and noted, with a base that it does not belong to."""
+    Trainer(small_recipe(schedule={"steps": 1}), tmp_path / "first").run()
+    model = {"base": "smollm2", "memory": str(tmp_path / "first")}
+    with pytest.raises(RecipeError, match="belongs to base 'tiny-random', model.base is 'smollm2'"):
+        Trainer(small_recipe(model=model), tmp_path / "second")
+
+
+def test_memory_notes_what_it_was_started_from(tmp_path):
+    """A trained memory that hides the longer filler of an earlier run, or that run itself."""
+    first = {"steps": 1, "curriculum": [{"filler_tokens": [10, 60]}]}
+    Trainer(small_recipe(schedule=first), tmp_path / "first").run()
+    second = {"steps": 1, "curriculum": [{"filler_tokens": [1, 20]}]}
+    model = {"base": "tiny-random", "memory": str(tmp_path / "first")}
+    Trainer(small_recipe(schedule=second, model=model), tmp_path / "second").run()
+    notes = memory_notes(tmp_path / "second")
+    assert notes["max_training_filler_tokens"] == 60
+    assert notes["started_from"] == memory_notes(tmp_path / "first")
 
 
 def test_loss_falls_on_a_short_passkey(tmp_path):

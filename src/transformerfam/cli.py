@@ -71,10 +71,13 @@ def evaluate_passkey_command(
     num_keys: Annotated[int, typer.Option("--num-keys", help="Keys, each asked at every length.")] = 20,
     seed: Annotated[int, typer.Option("--seed", help="Seed of keys and jitter.")] = 0,
     system: SystemOption = "fam",
-    filler: Annotated[str, typer.Option("--filler", help="sentences (the paper's), or a UTF-8 file.")] = "sentences",
+    filler: Annotated[
+        str, typer.Option("--filler", help="sentences (the paper's), persuasion, northanger_abbey, or a UTF-8 file.")
+    ] = "sentences",
     jitter: Annotated[bool, typer.Option(help="Add up to a block of filler to each question.")] = True,
     batch_size: Annotated[int, typer.Option("--batch-size", help="Keys that are read side by side.")] = 10,
     prefix_tokens: Annotated[int, typer.Option("--prefix-tokens", help="Tokens of filler in front of the intro.")] = 0,
+    overrides: SetOption = None,
 ) -> None:
     """Hide five-digit keys in filler, read once per key, and ask at every length."""
     lengths = [_whole_number(text, "--filler-tokens") for text in filler_tokens.split(",")]
@@ -90,13 +93,13 @@ def evaluate_passkey_command(
                     jitter=jitter,
                     batch_size=batch_size,
                     prefix_tokens=prefix_tokens,
-                    model_name=model,
+                    model_name=_named_with(model, overrides),
                     max_training_filler_tokens=memory_notes(model, loaded).get("max_training_filler_tokens"),
                     progress=update,
                 )
                 evaluation.finished = finished_questions(rows.rows, evaluation)
                 try:
-                    for row in evaluation.rows(*_load(model, loaded)):
+                    for row in evaluation.rows(*_load(model, loaded, _config_overrides(overrides))):
                         rows.append(row)
                 except KeyboardInterrupt as interrupt:
                     _say(f"interrupted; {output} keeps {len(rows.rows)} rows; run the same command again to go on")
@@ -106,7 +109,7 @@ def evaluate_passkey_command(
 
 @evaluate_app.command("next-token")
 def evaluate_next_token_command(
-    file: Annotated[Path, typer.Argument(help="UTF-8 text.")],
+    file: Annotated[Path, typer.Argument(help="UTF-8 text, or persuasion or northanger_abbey, which come along.")],
     model: ModelOption = "tiny",
     system: SystemOption = "fam",
     num_tokens: Annotated[int | None, typer.Option("--num-tokens", help="Tokens to read; all if not given.")] = None,
@@ -131,7 +134,7 @@ def evaluate_next_token_command(
                     num_tokens=num_tokens,
                     segment_tokens=segment_tokens,
                     system=loaded,
-                    model_name=model,
+                    model_name=_named_with(model, overrides),
                     progress=update,
                 )
                 for row in measured:
@@ -295,6 +298,11 @@ def _config_overrides(overrides: list[str] | None) -> dict[str, Any]:
     for override in overrides or []:
         apply_override(values, override)
     return values
+
+
+def _named_with(model: str, overrides: list[str] | None) -> str:
+    """Return the model's name for the rows, with the fields that were changed: rows of one name are of one system."""
+    return " ".join([model, *(overrides or [])])
 
 
 def _whole_number(text: str, name: str) -> int:

@@ -36,7 +36,7 @@ def evaluate_next_token(
     Args:
         model: a converted model.
         tokenizer: its tokenizer.
-        path: UTF-8 text file.
+        path: UTF-8 text file, or the name of a held-out novel.
         num_tokens: tokens to read at most; None is the whole file.
         segment_tokens: yield a row for every so many tokens besides the last row, which covers all of them.
         system: name for the rows.

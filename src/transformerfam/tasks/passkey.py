@@ -87,7 +87,7 @@ class PasskeyText:
 
         Args:
             tokenizer: a Hugging Face tokenizer.
-            filler: "sentences" (the paper's), a UTF-8 text file, or a stream of tokens.
+            filler: "sentences" (the paper's), the name of a held-out novel, a UTF-8 text file, or a stream of tokens.
 
         Raises:
             TransformerFamError: the tokenizer has no tokens for digits, or the file cannot be read.
@@ -197,7 +197,7 @@ def build_passkey(
 
 
 def load_filler(tokenizer: Any, filler: str | Path) -> FillerStream:
-    """Tokenise the paper's sentences ("sentences") or a UTF-8 text file, once.
+    """Tokenise the paper's sentences ("sentences"), a novel of the package by its name, or a UTF-8 text file, once.
 
     Raises:
         TransformerFamError: the file is missing, empty or not UTF-8.

@@ -43,7 +43,7 @@ class PasskeyEvaluation:
     """Names for the rows; "fam_memory_zeroed" zeroes the memory before the question, on a fork of its own."""
 
     filler: str | Path | FillerStream = "sentences"
-    """"sentences" (the paper's), a UTF-8 text file, or a stream of tokens."""
+    """"sentences" (the paper's), the name of a held-out novel, a UTF-8 text file, or a stream of tokens."""
 
     jitter: bool = True
     """Add up to a block of filler to each question, so that questions stand at every place in a block."""

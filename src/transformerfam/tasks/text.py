@@ -6,12 +6,13 @@ from pathlib import Path
 from typing import IO, Any
 
 from transformerfam.errors import TransformerFamError
+from transformerfam.novels import HELD_OUT_NOVELS, open_novel
 
 READ_BYTES = 1 << 16
 
 
 def read_text(path: str | Path) -> str:
-    """Return a UTF-8 file as one string.
+    """Return a UTF-8 file, or a novel of the package by its name, as one string.
 
     Raises:
         TransformerFamError: the file cannot be read, or is not UTF-8.
@@ -21,16 +22,19 @@ def read_text(path: str | Path) -> str:
 
 
 def open_bytes(path: str | Path) -> IO[bytes]:
-    """Open a file for reading bytes.
+    """Open a file, or a novel of the package by its name ("persuasion", "northanger_abbey"), for reading bytes.
 
     Raises:
         TransformerFamError: there is no such file, or it cannot be opened.
     """
+    if str(path) in HELD_OUT_NOVELS:
+        return open_novel(str(path))
     try:
         return Path(path).open("rb")
     except OSError as error:
         raise TransformerFamError(
-            f"cannot read {str(path)!r} ({error.strerror}); a readable UTF-8 text file is required, check the path"
+            f"cannot read {str(path)!r} ({error.strerror}); a readable UTF-8 text file is required, check the path, or "
+            f"take a novel of the package: {', '.join(HELD_OUT_NOVELS)}"
         ) from error
 
 

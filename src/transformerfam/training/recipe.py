@@ -189,6 +189,7 @@ class Recipe:
         for stage in self.schedule.curriculum:
             _require_range("filler_tokens", *stage.filler_tokens)
         _require_range("data.prefix_tokens", *self.data.prefix_tokens)
+        _require_range("state_passing.between_blocks", *self.state_passing.between_blocks)
         _require(
             self.state_passing.ask_later == 0 or self.state_passing.rows == "all",
             'state_passing.ask_later needs state_passing.rows = "all", since every sequence asks for its own key',

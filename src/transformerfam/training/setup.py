@@ -7,7 +7,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformerfam.adapter import inject_lora, require_peft
 from transformerfam.convert import convert
 from transformerfam.errors import RecipeError
-from transformerfam.models import load_base, load_model
+from transformerfam.models import BASE_NOTE, load_base, load_model
+from transformerfam.tasks.provenance import memory_notes
 from transformerfam.training.recipe import Recipe
 from transformerfam.training.tiny import build_tiny_model, build_tiny_tokenizer, draw_prompt
 
@@ -17,13 +18,14 @@ def build_trainee(recipe: Recipe) -> tuple[PreTrainedModel, PreTrainedTokenizerB
 
     Raises:
         TransformerFamError: there is no such base model or memory, or it cannot be converted.
-        RecipeError: the memory to start from has other LoRA than the recipe.
+        RecipeError: the memory to start from has another base or other LoRA than the recipe.
         MissingPackageError: LoRA without PEFT, or SmolLM2 without its package.
     """
     section = recipe.model
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
     if section.memory is not None:
+        _require_same_base(section.memory, section.base)
         model, tokenizer = load_model(section.memory, config_overrides=recipe.fam.to_dict(), merge=False)
     elif section.base == "tiny-random":
         tokenizer = build_tiny_tokenizer()
@@ -42,6 +44,14 @@ def build_trainee(recipe: Recipe) -> tuple[PreTrainedModel, PreTrainedTokenizerB
         )
         inject_lora(model, config)
     return model, tokenizer
+
+
+def _require_same_base(memory: str, base: str) -> None:
+    there = memory_notes(memory).get(BASE_NOTE)
+    if there != base:
+        raise RecipeError(
+            f"the memory in {memory} belongs to base {there!r}, model.base is {base!r}; set it to {there!r}"
+        )
 
 
 def _require_same_lora(loaded: Any, recipe: Recipe) -> None:

@@ -21,6 +21,7 @@ from transformerfam.errors import NonFiniteLossError, RecipeError, TransformerFa
 from transformerfam.files import write_text
 from transformerfam.models import BASE_NOTE, save_model
 from transformerfam.state import FamState
+from transformerfam.tasks.provenance import memory_notes
 from transformerfam.training.blocks import StepOutput, find_non_finite, run_batch
 from transformerfam.training.checkpoint import CHECKPOINT_FILE, cut_log, load_checkpoint, save_checkpoint
 from transformerfam.training.optimizer import AverageOfWeights, build_optimizer, key_bias_at, lr_factor
@@ -316,6 +317,11 @@ class Trainer:
         if self.recipe.key_bias is not None:
             set_key_bias(self.model, 0.0)
         self.model.eval()
+        memory = self.recipe.model.memory
+        before = None if memory is None else memory_notes(memory)
+        longest_fillers = [stage.filler_tokens[1] for stage in self.recipe.schedule.curriculum]
+        if before is not None:
+            longest_fillers.append(before["max_training_filler_tokens"])
         notes = {
             BASE_NOTE: self.recipe.model.base,
             "recipe": self.recipe.to_dict(),
@@ -323,7 +329,8 @@ class Trainer:
             "seconds": round(self.seconds),
             "cpu_seconds": round(self.cpu_seconds),
             "num_tokens": self.num_tokens,
-            "max_training_filler_tokens": max(s.filler_tokens[1] for s in self.recipe.schedule.curriculum),
+            "max_training_filler_tokens": max(longest_fillers),
+            "started_from": before,
         }
         if self.recipe.lora is None:
             save_model(self.model, self.tokenizer, self.folder, notes)
