@@ -145,6 +145,27 @@ def test_training_starts_from_a_trained_memory(tmp_path):
     assert any("lora_B" in name and bool(value.any()) for name, value in found.items())
 
 
+def test_prompt_of_a_memory_goes_on_as_a_prefix(tmp_path):
+    """A prefix that reads otherwise than the prompt that it came from, is not trained, or is lost on the way back."""
+    Trainer(small_recipe(), tmp_path / "first").run()
+    model = {"base": "tiny-random", "memory": str(tmp_path / "first")}
+    trainer = Trainer(small_recipe(model=model, fam={"fam_init": "prefix"}), tmp_path / "second")
+    before, tokenizer = load_model(tmp_path / "first")
+    ids = torch.randint(len(tokenizer), (2, 40), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        torch.testing.assert_close(trainer.model(ids).logits, before(ids).logits, atol=2e-4, rtol=1e-4)
+    started = trainer.model.get_decoder().fam.prefix.detach().clone()
+    trainer.run()
+    after = load_model(tmp_path / "second")[0]
+    assert after.fam_config.fam_init == "prefix"
+    torch.testing.assert_close(after.get_decoder().fam.prefix, trainer.model.get_decoder().fam.prefix)
+    assert bool((after.get_decoder().fam.prefix - started).abs().amax((1, 2)).min() > 0)
+
+    model = {"base": "tiny-random", "memory": str(tmp_path / "second")}
+    with pytest.raises(RecipeError, match="has a prefix, fam.fam_init is 'prompt'"):
+        Trainer(small_recipe(model=model), tmp_path / "third")
+
+
 @pytest.mark.parametrize("lora", [{"rank": 4}, {"rank": 2, "alpha": 8.0}, None])
 def test_memory_with_other_lora_is_refused(tmp_path, lora):
     """LoRA of the first run read into other shapes or scaled anew, or left under full training."""

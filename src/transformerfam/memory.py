@@ -71,6 +71,26 @@ def set_key_bias(model: PreTrainedModel, value: float) -> None:
     model.fam_config = memory.config
 
 
+@torch.no_grad()
+def prefix_from_prompt(model: PreTrainedModel) -> None:
+    """Replace the prompt of a converted model by the prefix that it makes, in place; the model reads as before.
+
+    A prompt's rows come out of the layers nearly alike. As a prefix, each layer's rows can be trained apart. Where the
+    first residual is zero only their directions act, and they are scaled to root mean square 1, so that one learning
+    rate suits all layers.
+
+    Source: B.1, prompt tuning and prefix tuning.
+    """
+    memory = memory_of(model)
+    rows_LFD = torch.cat(initial_fam(model.get_decoder()))
+    if memory.config.zero_first_residual:
+        rows_LFD = rows_LFD / rows_LFD.pow(2).mean(-1, keepdim=True).sqrt()
+    del memory.prompt
+    memory.prefix = nn.Parameter(rows_LFD.clone())
+    memory.config = memory.config.replace(fam_init="prefix")
+    model.fam_config = memory.config
+
+
 class InitialFam:
     """Send the prompt up alone and note what enters every layer: the initial FAM (B.1)."""
 

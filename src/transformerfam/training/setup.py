@@ -5,8 +5,10 @@ from typing import Any
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from transformerfam.adapter import inject_lora, require_peft
+from transformerfam.config import FamConfig
 from transformerfam.convert import convert
 from transformerfam.errors import RecipeError
+from transformerfam.memory import prefix_from_prompt
 from transformerfam.models import BASE_NOTE, load_base, load_model
 from transformerfam.tasks.provenance import memory_notes
 from transformerfam.training.recipe import Recipe
@@ -18,7 +20,7 @@ def build_trainee(recipe: Recipe) -> tuple[PreTrainedModel, PreTrainedTokenizerB
 
     Raises:
         TransformerFamError: there is no such base model or memory, or it cannot be converted.
-        RecipeError: the memory to start from has another base or other LoRA than the recipe.
+        RecipeError: the memory to start from has another base, other LoRA or a prefix where the recipe has a prompt.
         MissingPackageError: LoRA without PEFT, or SmolLM2 without its package.
     """
     section = recipe.model
@@ -26,7 +28,7 @@ def build_trainee(recipe: Recipe) -> tuple[PreTrainedModel, PreTrainedTokenizerB
     tokenizer: PreTrainedTokenizerBase
     if section.memory is not None:
         _require_same_base(section.memory, section.base)
-        model, tokenizer = load_model(section.memory, config_overrides=recipe.fam.to_dict(), merge=False)
+        model, tokenizer = _load_memory(section.memory, recipe.fam)
     elif section.base == "tiny-random":
         tokenizer = build_tiny_tokenizer()
         model = build_tiny_model(section, len(tokenizer))
@@ -43,6 +45,22 @@ def build_trainee(recipe: Recipe) -> tuple[PreTrainedModel, PreTrainedTokenizerB
             r=lora.rank, lora_alpha=lora.alpha, target_modules=list(lora.targets), lora_dropout=0.0, bias="none"
         )
         inject_lora(model, config)
+    return model, tokenizer
+
+
+def _load_memory(memory: str, config: FamConfig) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Load the memory to start from into the recipe's configuration; a prompt may go on as a prefix."""
+    overrides = config.to_dict()
+    del overrides["fam_init"]
+    model, tokenizer = load_model(memory, config_overrides=overrides, merge=False)
+    there = model.fam_config.fam_init
+    if there == "prefix" and config.fam_init == "prompt":
+        raise RecipeError(
+            f"the memory in {memory} has a prefix, fam.fam_init is 'prompt', and no prompt makes that prefix; set "
+            "fam.fam_init to 'prefix'"
+        )
+    if there != config.fam_init:
+        prefix_from_prompt(model)
     return model, tokenizer
 
 
