@@ -1,5 +1,7 @@
 """Back-propagation through blocks: how far it reaches, and what it keeps in memory."""
 
+import dataclasses
+
 import pytest
 import torch
 from torch.autograd.graph import saved_tensors_hooks
@@ -109,6 +111,17 @@ def test_passed_fam_is_that_before_the_question():
     whole = batch.question_start // 16 * 16
     expected = model.read(batch.input_ids_BT[:, :whole]).fams
     torch.testing.assert_close(passed, expected)
+
+
+def test_passed_fam_is_the_starting_one_where_the_question_stands_in_the_first_block():
+    """A chain that breaks off at every question in a first block, or goes on as if that block were in the FAM."""
+    model, batch = batch_of(small_recipe(), 60)
+    started = torch.randn(model.init_state(3).fams.shape)
+    for question_start, num_blocks in ((15, 0), (16, 1)):
+        asked = dataclasses.replace(batch, question_start=question_start)
+        output = run_batch(model, asked, model.init_state(3, fam=started), pass_before_question=True)
+        assert output.num_passed_blocks == num_blocks
+        assert torch.equal(output.passed_fam_LBFD, started) == (num_blocks == 0)
 
 
 @pytest.mark.parametrize(("layer", "filler"), [(0, 20), (1, 20)])

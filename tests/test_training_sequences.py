@@ -87,6 +87,23 @@ def test_key_is_told_behind_a_prefix():
     assert places == set(range(5, 10))
 
 
+@pytest.mark.parametrize("share", [0.0, 0.5])
+def test_questions_stand_across_a_boundary_in_their_share(share):
+    """A memory that never trained the phases at which question and answer lie in different blocks."""
+    fam = {"block_size": 64, "fam_length": 4}
+    stage = {"curriculum": [{"filler_tokens": [20, 150]}]}
+    data = {"boundary_share": share, "prefix_tokens": [0, 9]}
+    builder = SequenceBuilder(small_recipe(data=data, fam=fam, schedule=stage), TOKENIZER)
+    is_parted = []
+    for step in range(200):
+        batch = builder.batch(step, 0)
+        last_asked = batch.input_ids_BT.shape[1] - 1
+        is_parted.append(batch.question_start // 64 != last_asked // 64)
+        assert 20 <= batch.question_start - builder.num_intro_tokens <= 159
+    by_chance = (builder.num_question_tokens + builder.num_answer_tokens - 1) / 64
+    assert sum(is_parted) / 200 == pytest.approx(share + (1 - share) * by_chance, abs=0.1)
+
+
 def test_books_are_mixed_in_by_their_share(tmp_path):
     """Book text that asks for a key which it does not hold."""
     (tmp_path / "a.txt").write_text("The sky is blue.\n\nThe grass is green.")

@@ -1,5 +1,6 @@
 """The training loop: resume, interruption, what it leaves behind."""
 
+import dataclasses
 import json
 import os
 import signal
@@ -15,6 +16,8 @@ from transformerfam.errors import CorruptFileError, RecipeError
 from transformerfam.files import load_tensors
 from transformerfam.models import load_model
 from transformerfam.tasks.provenance import memory_notes
+from transformerfam.training import trainer as trainer_module
+from transformerfam.training.blocks import run_batch
 from transformerfam.training.recipe import StatePassingSection, build_recipe
 from transformerfam.training.state_passing import StatePassing
 from transformerfam.training.trainer import Trainer, recipe_of_run
@@ -236,6 +239,22 @@ def test_key_that_was_lost_is_not_asked_again(tmp_path):
     rows = log_of(tmp_path)
     assert any(row["state_passed"] for row in rows)
     assert all(row["key_accuracy"] == 0 and row["key_accuracy_asked_later"] is None for row in rows)
+
+
+@pytest.mark.parametrize("num_passed_blocks", [0, 1])
+def test_key_that_the_passed_fam_never_read_is_not_asked(tmp_path, monkeypatch, num_passed_blocks):
+    """Rows that ask for a key told after the FAM was taken: a question that has no answer."""
+
+    def run_and_be_right(*arguments, **options):
+        output = run_batch(*arguments, **options)
+        right = torch.ones_like(output.is_right_B)
+        return dataclasses.replace(output, is_right_B=right, num_passed_blocks=num_passed_blocks)
+
+    monkeypatch.setattr(trainer_module, "run_batch", run_and_be_right)
+    passing = {"probability": 1.0, "rows": "all", "ask_later": 1.0, "before_question": True}
+    trainer = Trainer(small_recipe(schedule={"steps": 1}, state_passing=passing), tmp_path)
+    trainer.run()
+    assert [key is not None for key in trainer.passing.saved.keys] == [num_passed_blocks > 0] * 3
 
 
 def test_told_rows_of_a_passed_step_overwrite_as_often_as_asked():

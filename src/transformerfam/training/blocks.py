@@ -27,7 +27,9 @@ class StepOutput:
     is_right_B: torch.Tensor
     """Whether every token of the row's key has the largest logit; True where the row asks nothing."""
     passed_fam_LBFD: torch.Tensor | None
-    """The FAM to pass on, detached; None where no block was completed before it."""
+    """The FAM to pass on, detached; None where there is none."""
+    num_passed_blocks: int
+    """Blocks of this batch that the passed FAM has read: with 0 it holds nothing that the batch told."""
 
 
 @dataclass
@@ -53,7 +55,8 @@ def run_batch(
         batch: what is read and predicted.
         state: where reading starts; it is not changed.
         checkpoint_blocks: compute each block again in the backward pass instead of keeping its activations.
-        pass_before_question: the FAM that is passed on is the one in front of the block in which the question begins.
+        pass_before_question: the FAM that is passed on is the one in front of the block in which the question begins,
+            which in the first block is that of `state`; else it is that of the last whole block.
 
     Returns:
         The loss with its graph, and what the log shows.
@@ -64,7 +67,8 @@ def run_batch(
     num_wrong_B = torch.zeros(len(batch.input_ids_BT), dtype=torch.long)
     block_size = model.fam_config.block_size
     has_fam = model.fam_config.fam_length > 0
-    passed = None
+    passed = state.fams.detach() if has_fam and pass_before_question else None
+    num_passed_blocks = 0
     for start, stop in block_spans(batch.input_ids_BT.shape[1], block_size):
         output = (
             checkpoint(
@@ -79,8 +83,9 @@ def run_batch(
         is_whole = stop - start == block_size
         if has_fam and is_whole and (not pass_before_question or stop <= batch.question_start):
             passed = state.fams.detach()
+            num_passed_blocks += 1
     num_keys = batch.is_key_BT.sum().clamp(min=1)
-    return StepOutput(total_loss, total_key_loss.detach() / num_keys, num_wrong_B == 0, passed)
+    return StepOutput(total_loss, total_key_loss.detach() / num_keys, num_wrong_B == 0, passed, num_passed_blocks)
 
 
 def block_spans(length: int, block_size: int) -> Iterator[tuple[int, int]]:

@@ -150,6 +150,9 @@ class DataSection:
     few_digits: float = 0.0
     """Share of the keys that are made of two or three different digits. Looking up which digit came behind the last one
     does not tell them, as it tells most keys of five different digits: only the place of a digit does."""
+    boundary_share: float = 0.0
+    """Share of the steps in which question and answer stand across the boundary of two blocks, where the filler's range
+    allows it. There FAM alone can tell the second block that a question was asked."""
     prefix_tokens: tuple[int, int] = (0, 0)
     """Least and most tokens of filler in front of the sentences that tell the key; every step draws one number."""
 

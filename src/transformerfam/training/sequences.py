@@ -69,6 +69,7 @@ class SequenceBuilder:
         """
         self.seed = recipe.schedule.seed
         self.batch_size = recipe.schedule.batch_size
+        self.block_size = recipe.fam.block_size
         self.stages: Sequence[Stage] = recipe.schedule.curriculum
         self.ask_later = recipe.state_passing.ask_later
         self.data: DataSection = recipe.data
@@ -95,14 +96,28 @@ class SequenceBuilder:
                 passed.
         """
         draw = random.Random(f"{self.seed}/{step}/{stage_idx}")
-        num_filler = draw.randint(*self.stages[stage_idx].filler_tokens)
         num_prefix = random.Random(f"{self.seed}/{step}/prefix").randint(*self.data.prefix_tokens)
+        num_filler = self._draw_filler(draw, step, num_prefix, self.stages[stage_idx].filler_tokens)
         carried = carried_keys or [None] * self.batch_size
         rows = [self._row(draw, num_prefix, num_filler, key) for key in carried]
         length = len(rows[0].ids)
         asks = any(row.key is not None for row in rows)
         question_start = length - self.num_question_tokens - self.num_answer_tokens if asks else length
         return self._weigh(rows, draw, question_start)
+
+    def _draw_filler(self, draw: random.Random, step: int, num_prefix: int, limits: tuple[int, int]) -> int:
+        """Draw the number of filler tokens, in a share of the steps among those that part the question."""
+        num_filler = draw.randint(*limits)
+        boundary = random.Random(f"{self.seed}/{step}/boundary")
+        if self.data.boundary_share == 0 or boundary.random() >= self.data.boundary_share:
+            return num_filler
+        num_asked = self.num_question_tokens + self.num_answer_tokens
+        parting = [
+            number
+            for number in range(limits[0], limits[1] + 1)
+            if 0 < -(num_prefix + self.num_intro_tokens + number) % self.block_size < num_asked
+        ]
+        return boundary.choice(parting) if parting else num_filler
 
     def _row(self, draw: random.Random, num_prefix: int, num_filler: int, carried_key: int | None) -> Row:
         kinds = ("passkey_sentences", "passkey_book", "book")

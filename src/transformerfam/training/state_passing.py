@@ -18,8 +18,8 @@ class SavedFam:
     fam_LBFD: torch.Tensor
     """`(L, B, F, D)`, detached."""
     keys: tuple[int | None, ...]
-    """The key that each row's FAM holds, None where the row could not say it: a lost key teaches nothing when it is
-    asked again."""
+    """The key that each row's FAM holds, None where it was not told before the FAM was taken or the row could not say
+    it: a lost key teaches nothing when it is asked again."""
 
 
 class StatePassing:
@@ -69,8 +69,8 @@ class StatePassing:
 
         Args:
             step: number of the step.
-            fam_LBFD: every layer's FAM, or None where the step completed no block.
-            keys: the key that each row asked for and got right, else None.
+            fam_LBFD: every layer's FAM, or None where the step has none to pass.
+            keys: the key that each row's FAM holds and the row got right, else None.
         """
         if self.section.probability == 0:
             return
