@@ -18,9 +18,10 @@ from transformerfam.models import load_model
 from transformerfam.tasks.provenance import memory_notes
 from transformerfam.training import trainer as trainer_module
 from transformerfam.training.blocks import run_batch
+from transformerfam.training.checkpoint import recipe_of_run
 from transformerfam.training.recipe import StatePassingSection, build_recipe
 from transformerfam.training.state_passing import StatePassing
-from transformerfam.training.trainer import Trainer, recipe_of_run
+from transformerfam.training.trainer import Trainer
 
 # Everything that a resumed run could get wrong: passed states, keys asked later, stages, averages, key bias.
 SECTIONS = {

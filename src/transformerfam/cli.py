@@ -10,14 +10,13 @@ from typing import IO, Annotated, Any
 import typer
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from transformers.utils import logging as transformers_logging
 from typer.core import TyperGroup
 
 from transformerfam.demo import draw_seed, prepare_demo, run_demo
 from transformerfam.errors import ReadInterrupted, TransformerFamError
 from transformerfam.models import load_model, save_model
-from transformerfam.progress import reading_bar
+from transformerfam.progress import reading_bar, training_bar
 from transformerfam.reports.next_token import next_token_table
 from transformerfam.reports.passkey import passkey_table, plot_passkey
 from transformerfam.reports.rows import RowFile, read_rows
@@ -220,7 +219,7 @@ def train_command(
     loaded = load_recipe(recipe, overrides or ())
     folder = output or Path("runs") / recipe.stem
     trainer = Trainer(loaded, folder, resume=resume)
-    with _steps_bar(loaded.schedule.steps) as update:
+    with training_bar(loaded.schedule.steps) as update:
         result = trainer.run(lambda _, row: update(row))
     message = result.message.replace("RECIPE", str(recipe))
     message += f" --output {folder}" if output is not None and not result.is_complete else ""
@@ -333,23 +332,6 @@ def _tokens_bar(description: str) -> Iterator[Callable[[int, int | None, FamStat
             if move is None:
                 move = stack.enter_context(reading_bar(total, description))
             move(done, total, state)
-
-        yield update
-
-
-@contextlib.contextmanager
-def _steps_bar(num_steps: int) -> Iterator[Callable[[dict[str, Any]], None]]:
-
-    columns = (BarColumn(), MofNCompleteColumn(), TextColumn("steps {task.description} ETA"))
-    with Progress(*columns, TimeRemainingColumn(), console=Console(stderr=True)) as progress:
-        task = progress.add_task("", total=num_steps)
-
-        def update(row: dict[str, Any]) -> None:
-            keys = "-" if row["key_accuracy"] is None else f"{row['key_accuracy']:.2f}"
-            text = (
-                f"stage {row['stage']}, loss {row['loss']:.3f}, keys {keys}, {row['tokens_per_second']:,.0f} tokens/s"
-            )
-            progress.update(task, completed=row["step"], description=text)
 
         yield update
 

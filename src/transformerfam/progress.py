@@ -1,8 +1,10 @@
-"""The progress bar of a reading: tokens, tokens per second, time left, bytes of state."""
+"""Progress bars: of a reading (tokens, tokens per second, time left, bytes of state), and of a training."""
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
 
+from rich.console import Console
 from rich.filesize import decimal
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
@@ -39,5 +41,29 @@ def reading_bar(
             speed = progress.tasks[0].speed
             rate = f"{speed:,.0f} tokens/s" if speed else ""
             progress.update(task, completed=done, total=total, rate=rate, size=decimal(state.num_bytes))
+
+        yield update
+
+
+@contextlib.contextmanager
+def training_bar(num_steps: int) -> Iterator[Callable[[Mapping[str, Any]], None]]:
+    """Show a bar of training steps on standard error and yield the function that moves it.
+
+    Args:
+        num_steps: steps to be done, all runs together.
+
+    Yields:
+        A function of a step's row of the log.
+    """
+    columns = (BarColumn(), MofNCompleteColumn(), TextColumn("steps {task.description} ETA"))
+    with Progress(*columns, TimeRemainingColumn(), console=Console(stderr=True)) as progress:
+        task = progress.add_task("", total=num_steps)
+
+        def update(row: Mapping[str, Any]) -> None:
+            keys = "-" if row["key_accuracy"] is None else f"{row['key_accuracy']:.2f}"
+            text = (
+                f"stage {row['stage']}, loss {row['loss']:.3f}, keys {keys}, {row['tokens_per_second']:,.0f} tokens/s"
+            )
+            progress.update(task, completed=row["step"], description=text)
 
         yield update

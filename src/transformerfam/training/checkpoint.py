@@ -1,4 +1,4 @@
-"""Checkpoints: everything that the next step depends on, in one safetensors file that is replaced atomically."""
+"""What a run keeps: its recipe, and in one safetensors file, replaced atomically, all that the next step depends on."""
 
 import json
 from pathlib import Path
@@ -7,12 +7,14 @@ from typing import Any
 import torch
 from torch import nn
 
-from transformerfam.errors import CorruptFileError
+from transformerfam.errors import CorruptFileError, TransformerFamError
 from transformerfam.files import load_tensors, save_tensors, write_text
 from transformerfam.training.optimizer import AverageOfWeights
+from transformerfam.training.recipe import Recipe, build_recipe
 from transformerfam.training.state_passing import SavedFam, StatePassing
 
 CHECKPOINT_FILE = "checkpoint.safetensors"
+RECIPE_FILE = "recipe.json"
 CHECKPOINT_FORMAT_VERSION = 1
 
 
@@ -107,3 +109,16 @@ def cut_log(path: Path, num_steps: int) -> None:
         if row["step"] < num_steps:
             kept.append(line + "\n")
     write_text(path, "".join(kept))
+
+
+def recipe_of_run(folder: str | Path) -> Recipe:
+    """Return the recipe that a folder was trained with.
+
+    Raises:
+        TransformerFamError: the folder holds no run.
+    """
+    path = Path(folder) / RECIPE_FILE
+    try:
+        return build_recipe(json.loads(path.read_text(encoding="utf-8")))
+    except OSError as error:
+        raise TransformerFamError(f"{folder} holds no training run: {path.name} is missing; give its folder") from error

@@ -17,21 +17,27 @@ from torch import nn
 
 from transformerfam.adapter import FamAdapter
 from transformerfam.convert import set_key_bias
-from transformerfam.errors import NonFiniteLossError, RecipeError, TransformerFamError
+from transformerfam.errors import NonFiniteLossError, RecipeError
 from transformerfam.files import write_text
 from transformerfam.models import BASE_NOTE, save_model
 from transformerfam.state import FamState
 from transformerfam.tasks.provenance import memory_notes
 from transformerfam.training.blocks import StepOutput, find_non_finite, run_batch
-from transformerfam.training.checkpoint import CHECKPOINT_FILE, cut_log, load_checkpoint, save_checkpoint
+from transformerfam.training.checkpoint import (
+    CHECKPOINT_FILE,
+    RECIPE_FILE,
+    cut_log,
+    load_checkpoint,
+    recipe_of_run,
+    save_checkpoint,
+)
 from transformerfam.training.optimizer import AverageOfWeights, build_optimizer, key_bias_at, lr_factor
-from transformerfam.training.recipe import Recipe, build_recipe
+from transformerfam.training.recipe import Recipe
 from transformerfam.training.sequences import Batch, SequenceBuilder
 from transformerfam.training.setup import build_trainee
 from transformerfam.training.state_passing import SavedFam, StatePassing
 
 LOG_FILE = "log.jsonl"
-RECIPE_FILE = "recipe.json"
 
 
 @dataclass(frozen=True)
@@ -75,6 +81,7 @@ class Trainer:
         torch.manual_seed(recipe.schedule.seed)
         self._check_folder(resume)
         self.model, self.tokenizer = build_trainee(recipe)
+        self.started_from = None if recipe.model.memory is None else memory_notes(recipe.model.memory)
         self.sequences = SequenceBuilder(recipe, self.tokenizer)
         self.optimizer = build_optimizer(self.model, recipe)
         self.average = AverageOfWeights(self.model, recipe.optimizer.average_decay)
@@ -318,11 +325,8 @@ class Trainer:
         if self.recipe.key_bias is not None:
             set_key_bias(self.model, 0.0)
         self.model.eval()
-        memory = self.recipe.model.memory
-        before = None if memory is None else memory_notes(memory)
-        longest_fillers = [stage.filler_tokens[1] for stage in self.recipe.schedule.curriculum]
-        if before is not None:
-            longest_fillers.append(before["max_training_filler_tokens"])
+        longest_filler = max(stage.filler_tokens[1] for stage in self.recipe.schedule.curriculum)
+        before = self.started_from or {}
         notes = {
             BASE_NOTE: self.recipe.model.base,
             "recipe": self.recipe.to_dict(),
@@ -330,8 +334,8 @@ class Trainer:
             "seconds": round(self.seconds),
             "cpu_seconds": round(self.cpu_seconds),
             "num_tokens": self.num_tokens,
-            "max_training_filler_tokens": max(longest_fillers),
-            "started_from": before,
+            "max_training_filler_tokens": max(longest_filler, before.get("max_training_filler_tokens", 0)),
+            "started_from": self.started_from,
         }
         if self.recipe.lora is None:
             save_model(self.model, self.tokenizer, self.folder, notes)
@@ -341,16 +345,3 @@ class Trainer:
 
 def _share(is_right_N: torch.Tensor) -> float | None:
     return is_right_N.float().mean().item() if is_right_N.numel() else None
-
-
-def recipe_of_run(folder: str | Path) -> Recipe:
-    """Return the recipe that a folder was trained with.
-
-    Raises:
-        TransformerFamError: the folder holds no run.
-    """
-    path = Path(folder) / RECIPE_FILE
-    try:
-        return build_recipe(json.loads(path.read_text(encoding="utf-8")))
-    except OSError as error:
-        raise TransformerFamError(f"{folder} holds no training run: {path.name} is missing; give its folder") from error
