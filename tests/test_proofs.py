@@ -12,7 +12,7 @@ from transformerfam.novels import load_novel
 from transformerfam.reports.rows import accuracy_by_length
 from transformerfam.tasks.next_token import evaluate_next_token
 from transformerfam.tasks.passkey_evaluation import evaluate_passkey
-from transformerfam.training.recipe import load_recipe
+from transformerfam.training.recipe_file import load_recipe
 from transformerfam.training.trainer import Trainer
 
 ROOT = Path(__file__).parents[1]

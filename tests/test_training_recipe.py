@@ -7,7 +7,8 @@ from training_recipes import small_recipe, small_values
 
 from transformerfam.errors import RecipeError
 from transformerfam.training.optimizer import key_bias_at, lr_factor
-from transformerfam.training.recipe import KeyBiasSection, OptimizerSection, apply_override, build_recipe, load_recipe
+from transformerfam.training.recipe import KeyBiasSection, OptimizerSection
+from transformerfam.training.recipe_file import apply_override, build_recipe, load_recipe
 
 RECIPES = sorted((Path(__file__).parents[1] / "recipes").glob("*_passkey*.toml"))
 
@@ -32,6 +33,7 @@ def test_recipe_survives_json():
         ({"optimizer": {"warmup_step": 1}}, r"did you mean optimizer.warmup_steps\?"),
         ({"fam": {"fam_lenght": 4}}, r"did you mean fam.fam_length\?"),
         ({"fam": {"fam_length": 17}}, r"fam_length is 17, required is 0 to block_size"),
+        ({"reading": {"num_memory_segments": -1}}, r"reading: num_memory_segments is -1"),
         ({"optimiser": {}}, r"did you mean optimizer\?"),
         ({"model": {"base": 3}}, r"model.base is 3, required is a value of type str"),
         ({"schedule": {"steps": True}}, r"schedule.steps is True, required is a value of type int"),

@@ -12,6 +12,7 @@ import pytest
 import torch
 from training_recipes import small_recipe, small_values
 
+from transformerfam.adapter import FamAdapter
 from transformerfam.errors import CorruptFileError, RecipeError
 from transformerfam.files import load_tensors
 from transformerfam.models import load_model
@@ -19,7 +20,8 @@ from transformerfam.tasks.provenance import memory_notes
 from transformerfam.training import trainer as trainer_module
 from transformerfam.training.blocks import run_batch
 from transformerfam.training.checkpoint import recipe_of_run
-from transformerfam.training.recipe import StatePassingSection, build_recipe
+from transformerfam.training.recipe import StatePassingSection
+from transformerfam.training.recipe_file import build_recipe
 from transformerfam.training.state_passing import StatePassing
 from transformerfam.training.trainer import Trainer
 
@@ -32,7 +34,7 @@ SECTIONS = {
 }
 KILLED = """
 import json, os, signal, sys
-from transformerfam.training.recipe import build_recipe
+from transformerfam.training.recipe_file import build_recipe
 from transformerfam.training.trainer import Trainer
 
 def kill(trainer, row):
@@ -125,6 +127,19 @@ def test_lora_is_kept_as_an_adapter_in_float16(tmp_path):
     assert tensors["prompt"].dtype == torch.float16
     assert metadata["notes"]["max_training_filler_tokens"] == 60
     assert not (tmp_path / "model.safetensors").exists()
+
+
+@pytest.mark.parametrize("lora", [None, {"rank": 2}])
+def test_memory_is_kept_with_the_reading_section(tmp_path, lora):
+    """A memory that is read as it was trained though its recipe asks for something else."""
+    sections = {"lora": lora} if lora else {}
+    trainer = Trainer(small_recipe(reading={"num_memory_segments": 2}, **sections), tmp_path)
+    assert trainer.model.fam_config.num_memory_segments == 0
+    trainer.run()
+    expected = trainer.recipe.fam.replace(num_memory_segments=2)
+    if lora is None:
+        assert load_model(tmp_path)[0].fam_config == expected
+    assert FamAdapter.from_pretrained(tmp_path).config == expected
 
 
 def test_training_starts_from_a_trained_memory(tmp_path):

@@ -1,6 +1,6 @@
 """Recipes that train in seconds, for the tests of training."""
 
-from transformerfam.training.recipe import build_recipe
+from transformerfam.training.recipe_file import build_recipe
 
 
 def small_values(**sections):

@@ -26,7 +26,7 @@ from transformerfam.tasks.passkey_evaluation import MEMORY_ZEROED, PasskeyEvalua
 from transformerfam.tasks.provenance import memory_notes
 from transformerfam.tasks.reading import count_tokens, generate_text, read_text_stream
 from transformerfam.tasks.text import decode_utf8, open_bytes, read_pieces
-from transformerfam.training.recipe import apply_override, load_recipe
+from transformerfam.training.recipe_file import apply_override, load_recipe
 from transformerfam.training.trainer import Trainer
 
 FAILED = 2

@@ -76,6 +76,7 @@ def save_model(
     tokenizer: PreTrainedTokenizerBase,
     folder: str | os.PathLike[str],
     notes: Mapping[str, Any] | None = None,
+    config: FamConfig | None = None,
 ) -> None:
     """Write a converted model so that `load_model(folder)` gives it back: base weights, tokenizer and memory.
 
@@ -86,6 +87,7 @@ def save_model(
         tokenizer: its tokenizer.
         folder: where to; made if need be.
         notes: free JSON values, for example how it was trained.
+        config: the configuration to read with; None is the model's own.
 
     Raises:
         TransformerFamError: the model has LoRA, is not converted, or the disk is full.
@@ -102,6 +104,7 @@ def save_model(
         tokenizer.save_pretrained(folder)
     except (OSError, SafetensorError) as error:
         raise TransformerFamError(f"could not write the model to {folder}: {error}; free space there") from error
+    adapter.config = config or adapter.config
     adapter.save_pretrained(folder)
 
 

@@ -10,7 +10,8 @@ from torch import nn
 from transformerfam.errors import CorruptFileError, TransformerFamError
 from transformerfam.files import load_tensors, save_tensors, write_text
 from transformerfam.training.optimizer import AverageOfWeights
-from transformerfam.training.recipe import Recipe, build_recipe
+from transformerfam.training.recipe import Recipe
+from transformerfam.training.recipe_file import build_recipe
 from transformerfam.training.state_passing import SavedFam, StatePassing
 
 CHECKPOINT_FILE = "checkpoint.safetensors"

@@ -1,14 +1,8 @@
-"""Recipes: one TOML file says all of a training run, and nothing that it does not know is let through."""
+"""Recipes: all of a training run, section by section."""
 
 import dataclasses
-import difflib
 import json
-import tomllib
-import types
-import typing
-from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, Literal
 
 from transformerfam.config import FamConfig
@@ -168,6 +162,19 @@ class LossSection:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ReadingSection:
+    """Fields of `fam` that the trained memory gets for reading, where they differ from those of training.
+
+    Training without memory segments makes FAM carry all; a reader may still keep the block before in sight, and then
+    sees the whole of a question that lies across the boundary of two blocks.
+    """
+
+    block_size: int | None = None
+    num_memory_segments: int | None = None
+    num_sink_tokens: int | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
 class Recipe:
     """All of a training run.
 
@@ -184,6 +191,7 @@ class Recipe:
     key_bias: KeyBiasSection | None = None
     data: DataSection = field(default_factory=DataSection)
     loss: LossSection = field(default_factory=LossSection)
+    reading: ReadingSection = field(default_factory=ReadingSection)
 
     def __post_init__(self) -> None:
         _require(self.schedule.steps >= 1, f"schedule.steps is {self.schedule.steps}, required is at least 1")
@@ -215,120 +223,20 @@ class Recipe:
             )
         if self.fam.fam_key_bias != 0:
             raise RecipeError("fam.fam_key_bias must be 0 in a recipe; use the key_bias section, which ends at 0")
+        try:
+            _ = self.reading_config
+        except TransformerFamError as error:
+            raise RecipeError(f"reading: {error}") from error
+
+    @property
+    def reading_config(self) -> FamConfig:
+        """The configuration that the trained memory is kept with."""
+        changes = {name: value for name, value in dataclasses.asdict(self.reading).items() if value is not None}
+        return self.fam.replace(**changes)
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain JSON values that `build_recipe` takes back."""
         return json.loads(json.dumps(dataclasses.asdict(self)))
-
-
-def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
-    """Read a recipe and apply overrides.
-
-    Args:
-        path: a TOML file.
-        overrides: each `section.key=value`; the value is TOML, or a plain word.
-
-    Raises:
-        RecipeError: the file cannot be read, is no TOML, or has an unknown, missing or wrong key.
-    """
-    try:
-        values = tomllib.loads(Path(path).read_text(encoding="utf-8"))
-    except OSError as error:
-        raise RecipeError(
-            f"cannot read the recipe {str(path)!r}: {error.strerror}; give the path of a TOML file"
-        ) from error
-    except ValueError as error:  # TOML syntax and UTF-8
-        raise RecipeError(f"{path} is no valid TOML: {error}; correct the file") from error
-    for override in overrides:
-        apply_override(values, override)
-    return build_recipe(values)
-
-
-def apply_override(values: dict[str, Any], override: str) -> None:
-    """Set one `section.key=value` in the values of a recipe.
-
-    Raises:
-        RecipeError: there is no "=", or the key runs through something that is no section.
-    """
-    dotted, equals, text = override.partition("=")
-    if not equals or not dotted.strip():
-        raise RecipeError(f"override {override!r} is not of the form section.key=value")
-    try:
-        value = tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError:
-        value = text.strip()
-    *sections, name = dotted.strip().split(".")
-    for section in sections:
-        inner = values[int(section)] if isinstance(values, list) else values.setdefault(section, {})
-        if not isinstance(inner, dict | list):
-            raise RecipeError(f"override {override!r} goes into {section}, which is a value and no section")
-        values = inner  # type: ignore[assignment]
-    values[name] = value
-
-
-def build_recipe(values: dict[str, Any]) -> Recipe:
-    """Build a recipe from plain values.
-
-    Raises:
-        RecipeError: an unknown, missing or wrong key; the message names it, and the nearest known one.
-    """
-    return _build(Recipe, values, "")
-
-
-def _build(cls: type, values: Any, where: str) -> Any:
-    if not isinstance(values, dict):
-        raise RecipeError(f"{where or 'recipe'} is {values!r}, required is a section with keys")
-    if cls is FamConfig:  # training begins with an open memory; the key_bias section may close it at first
-        values = {"fam_key_bias": 0.0} | values
-    fields = {f.name: f for f in dataclasses.fields(cls)}
-    for name in values:
-        if name not in fields:
-            nearest = difflib.get_close_matches(name, fields, n=1)
-            hint = f"did you mean {_join(where, nearest[0])}?" if nearest else f"known keys are {', '.join(fields)}"
-            raise RecipeError(f"unknown key {_join(where, name)} in the recipe; {hint}")
-    hints = typing.get_type_hints(cls)
-    for name, known in fields.items():
-        if name not in values and known.default is known.default_factory is dataclasses.MISSING:
-            raise RecipeError(f"missing key {_join(where, name)} in the recipe; add it")
-    built = {name: _convert(hints[name], value, _join(where, name)) for name, value in values.items()}
-    try:
-        return cls(**built)
-    except RecipeError:
-        raise
-    except TransformerFamError as error:
-        raise RecipeError(f"{where}: {error}") from error
-
-
-def _join(where: str, name: str) -> str:
-    return f"{where}.{name}" if where else name
-
-
-def _convert(kind: Any, value: Any, where: str) -> Any:
-    """Check a plain value against an annotation and return it as that type."""
-    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
-    if origin in (types.UnionType, typing.Union):
-        if value is None:
-            return None
-        return _convert(next(a for a in arguments if a is not type(None)), value, where)
-    if dataclasses.is_dataclass(kind):
-        return _build(typing.cast(type, kind), value, where)
-    if origin is tuple:
-        if not isinstance(value, list | tuple):
-            raise RecipeError(f"{where} is {value!r}, required is a list")
-        if arguments[-1] is Ellipsis:
-            return tuple(_convert(arguments[0], item, f"{where}.{i}") for i, item in enumerate(value))
-        if len(value) != len(arguments):
-            raise RecipeError(f"{where} is {value!r}, required is a list of {len(arguments)} values")
-        return tuple(_convert(a, item, where) for a, item in zip(arguments, value, strict=True))
-    if origin is Literal:
-        if value not in arguments:
-            raise RecipeError(f"{where} is {value!r}, required is one of {', '.join(map(str, arguments))}")
-        return value
-    if kind is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
-    if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
-        raise RecipeError(f"{where} is {value!r}, required is a value of type {kind.__name__}")
-    return value
 
 
 def _require(holds: bool, message: str) -> None:

@@ -338,9 +338,11 @@ class Trainer:
             "started_from": self.started_from,
         }
         if self.recipe.lora is None:
-            save_model(self.model, self.tokenizer, self.folder, notes)
+            save_model(self.model, self.tokenizer, self.folder, notes, self.recipe.reading_config)
         else:
-            FamAdapter.from_model(self.model, notes=notes).save_pretrained(self.folder, dtype=torch.float16)
+            adapter = FamAdapter.from_model(self.model, notes=notes)
+            adapter.config = self.recipe.reading_config
+            adapter.save_pretrained(self.folder, dtype=torch.float16)
 
 
 def _share(is_right_N: torch.Tensor) -> float | None:
