@@ -25,27 +25,33 @@ def shares(rows):
     return {point.filler_tokens: point.share for point in series}
 
 
-def test_tiny_memory_recalls_as_its_published_rows_say():
+@pytest.mark.parametrize(("name", "longest"), [("tiny", 8192), ("smollm2", 4096)])
+def test_memory_recalls_as_its_published_rows_say(name, longest):
     """A published table that the shipped weights do not give, or that only the machine it was measured on gives."""
-    path = ROOT / "docs" / "results" / "tiny_passkey.jsonl"
+    path = ROOT / "docs" / "results" / f"{name}_passkey.jsonl"
     rows = [row for row in map(json.loads, path.read_text().splitlines()) if row["system"] == "fam"]
-    published = shares(row for row in rows if row["filler_tokens"] <= 8192)
-    model, tokenizer = load_model("tiny")
-    found = shares(evaluate_passkey(model, tokenizer, filler_lengths=list(published), num_keys=50, batch_size=50))
+    rows = [row for row in rows if row["filler"] == "sentences" and row["filler_tokens"] <= longest]
+    published, num_keys = shares(rows), len({row["key"] for row in rows})
+    model, tokenizer = load_model(name)
+    found = shares(
+        evaluate_passkey(model, tokenizer, filler_lengths=list(published), num_keys=num_keys, batch_size=num_keys)
+    )
     assert published.keys() == found.keys()
     for length, accuracy in published.items():
-        assert found[length] == pytest.approx(accuracy, abs=0.06), length  # three keys: rounding differs by machine
+        assert found[length] == pytest.approx(accuracy, abs=3.01 / num_keys), length  # rounding differs by machine
 
 
-def test_tiny_recipe_trains_a_memory_from_nothing(tmp_path):
-    """A recipe that gave the shipped memory once, and no longer does."""
-    result = Trainer(load_recipe(ROOT / "recipes" / "tiny_passkey.toml"), tmp_path).run()
-    assert result.is_complete
-    model, tokenizer = load_model(tmp_path)
+def test_tiny_recipes_train_a_memory_from_nothing(tmp_path):
+    """Recipes that gave the shipped memory once, and no longer do."""
+    first, second = tmp_path / "first", tmp_path / "second"
+    assert Trainer(load_recipe(ROOT / "recipes" / "tiny_passkey.toml"), first).run().is_complete
+    recipe = load_recipe(ROOT / "recipes" / "tiny_passkey_2.toml", [f"model.memory={first}"])
+    assert Trainer(recipe, second).run().is_complete
+    model, tokenizer = load_model(second)
     card = json.loads((files("transformerfam") / "data" / "tiny" / "card.json").read_text())
     lengths = [512, card["proven_filler_tokens"]]
     found = shares(evaluate_passkey(model, tokenizer, filler_lengths=lengths, num_keys=50, batch_size=50))
-    assert min(found.values()) >= 0.8, found
+    assert min(found.values()) >= 0.9, found  # rounding differs by machine, and training carries it on
 
 
 def test_default_conversion_costs_at_most_two_percent(tmp_path):

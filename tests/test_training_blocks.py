@@ -153,3 +153,49 @@ def test_training_stops_at_a_loss_that_is_not_finite(tmp_path):
         trainer.model.model.layers[1].mlp.down_proj.weight[0, 0] = torch.inf
     with pytest.raises(NonFiniteLossError, match=r"at step 0.*block 0, layer 1.*lower optimizer.lr"):
         trainer.run()
+
+
+@pytest.mark.parametrize("checkpoint_blocks", [False, True])
+def test_change_of_the_fam_is_that_of_rows_that_tell_no_key(checkpoint_blocks):
+    """A change that is taken behind the bound, counts a first update or a row that tells a key, or has no gradient."""
+    model, batch = batch_of(small_recipe(fam={"fam_norm_bound": None}), 40)
+    batch.is_told_B[:] = torch.tensor([False, True, False])
+    fams_LBFD = torch.randn(2, 3, 4, 32, generator=torch.Generator().manual_seed(0))
+    is_saved = [True, True, False]
+    with torch.no_grad():
+        state, changes = model.init_state(3, fam=fams_LBFD, is_saved=is_saved), []
+        for start in range(0, batch.question_start // 16 * 16, 16):
+            before = state.fams.clone()
+            model.read(batch.input_ids_BT[:, start : start + 16], state)
+            relative_LBF = (state.fams - before).norm(dim=-1) / before.norm(dim=-1)
+            changes += [relative_LBF[:, 0].mean()] + ([relative_LBF[:, 2].mean()] if start else [])
+    expected = torch.stack(changes).mean()
+    assert len(changes) >= 5
+
+    other, _ = batch_of(small_recipe(fam={"fam_norm_bound": None}), 40)
+    plain = run_batch(other, batch, other.init_state(3, fam=fams_LBFD, is_saved=is_saved))
+    state = model.init_state(3, fam=fams_LBFD, is_saved=is_saved)
+    output = run_batch(
+        model, batch, state, checkpoint_blocks=checkpoint_blocks, pass_before_question=True, fam_change_weight=0.5
+    )
+    torch.testing.assert_close(output.fam_change, expected, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(output.loss, plain.loss + 0.5 * expected, rtol=1e-4, atol=1e-5)
+    output.loss.backward()
+    plain.loss.backward()
+    name, weight = next((n, p) for n, p in model.named_parameters() if "o_proj" in n)
+    assert not torch.allclose(weight.grad, dict(other.named_parameters())[name].grad, rtol=1e-3)
+
+
+def test_change_of_the_fam_is_taken_before_the_bound():
+    """A bound that hides how much of the FAM every update replaces."""
+    fams_LBFD = torch.randn(2, 3, 4, 32, generator=torch.Generator().manual_seed(0))
+    fams_LBFD = fams_LBFD / fams_LBFD.pow(2).mean(-1, keepdim=True).sqrt()
+    changes = []
+    for bound in (1.0, None):
+        model, batch = batch_of(small_recipe(fam={"fam_norm_bound": bound, "block_size": 32}), 1)
+        assert 32 <= batch.question_start < 64  # one update
+        batch = dataclasses.replace(batch, is_told_B=torch.zeros(3, dtype=torch.bool))
+        state = model.init_state(3, fam=fams_LBFD, is_saved=[True] * 3)
+        changes.append(run_batch(model, batch, state, fam_change_weight=1.0).fam_change)
+    torch.testing.assert_close(changes[0], changes[1])
+    assert changes[0] > 0

@@ -277,6 +277,7 @@ class Piece:
                 updated = layer.fam + change
             elif isinstance(left_out, torch.Tensor):
                 updated = torch.where(left_out.to(updated.device)[:, None, None], updated, layer.fam + change)
+        layer.fam_before_bound = updated if torch.is_grad_enabled() else None
         if self.config.fam_norm_bound is not None:
             bound = self.config.fam_norm_bound
             mean_square = updated.float().pow(2).mean(-1, keepdim=True).clamp(min=bound**2)

@@ -74,6 +74,7 @@ class FamLayer(CacheLayerMixin):
         self.fam = fam
         self.query_fam = query_fam
         self.next_fam: torch.Tensor | None = None  # written by a piece, kept when the whole piece is through
+        self.fam_before_bound: torch.Tensor | None = None  # the last update, noted while gradients are recorded
         self.is_initialized = True
 
     def tensors(self) -> dict[str, torch.Tensor]:

@@ -30,6 +30,9 @@ class StepOutput:
     """The FAM to pass on, detached; None where there is none."""
     num_passed_blocks: int
     """Blocks of this batch that the passed FAM has read: with 0 it holds nothing that the batch told."""
+    fam_change: torch.Tensor
+    """Mean change of the FAM, relative to its length, over the updates that `fam_change_weight` asks for, detached; 0
+    where there is none."""
 
 
 @dataclass
@@ -38,6 +41,7 @@ class _BlockOutput:
     loss: torch.Tensor
     key_loss: torch.Tensor
     num_wrong_B: torch.Tensor
+    fam_change: torch.Tensor
 
 
 def run_batch(
@@ -47,6 +51,7 @@ def run_batch(
     *,
     checkpoint_blocks: bool = True,
     pass_before_question: bool = False,
+    fam_change_weight: float = 0.0,
 ) -> StepOutput:
     """Read a batch block after block and sum up its loss, the graph kept from the first block to the last.
 
@@ -57,35 +62,45 @@ def run_batch(
         checkpoint_blocks: compute each block again in the backward pass instead of keeping its activations.
         pass_before_question: the FAM that is passed on is the one in front of the block in which the question begins,
             which in the first block is that of `state`; else it is that of the last whole block.
+        fam_change_weight: weight of the change of the FAM in the updates of sequences that tell no key, in front of the
+            question; a first update, which has no residual, is left out.
 
     Returns:
         The loss with its graph, and what the log shows.
 
     Source: section 2.1, "training long inputs runs block after block with gradient checkpointing".
     """
-    total_loss, total_key_loss = torch.zeros(()), torch.zeros(())
+    total_loss, total_key_loss, total_change = torch.zeros(()), torch.zeros(()), torch.zeros(())
+    num_changes = 0
     num_wrong_B = torch.zeros(len(batch.input_ids_BT), dtype=torch.long)
     block_size = model.fam_config.block_size
     has_fam = model.fam_config.fam_length > 0
     passed = state.fams.detach() if has_fam and pass_before_question else None
     num_passed_blocks = 0
     for start, stop in block_spans(batch.input_ids_BT.shape[1], block_size):
+        is_whole = stop - start == block_size
+        holds_B = [False] * len(num_wrong_B)
+        if has_fam and is_whole and fam_change_weight > 0 and stop <= batch.question_start:
+            begun = zip(state.num_blocks_per_row, state.starts_from_saved_fam, batch.is_told_B.tolist(), strict=True)
+            holds_B = [not is_told and (saved or num_blocks > 0) for num_blocks, saved, is_told in begun]
+        arguments = (model, state, batch, start, stop, torch.tensor(holds_B))
         output = (
-            checkpoint(
-                _run_block, model, state, batch, start, stop, use_reentrant=False, preserve_rng_state=_drops(model)
-            )
+            checkpoint(_run_block, *arguments, use_reentrant=False, preserve_rng_state=_drops(model))
             if checkpoint_blocks
-            else _run_block(model, state, batch, start, stop)
+            else _run_block(*arguments)
         )
         state = output.state
         total_loss, total_key_loss = total_loss + output.loss, total_key_loss + output.key_loss
         num_wrong_B = num_wrong_B + output.num_wrong_B
-        is_whole = stop - start == block_size
+        total_change, num_changes = total_change + output.fam_change, num_changes + sum(holds_B)
         if has_fam and is_whole and (not pass_before_question or stop <= batch.question_start):
             passed = state.fams.detach()
             num_passed_blocks += 1
     num_keys = batch.is_key_BT.sum().clamp(min=1)
-    return StepOutput(total_loss, total_key_loss.detach() / num_keys, num_wrong_B == 0, passed, num_passed_blocks)
+    change = total_change / max(1, num_changes)
+    total_loss = total_loss + fam_change_weight * change
+    key_loss = total_key_loss.detach() / num_keys
+    return StepOutput(total_loss, key_loss, num_wrong_B == 0, passed, num_passed_blocks, change.detach())
 
 
 def block_spans(length: int, block_size: int) -> Iterator[tuple[int, int]]:
@@ -94,20 +109,23 @@ def block_spans(length: int, block_size: int) -> Iterator[tuple[int, int]]:
         yield start, min(start + block_size, length)
 
 
-def _run_block(model: PreTrainedModel, state: FamState, batch: Batch, start: int, stop: int) -> _BlockOutput:
-    """Read one block; the state that comes in stays as it is.
+def _run_block(
+    model: PreTrainedModel, state: FamState, batch: Batch, start: int, stop: int, holds_B: torch.Tensor
+) -> _BlockOutput:
+    """Read one block; the state that comes in stays as it is. `holds_B` are the rows whose FAM should not change.
 
     Logits are made for the weighed positions alone, since all of them would be the largest tensor of the step.
     """
-    state = state.shallow_copy()
+    before, state = state, state.shallow_copy()
     hidden_BTD = model.get_decoder()(
         input_ids=batch.input_ids_BT[:, start:stop], past_key_values=state
     ).last_hidden_state
+    change = _fam_change(before, state, holds_B)
     weights_BT = batch.weights_BT[:, start:stop]
     num_wrong_B = torch.zeros(len(weights_BT), dtype=torch.long)
     rows, columns = (weights_BT > 0).nonzero(as_tuple=True)
     if len(rows) == 0:
-        return _BlockOutput(state, hidden_BTD.new_zeros(()), hidden_BTD.new_zeros(()), num_wrong_B)
+        return _BlockOutput(state, hidden_BTD.new_zeros(()), hidden_BTD.new_zeros(()), num_wrong_B, change)
     labels_N = batch.labels_BT[:, start:stop][rows, columns]
     logits_NV = model.get_output_embeddings()(hidden_BTD[rows, columns]).float()
     losses_N = nn.functional.cross_entropy(logits_NV, labels_N, reduction="none")
@@ -115,7 +133,21 @@ def _run_block(model: PreTrainedModel, state: FamState, batch: Batch, start: int
     wrong_N = (logits_NV.detach().argmax(dim=-1) != labels_N) & is_key_N
     num_wrong_B = num_wrong_B.index_add(0, rows, wrong_N.long())
     loss = (losses_N * weights_BT[rows, columns]).sum()
-    return _BlockOutput(state, loss, losses_N.detach()[is_key_N].sum(), num_wrong_B)
+    return _BlockOutput(state, loss, losses_N.detach()[is_key_N].sum(), num_wrong_B, change)
+
+
+def _fam_change(before: FamState, after: FamState, holds_B: torch.Tensor) -> torch.Tensor:
+    """Return the length of the FAM's change, relative to its own: mean over layers and rows, sum over `holds_B`."""
+    changes = [torch.zeros(())]
+    for old, new in zip(before.layers, after.layers, strict=True):
+        updated, new.fam_before_bound = new.fam_before_bound, None
+        if updated is None or not bool(holds_B.any()):
+            continue
+        old_NFD = old.fam[holds_B]
+        length_NF = torch.linalg.vector_norm(old_NFD.detach(), dim=-1).clamp(min=1e-6)
+        change_NF = torch.linalg.vector_norm(updated[holds_B] - old_NFD, dim=-1)
+        changes.append((change_NF / length_NF).mean(-1).sum())
+    return torch.stack(changes).sum() / max(1, len(changes) - 1)
 
 
 def _drops(model: nn.Module) -> bool:

@@ -159,6 +159,9 @@ class LossSection:
     other_tokens: float = 0.1
     num_other_tokens: int = 32
     """Random other tokens of each sequence that are predicted too."""
+    fam_change: float = 0.0
+    """Weight of the change of the FAM, relative to its length and before `fam.fam_norm_bound`, in the updates by blocks
+    that tell no key: changes in one constant direction drown what was written, bound or not."""
 
 
 @dataclass(frozen=True, kw_only=True)

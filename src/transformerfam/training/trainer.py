@@ -177,6 +177,7 @@ class Trainer:
             state,
             checkpoint_blocks=recipe.schedule.checkpoint_blocks,
             pass_before_question=recipe.state_passing.before_question,
+            fam_change_weight=recipe.loss.fam_change,
         )
         self._require_finite(output.loss, batch, saved)
         self.optimizer.zero_grad()
@@ -233,6 +234,7 @@ class Trainer:
             "key_accuracy_asked_later": _share(output.is_right_B[asks_B & ~batch.is_told_B]),
             "grad_norm": grad_norm,
             "fam_norm": norm,
+            "fam_change": output.fam_change.item() if self.recipe.loss.fam_change else None,
             "lr": self.optimizer.param_groups[0]["lr"],
             "fam_key_bias": self.model.fam_config.fam_key_bias,
             "tokens": self.num_tokens,
