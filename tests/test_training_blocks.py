@@ -199,3 +199,28 @@ def test_change_of_the_fam_is_taken_before_the_bound():
         changes.append(run_batch(model, batch, state, fam_change_weight=1.0).fam_change)
     torch.testing.assert_close(changes[0], changes[1])
     assert changes[0] > 0
+
+
+def test_gradient_tokens_cut_keys_and_values_and_leave_the_fam():
+    """A shortcut that changes the loss, cuts the way through the FAM, or saves nothing."""
+    model, batch = batch_of(small_recipe(), 60)
+    assert batch.question_start % 16 < 8  # its tokens keep their gradient
+    batch.weights_BT[~batch.is_key_BT] = 0.0
+    embedded, losses = [], []
+
+    def note(module, args, output):
+        if output.requires_grad:
+            output.retain_grad()
+            embedded.append(output)
+
+    model.get_input_embeddings().register_forward_hook(note)
+    for gradient_tokens in (16, 6):
+        embedded.clear()
+        state = model.init_state(3)
+        output = run_batch(model, batch, state, checkpoint_blocks=False, gradient_tokens=gradient_tokens)
+        output.loss.backward()
+        losses.append(output.loss.detach())
+        tokens = [e for e in embedded if e.shape[0] == 3]
+        assert tokens[0].shape[1] == gradient_tokens
+        assert tokens[0].grad.abs().sum() > 0  # the first block, through four FAMs and more
+    torch.testing.assert_close(losses[0], losses[1])

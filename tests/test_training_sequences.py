@@ -67,6 +67,12 @@ def test_asking_later_asks_for_the_key_that_the_state_holds():
     assert TOKENIZER.decode(batch.input_ids_BT[1]).count(str(batch.keys[1])) == 3
 
 
+def test_question_without_gradient_is_refused():
+    """A key that is counted as right because nothing of it was predicted."""
+    with pytest.raises(RecipeError, match="gradient_tokens is 8, required is at least"):
+        SequenceBuilder(small_recipe(schedule={"gradient_tokens": 8}), TOKENIZER)
+
+
 def test_key_is_told_behind_a_prefix():
     """A memory that finds a key only where a text begins, or a prefix that is counted as filler."""
     builder = SequenceBuilder(small_recipe(data={"prefix_tokens": [5, 9]}, state_passing=PASSES_ALL), TOKENIZER)

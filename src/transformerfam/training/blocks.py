@@ -52,6 +52,7 @@ def run_batch(
     checkpoint_blocks: bool = True,
     pass_before_question: bool = False,
     fam_change_weight: float = 0.0,
+    gradient_tokens: int | None = None,
 ) -> StepOutput:
     """Read a batch block after block and sum up its loss, the graph kept from the first block to the last.
 
@@ -64,6 +65,7 @@ def run_batch(
             which in the first block is that of `state`; else it is that of the last whole block.
         fam_change_weight: weight of the change of the FAM in the updates of sequences that tell no key, in front of the
             question; a first update, which has no residual, is left out.
+        gradient_tokens: tokens at the end of every whole block that are read with gradient; None is all of them.
 
     Returns:
         The loss with its graph, and what the log shows.
@@ -79,11 +81,15 @@ def run_batch(
     num_passed_blocks = 0
     for start, stop in block_spans(batch.input_ids_BT.shape[1], block_size):
         is_whole = stop - start == block_size
+        first = start
+        if is_whole and gradient_tokens is not None and gradient_tokens < block_size:
+            first = stop - gradient_tokens
+            state = _read_without_gradient(model, state, batch.input_ids_BT[:, start:first])
         holds_B = [False] * len(num_wrong_B)
         if has_fam and is_whole and fam_change_weight > 0 and stop <= batch.question_start:
             begun = zip(state.num_blocks_per_row, state.starts_from_saved_fam, batch.is_told_B.tolist(), strict=True)
             holds_B = [not is_told and (saved or num_blocks > 0) for num_blocks, saved, is_told in begun]
-        arguments = (model, state, batch, start, stop, torch.tensor(holds_B))
+        arguments = (model, state, batch, first, stop, torch.tensor(holds_B))
         output = (
             checkpoint(_run_block, *arguments, use_reentrant=False, preserve_rng_state=_drops(model))
             if checkpoint_blocks
@@ -148,6 +154,20 @@ def _fam_change(before: FamState, after: FamState, holds_B: torch.Tensor) -> tor
         change_NF = torch.linalg.vector_norm(updated[holds_B] - old_NFD, dim=-1)
         changes.append((change_NF / length_NF).mean(-1).sum())
     return torch.stack(changes).sum() / max(1, len(changes) - 1)
+
+
+@torch.no_grad()
+def _read_without_gradient(model: PreTrainedModel, state: FamState, ids_BT: torch.Tensor) -> FamState:
+    """Read the first tokens of a block; keys and values are cut off the graph, the FAM is not.
+
+    Returns:
+        A new state, whose FAM is that of `state`.
+    """
+    after = state.fork()
+    model.get_decoder()(input_ids=ids_BT, past_key_values=after)
+    for layer, before in zip(after.layers, state.layers, strict=True):
+        layer.fam = before.fam
+    return after
 
 
 def _drops(model: nn.Module) -> bool:

@@ -89,6 +89,9 @@ class ScheduleSection:
     """Threads of torch; None leaves them."""
     checkpoint_blocks: bool = True
     """Keep no activations but one block's (activation checkpointing); False is faster and needs memory."""
+    gradient_tokens: int | None = None
+    """Tokens at the end of every whole block that are read with gradient; those in front of them are read without it,
+    which is faster, and predict nothing. The FAM keeps its gradient. None is every token."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -198,6 +201,8 @@ class Recipe:
 
     def __post_init__(self) -> None:
         _require(self.schedule.steps >= 1, f"schedule.steps is {self.schedule.steps}, required is at least 1")
+        tokens = self.schedule.gradient_tokens
+        _require(tokens is None or tokens >= 1, f"schedule.gradient_tokens is {tokens}, required is None or at least 1")
         _require(self.schedule.batch_size >= 1, f"schedule.batch_size is {self.schedule.batch_size}, required is >= 1")
         _require(len(self.schedule.curriculum) > 0, "schedule.curriculum is empty, required is at least one stage")
         for stage in self.schedule.curriculum:

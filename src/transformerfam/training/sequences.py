@@ -65,7 +65,7 @@ class SequenceBuilder:
         """Tokenise the fillers.
 
         Raises:
-            RecipeError: the folder of books is empty.
+            RecipeError: the folder of books is empty, or a question is longer than `schedule.gradient_tokens`.
         """
         self.seed = recipe.schedule.seed
         self.batch_size = recipe.schedule.batch_size
@@ -85,6 +85,12 @@ class SequenceBuilder:
         self.num_intro_tokens = len(text.intro_ids(FIRST_KEY))
         self.num_answer_tokens = len(text.key_ids(FIRST_KEY))
         self.num_question_tokens = len(text.question_ids)
+        asked, tokens = self.num_question_tokens + self.num_answer_tokens, recipe.schedule.gradient_tokens
+        if tokens is not None and tokens < asked:
+            raise RecipeError(
+                f"schedule.gradient_tokens is {tokens}, required is at least {asked}, so that question and answer, "
+                "which may end a block, keep their gradient"
+            )
 
     def batch(self, step: int, stage_idx: int, carried_keys: Sequence[int | None] | None = None) -> Batch:
         """Write the batch of a step.

@@ -137,8 +137,8 @@ class Trainer:
                 self.seconds = seconds_before + now - begin
                 self.cpu_seconds += time.process_time() - cpu
                 cpu = time.process_time()
-                row |= {"cpu_seconds": round(self.cpu_seconds, 2)}
                 row |= {
+                    "cpu_seconds": round(self.cpu_seconds, 2),
                     "seconds": round(self.seconds, 2),
                     "tokens_per_second": round(self.num_tokens / self.seconds, 1),
                 }
@@ -162,28 +162,27 @@ class Trainer:
 
     def _train_step(self) -> dict[str, Any]:
         step, recipe = self.step, self.recipe
-        section = recipe.optimizer
         if recipe.key_bias is not None:
             set_key_bias(self.model, key_bias_at(recipe.key_bias, step))
-        factor = lr_factor(section, step, recipe.schedule.steps)
+        factor = lr_factor(recipe.optimizer, step, recipe.schedule.steps)
         for group in self.optimizer.param_groups:
             group["lr"] = group["base_lr"] * factor
         saved = self.passing.draw(step)
         batch = self.sequences.batch(step, self.stage_idx, None if saved is None else saved.keys)
-        state = self._start_state(batch, saved)
         output = run_batch(
             self.model,
             batch,
-            state,
+            self._start_state(batch, saved),
             checkpoint_blocks=recipe.schedule.checkpoint_blocks,
             pass_before_question=recipe.state_passing.before_question,
             fam_change_weight=recipe.loss.fam_change,
+            gradient_tokens=recipe.schedule.gradient_tokens,
         )
         self._require_finite(output.loss, batch, saved)
         self.optimizer.zero_grad()
         output.loss.backward()
         trained = [p for group in self.optimizer.param_groups for p in group["params"]]
-        grad_norm = nn.utils.clip_grad_norm_(trained, section.clip_norm)
+        grad_norm = nn.utils.clip_grad_norm_(trained, recipe.optimizer.clip_norm)
         if not bool(torch.isfinite(grad_norm)):
             raise NonFiniteLossError(self._name_non_finite_gradient())
         self.optimizer.step()
@@ -234,7 +233,7 @@ class Trainer:
             "key_accuracy_asked_later": _share(output.is_right_B[asks_B & ~batch.is_told_B]),
             "grad_norm": grad_norm,
             "fam_norm": norm,
-            "fam_change": output.fam_change.item() if self.recipe.loss.fam_change else None,
+            "fam_change": output.fam_change.item(),
             "lr": self.optimizer.param_groups[0]["lr"],
             "fam_key_bias": self.model.fam_config.fam_key_bias,
             "tokens": self.num_tokens,
@@ -327,8 +326,8 @@ class Trainer:
         if self.recipe.key_bias is not None:
             set_key_bias(self.model, 0.0)
         self.model.eval()
-        longest_filler = max(stage.filler_tokens[1] for stage in self.recipe.schedule.curriculum)
-        before = self.started_from or {}
+        longest_fillers = [stage.filler_tokens[1] for stage in self.recipe.schedule.curriculum]
+        longest_fillers.append((self.started_from or {}).get("max_training_filler_tokens", 0))
         notes = {
             BASE_NOTE: self.recipe.model.base,
             "recipe": self.recipe.to_dict(),
@@ -336,7 +335,7 @@ class Trainer:
             "seconds": round(self.seconds),
             "cpu_seconds": round(self.cpu_seconds),
             "num_tokens": self.num_tokens,
-            "max_training_filler_tokens": max(longest_filler, before.get("max_training_filler_tokens", 0)),
+            "max_training_filler_tokens": max(longest_fillers),
             "started_from": self.started_from,
         }
         if self.recipe.lora is None:
