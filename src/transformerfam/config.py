@@ -73,12 +73,12 @@ class FamConfig:
     """Largest root mean square of a FAM row; a longer row is scaled down to it after its update. None, as in the
     paper, does not bound it."""
 
-    fam_key_bias: float = -16.0
+    fam_key_bias: float = -32.0
     """Bias on the logits with which tokens see FAM keys; 0 is the paper's form, in which every trained memory ends.
 
     The default closes the memory, so that a pre-trained model keeps its language until its memory is trained: 0 costs
-    SmolLM2 5.1 nats per token of a novel, -8 costs 0.07 and -16 nothing with 16 rows, 0.07 with 64
-    (docs/choices.md)."""
+    SmolLM2 5.1 nats per token of a novel, -8 costs 0.07 and -16 nothing with 16 rows; with 64 rows -16 costs 0.07 and
+    -32 nothing (docs/choices.md)."""
 
     fam_dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """Type in which the FAM is kept from block to block, whatever the type of the model."""
