@@ -7,7 +7,7 @@ from training_recipes import small_recipe
 from transformerfam.errors import RecipeError
 from transformerfam.training.recipe import StatePassingSection
 from transformerfam.training.sequences import SequenceBuilder
-from transformerfam.training.state_passing import StatePassing
+from transformerfam.training.state_passing import SavedFam, StatePassing, held_keys
 from transformerfam.training.tiny import build_tiny_tokenizer
 
 TOKENIZER = build_tiny_tokenizer()
@@ -67,6 +67,23 @@ def test_asking_later_asks_for_the_key_that_the_state_holds():
     assert TOKENIZER.decode(batch.input_ids_BT[1]).count(str(batch.keys[1])) == 3
 
 
+def test_keys_have_as_many_digits_as_the_recipe_says():
+    """A longer key that is told whole and asked in part, or a shorter one asked later with its question misplaced."""
+    builder = SequenceBuilder(small_recipe(data={"key_digits": [4, 7]}, state_passing=PASSES_ALL), TOKENIZER)
+    lengths = set()
+    for step in range(40):
+        batch = builder.batch(step, 0, carried_keys=(None, 123, 12345678))
+        lengths.add(len(str(batch.keys[0])))
+        assert batch.keys[1:] == (123, 12345678)
+        for row, key in enumerate(batch.keys):
+            assert TOKENIZER.decode(batch.labels_BT[row][batch.is_key_BT[row]]) == f" {key}"
+            asked = TOKENIZER.decode(batch.input_ids_BT[row, batch.question_start :])
+            assert asked.endswith(f" What is the pass key? The pass key is {key}")
+        told = TOKENIZER.decode(batch.input_ids_BT[0])
+        assert told.count(str(batch.keys[0])) == 3
+    assert lengths == {4, 5, 6, 7}
+
+
 def test_question_without_gradient_is_refused():
     """A key that is counted as right because nothing of it was predicted."""
     with pytest.raises(RecipeError, match="gradient_tokens is 8, required is at least"):
@@ -100,13 +117,15 @@ def test_questions_stand_across_a_boundary_in_their_share(share):
     stage = {"curriculum": [{"filler_tokens": [20, 150]}]}
     data = {"boundary_share": share, "prefix_tokens": [0, 9]}
     builder = SequenceBuilder(small_recipe(data=data, fam=fam, schedule=stage), TOKENIZER)
+    text = builder.texts["passkey_sentences"]
+    num_intro, num_answer = len(text.intro_ids(12345)), len(text.key_ids(12345))
     is_parted = []
     for step in range(200):
         batch = builder.batch(step, 0)
         last_asked = batch.input_ids_BT.shape[1] - 1
         is_parted.append(batch.question_start // 64 != last_asked // 64)
-        assert 20 <= batch.question_start - builder.num_intro_tokens <= 159
-    by_chance = (builder.num_question_tokens + builder.num_answer_tokens - 1) / 64
+        assert 20 <= batch.question_start - num_intro <= 159
+    by_chance = (builder.num_question_tokens + num_answer - 1) / 64
     assert sum(is_parted) / 200 == pytest.approx(share + (1 - share) * by_chance, abs=0.1)
 
 
@@ -186,3 +205,11 @@ def test_share_of_keys_has_few_different_digits():
     few = [key for key in keys if len(set(str(key))) <= 3]
     assert 0.5 < len(few) / len(keys) < 0.7  # 0.5 drawn so, and 0.19 of the others
     assert len(set(few)) > 150
+
+
+def test_plain_text_keeps_the_key_of_the_passed_state():
+    """A chain that ends wherever a row reads a book, so that training holds keys for fewer updates than it says."""
+    start = SavedFam(torch.zeros(1, 4, 1, 1), (11111, 22222, None, 44444))
+    asked, is_held = (None, 22222, 33333, 44444), (True, False, True, True)
+    assert held_keys(start, asked, is_held) == (11111, None, 33333, 44444)
+    assert held_keys(None, asked, is_held) == (None, None, 33333, 44444)

@@ -144,6 +144,9 @@ class DataSection:
     """Book text alone."""
     books: str | None = None
     """Folder of UTF-8 `.txt` files; all are used."""
+    key_digits: tuple[int, int] = (5, 5)
+    """Least and most digits of a key; every step draws one number. The task's keys have five. Longer ones teach more
+    per sequence, above all the place of each digit."""
     few_digits: float = 0.0
     """Share of the keys that are made of two or three different digits. Looking up which digit came behind the last one
     does not tell them, as it tells most keys of five different digits: only the place of a digit does."""
@@ -208,6 +211,8 @@ class Recipe:
         for stage in self.schedule.curriculum:
             _require_range("filler_tokens", *stage.filler_tokens)
         _require_range("data.prefix_tokens", *self.data.prefix_tokens)
+        low, high = self.data.key_digits
+        _require(1 <= low <= high, f"data.key_digits is [{low}, {high}], required is 1 <= low <= high")
         _require_range("state_passing.between_blocks", *self.state_passing.between_blocks)
         _require(
             self.state_passing.ask_later == 0 or self.state_passing.rows == "all",

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from transformerfam.errors import RecipeError
-from transformerfam.tasks.passkey import FIRST_KEY, LAST_KEY, FillerStream, PasskeyText
+from transformerfam.tasks.passkey import FillerStream, PasskeyText
 from transformerfam.tasks.text import encode, read_text
 from transformerfam.training.recipe import DataSection, LossSection, Recipe, Stage
 
@@ -42,7 +42,7 @@ class Batch:
     is_key_BT: torch.Tensor
     """Positions that predict the key."""
     question_start: int
-    """First token of the question; the length of the rows where no row asks."""
+    """First token of the question, of the earliest one where rows differ; the length of the rows where no row asks."""
     keys: tuple[int | None, ...]
     """The key that each row asks for."""
     is_told_B: torch.Tensor
@@ -82,10 +82,9 @@ class SequenceBuilder:
         }
         text = self.texts["passkey_sentences"]
         assert text is not None
-        self.num_intro_tokens = len(text.intro_ids(FIRST_KEY))
-        self.num_answer_tokens = len(text.key_ids(FIRST_KEY))
         self.num_question_tokens = len(text.question_ids)
-        asked, tokens = self.num_question_tokens + self.num_answer_tokens, recipe.schedule.gradient_tokens
+        longest_key = 10 ** (recipe.data.key_digits[1] - 1)
+        asked, tokens = self.num_question_tokens + len(text.key_ids(longest_key)), recipe.schedule.gradient_tokens
         if tokens is not None and tokens < asked:
             raise RecipeError(
                 f"schedule.gradient_tokens is {tokens}, required is at least {asked}, so that question and answer, "
@@ -103,53 +102,66 @@ class SequenceBuilder:
         """
         draw = random.Random(f"{self.seed}/{step}/{stage_idx}")
         num_prefix = random.Random(f"{self.seed}/{step}/prefix").randint(*self.data.prefix_tokens)
-        num_filler = self._draw_filler(draw, step, num_prefix, self.stages[stage_idx].filler_tokens)
+        num_digits = random.Random(f"{self.seed}/{step}/digits").randint(*self.data.key_digits)
+        num_filler = self._draw_filler(draw, step, num_prefix, num_digits, self.stages[stage_idx].filler_tokens)
         carried = carried_keys or [None] * self.batch_size
-        rows = [self._row(draw, num_prefix, num_filler, key) for key in carried]
+        rows = [self._row(draw, num_prefix, num_digits, num_filler, key) for key in carried]
         length = len(rows[0].ids)
-        asks = any(row.key is not None for row in rows)
-        question_start = length - self.num_question_tokens - self.num_answer_tokens if asks else length
-        return self._weigh(rows, draw, question_start)
+        asked = [self.num_question_tokens + row.num_answer_tokens for row in rows if row.key is not None]
+        return self._weigh(rows, draw, length - max(asked, default=0))
 
-    def _draw_filler(self, draw: random.Random, step: int, num_prefix: int, limits: tuple[int, int]) -> int:
+    def _num_key_tokens(self, num_digits: int) -> tuple[int, int]:
+        """Return the tokens of the sentences that tell a key of so many digits, and those of the key."""
+        text = self.texts["passkey_sentences"]
+        assert text is not None
+        key = 10 ** (num_digits - 1)
+        return len(text.intro_ids(key)), len(text.key_ids(key))
+
+    def _draw_filler(
+        self, draw: random.Random, step: int, num_prefix: int, num_digits: int, limits: tuple[int, int]
+    ) -> int:
         """Draw the number of filler tokens, in a share of the steps among those that part the question."""
         num_filler = draw.randint(*limits)
         boundary = random.Random(f"{self.seed}/{step}/boundary")
         if self.data.boundary_share == 0 or boundary.random() >= self.data.boundary_share:
             return num_filler
-        num_asked = self.num_question_tokens + self.num_answer_tokens
+        num_intro, num_answer = self._num_key_tokens(num_digits)
         parting = [
             number
             for number in range(limits[0], limits[1] + 1)
-            if 0 < -(num_prefix + self.num_intro_tokens + number) % self.block_size < num_asked
+            if 0 < -(num_prefix + num_intro + number) % self.block_size < self.num_question_tokens + num_answer
         ]
         return boundary.choice(parting) if parting else num_filler
 
-    def _row(self, draw: random.Random, num_prefix: int, num_filler: int, carried_key: int | None) -> Row:
+    def _row(
+        self, draw: random.Random, num_prefix: int, num_digits: int, num_filler: int, carried_key: int | None
+    ) -> Row:
         kinds = ("passkey_sentences", "passkey_book", "book")
         kind = draw.choices(kinds, [getattr(self.data, name) for name in kinds])[0]
-        start, key = draw.randrange(1 << 30), self._draw_key(draw)
+        start, key = draw.randrange(1 << 30), self._draw_key(draw, num_digits)
         later = draw.random() < self.ask_later and carried_key is not None
         text = self.texts[kind]
         assert text is not None
-        num_before_question = num_prefix + self.num_intro_tokens + num_filler
+        num_intro, num_answer = self._num_key_tokens(num_digits)
+        length = num_prefix + num_intro + num_filler + self.num_question_tokens + num_answer
         if kind == "book":
-            length = num_before_question + self.num_question_tokens + self.num_answer_tokens
             return Row(text.filler.slice(start, length).tolist(), 0, None, is_told=False)
         if later:  # filler alone, where the key would be told, and the question for the key of the step before
             assert carried_key is not None
-            ids = text.filler.slice(start, num_before_question).tolist() + text.question_ids + text.key_ids(carried_key)
-            return Row(ids, self.num_answer_tokens, carried_key, is_told=False)
+            answer_ids = text.key_ids(carried_key)
+            num_before_question = length - self.num_question_tokens - len(answer_ids)
+            ids = text.filler.slice(start, num_before_question).tolist() + text.question_ids + answer_ids
+            return Row(ids, len(answer_ids), carried_key, is_told=False)
         prefix_ids = text.filler.slice(start, num_prefix).tolist()
         told = text.sequence(key, num_filler, start + num_prefix)
-        return Row(prefix_ids + told.ids, self.num_answer_tokens, key, is_told=True)
+        return Row(prefix_ids + told.ids, num_answer, key, is_told=True)
 
-    def _draw_key(self, draw: random.Random) -> int:
+    def _draw_key(self, draw: random.Random, num_digits: int) -> int:
         if self.data.few_digits == 0 or draw.random() >= self.data.few_digits:
-            return draw.randint(FIRST_KEY, LAST_KEY)
+            return draw.randint(10 ** (num_digits - 1), 10**num_digits - 1)
         digits = draw.sample(range(10), draw.choice((2, 3)))
         first = draw.choice([digit for digit in digits if digit > 0])
-        return int("".join(map(str, [first, *draw.choices(digits, k=4)])))
+        return int("".join(map(str, [first, *draw.choices(digits, k=num_digits - 1)])))
 
     def filler(self, step: int, num_tokens: int) -> torch.Tensor:
         """Return filler for every row, `(B, num_tokens)`, each from its own place and of the kinds of the recipe."""

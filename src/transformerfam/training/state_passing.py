@@ -4,6 +4,7 @@ Source: B.2.3.
 """
 
 import random
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -20,6 +21,19 @@ class SavedFam:
     keys: tuple[int | None, ...]
     """The key that each row's FAM holds, None where it was not told before the FAM was taken or the row could not say
     it: a lost key teaches nothing when it is asked again."""
+
+
+def held_keys(start: SavedFam | None, asked: Sequence[int | None], is_held: Sequence[bool]) -> tuple[int | None, ...]:
+    """Say which key each row's FAM holds at the end of a step.
+
+    Args:
+        start: what the step started from, None for the initial FAM.
+        asked: the key that each row was asked for; a row that is asked nothing keeps the key it started with.
+        is_held: whether the row's FAM holds the key that it was asked for.
+    """
+    started = start.keys if start is not None else (None,) * len(asked)
+    rows = zip(started, asked, is_held, strict=True)
+    return tuple(old if key is None else key if held else None for old, key, held in rows)
 
 
 class StatePassing:

@@ -35,7 +35,7 @@ from transformerfam.training.optimizer import AverageOfWeights, build_optimizer,
 from transformerfam.training.recipe import Recipe
 from transformerfam.training.sequences import Batch, SequenceBuilder
 from transformerfam.training.setup import build_trainee
-from transformerfam.training.state_passing import SavedFam, StatePassing
+from transformerfam.training.state_passing import SavedFam, StatePassing, held_keys
 
 LOG_FILE = "log.jsonl"
 
@@ -188,8 +188,8 @@ class Trainer:
         self.optimizer.step()
         self.average.update(self.model, step)
         is_held_B = output.is_right_B & (~batch.is_told_B | (output.num_passed_blocks > 0))
-        held = (key if is_held else None for key, is_held in zip(batch.keys, is_held_B.tolist(), strict=True))
-        self.passing.keep(step, output.passed_fam_LBFD, tuple(held))
+        held = held_keys(saved, batch.keys, is_held_B.tolist())
+        self.passing.keep(step, output.passed_fam_LBFD, held)
         self._read_between(step)
         row = self._describe(output, batch, float(grad_norm), saved is not None)
         self._advance(row["key_accuracy"])
