@@ -83,8 +83,8 @@ class SequenceBuilder:
         text = self.texts["passkey_sentences"]
         assert text is not None
         self.num_question_tokens = len(text.question_ids)
-        longest_key = 10 ** (recipe.data.key_digits[1] - 1)
-        asked, tokens = self.num_question_tokens + len(text.key_ids(longest_key)), recipe.schedule.gradient_tokens
+        _, num_longest_answer = self._num_key_tokens(recipe.data.key_digits[1])
+        asked, tokens = self.num_question_tokens + num_longest_answer, recipe.schedule.gradient_tokens
         if tokens is not None and tokens < asked:
             raise RecipeError(
                 f"schedule.gradient_tokens is {tokens}, required is at least {asked}, so that question and answer, "
