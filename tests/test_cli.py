@@ -5,10 +5,12 @@ import json
 
 import pytest
 import tiny_models
+from tiny_llama import make_tiny_llama
 from transformers import DynamicCache
 from typer.testing import CliRunner
 
-from transformerfam import FamState, cli, demo
+from transformerfam import FamConfig, FamState, cli, convert, demo
+from transformerfam.adapter import FamAdapter
 from transformerfam.models import load_model
 from transformerfam.reports.rows import read_rows
 from transformerfam.tasks import provenance
@@ -198,6 +200,17 @@ def test_train_resume_and_override(tmp_path, monkeypatch):
     load_model(output)
 
 
+def test_average_of_two_runs_is_a_memory(tmp_path):
+    """Would catch a mean that cannot be read, or that forgets what it is to be read with."""
+    folders = [tmp_path / name for name in ("first", "second")]
+    model = convert(make_tiny_llama(), FamConfig(block_size=16, fam_length=2))
+    for folder in folders:
+        FamAdapter.from_model(model).save_pretrained(folder)
+    output = tmp_path / "mean"
+    assert "mean of 2 memories" in run("average", *folders, "--output", output, "--set", "block_size=32")
+    assert FamAdapter.from_pretrained(output).config.block_size == 32
+
+
 def test_report_prints_and_draws(folder, tmp_path):
     """Would catch a report that needs anything but rows."""
     output = tmp_path / "rows.jsonl"
@@ -224,6 +237,7 @@ def test_report_prints_and_draws(folder, tmp_path):
         (("read", "{book}", "--model", "{folder}", "--save", "{tmp}/none/s"), "could not write"),
         (("generate", "x", "--model", "{folder}", "--state", "{book}"), "no readable safetensors file"),
         (("train", "{tmp}/none.toml"), "cannot read the recipe"),
+        (("average", "{tmp}/none", "--output", "{tmp}/mean"), "1 memory cannot be averaged"),
         (("report", "{tmp}/none.jsonl"), "cannot read"),
         (("report", "{empty}"), "hold 0 rows and none is of a task that is reported"),
         (("demo", "--model", "{folder}", "--tokens", "5"), "tokens is 5, the key's page takes"),

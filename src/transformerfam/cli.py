@@ -26,6 +26,7 @@ from transformerfam.tasks.passkey_evaluation import MEMORY_ZEROED, PasskeyEvalua
 from transformerfam.tasks.provenance import memory_notes
 from transformerfam.tasks.reading import count_tokens, generate_text, read_text_stream
 from transformerfam.tasks.text import decode_utf8, open_bytes, read_pieces
+from transformerfam.training.averaging import average_memories
 from transformerfam.training.recipe_file import apply_override, load_recipe
 from transformerfam.training.trainer import Trainer
 
@@ -228,6 +229,17 @@ def train_command(
         raise typer.Exit(INTERRUPTED)
 
 
+@app.command("average")
+def average_command(
+    memories: Annotated[list[Path], typer.Argument(help="Folders of memories that were trained from one start.")],
+    output: Annotated[Path, typer.Option("--output", help="Folder of the mean.")],
+    overrides: SetOption = None,
+) -> None:
+    """Average the weights of memories; --set changes what the mean is read with."""
+    average_memories(memories, output, _config_overrides(overrides))
+    _say(f"the mean of {len(memories)} memories is in {output}")
+
+
 @app.command("report")
 def report_command(
     rows: Annotated[list[Path], typer.Argument(help="JSON lines files of rows.")],
@@ -273,12 +285,10 @@ def _say(message: str) -> None:
 
 
 def _hide_loading_bars() -> None:
-
     transformers_logging.disable_progress_bar()
 
 
 def _load(model: str, system: str = "fam", overrides: dict[str, Any] | None = None) -> tuple[Any, Any]:
-
     _hide_loading_bars()
     return load_model(model, system, overrides)  # type: ignore[arg-type]
 
@@ -292,7 +302,6 @@ def _systems_by_model(systems: str) -> dict[str, list[str]]:
 
 
 def _config_overrides(overrides: list[str] | None) -> dict[str, Any]:
-
     values: dict[str, Any] = {}
     for override in overrides or []:
         apply_override(values, override)
@@ -312,7 +321,6 @@ def _whole_number(text: str, name: str) -> int:
 
 
 def _open_input(file: str) -> contextlib.AbstractContextManager[IO[bytes]]:
-
     return contextlib.nullcontext(sys.stdin.buffer) if file == "-" else open_bytes(file)
 
 

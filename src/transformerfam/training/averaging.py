@@ -1,0 +1,91 @@
+"""The average of memories that were trained from the same start: a "model soup".
+
+Runs that start from one memory and differ in data or chains make different mistakes; their mean may recall what none of
+them does, at the price of one. (Wortsman et al., 2022; not in the paper.)
+"""
+
+import os
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+
+from transformerfam.adapter import FamAdapter
+from transformerfam.errors import StateMismatchError, TransformerFamError
+from transformerfam.models import BASE_NOTE
+
+
+def average_memories(
+    folders: Sequence[str | os.PathLike[str]],
+    output: str | os.PathLike[str],
+    config_overrides: Mapping[str, Any] | None = None,
+) -> FamAdapter:
+    """Write the mean of the weights of several memories: prompt or prefix, and both factors of each LoRA.
+
+    The factors are averaged by themselves, which keeps the rank; memories that do not come from one start have nothing
+    to do with each other's factors, and their mean recalls nothing.
+
+    Args:
+        folders: two or more that `fam train` or `FamAdapter.save_pretrained` wrote.
+        output: folder of the mean, stored in float16 as `fam train` stores a memory.
+        config_overrides: fields of `FamConfig` to read with; the others are those of the first memory.
+
+    Returns:
+        The adapter that was written; its notes hold those of all memories.
+
+    Raises:
+        TransformerFamError: there is one folder only, or a memory starts from a saved FAM.
+        StateMismatchError: the memories differ in base model, LoRA or shape.
+        CorruptFileError: a folder holds no memory that can be read.
+    """
+    if len(folders) < 2:
+        raise TransformerFamError(f"{len(folders)} memory cannot be averaged; give two or more folders")
+    memories = [FamAdapter.from_pretrained(folder) for folder in folders]
+    first = memories[0]
+    for folder, memory in zip(folders, memories, strict=True):
+        if memory.saved_fam is not None:
+            raise TransformerFamError(f"{folder} starts from a saved FAM, which has no average; save it without one")
+        for part, there, here in _parts(memory, first):
+            if there != here:
+                raise StateMismatchError(
+                    f"{folder} and {folders[0]} differ in {part}: {there} and {here}; average memories of one base "
+                    "model and one shape"
+                )
+    average = FamAdapter(
+        config=first.config.replace(**dict(config_overrides or {})),
+        tensors=_mean([memory.tensors for memory in memories]),
+        architecture=first.architecture,
+        base_digest=first.base_digest,
+        lora_config=first.lora_config,
+        lora=_mean([memory.lora for memory in memories]),
+        notes={
+            BASE_NOTE: first.notes.get(BASE_NOTE),
+            "max_training_filler_tokens": max(m.notes.get("max_training_filler_tokens", 0) for m in memories),
+            "average_of": [memory.notes for memory in memories],
+        },
+    )
+    average.save_pretrained(output, dtype=torch.float16)
+    return average
+
+
+def _parts(memory: FamAdapter, first: FamAdapter) -> list[tuple[str, Any, Any]]:
+    """Return what must agree: its name, in `memory` and in `first`."""
+
+    def lora(adapter: FamAdapter) -> Any:
+        return adapter.lora_config and {name: adapter.lora_config.get(name) for name in ("r", "lora_alpha")}
+
+    def shapes(adapter: FamAdapter) -> dict[str, tuple[int, ...]]:
+        return {name: tuple(value.shape) for name, value in (adapter.tensors | adapter.lora).items()}
+
+    names = sorted(shapes(memory).items() ^ shapes(first).items())
+    return [
+        ("architecture", memory.architecture, first.architecture),
+        ("base weights", memory.base_digest[:12], first.base_digest[:12]),
+        ("LoRA", lora(memory), lora(first)),
+        ("shapes", names[:1], []),
+    ]
+
+
+def _mean(tensors: Sequence[Mapping[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+    """Return the mean of each tensor, in float32."""
+    return {name: torch.stack([part[name].float() for part in tensors]).mean(dim=0) for name in tensors[0]}
