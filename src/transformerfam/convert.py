@@ -19,12 +19,12 @@ from transformerfam.config import FamConfig
 from transformerfam.errors import UnsupportedModelError
 from transformerfam.forward import read_pieces
 from transformerfam.identity import ModelIdentity, describe_architecture
-from transformerfam.memory import FamMemory, InitialFam, fam_parameters, memory_of, set_key_bias
+from transformerfam.memory import FamMemory, InitialFam, fam_parameters, memory_of, set_block_size, set_key_bias
 from transformerfam.positions import KeyTurner
 from transformerfam.reading import init_state, prepare_cache_for_generation, read
 from transformerfam.seams import check_seams, check_structure
 
-__all__ = ["convert", "fam_parameters", "memory_of", "set_key_bias"]
+__all__ = ["convert", "fam_parameters", "memory_of", "set_block_size", "set_key_bias"]
 
 SERVED_MODEL_TYPES = ("llama",)
 

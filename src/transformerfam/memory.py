@@ -66,8 +66,17 @@ def fam_parameters(model: PreTrainedModel) -> list[nn.Parameter]:
 
 def set_key_bias(model: PreTrainedModel, value: float) -> None:
     """Set `fam_key_bias` of a converted model; states that exist keep theirs."""
+    _change_config(model, fam_key_bias=float(value))
+
+
+def set_block_size(model: PreTrainedModel, block_size: int) -> None:
+    """Set `block_size` of a converted model; a state with another one is refused from now on, its FAM is not."""
+    _change_config(model, block_size=block_size)
+
+
+def _change_config(model: PreTrainedModel, **changes: Any) -> None:
     memory = memory_of(model)
-    memory.config = memory.config.replace(fam_key_bias=float(value))
+    memory.config = memory.config.replace(**changes)
     model.fam_config = memory.config
 
 
@@ -87,8 +96,7 @@ def prefix_from_prompt(model: PreTrainedModel) -> None:
         rows_LFD = rows_LFD / rows_LFD.pow(2).mean(-1, keepdim=True).sqrt()
     del memory.prompt
     memory.prefix = nn.Parameter(rows_LFD.clone())
-    memory.config = memory.config.replace(fam_init="prefix")
-    model.fam_config = memory.config
+    _change_config(model, fam_init="prefix")
 
 
 class InitialFam:

@@ -16,6 +16,7 @@ BEFORE_KEY = (
     "There is an important info hidden inside a lot of irrelevant text. Find it and memorize them. "
     "I will quiz you about the important information there. The pass key is"
 )
+SHORT_BEFORE_KEY = " The pass key is"
 BETWEEN_KEYS = ". Remember it."
 AFTER_KEY = " is the pass key."
 FILLER_SENTENCES = " The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again."
@@ -82,19 +83,22 @@ class PasskeyText:
     Joining ids and not text makes every key and every length tokenise alike.
     """
 
-    def __init__(self, tokenizer: Any, filler: str | Path | FillerStream = "sentences") -> None:
+    def __init__(
+        self, tokenizer: Any, filler: str | Path | FillerStream = "sentences", before_key: str = BEFORE_KEY
+    ) -> None:
         """Tokenise the constant pieces.
 
         Args:
             tokenizer: a Hugging Face tokenizer.
             filler: "sentences" (the paper's), the name of a held-out novel, a UTF-8 text file, or a stream of tokens.
+            before_key: what stands in front of the key where it is told.
 
         Raises:
             TransformerFamError: the tokenizer has no tokens for digits, or the file cannot be read.
         """
         self._tokenizer = tokenizer
         self.filler = filler if isinstance(filler, FillerStream) else load_filler(tokenizer, filler)
-        self.before_key_ids = encode(tokenizer, BEFORE_KEY)
+        self.before_key_ids = encode(tokenizer, before_key)
         self.between_keys_ids = encode(tokenizer, BETWEEN_KEYS)
         self.after_key_ids = encode(tokenizer, AFTER_KEY)
         self.question_ids = encode(tokenizer, QUESTION)

@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 
 from transformerfam.state import FamState
 from transformerfam.training.sequences import Batch
+from transformerfam.training.teacher import Lesson, distance_to_teacher
 
 
 @dataclass
@@ -30,6 +31,8 @@ class StepOutput:
     """The FAM to pass on, detached; None where there is none."""
     num_passed_blocks: int
     """Blocks of this batch that the passed FAM has read: with 0 it holds nothing that the batch told."""
+    teacher_loss: torch.Tensor
+    """Mean distance to the teacher over questions and answers, detached; 0 without one."""
     fam_change: torch.Tensor
     """Mean change of the FAM, relative to its length, over the updates that `fam_change_weight` asks for, detached; 0
     where there is none."""
@@ -41,6 +44,7 @@ class _BlockOutput:
     loss: torch.Tensor
     key_loss: torch.Tensor
     num_wrong_B: torch.Tensor
+    teacher_loss: torch.Tensor
     fam_change: torch.Tensor
 
 
@@ -53,6 +57,8 @@ def run_batch(
     pass_before_question: bool = False,
     fam_change_weight: float = 0.0,
     gradient_tokens: int | None = None,
+    lesson: Lesson | None = None,
+    teacher_weight: float = 0.0,
 ) -> StepOutput:
     """Read a batch block after block and sum up its loss, the graph kept from the first block to the last.
 
@@ -66,13 +72,15 @@ def run_batch(
         fam_change_weight: weight of the change of the FAM in the updates of sequences that tell no key, in front of the
             question; a first update, which has no residual, is left out.
         gradient_tokens: tokens at the end of every whole block that are read with gradient; None is all of them.
+        lesson: what the teacher had in mind; None without a teacher.
+        teacher_weight: weight of the distance to it.
 
     Returns:
         The loss with its graph, and what the log shows.
 
     Source: section 2.1, "training long inputs runs block after block with gradient checkpointing".
     """
-    total_loss, total_key_loss, total_change = torch.zeros(()), torch.zeros(()), torch.zeros(())
+    total_loss, total_key_loss, total_taught, total_change = (torch.zeros(()) for _ in range(4))
     num_changes = 0
     num_wrong_B = torch.zeros(len(batch.input_ids_BT), dtype=torch.long)
     block_size = model.fam_config.block_size
@@ -89,7 +97,7 @@ def run_batch(
         if has_fam and is_whole and fam_change_weight > 0 and stop <= batch.question_start:
             begun = zip(state.num_blocks_per_row, state.starts_from_saved_fam, batch.is_told_B.tolist(), strict=True)
             holds_B = [not is_told and (saved or num_blocks > 0) for num_blocks, saved, is_told in begun]
-        arguments = (model, state, batch, first, stop, torch.tensor(holds_B))
+        arguments = (model, state, batch, first, stop, torch.tensor(holds_B), lesson)
         output = (
             checkpoint(_run_block, *arguments, use_reentrant=False, preserve_rng_state=_drops(model))
             if checkpoint_blocks
@@ -97,6 +105,7 @@ def run_batch(
         )
         state = output.state
         total_loss, total_key_loss = total_loss + output.loss, total_key_loss + output.key_loss
+        total_taught = total_taught + output.teacher_loss
         num_wrong_B = num_wrong_B + output.num_wrong_B
         total_change, num_changes = total_change + output.fam_change, num_changes + sum(holds_B)
         if has_fam and is_whole and (not pass_before_question or stop <= batch.question_start):
@@ -104,9 +113,14 @@ def run_batch(
             num_passed_blocks += 1
     num_keys = batch.is_key_BT.sum().clamp(min=1)
     change = total_change / max(1, num_changes)
-    total_loss = total_loss + fam_change_weight * change
+    num_taught = 1 if lesson is None or batch.is_taught_BT is None else int(batch.is_taught_BT.sum())
+    teacher_loss = total_taught / num_taught
+    total_loss = total_loss + fam_change_weight * change + teacher_weight * teacher_loss
     key_loss = total_key_loss.detach() / num_keys
-    return StepOutput(total_loss, key_loss, num_wrong_B == 0, passed, num_passed_blocks, change.detach())
+    is_right_B = num_wrong_B == 0
+    return StepOutput(
+        total_loss, key_loss, is_right_B, passed, num_passed_blocks, teacher_loss.detach(), change.detach()
+    )
 
 
 def block_spans(length: int, block_size: int) -> Iterator[tuple[int, int]]:
@@ -116,22 +130,36 @@ def block_spans(length: int, block_size: int) -> Iterator[tuple[int, int]]:
 
 
 def _run_block(
-    model: PreTrainedModel, state: FamState, batch: Batch, start: int, stop: int, holds_B: torch.Tensor
+    model: PreTrainedModel,
+    state: FamState,
+    batch: Batch,
+    start: int,
+    stop: int,
+    holds_B: torch.Tensor,
+    lesson: Lesson | None,
 ) -> _BlockOutput:
     """Read one block; the state that comes in stays as it is. `holds_B` are the rows whose FAM should not change.
 
     Logits are made for the weighed positions alone, since all of them would be the largest tensor of the step.
     """
     before, state = state, state.shallow_copy()
-    hidden_BTD = model.get_decoder()(
-        input_ids=batch.input_ids_BT[:, start:stop], past_key_values=state
-    ).last_hidden_state
+    is_taught = lesson is not None and batch.is_taught_BT is not None and bool(batch.is_taught_BT[:, start:stop].any())
+    output = model.get_decoder()(
+        input_ids=batch.input_ids_BT[:, start:stop], past_key_values=state, output_hidden_states=is_taught
+    )
+    hidden_BTD = output.last_hidden_state
+    teacher_loss = hidden_BTD.new_zeros(())
+    if is_taught:
+        assert lesson is not None
+        assert batch.is_taught_BT is not None
+        teacher_loss = distance_to_teacher(lesson, output.hidden_states, batch.is_taught_BT, start)
     change = _fam_change(before, state, holds_B)
     weights_BT = batch.weights_BT[:, start:stop]
     num_wrong_B = torch.zeros(len(weights_BT), dtype=torch.long)
     rows, columns = (weights_BT > 0).nonzero(as_tuple=True)
     if len(rows) == 0:
-        return _BlockOutput(state, hidden_BTD.new_zeros(()), hidden_BTD.new_zeros(()), num_wrong_B, change)
+        zero = hidden_BTD.new_zeros(())
+        return _BlockOutput(state, zero, zero, num_wrong_B, teacher_loss, change)
     labels_N = batch.labels_BT[:, start:stop][rows, columns]
     logits_NV = model.get_output_embeddings()(hidden_BTD[rows, columns]).float()
     losses_N = nn.functional.cross_entropy(logits_NV, labels_N, reduction="none")
@@ -139,7 +167,7 @@ def _run_block(
     wrong_N = (logits_NV.detach().argmax(dim=-1) != labels_N) & is_key_N
     num_wrong_B = num_wrong_B.index_add(0, rows, wrong_N.long())
     loss = (losses_N * weights_BT[rows, columns]).sum()
-    return _BlockOutput(state, loss, losses_N.detach()[is_key_N].sum(), num_wrong_B, change)
+    return _BlockOutput(state, loss, losses_N.detach()[is_key_N].sum(), num_wrong_B, teacher_loss, change)
 
 
 def _fam_change(before: FamState, after: FamState, holds_B: torch.Tensor) -> torch.Tensor:

@@ -89,6 +89,9 @@ class ScheduleSection:
     """Threads of torch; None leaves them."""
     checkpoint_blocks: bool = True
     """Keep no activations but one block's (activation checkpointing); False is faster and needs memory."""
+    block_sizes: tuple[int, ...] = ()
+    """Sizes of blocks: every step draws one of them, so that the memory can be read in any. The filler of a step is longer
+    by as much as its block is larger than `fam.block_size`. Empty: always `fam.block_size`."""
     gradient_tokens: int | None = None
     """Tokens at the end of every whole block that are read with gradient; those in front of them are read without it,
     which is faster, and predict nothing. The FAM keeps its gradient. None is every token."""
@@ -150,6 +153,9 @@ class DataSection:
     few_digits: float = 0.0
     """Share of the keys that are made of two or three different digits. Looking up which digit came behind the last one
     does not tell them, as it tells most keys of five different digits: only the place of a digit does."""
+    short_intro: bool = False
+    """Tell the key without the two sentences in front, so that a step of the same cost tells more keys: for the first
+    part of a training."""
     boundary_share: float = 0.0
     """Share of the steps in which question and answer stand across the boundary of two blocks, where the filler's range
     allows it. There FAM alone can tell the second block that a question was asked."""
@@ -165,6 +171,12 @@ class LossSection:
     other_tokens: float = 0.1
     num_other_tokens: int = 32
     """Random other tokens of each sequence that are predicted too."""
+    teacher: float = 0.0
+    """Weight of the distance to a teacher, the base model with full attention: it reads the sentences that tell the key
+    and the question in one piece, and over question and answer every layer's hidden states are to point where its own
+    do. It says at every layer what is to be read from the FAM, where the key alone says it at the last."""
+    teacher_filler_tokens: tuple[int, int] = (0, 64)
+    """Least and most tokens of filler between the sentences and the question that the teacher reads."""
     fam_change: float = 0.0
     """Weight of the change of the FAM, relative to its length and before `fam.fam_norm_bound`, in the updates by blocks
     that tell no key: changes in one constant direction drown what was written, bound or not."""
@@ -208,9 +220,20 @@ class Recipe:
         _require(tokens is None or tokens >= 1, f"schedule.gradient_tokens is {tokens}, required is None or at least 1")
         _require(self.schedule.batch_size >= 1, f"schedule.batch_size is {self.schedule.batch_size}, required is >= 1")
         _require(len(self.schedule.curriculum) > 0, "schedule.curriculum is empty, required is at least one stage")
+        smallest = min(self.schedule.block_sizes, default=self.fam.block_size)
+        _require(
+            smallest >= self.fam.block_size,
+            f"schedule.block_sizes has {smallest}, required is at least fam.block_size ({self.fam.block_size})",
+        )
         for stage in self.schedule.curriculum:
             _require_range("filler_tokens", *stage.filler_tokens)
         _require_range("data.prefix_tokens", *self.data.prefix_tokens)
+        _require_range("loss.teacher_filler_tokens", *self.loss.teacher_filler_tokens)
+        _require(
+            self.loss.teacher == 0 or self.model.base != "tiny-random",
+            f"loss.teacher is {self.loss.teacher} and model.base is 'tiny-random', required is a base model that was "
+            "trained before, since it is the teacher; set loss.teacher = 0",
+        )
         low, high = self.data.key_digits
         _require(1 <= low <= high, f"data.key_digits is [{low}, {high}], required is 1 <= low <= high")
         _require_range("state_passing.between_blocks", *self.state_passing.between_blocks)

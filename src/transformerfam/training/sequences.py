@@ -3,6 +3,7 @@
 Another kind of sequence (packed pieces, a repeated random segment) is one more function that returns a `Row`.
 """
 
+import dataclasses
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -12,7 +13,7 @@ from typing import Any
 import torch
 
 from transformerfam.errors import RecipeError
-from transformerfam.tasks.passkey import FillerStream, PasskeyText
+from transformerfam.tasks.passkey import BEFORE_KEY, SHORT_BEFORE_KEY, FillerStream, PasskeyText
 from transformerfam.tasks.text import encode, read_text
 from transformerfam.training.recipe import DataSection, LossSection, Recipe, Stage
 
@@ -47,6 +48,11 @@ class Batch:
     """The key that each row asks for."""
     is_told_B: torch.Tensor
     """Rows that tell the key themselves; the others ask for a key of the passed state, or ask nothing."""
+    teacher_ids_NT: torch.Tensor | None = None
+    """What the teacher reads for every row that asks: its key told a few tokens before, the same question and answer at
+    the end. None without a teacher."""
+    is_taught_BT: torch.Tensor | None = None
+    """Positions of question and answer, which the teacher has at the end of its own rows."""
 
     @property
     def num_tokens(self) -> int:
@@ -69,17 +75,17 @@ class SequenceBuilder:
         """
         self.seed = recipe.schedule.seed
         self.batch_size = recipe.schedule.batch_size
-        self.block_size = recipe.fam.block_size
+        self.least_block_size = recipe.fam.block_size
+        self.block_sizes = recipe.schedule.block_sizes or (self.least_block_size,)
         self.stages: Sequence[Stage] = recipe.schedule.curriculum
         self.ask_later = recipe.state_passing.ask_later
         self.data: DataSection = recipe.data
         self.loss: LossSection = recipe.loss
         book = load_books(tokenizer, recipe.data.books) if recipe.data.books else None
-        self.texts = {
-            "passkey_sentences": PasskeyText(tokenizer),
-            "passkey_book": PasskeyText(tokenizer, book) if book else None,
-            "book": PasskeyText(tokenizer, book) if book else None,
-        }
+        before_key = SHORT_BEFORE_KEY if recipe.data.short_intro else BEFORE_KEY
+        in_book = PasskeyText(tokenizer, book, before_key) if book else None
+        in_sentences = PasskeyText(tokenizer, before_key=before_key)
+        self.texts = {"passkey_sentences": in_sentences, "passkey_book": in_book, "book": in_book}
         text = self.texts["passkey_sentences"]
         assert text is not None
         self.num_question_tokens = len(text.question_ids)
@@ -90,6 +96,10 @@ class SequenceBuilder:
                 f"schedule.gradient_tokens is {tokens}, required is at least {asked}, so that question and answer, "
                 "which may end a block, keep their gradient"
             )
+
+    def block_size(self, step: int) -> int:
+        """Draw the block of a step."""
+        return random.Random(f"{self.seed}/{step}/block").choice(self.block_sizes)
 
     def batch(self, step: int, stage_idx: int, carried_keys: Sequence[int | None] | None = None) -> Batch:
         """Write the batch of a step.
@@ -103,12 +113,15 @@ class SequenceBuilder:
         draw = random.Random(f"{self.seed}/{step}/{stage_idx}")
         num_prefix = random.Random(f"{self.seed}/{step}/prefix").randint(*self.data.prefix_tokens)
         num_digits = random.Random(f"{self.seed}/{step}/digits").randint(*self.data.key_digits)
-        num_filler = self._draw_filler(draw, step, num_prefix, num_digits, self.stages[stage_idx].filler_tokens)
+        longer = self.block_size(step) - self.least_block_size
+        low, high = self.stages[stage_idx].filler_tokens
+        num_filler = self._draw_filler(draw, step, num_prefix, num_digits, (low + longer, high + longer))
         carried = carried_keys or [None] * self.batch_size
         rows = [self._row(draw, num_prefix, num_digits, num_filler, key) for key in carried]
         length = len(rows[0].ids)
         asked = [self.num_question_tokens + row.num_answer_tokens for row in rows if row.key is not None]
-        return self._weigh(rows, draw, length - max(asked, default=0))
+        batch = self._weigh(rows, draw, length - max(asked, default=0))
+        return batch if self.loss.teacher == 0 or not asked else self._with_teacher(batch, step)
 
     def _num_key_tokens(self, num_digits: int) -> tuple[int, int]:
         """Return the tokens of the sentences that tell a key of so many digits, and those of the key."""
@@ -129,7 +142,7 @@ class SequenceBuilder:
         parting = [
             number
             for number in range(limits[0], limits[1] + 1)
-            if 0 < -(num_prefix + num_intro + number) % self.block_size < self.num_question_tokens + num_answer
+            if 0 < -(num_prefix + num_intro + number) % self.block_size(step) < self.num_question_tokens + num_answer
         ]
         return boundary.choice(parting) if parting else num_filler
 
@@ -155,6 +168,20 @@ class SequenceBuilder:
         prefix_ids = text.filler.slice(start, num_prefix).tolist()
         told = text.sequence(key, num_filler, start + num_prefix)
         return Row(prefix_ids + told.ids, num_answer, key, is_told=True)
+
+    def _with_teacher(self, batch: Batch, step: int) -> Batch:
+        """Add what the teacher reads: shorter keys get a longer filler, so that all rows have one length."""
+        text = self.texts["passkey_sentences"]
+        assert text is not None
+        num_filler = random.Random(f"{self.seed}/{step}/teacher").randint(*self.loss.teacher_filler_tokens)
+        keys = [key for key in batch.keys if key is not None]
+        longest = max(len(text.sequence(key, 0).ids) for key in keys)
+        rows = [text.sequence(key, num_filler + longest - len(text.sequence(key, 0).ids)).ids for key in keys]
+        is_taught = torch.zeros_like(batch.is_key_BT)
+        for row, key in enumerate(batch.keys):
+            if key is not None:
+                is_taught[row, -(self.num_question_tokens + len(text.key_ids(key))) : -1] = True
+        return dataclasses.replace(batch, teacher_ids_NT=torch.tensor(rows), is_taught_BT=is_taught)
 
     def _draw_key(self, draw: random.Random, num_digits: int) -> int:
         if self.data.few_digits == 0 or draw.random() >= self.data.few_digits:

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from transformerfam.adapter import FamAdapter
-from transformerfam.convert import set_key_bias
+from transformerfam.convert import set_block_size, set_key_bias
 from transformerfam.errors import NonFiniteLossError, RecipeError
 from transformerfam.files import write_text
 from transformerfam.models import BASE_NOTE, save_model
@@ -36,6 +36,7 @@ from transformerfam.training.recipe import Recipe
 from transformerfam.training.sequences import Batch, SequenceBuilder
 from transformerfam.training.setup import build_trainee
 from transformerfam.training.state_passing import SavedFam, StatePassing, held_keys
+from transformerfam.training.teacher import Teacher
 
 LOG_FILE = "log.jsonl"
 
@@ -82,6 +83,7 @@ class Trainer:
         self._check_folder(resume)
         self.model, self.tokenizer = build_trainee(recipe)
         self.started_from = None if recipe.model.memory is None else memory_notes(recipe.model.memory)
+        self.teacher = Teacher(recipe.model.base) if recipe.loss.teacher > 0 else None
         self.sequences = SequenceBuilder(recipe, self.tokenizer)
         self.optimizer = build_optimizer(self.model, recipe)
         self.average = AverageOfWeights(self.model, recipe.optimizer.average_decay)
@@ -164,6 +166,7 @@ class Trainer:
         step, recipe = self.step, self.recipe
         if recipe.key_bias is not None:
             set_key_bias(self.model, key_bias_at(recipe.key_bias, step))
+        set_block_size(self.model, self.sequences.block_size(step))
         factor = lr_factor(recipe.optimizer, step, recipe.schedule.steps)
         for group in self.optimizer.param_groups:
             group["lr"] = group["base_lr"] * factor
@@ -177,6 +180,8 @@ class Trainer:
             pass_before_question=recipe.state_passing.before_question,
             fam_change_weight=recipe.loss.fam_change,
             gradient_tokens=recipe.schedule.gradient_tokens,
+            lesson=None if self.teacher is None else self.teacher.read(batch),
+            teacher_weight=recipe.loss.teacher,
         )
         self._require_finite(output.loss, batch, saved)
         self.optimizer.zero_grad()
@@ -233,7 +238,9 @@ class Trainer:
             "key_accuracy_asked_later": _share(output.is_right_B[asks_B & ~batch.is_told_B]),
             "grad_norm": grad_norm,
             "fam_norm": norm,
+            "teacher_loss": output.teacher_loss.item(),
             "fam_change": output.fam_change.item(),
+            "block_size": self.model.fam_config.block_size,
             "lr": self.optimizer.param_groups[0]["lr"],
             "fam_key_bias": self.model.fam_config.fam_key_bias,
             "tokens": self.num_tokens,
@@ -326,7 +333,9 @@ class Trainer:
         if self.recipe.key_bias is not None:
             set_key_bias(self.model, 0.0)
         self.model.eval()
-        longest_fillers = [stage.filler_tokens[1] for stage in self.recipe.schedule.curriculum]
+        set_block_size(self.model, self.recipe.fam.block_size)
+        longer = max(self.recipe.schedule.block_sizes, default=self.recipe.fam.block_size) - self.recipe.fam.block_size
+        longest_fillers = [stage.filler_tokens[1] + longer for stage in self.recipe.schedule.curriculum]
         longest_fillers.append((self.started_from or {}).get("max_training_filler_tokens", 0))
         notes = {
             BASE_NOTE: self.recipe.model.base,

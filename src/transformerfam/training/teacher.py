@@ -1,0 +1,66 @@
+"""The base model with full attention as a teacher: what a reader of the memory should have in mind at every layer."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from transformerfam.models import load_base
+from transformerfam.training.sequences import Batch
+
+
+@dataclass(frozen=True)
+class Lesson:
+    """What the teacher had in mind over the questions and answers of one batch."""
+
+    hidden_LBQD: torch.Tensor
+    """Output of every layer over the last Q tokens of each row, zeros in rows that ask nothing."""
+
+
+class Teacher:
+    """A base model that reads key and question in one piece, with full attention and its own weights."""
+
+    def __init__(self, base: str) -> None:
+        """Load the base model a second time, without memory.
+
+        Args:
+            base: as `model.base` of a recipe.
+
+        Raises:
+            TransformerFamError: there is no such model.
+        """
+        self.model, _ = load_base(base)
+        self.model.eval()
+        self.model.requires_grad_(False)
+
+    @torch.no_grad()
+    def read(self, batch: Batch) -> Lesson | None:
+        """Return the lesson for a batch, None where no row asks."""
+        if batch.teacher_ids_NT is None or batch.is_taught_BT is None:
+            return None
+        num_taught = int(batch.is_taught_BT.any(dim=0).sum()) + 1  # the last token predicts nothing
+        output = self.model.get_decoder()(batch.teacher_ids_NT, output_hidden_states=True, use_cache=False)
+        tails_LNQD = torch.stack([layer[:, -num_taught:] for layer in output.hidden_states[1:]])
+        lesson_LBQD = tails_LNQD.new_zeros(len(tails_LNQD), len(batch.keys), *tails_LNQD.shape[2:])
+        lesson_LBQD[:, [row for row, key in enumerate(batch.keys) if key is not None]] = tails_LNQD
+        return Lesson(lesson_LBQD)
+
+
+def distance_to_teacher(
+    lesson: Lesson, hidden_states: tuple[torch.Tensor, ...], is_taught_BT: torch.Tensor, start: int
+) -> torch.Tensor:
+    """Return how far hidden states point from the teacher's: 1 - cosine, mean over layers, sum over taught tokens.
+
+    Args:
+        lesson: the teacher's hidden states at the end of the batch.
+        hidden_states: `(B, t, D)` of the embedding and of every layer over tokens `start` to `start + t` of the batch.
+        is_taught_BT: the taught tokens of the whole batch.
+        start: first token of `hidden_states` in the batch.
+    """
+    rows, columns = is_taught_BT[:, start : start + hidden_states[0].shape[1]].nonzero(as_tuple=True)
+    if len(rows) == 0:
+        return hidden_states[-1].new_zeros(())
+    own_LKD = torch.stack([layer[rows, columns] for layer in hidden_states[1:]])
+    from_end = columns + start - is_taught_BT.shape[1]
+    theirs_LKD = lesson.hidden_LBQD[:, rows, from_end]
+    return (1 - nn.functional.cosine_similarity(own_LKD, theirs_LKD, dim=-1)).mean(0).sum()
