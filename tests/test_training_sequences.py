@@ -213,3 +213,25 @@ def test_plain_text_keeps_the_key_of_the_passed_state():
     asked, is_held = (None, 22222, 33333, 44444), (True, False, True, True)
     assert held_keys(start, asked, is_held) == (11111, None, 33333, 44444)
     assert held_keys(None, asked, is_held) == (None, None, 33333, 44444)
+
+
+def test_every_step_draws_a_block_and_its_filler_grows_with_it():
+    """Larger blocks whose question always stands in the block that told the key."""
+    sizes = (16, 24, 64)
+    schedule = {"block_sizes": list(sizes), "curriculum": [{"filler_tokens": [1, 9]}]}
+    builder = SequenceBuilder(small_recipe(schedule=schedule), TOKENIZER)
+    lengths = {size: set() for size in sizes}
+    for step in range(200):
+        lengths[builder.block_size(step)].add(builder.batch(step, 0).input_ids_BT.shape[1])
+    shortest = min(lengths[16])
+    for size in sizes:
+        assert lengths[size] == set(range(shortest + size - 16, shortest + size - 16 + 9))
+
+
+def test_short_intro_tells_the_key_without_the_sentences_in_front():
+    """A first part of training that pays for 33 tokens which tell nothing."""
+    builder = SequenceBuilder(small_recipe(data={"short_intro": True}), TOKENIZER)
+    batch = builder.batch(0, 0)
+    for row, key in enumerate(batch.keys):
+        told = f" The pass key is {key}. Remember it. {key} is the pass key."
+        assert TOKENIZER.decode(batch.input_ids_BT[row]).strip().startswith(told.strip())

@@ -296,3 +296,16 @@ def test_passed_fam_reads_on_between_steps(tmp_path):
     assert torch.equal(read.fam_LBFD, expected)
     assert read.keys == (12345, None, 67890)
     assert not read.fam_LBFD.requires_grad
+
+
+def test_steps_read_in_the_blocks_they_draw_and_the_memory_is_kept_with_the_recipes(tmp_path):
+    """A drawn block that changes the text alone, or the last one drawn that is kept as the memory's."""
+    schedule = {"steps": 8, "block_sizes": [16, 32], "curriculum": [{"filler_tokens": [1, 30]}]}
+    trainer = Trainer(small_recipe(schedule=schedule), tmp_path)
+    rows = []
+    trainer.run(lambda trainer, row: rows.append((row["block_size"], trainer.model.fam_config.block_size)))
+    assert {size for size, _ in rows} == {16, 32}
+    assert all(size == read for size, read in rows)
+    adapter = FamAdapter.from_pretrained(tmp_path)
+    assert adapter.config.block_size == 16
+    assert adapter.notes["max_training_filler_tokens"] == 46

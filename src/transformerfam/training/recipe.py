@@ -90,8 +90,8 @@ class ScheduleSection:
     checkpoint_blocks: bool = True
     """Keep no activations but one block's (activation checkpointing); False is faster and needs memory."""
     block_sizes: tuple[int, ...] = ()
-    """Sizes of blocks: every step draws one of them, so that the memory can be read in any. The filler of a step is longer
-    by as much as its block is larger than `fam.block_size`. Empty: always `fam.block_size`."""
+    """Sizes of blocks: every step draws one of them, so that the memory can be read in any. The filler of a step is
+    longer by as much as its block is larger than `fam.block_size`. Empty: always `fam.block_size`."""
     gradient_tokens: int | None = None
     """Tokens at the end of every whole block that are read with gradient; those in front of them are read without it,
     which is faster, and predict nothing. The FAM keeps its gradient. None is every token."""

@@ -1,0 +1,142 @@
+"""The base model as a teacher: what it reads, and how far from it a reader of the memory is."""
+
+import dataclasses
+
+import pytest
+import torch
+from tiny_models import make_passkey_model
+from training_recipes import small_recipe
+
+from transformerfam.models import load_base
+from transformerfam.training.blocks import run_batch
+from transformerfam.training.sequences import SequenceBuilder
+from transformerfam.training.setup import build_trainee
+from transformerfam.training.teacher import Teacher, distance_to_teacher
+from transformerfam.training.tiny import build_tiny_tokenizer
+from transformerfam.training.trainer import Trainer
+
+TOKENIZER = build_tiny_tokenizer()
+TAUGHT = {"teacher": 1.0, "teacher_filler_tokens": [3, 9]}
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    """Write a plain random model with the tokenizer of the passkey text."""
+    folder = tmp_path_factory.mktemp("base")
+    model, tokenizer = make_passkey_model(fam_length=0)
+    type(model)(model.config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
+def taught_recipe(base, **sections):
+    sections.setdefault("loss", TAUGHT)
+    return small_recipe(model={"base": base}, **sections)
+
+
+def test_teacher_reads_the_rows_own_key_and_ends_as_the_row_does(base):
+    """A lesson about another row's key, or one that stands a token beside the question."""
+    passing = {"probability": 0.8, "rows": "all", "ask_later": 1.0}
+    builder = SequenceBuilder(taught_recipe(base, state_passing=passing), TOKENIZER)
+    batch = builder.batch(0, 1, carried_keys=(12345, None, 678))
+    assert len({len(ids) for ids in batch.teacher_ids_NT}) == 1
+    for row, key in enumerate(batch.keys):
+        taught = batch.is_taught_BT[row].nonzero()[:, 0]
+        num_tokens = len(TOKENIZER(f" What is the pass key? The pass key is {key}")["input_ids"])
+        length = batch.input_ids_BT.shape[1]
+        assert taught.tolist() == list(range(length - num_tokens, length - 1))
+        assert torch.equal(batch.teacher_ids_NT[row, -num_tokens:], batch.input_ids_BT[row, -num_tokens:])
+        assert TOKENIZER.decode(batch.teacher_ids_NT[row]).count(str(key)) == 3
+
+
+def test_plain_text_is_not_taught(base, tmp_path):
+    """A row of a book that is pulled towards the answer to a question it does not ask."""
+    (tmp_path / "book.txt").write_text("The grass is green. " * 30)
+    data = {"passkey_sentences": 0.5, "book": 0.5, "books": str(tmp_path)}
+    recipe = taught_recipe(base, data=data)
+    builder = SequenceBuilder(recipe, TOKENIZER)
+    batch = next(b for b in (builder.batch(step, 0) for step in range(20)) if 0 < b.keys.count(None) < 3)
+    assert batch.is_taught_BT.any(1).tolist() == [key is not None for key in batch.keys]
+    lesson = Teacher(base).read(batch)
+    for row, key in enumerate(batch.keys):
+        assert bool(lesson.hidden_LBQD[:, row].any()) == (key is not None)
+    plain = dataclasses.replace(batch, teacher_ids_NT=None, is_taught_BT=None)
+    assert Teacher(base).read(plain) is None
+
+
+def test_distance_of_the_teacher_to_itself_is_zero_and_of_another_text_is_not(base):
+    """Hidden states of one layer or token that are compared with those of the next."""
+    batch = SequenceBuilder(taught_recipe(base), TOKENIZER).batch(0, 1)
+    teacher = Teacher(base)
+    lesson = teacher.read(batch)
+    own = dataclasses.replace(
+        batch,
+        input_ids_BT=batch.teacher_ids_NT,
+        is_taught_BT=batch.is_taught_BT[:, -batch.teacher_ids_NT.shape[1] :],
+    )
+
+    def distance(input_ids_BT, is_taught_BT, start):
+        hidden = teacher.model.get_decoder()(input_ids_BT, output_hidden_states=True).hidden_states
+        return distance_to_teacher(lesson, tuple(h[:, start:] for h in hidden), is_taught_BT, start)
+
+    with torch.no_grad():
+        whole = distance(own.input_ids_BT, own.is_taught_BT, 0)
+        assert abs(whole) < 1e-4  # rounding, over 60 tokens
+        other = distance(own.input_ids_BT.flip(0), own.is_taught_BT, 0)
+        assert other > 0.01
+        parts = distance(own.input_ids_BT.flip(0), own.is_taught_BT, own.is_taught_BT.shape[1] - 4)
+        assert 0 < parts < other
+
+
+def test_distance_to_the_teacher_does_not_depend_on_the_blocks(base):
+    """A lesson that is shifted where question and answer lie across a boundary. Without FAM and with everything in
+    sight the trainee is the base model, whatever the block."""
+    losses = []
+    teacher = Teacher(base)
+    for block_size, segments in ((200, 0), (16, 13)):
+        fam = {"fam_length": 0, "block_size": block_size, "num_memory_segments": segments, "fam_norm_bound": None}
+        recipe = taught_recipe(base, fam=fam, schedule={"batch_size": 3, "curriculum": [{"filler_tokens": [20, 20]}]})
+        batch = SequenceBuilder(recipe, TOKENIZER).batch(0, 0)
+        model, _ = build_trainee(recipe)
+        output = run_batch(model, batch, model.init_state(3), lesson=teacher.read(batch), teacher_weight=2.0)
+        plain = run_batch(model, batch, model.init_state(3))
+        assert (output.loss - plain.loss).item() == pytest.approx(2.0 * output.teacher_loss.item(), abs=1e-5)
+        losses.append(output.teacher_loss.item())
+    assert losses[0] > 1e-3
+    assert losses[0] == pytest.approx(losses[1], abs=1e-5)
+
+
+@pytest.mark.parametrize("checkpoint_blocks", [False, True])
+def test_gradient_of_the_distance_reaches_the_first_block_through_fam(base, checkpoint_blocks):
+    """A distance that teaches to read and not to write."""
+    recipe = taught_recipe(base)
+    model, _ = build_trainee(recipe)
+    batch = SequenceBuilder(recipe, TOKENIZER).batch(0, 1)
+    batch.weights_BT[:] = 0.0
+    state = model.init_state(3, fam=torch.randn(2, 3, 4, 16, generator=torch.Generator().manual_seed(0)))
+    fams = [layer.fam.requires_grad_() for layer in state.layers]
+    lesson = Teacher(base).read(batch)
+    run_batch(
+        model, batch, state, lesson=lesson, teacher_weight=1.0, checkpoint_blocks=checkpoint_blocks
+    ).loss.backward()
+    assert all(fam.grad.abs().sum() > 0 for fam in fams)
+
+
+def test_training_with_a_teacher_comes_nearer_to_it(base, tmp_path):
+    """A weight of the recipe that reaches no loss."""
+    schedule = {"steps": 25, "curriculum": [{"filler_tokens": [4, 4]}], "seed": 1}
+    recipe = taught_recipe(base, schedule=schedule, loss={**TAUGHT, "key": 0.0, "other_tokens": 0.0})
+    rows = []
+    Trainer(recipe, tmp_path).run(lambda trainer, row: rows.append(row["teacher_loss"]))
+    assert sum(rows[-5:]) < 0.8 * sum(rows[:5])
+    untaught = Trainer(small_recipe(model={"base": base}), tmp_path / "untaught")
+    assert untaught.teacher is None
+
+
+def test_teacher_keeps_the_plain_weights(base):
+    """A teacher that shares weights with its pupil and learns from it."""
+    teacher = Teacher(base)
+    plain, _ = load_base(base)
+    for name, value in plain.state_dict().items():
+        assert torch.equal(teacher.model.state_dict()[name], value)
+    assert not any(p.requires_grad for p in teacher.model.parameters())
