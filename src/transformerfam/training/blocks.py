@@ -236,3 +236,12 @@ def find_non_finite(model: PreTrainedModel, batch: Batch, state: FamState) -> st
         for handle in handles:
             handle.remove()
     return "the language-model head, behind the last layer"
+
+
+def find_non_finite_gradient(model: nn.Module) -> str:
+    """Return the name of the first parameter whose gradient is not finite; there must be one."""
+    return next(
+        name
+        for name, parameter in model.named_parameters()
+        if parameter.grad is not None and not bool(torch.isfinite(parameter.grad).all())
+    )

@@ -270,6 +270,12 @@ class Recipe:
         changes = {name: value for name, value in dataclasses.asdict(self.reading).items() if value is not None}
         return self.fam.replace(**changes)
 
+    @property
+    def max_filler_tokens(self) -> int:
+        """Most tokens of filler between key and question in one sequence, in the largest block that is drawn."""
+        longer = max(self.schedule.block_sizes, default=self.fam.block_size) - self.fam.block_size
+        return longer + max(stage.filler_tokens[1] for stage in self.schedule.curriculum)
+
     def to_dict(self) -> dict[str, Any]:
         """Return plain JSON values that `build_recipe` takes back."""
         return json.loads(json.dumps(dataclasses.asdict(self)))

@@ -22,7 +22,7 @@ from transformerfam.files import write_text
 from transformerfam.models import BASE_NOTE, save_model
 from transformerfam.state import FamState
 from transformerfam.tasks.provenance import memory_notes
-from transformerfam.training.blocks import StepOutput, find_non_finite, run_batch
+from transformerfam.training.blocks import StepOutput, find_non_finite, find_non_finite_gradient, run_batch
 from transformerfam.training.checkpoint import (
     CHECKPOINT_FILE,
     RECIPE_FILE,
@@ -189,7 +189,10 @@ class Trainer:
         trained = [p for group in self.optimizer.param_groups for p in group["params"]]
         grad_norm = nn.utils.clip_grad_norm_(trained, recipe.optimizer.clip_norm)
         if not bool(torch.isfinite(grad_norm)):
-            raise NonFiniteLossError(self._name_non_finite_gradient())
+            raise NonFiniteLossError(
+                f"the gradient of {find_non_finite_gradient(self.model)} is not finite at step {self.step}, though the "
+                "loss is; lower optimizer.lr, or set fam.fam_norm_bound, and resume from the last checkpoint"
+            )
         self.optimizer.step()
         self.average.update(self.model, step)
         is_held_B = output.is_right_B & (~batch.is_told_B | (output.num_passed_blocks > 0))
@@ -274,17 +277,6 @@ class Trainer:
             "optimizer.lr or optimizer.clip_norm, or set fam.fam_norm_bound, and resume from the last checkpoint"
         )
 
-    def _name_non_finite_gradient(self) -> str:
-        name = next(
-            name
-            for name, parameter in self.model.named_parameters()
-            if parameter.grad is not None and not bool(torch.isfinite(parameter.grad).all())
-        )
-        return (
-            f"the gradient of {name} is not finite at step {self.step}, though the loss is; lower optimizer.lr, or set "
-            "fam.fam_norm_bound, and resume from the last checkpoint"
-        )
-
     # Ctrl-C, checkpoints, results
 
     @contextlib.contextmanager
@@ -334,9 +326,7 @@ class Trainer:
             set_key_bias(self.model, 0.0)
         self.model.eval()
         set_block_size(self.model, self.recipe.fam.block_size)
-        longer = max(self.recipe.schedule.block_sizes, default=self.recipe.fam.block_size) - self.recipe.fam.block_size
-        longest_fillers = [stage.filler_tokens[1] + longer for stage in self.recipe.schedule.curriculum]
-        longest_fillers.append((self.started_from or {}).get("max_training_filler_tokens", 0))
+        longest_before = (self.started_from or {}).get("max_training_filler_tokens", 0)
         notes = {
             BASE_NOTE: self.recipe.model.base,
             "recipe": self.recipe.to_dict(),
@@ -344,7 +334,7 @@ class Trainer:
             "seconds": round(self.seconds),
             "cpu_seconds": round(self.cpu_seconds),
             "num_tokens": self.num_tokens,
-            "max_training_filler_tokens": max(longest_fillers),
+            "max_training_filler_tokens": max(self.recipe.max_filler_tokens, longest_before),
             "started_from": self.started_from,
         }
         if self.recipe.lora is None:
