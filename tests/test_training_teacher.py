@@ -4,15 +4,15 @@ import dataclasses
 
 import pytest
 import torch
-from tiny_models import make_passkey_model
 from training_recipes import small_recipe
 
 from transformerfam.models import load_base
 from transformerfam.training.blocks import run_batch
+from transformerfam.training.recipe import ModelSection
 from transformerfam.training.sequences import SequenceBuilder
 from transformerfam.training.setup import build_trainee
 from transformerfam.training.teacher import Teacher, distance_to_teacher
-from transformerfam.training.tiny import build_tiny_tokenizer
+from transformerfam.training.tiny import build_tiny_model, build_tiny_tokenizer
 from transformerfam.training.trainer import Trainer
 
 TOKENIZER = build_tiny_tokenizer()
@@ -23,9 +23,21 @@ TAUGHT = {"teacher": 1.0, "teacher_filler_tokens": [3, 9]}
 def base(tmp_path_factory):
     """Write a plain random model with the tokenizer of the passkey text."""
     folder = tmp_path_factory.mktemp("base")
-    model, tokenizer = make_passkey_model(fam_length=0)
-    type(model)(model.config).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+    section = ModelSection(
+        base="tiny-random",
+        num_hidden_layers=2,
+        hidden_size=16,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        intermediate_size=16,
+    )
+    model = build_tiny_model(section, len(TOKENIZER))
+    with torch.no_grad():  # small embeddings and sharp attention, so that what is read shows in the hidden states
+        model.get_input_embeddings().weight.mul_(0.05)
+        for layer in model.model.layers:
+            layer.self_attn.v_proj.weight.mul_(10.0)
+    model.save_pretrained(folder)
+    TOKENIZER.save_pretrained(folder)
     return str(folder)
 
 
