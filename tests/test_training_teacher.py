@@ -4,11 +4,11 @@ import dataclasses
 
 import pytest
 import torch
+from tiny_models import SECTION
 from training_recipes import small_recipe
 
 from transformerfam.models import load_base
 from transformerfam.training.blocks import run_batch
-from transformerfam.training.recipe import ModelSection
 from transformerfam.training.sequences import SequenceBuilder
 from transformerfam.training.setup import build_trainee
 from transformerfam.training.teacher import Teacher, distance_to_teacher
@@ -23,15 +23,7 @@ TAUGHT = {"teacher": 1.0, "teacher_filler_tokens": [3, 9]}
 def base(tmp_path_factory):
     """Write a plain random model with the tokenizer of the passkey text."""
     folder = tmp_path_factory.mktemp("base")
-    section = ModelSection(
-        base="tiny-random",
-        num_hidden_layers=2,
-        hidden_size=16,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        intermediate_size=16,
-    )
-    model = build_tiny_model(section, len(TOKENIZER))
+    model = build_tiny_model(SECTION, len(TOKENIZER))
     with torch.no_grad():  # small embeddings and sharp attention, so that what is read shows in the hidden states
         model.get_input_embeddings().weight.mul_(0.05)
         for layer in model.model.layers:

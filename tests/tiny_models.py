@@ -11,20 +11,20 @@ from transformerfam.training.recipe import ModelSection
 from transformerfam.training.tiny import build_tiny_model, build_tiny_tokenizer
 
 BLOCK_SIZE = 8
+SECTION = ModelSection(
+    base="tiny-random",
+    num_hidden_layers=2,
+    hidden_size=16,
+    num_attention_heads=2,
+    num_key_value_heads=1,
+    intermediate_size=16,
+)
 
 
 def make_passkey_model(fam_length: int = 2) -> tuple[LlamaForCausalLM, PreTrainedTokenizerFast]:
     """Make a converted model whose vocabulary is that of the passkey text, and its tokenizer."""
     tokenizer = build_tiny_tokenizer()
-    section = ModelSection(
-        base="tiny-random",
-        num_hidden_layers=2,
-        hidden_size=16,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        intermediate_size=16,
-    )
-    model = build_tiny_model(section, len(tokenizer)).eval()
+    model = build_tiny_model(SECTION, len(tokenizer)).eval()
     with torch.no_grad():  # small embeddings, so that attention, and with it the memory, shows in the answers
         model.get_input_embeddings().weight.mul_(0.05)
     config = FamConfig(fam_key_bias=0.0, block_size=BLOCK_SIZE, fam_length=fam_length, num_memory_segments=0)
