@@ -10,7 +10,7 @@ from transformerfam.training.optimizer import key_bias_at, lr_factor
 from transformerfam.training.recipe import KeyBiasSection, OptimizerSection
 from transformerfam.training.recipe_file import apply_override, build_recipe, load_recipe
 
-RECIPES = sorted((Path(__file__).parents[1] / "recipes").glob("*_passkey*.toml"))
+RECIPES = sorted((Path(__file__).parents[1] / "recipes").glob("*.toml"))
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
