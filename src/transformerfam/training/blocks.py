@@ -113,7 +113,7 @@ def run_batch(
             num_passed_blocks += 1
     num_keys = batch.is_key_BT.sum().clamp(min=1)
     change = total_change / max(1, num_changes)
-    num_taught = 1 if lesson is None or batch.is_taught_BT is None else int(batch.is_taught_BT.sum())
+    num_taught = 1 if lesson is None else int(lesson.is_taught_BT.sum())
     teacher_loss = total_taught / num_taught
     total_loss = total_loss + fam_change_weight * change + teacher_weight * teacher_loss
     key_loss = total_key_loss.detach() / num_keys
@@ -143,16 +143,15 @@ def _run_block(
     Logits are made for the weighed positions alone, since all of them would be the largest tensor of the step.
     """
     before, state = state, state.shallow_copy()
-    is_taught = lesson is not None and batch.is_taught_BT is not None and bool(batch.is_taught_BT[:, start:stop].any())
+    if lesson is not None and not bool(lesson.is_taught_BT[:, start:stop].any()):
+        lesson = None
     output = model.get_decoder()(
-        input_ids=batch.input_ids_BT[:, start:stop], past_key_values=state, output_hidden_states=is_taught
+        input_ids=batch.input_ids_BT[:, start:stop], past_key_values=state, output_hidden_states=lesson is not None
     )
     hidden_BTD = output.last_hidden_state
     teacher_loss = hidden_BTD.new_zeros(())
-    if is_taught:
-        assert lesson is not None
-        assert batch.is_taught_BT is not None
-        teacher_loss = distance_to_teacher(lesson, output.hidden_states, batch.is_taught_BT, start)
+    if lesson is not None:
+        teacher_loss = distance_to_teacher(lesson, output.hidden_states, start)
     change = _fam_change(before, state, holds_B)
     weights_BT = batch.weights_BT[:, start:stop]
     num_wrong_B = torch.zeros(len(weights_BT), dtype=torch.long)

@@ -175,8 +175,9 @@ class SequenceBuilder:
         assert text is not None
         num_filler = random.Random(f"{self.seed}/{step}/teacher").randint(*self.loss.teacher_filler_tokens)
         keys = [key for key in batch.keys if key is not None]
-        longest = max(len(text.sequence(key, 0).ids) for key in keys)
-        rows = [text.sequence(key, num_filler + longest - len(text.sequence(key, 0).ids)).ids for key in keys]
+        lengths = [len(text.sequence(key, 0).ids) for key in keys]
+        longest = num_filler + max(lengths)
+        rows = [text.sequence(key, longest - length).ids for key, length in zip(keys, lengths, strict=True)]
         is_taught = torch.zeros_like(batch.is_key_BT)
         for row, key in enumerate(batch.keys):
             if key is not None:

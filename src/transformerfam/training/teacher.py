@@ -15,6 +15,8 @@ class Lesson:
 
     hidden_LBQD: torch.Tensor
     """Output of every layer over the last Q tokens of each row, zeros in rows that ask nothing."""
+    is_taught_BT: torch.Tensor
+    """The tokens of the batch that are compared with it, all among the last Q."""
 
 
 class Teacher:
@@ -43,24 +45,21 @@ class Teacher:
         tails_LNQD = torch.stack([layer[:, -num_taught:] for layer in output.hidden_states[1:]])
         lesson_LBQD = tails_LNQD.new_zeros(len(tails_LNQD), len(batch.keys), *tails_LNQD.shape[2:])
         lesson_LBQD[:, [row for row, key in enumerate(batch.keys) if key is not None]] = tails_LNQD
-        return Lesson(lesson_LBQD)
+        return Lesson(lesson_LBQD, batch.is_taught_BT)
 
 
-def distance_to_teacher(
-    lesson: Lesson, hidden_states: tuple[torch.Tensor, ...], is_taught_BT: torch.Tensor, start: int
-) -> torch.Tensor:
+def distance_to_teacher(lesson: Lesson, hidden_states: tuple[torch.Tensor, ...], start: int) -> torch.Tensor:
     """Return how far hidden states point from the teacher's: 1 - cosine, mean over layers, sum over taught tokens.
 
     Args:
-        lesson: the teacher's hidden states at the end of the batch.
+        lesson: the teacher's hidden states at the end of the batch, and the tokens that they are for.
         hidden_states: `(B, t, D)` of the embedding and of every layer over tokens `start` to `start + t` of the batch.
-        is_taught_BT: the taught tokens of the whole batch.
         start: first token of `hidden_states` in the batch.
     """
-    rows, columns = is_taught_BT[:, start : start + hidden_states[0].shape[1]].nonzero(as_tuple=True)
+    rows, columns = lesson.is_taught_BT[:, start : start + hidden_states[0].shape[1]].nonzero(as_tuple=True)
     if len(rows) == 0:
         return hidden_states[-1].new_zeros(())
     own_LKD = torch.stack([layer[rows, columns] for layer in hidden_states[1:]])
-    from_end = columns + start - is_taught_BT.shape[1]
+    from_end = columns + start - lesson.is_taught_BT.shape[1]
     theirs_LKD = lesson.hidden_LBQD[:, rows, from_end]
     return (1 - nn.functional.cosine_similarity(own_LKD, theirs_LKD, dim=-1)).mean(0).sum()
