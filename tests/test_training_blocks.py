@@ -8,6 +8,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from training_recipes import small_recipe
 
 from transformerfam.errors import NonFiniteLossError
+from transformerfam.memory import set_key_bias
 from transformerfam.training.blocks import find_non_finite, run_batch
 from transformerfam.training.sequences import SequenceBuilder
 from transformerfam.training.setup import build_trainee
@@ -224,3 +225,33 @@ def test_gradient_tokens_cut_keys_and_values_and_leave_the_fam():
         assert tokens[0].shape[1] == gradient_tokens
         assert tokens[0].grad.abs().sum() > 0  # the first block, through four FAMs and more
     torch.testing.assert_close(losses[0], losses[1])
+
+
+def test_repeated_updates_are_those_of_reading_the_blocks_again():
+    """A repeated update by a row's own block, by one that tells a key, at another place, or cut off the graph.
+
+    With the memory closed to tokens a block's keys and values do not depend on it, so that both ways are the same."""
+    model, batch = batch_of(small_recipe(fam={"block_size": 32}), 1)
+    assert 32 <= batch.question_start < 64  # one block in front of the question
+    set_key_bias(model, -32.0)
+    batch.is_told_B[:] = torch.tensor([False, True, False])
+    fams_LBFD = torch.randn(2, 3, 4, 32, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    output = run_batch(model, batch, model.init_state(3, fam=fams_LBFD), pass_before_question=True, num_repeats=2)
+    blocks = [batch.input_ids_BT[rows, :32] for rows in ([0, 1, 2], [0, 2, 0], [2, 0, 2])]
+    with torch.no_grad():
+        state = model.init_state(3, fam=fams_LBFD.detach())
+        model.read(torch.cat(blocks, dim=1), state)
+    torch.testing.assert_close(output.passed_fam_LBFD, state.fams, rtol=1e-4, atol=1e-5)
+
+    set_key_bias(model, 0.0)
+    output = run_batch(model, batch, model.init_state(3, fam=fams_LBFD), num_repeats=2)
+    output.loss.backward()
+    assert fams_LBFD.grad.abs().sum() > 0
+
+
+def test_no_update_is_repeated_where_every_row_tells_a_key():
+    """A key that overwrites another row's."""
+    model, batch = batch_of(small_recipe(fam={"block_size": 32}), 1)
+    batch.is_told_B[:] = True
+    losses = [run_batch(model, batch, model.init_state(3), num_repeats=number).loss for number in (0, 3)]
+    torch.testing.assert_close(*losses, rtol=0, atol=0)

@@ -43,6 +43,8 @@ def test_recipe_survives_json():
         ({"optimizer": {"schedule": "step"}}, r"required is one of constant, cosine, linear"),
         ({"state_passing": {"ask_later": 0.5}}, r'needs state_passing.rows = "all"'),
         ({"state_passing": {"between_blocks": [3, 1]}}, r"state_passing.between_blocks is \[3, 1\]"),
+        ({"schedule": {"repeat_updates": [3, 1]}}, r"schedule.repeat_updates is \[3, 1\]"),
+        ({"schedule": {"repeat_updates": [0, 1]}, "fam": {"num_memory_segments": 1}}, "num_memory_segments is 1"),
         ({"fam": {"fam_length": 0}, "state_passing": {"probability": 0.8}}, r"there is no state to pass"),
         ({"data": {"book": 0.5}}, r"set data.books"),
         ({"loss": {"teacher": 1.0}}, r"required is a base model that was trained before"),

@@ -59,6 +59,7 @@ def run_batch(
     gradient_tokens: int | None = None,
     lesson: Lesson | None = None,
     teacher_weight: float = 0.0,
+    num_repeats: int = 0,
 ) -> StepOutput:
     """Read a batch block after block and sum up its loss, the graph kept from the first block to the last.
 
@@ -74,6 +75,8 @@ def run_batch(
         gradient_tokens: tokens at the end of every whole block that are read with gradient; None is all of them.
         lesson: what the teacher had in mind; None without a teacher.
         teacher_weight: weight of the distance to it.
+        num_repeats: further updates of the FAM behind every whole block in front of the question, by blocks that the
+            rows without a key of their own have just read; see `_update_again`.
 
     Returns:
         The loss with its graph, and what the log shows.
@@ -108,6 +111,11 @@ def run_batch(
         total_taught = total_taught + output.teacher_loss
         num_wrong_B = num_wrong_B + output.num_wrong_B
         total_change, num_changes = total_change + output.fam_change, num_changes + sum(holds_B)
+        if has_fam and is_whole and stop <= batch.question_start:
+            fillers = (~batch.is_told_B).nonzero()[:, 0].tolist()
+            for repeat in range(num_repeats if fillers else 0):
+                sources = [fillers[(row + repeat) % len(fillers)] for row in range(len(num_wrong_B))]
+                state = _update_again(model, state, batch.input_ids_BT[sources, stop - 1 : stop], sources)
         if has_fam and is_whole and (not pass_before_question or stop <= batch.question_start):
             passed = state.fams.detach()
             num_passed_blocks += 1
@@ -194,6 +202,27 @@ def _read_without_gradient(model: PreTrainedModel, state: FamState, ids_BT: torc
     model.get_decoder()(input_ids=ids_BT, past_key_values=after)
     for layer, before in zip(after.layers, state.layers, strict=True):
         layer.fam = before.fam
+    return after
+
+
+def _update_again(model: PreTrainedModel, state: FamState, last_ids_B1: torch.Tensor, sources: list[int]) -> FamState:
+    """Let every row's FAM compress the block that another row has just read, for the cost of one token.
+
+    The block's keys and values are still there and are taken as they are, without their graph; the block's last token alone is
+    read again, together with the FAM. They were made with another FAM in sight than the one that now compresses
+    them, which is why this is for training and not a reading.
+
+    Args:
+        model: the converted model, without memory segments.
+        state: a state at the end of a block; it stays as it is.
+        last_ids_B1: the last token of each row's new block.
+        sources: for every row, the row whose block it gets.
+    """
+    after = state.shallow_copy()
+    for layer in after.layers:
+        layer.keys, layer.values = layer.keys.detach()[sources], layer.values.detach()[sources]
+    after.block_fill = [state.config.block_size - 1] * len(sources)
+    model.get_decoder()(input_ids=last_ids_B1, past_key_values=after)
     return after
 
 

@@ -95,6 +95,10 @@ class ScheduleSection:
     gradient_tokens: int | None = None
     """Tokens at the end of every whole block that are read with gradient; those in front of them are read without it,
     which is faster, and predict nothing. The FAM keeps its gradient. None is every token."""
+    repeat_updates: tuple[int, int] = (0, 0)
+    """Least and most further updates of the FAM behind every block of a step that stands in front of the question, by
+    keys and values of filler that the step has read already: many updates with their gradient, at one token each. Needs
+    `fam.num_memory_segments = 0`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -236,6 +240,12 @@ class Recipe:
         )
         low, high = self.data.key_digits
         _require(1 <= low <= high, f"data.key_digits is [{low}, {high}], required is 1 <= low <= high")
+        _require_range("schedule.repeat_updates", *self.schedule.repeat_updates)
+        _require(
+            self.schedule.repeat_updates[1] == 0 or self.fam.num_memory_segments == 0,
+            f"schedule.repeat_updates is above 0 and fam.num_memory_segments is {self.fam.num_memory_segments}, required "
+            "is 0, since a repeated block would stand in the memory segments twice",
+        )
         _require_range("state_passing.between_blocks", *self.state_passing.between_blocks)
         _require(
             self.state_passing.ask_later == 0 or self.state_passing.rows == "all",

@@ -78,6 +78,7 @@ class SequenceBuilder:
         self.least_block_size = recipe.fam.block_size
         self.block_sizes = recipe.schedule.block_sizes or (self.least_block_size,)
         self.stages: Sequence[Stage] = recipe.schedule.curriculum
+        self.repeat_updates = recipe.schedule.repeat_updates
         self.ask_later = recipe.state_passing.ask_later
         self.data: DataSection = recipe.data
         self.loss: LossSection = recipe.loss
@@ -100,6 +101,10 @@ class SequenceBuilder:
     def block_size(self, step: int) -> int:
         """Draw the block of a step."""
         return random.Random(f"{self.seed}/{step}/block").choice(self.block_sizes)
+
+    def num_repeats(self, step: int) -> int:
+        """Draw the repeated updates of a step."""
+        return random.Random(f"{self.seed}/{step}/repeats").randint(*self.repeat_updates)
 
     def batch(self, step: int, stage_idx: int, carried_keys: Sequence[int | None] | None = None) -> Batch:
         """Write the batch of a step.

@@ -182,6 +182,7 @@ class Trainer:
             gradient_tokens=recipe.schedule.gradient_tokens,
             lesson=None if self.teacher is None else self.teacher.read(batch),
             teacher_weight=recipe.loss.teacher,
+            num_repeats=self.sequences.num_repeats(step),
         )
         self._require_finite(output.loss, batch, saved)
         self.optimizer.zero_grad()
