@@ -208,9 +208,9 @@ def _read_without_gradient(model: PreTrainedModel, state: FamState, ids_BT: torc
 def _update_again(model: PreTrainedModel, state: FamState, last_ids_B1: torch.Tensor, sources: list[int]) -> FamState:
     """Let every row's FAM compress the block that another row has just read, for the cost of one token.
 
-    The block's keys and values are still there and are taken as they are, without their graph; the block's last token alone is
-    read again, together with the FAM. They were made with another FAM in sight than the one that now compresses
-    them, which is why this is for training and not a reading.
+    The block's keys and values are still there and are taken as they are, without their graph; the block's last token
+    alone is read again, together with the FAM. They were made with another FAM in sight than the one that now
+    compresses them, which is why this is for training and not a reading.
 
     Args:
         model: the converted model, without memory segments.
@@ -220,7 +220,8 @@ def _update_again(model: PreTrainedModel, state: FamState, last_ids_B1: torch.Te
     """
     after = state.shallow_copy()
     for layer in after.layers:
-        layer.keys, layer.values = layer.keys.detach()[sources], layer.values.detach()[sources]
+        block = layer.sections.block
+        layer.put(block, layer.keys[sources, :, block:].detach(), layer.values[sources, :, block:].detach())
     after.block_fill = [state.config.block_size - 1] * len(sources)
     model.get_decoder()(input_ids=last_ids_B1, past_key_values=after)
     return after

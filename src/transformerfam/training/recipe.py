@@ -243,8 +243,8 @@ class Recipe:
         _require_range("schedule.repeat_updates", *self.schedule.repeat_updates)
         _require(
             self.schedule.repeat_updates[1] == 0 or self.fam.num_memory_segments == 0,
-            f"schedule.repeat_updates is above 0 and fam.num_memory_segments is {self.fam.num_memory_segments}, required "
-            "is 0, since a repeated block would stand in the memory segments twice",
+            f"schedule.repeat_updates is above 0 and fam.num_memory_segments is {self.fam.num_memory_segments}, "
+            "required is 0, since a repeated block would stand in the memory segments twice",
         )
         _require_range("state_passing.between_blocks", *self.state_passing.between_blocks)
         _require(
