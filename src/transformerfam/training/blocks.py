@@ -92,12 +92,13 @@ def run_batch(
     num_passed_blocks = 0
     for start, stop in block_spans(batch.input_ids_BT.shape[1], block_size):
         is_whole = stop - start == block_size
+        is_before_question = is_whole and stop <= batch.question_start
         first = start
         if is_whole and gradient_tokens is not None and gradient_tokens < block_size:
             first = stop - gradient_tokens
             state = _read_without_gradient(model, state, batch.input_ids_BT[:, start:first])
         holds_B = [False] * len(num_wrong_B)
-        if has_fam and is_whole and fam_change_weight > 0 and stop <= batch.question_start:
+        if has_fam and is_before_question and fam_change_weight > 0:
             begun = zip(state.num_blocks_per_row, state.starts_from_saved_fam, batch.is_told_B.tolist(), strict=True)
             holds_B = [not is_told and (saved or num_blocks > 0) for num_blocks, saved, is_told in begun]
         arguments = (model, state, batch, first, stop, torch.tensor(holds_B), lesson)
@@ -111,12 +112,12 @@ def run_batch(
         total_taught = total_taught + output.teacher_loss
         num_wrong_B = num_wrong_B + output.num_wrong_B
         total_change, num_changes = total_change + output.fam_change, num_changes + sum(holds_B)
-        if has_fam and is_whole and stop <= batch.question_start:
+        if has_fam and is_before_question and num_repeats > 0:
             fillers = (~batch.is_told_B).nonzero()[:, 0].tolist()
             for repeat in range(num_repeats if fillers else 0):
                 sources = [fillers[(row + repeat) % len(fillers)] for row in range(len(num_wrong_B))]
                 state = _update_again(model, state, batch.input_ids_BT[sources, stop - 1 : stop], sources)
-        if has_fam and is_whole and (not pass_before_question or stop <= batch.question_start):
+        if has_fam and (is_before_question if pass_before_question else is_whole):
             passed = state.fams.detach()
             num_passed_blocks += 1
     num_keys = batch.is_key_BT.sum().clamp(min=1)

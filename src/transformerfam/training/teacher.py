@@ -57,8 +57,6 @@ def distance_to_teacher(lesson: Lesson, hidden_states: tuple[torch.Tensor, ...],
         start: first token of `hidden_states` in the batch.
     """
     rows, columns = lesson.is_taught_BT[:, start : start + hidden_states[0].shape[1]].nonzero(as_tuple=True)
-    if len(rows) == 0:
-        return hidden_states[-1].new_zeros(())
     own_LKD = torch.stack([layer[rows, columns] for layer in hidden_states[1:]])
     from_end = columns + start - lesson.is_taught_BT.shape[1]
     theirs_LKD = lesson.hidden_LBQD[:, rows, from_end]
