@@ -82,7 +82,8 @@ def test_distance_of_the_teacher_to_itself_is_zero_and_of_another_text_is_not(ba
     def distance(input_ids_BT, is_taught_BT, start):
         hidden = teacher.model.get_decoder()(input_ids_BT, output_hidden_states=True).hidden_states
         own_lesson = dataclasses.replace(lesson, is_taught_BT=is_taught_BT)
-        return distance_to_teacher(own_lesson, tuple(h[:, start:] for h in hidden), start)
+        columns = torch.arange(start, input_ids_BT.shape[1])
+        return distance_to_teacher(own_lesson, tuple(h[:, start:] for h in hidden), columns)
 
     with torch.no_grad():
         whole = distance(own.input_ids_BT, own.is_taught_BT, 0)

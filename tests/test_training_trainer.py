@@ -18,11 +18,11 @@ from transformerfam.files import load_tensors
 from transformerfam.models import load_model
 from transformerfam.tasks.provenance import memory_notes
 from transformerfam.training import trainer as trainer_module
-from transformerfam.training.blocks import run_batch
 from transformerfam.training.checkpoint import recipe_of_run
 from transformerfam.training.recipe import StatePassingSection
 from transformerfam.training.recipe_file import build_recipe
 from transformerfam.training.state_passing import StatePassing
+from transformerfam.training.step import run_step
 from transformerfam.training.trainer import Trainer
 
 # Everything that a resumed run could get wrong: passed states, keys asked later, stages, averages, key bias.
@@ -262,11 +262,11 @@ def test_key_that_the_passed_fam_never_read_is_not_asked(tmp_path, monkeypatch, 
     """Rows that ask for a key told after the FAM was taken: a question that has no answer."""
 
     def run_and_be_right(*arguments, **options):
-        output = run_batch(*arguments, **options)
+        output = run_step(*arguments, **options)
         right = torch.ones_like(output.is_right_B)
         return dataclasses.replace(output, is_right_B=right, num_passed_blocks=num_passed_blocks)
 
-    monkeypatch.setattr(trainer_module, "run_batch", run_and_be_right)
+    monkeypatch.setattr(trainer_module, "run_step", run_and_be_right)
     passing = {"probability": 1.0, "rows": "all", "ask_later": 1.0, "before_question": True}
     trainer = Trainer(small_recipe(schedule={"steps": 1}, state_passing=passing), tmp_path)
     trainer.run()

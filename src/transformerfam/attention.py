@@ -14,7 +14,7 @@ import torch
 
 from transformerfam.cache_layer import FamLayer, Sections
 from transformerfam.config import FamConfig
-from transformerfam.positions import KeyTurner, fam_offsets, first_position
+from transformerfam.positions import KeyTurner, fam_offsets, first_position, query_shift
 from transformerfam.state import FamState
 
 
@@ -124,6 +124,12 @@ def piece_mask(
     return mask[..., phase.window_of_slots(config, sections)].contiguous()[:, None].to(device)
 
 
+def bounded(rows_BFD: torch.Tensor, bound: float) -> torch.Tensor:
+    """Return FAM rows, those whose root mean square is above `bound` scaled down to it."""
+    mean_square = rows_BFD.float().pow(2).mean(-1, keepdim=True).clamp(min=bound**2)
+    return rows_BFD * (bound * mean_square.rsqrt()).to(rows_BFD.dtype)
+
+
 class Piece:
     """One piece on its way through the layers: what it sees, what it writes, and how it moves the state on.
 
@@ -183,8 +189,7 @@ class Piece:
     @property
     def query_shift(self) -> int:
         """Positions from where the FAM was written to where its query stands."""
-        moves = self.config.fam_query_position == "current" and self.config.fam_position != "zero"
-        return self.config.block_size if moves else 0
+        return query_shift(self.config)
 
     def mask(self, layer: FamLayer, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
         """Return the mask of a layer; see `piece_mask`."""
@@ -279,9 +284,7 @@ class Piece:
                 updated = torch.where(left_out.to(updated.device)[:, None, None], updated, layer.fam + change)
         layer.fam_before_bound = updated if torch.is_grad_enabled() else None
         if self.config.fam_norm_bound is not None:
-            bound = self.config.fam_norm_bound
-            mean_square = updated.float().pow(2).mean(-1, keepdim=True).clamp(min=bound**2)
-            updated = updated * (bound * mean_square.rsqrt()).to(updated.dtype)
+            updated = bounded(updated, self.config.fam_norm_bound)
         if isinstance(done, torch.Tensor):
             updated = torch.where(done.to(updated.device)[:, None, None], updated, layer.fam)
         layer.next_fam = updated

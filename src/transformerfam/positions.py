@@ -27,6 +27,12 @@ def fam_offsets(config: FamConfig) -> torch.Tensor:
     return torch.arange(-length, 0, dtype=torch.float64)
 
 
+def query_shift(config: FamConfig) -> int:
+    """Return the positions from where a FAM was written to where its query stands."""
+    moves = config.fam_query_position == "current" and config.fam_position != "zero"
+    return config.block_size if moves else 0
+
+
 class KeyTurner:
     """Turn keys by a number of positions, after RoPE was applied to them.
 

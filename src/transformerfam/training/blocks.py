@@ -5,7 +5,7 @@ activations are computed again when the gradient comes back to it.
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import nn
@@ -33,19 +33,54 @@ class StepOutput:
     """Blocks of this batch that the passed FAM has read: with 0 it holds nothing that the batch told."""
     teacher_loss: torch.Tensor
     """Mean distance to the teacher over questions and answers, detached; 0 without one."""
-    fam_change: torch.Tensor
+    fam_change: torch.Tensor = field(default_factory=lambda: torch.zeros(()))
     """Mean change of the FAM, relative to its length, over the updates that `fam_change_weight` asks for, detached; 0
     where there is none."""
 
 
 @dataclass
-class _BlockOutput:
-    state: FamState
+class Scores:
+    """Parts of a step's output, summed up over blocks; the losses are sums over tokens."""
+
     loss: torch.Tensor
     key_loss: torch.Tensor
     num_wrong_B: torch.Tensor
     teacher_loss: torch.Tensor
-    fam_change: torch.Tensor
+
+    @classmethod
+    def zero(cls, batch_size: int) -> "Scores":
+        """Return the scores of nothing."""
+        zero = torch.zeros(())
+        return cls(zero, zero, torch.zeros(batch_size, dtype=torch.long), zero)
+
+    def __add__(self, other: "Scores") -> "Scores":
+        """Return the scores of both."""
+        return Scores(
+            self.loss + other.loss,
+            self.key_loss + other.key_loss,
+            self.num_wrong_B + other.num_wrong_B,
+            self.teacher_loss + other.teacher_loss,
+        )
+
+    def output(
+        self,
+        batch: Batch,
+        lesson: Lesson | None,
+        teacher_weight: float,
+        passed_fam_LBFD: torch.Tensor | None,
+        num_passed_blocks: int,
+    ) -> StepOutput:
+        """Return the output of a step whose blocks are all summed up here."""
+        num_taught = 1 if lesson is None else int(lesson.is_taught_BT.sum())
+        teacher_loss = self.teacher_loss / num_taught
+        return StepOutput(
+            loss=self.loss + teacher_weight * teacher_loss,
+            key_loss=self.key_loss.detach() / batch.is_key_BT.sum().clamp(min=1),
+            is_right_B=self.num_wrong_B == 0,
+            passed_fam_LBFD=passed_fam_LBFD,
+            num_passed_blocks=num_passed_blocks,
+            teacher_loss=teacher_loss.detach(),
+        )
 
 
 def run_batch(
@@ -83,9 +118,7 @@ def run_batch(
 
     Source: section 2.1, "training long inputs runs block after block with gradient checkpointing".
     """
-    total_loss, total_key_loss, total_taught, total_change = (torch.zeros(()) for _ in range(4))
-    num_changes = 0
-    num_wrong_B = torch.zeros(len(batch.input_ids_BT), dtype=torch.long)
+    scores, total_change, num_changes = Scores.zero(len(batch.keys)), torch.zeros(()), 0
     block_size = model.fam_config.block_size
     has_fam = model.fam_config.fam_length > 0
     passed = state.fams.detach() if has_fam and pass_before_question else None
@@ -97,39 +130,29 @@ def run_batch(
         if is_whole and gradient_tokens is not None and gradient_tokens < block_size:
             first = stop - gradient_tokens
             state = _read_without_gradient(model, state, batch.input_ids_BT[:, start:first])
-        holds_B = [False] * len(num_wrong_B)
+        holds_B = [False] * len(batch.keys)
         if has_fam and is_before_question and fam_change_weight > 0:
             begun = zip(state.num_blocks_per_row, state.starts_from_saved_fam, batch.is_told_B.tolist(), strict=True)
             holds_B = [not is_told and (saved or num_blocks > 0) for num_blocks, saved, is_told in begun]
         arguments = (model, state, batch, first, stop, torch.tensor(holds_B), lesson)
-        output = (
+        state, piece_scores, change = (
             checkpoint(_run_block, *arguments, use_reentrant=False, preserve_rng_state=_drops(model))
             if checkpoint_blocks
             else _run_block(*arguments)
         )
-        state = output.state
-        total_loss, total_key_loss = total_loss + output.loss, total_key_loss + output.key_loss
-        total_taught = total_taught + output.teacher_loss
-        num_wrong_B = num_wrong_B + output.num_wrong_B
-        total_change, num_changes = total_change + output.fam_change, num_changes + sum(holds_B)
+        scores = scores + piece_scores
+        total_change, num_changes = total_change + change, num_changes + sum(holds_B)
         if has_fam and is_before_question and num_repeats > 0:
             fillers = (~batch.is_told_B).nonzero()[:, 0].tolist()
             for repeat in range(num_repeats if fillers else 0):
-                sources = [fillers[(row + repeat) % len(fillers)] for row in range(len(num_wrong_B))]
+                sources = [fillers[(row + repeat) % len(fillers)] for row in range(len(batch.keys))]
                 state = _update_again(model, state, batch.input_ids_BT[sources, stop - 1 : stop], sources)
         if has_fam and (is_before_question if pass_before_question else is_whole):
             passed = state.fams.detach()
             num_passed_blocks += 1
-    num_keys = batch.is_key_BT.sum().clamp(min=1)
+    output = scores.output(batch, lesson, teacher_weight, passed, num_passed_blocks)
     change = total_change / max(1, num_changes)
-    num_taught = 1 if lesson is None else int(lesson.is_taught_BT.sum())
-    teacher_loss = total_taught / num_taught
-    total_loss = total_loss + fam_change_weight * change + teacher_weight * teacher_loss
-    key_loss = total_key_loss.detach() / num_keys
-    is_right_B = num_wrong_B == 0
-    return StepOutput(
-        total_loss, key_loss, is_right_B, passed, num_passed_blocks, teacher_loss.detach(), change.detach()
-    )
+    return replace(output, loss=output.loss + fam_change_weight * change, fam_change=change.detach())
 
 
 def block_spans(length: int, block_size: int) -> Iterator[tuple[int, int]]:
@@ -146,36 +169,58 @@ def _run_block(
     stop: int,
     holds_B: torch.Tensor,
     lesson: Lesson | None,
-) -> _BlockOutput:
-    """Read one block; the state that comes in stays as it is. `holds_B` are the rows whose FAM should not change.
+) -> tuple[FamState, Scores, torch.Tensor]:
+    """Read one block; the state that comes in stays as it is.
 
-    Logits are made for the weighed positions alone, since all of them would be the largest tensor of the step.
+    Returns:
+        The new state, the scores of the block, and the change of the FAM, which should not change in rows `holds_B`.
     """
     before, state = state, state.shallow_copy()
-    if lesson is not None and not bool(lesson.is_taught_BT[:, start:stop].any()):
-        lesson = None
+    columns = torch.arange(start, stop)
+    asks_teacher = lesson is not None and bool(lesson.is_taught_BT[:, columns].any())
     output = model.get_decoder()(
-        input_ids=batch.input_ids_BT[:, start:stop], past_key_values=state, output_hidden_states=lesson is not None
+        input_ids=batch.input_ids_BT[:, columns], past_key_values=state, output_hidden_states=asks_teacher
     )
-    hidden_BTD = output.last_hidden_state
-    teacher_loss = hidden_BTD.new_zeros(())
-    if lesson is not None:
-        teacher_loss = distance_to_teacher(lesson, output.hidden_states, start)
-    change = _fam_change(before, state, holds_B)
-    weights_BT = batch.weights_BT[:, start:stop]
-    num_wrong_B = torch.zeros(len(weights_BT), dtype=torch.long)
-    rows, columns = (weights_BT > 0).nonzero(as_tuple=True)
+    scores = score(model, batch, columns, output.last_hidden_state, output.hidden_states, lesson)
+    return state, scores, _fam_change(before, state, holds_B)
+
+
+def score(
+    model: PreTrainedModel,
+    batch: Batch,
+    columns_N: torch.Tensor,
+    last_hidden_BND: torch.Tensor,
+    hidden_states: tuple[torch.Tensor, ...] | None,
+    lesson: Lesson | None,
+) -> Scores:
+    """Score what a model predicts at some tokens of a batch.
+
+    Logits are made for the weighed positions alone, since all of them would be the largest tensor of the step.
+
+    Args:
+        model: the model, for its head.
+        batch: the batch.
+        columns_N: the tokens.
+        last_hidden_BND: the last hidden states there.
+        hidden_states: those of the embedding and of every layer, None where nothing is compared with the teacher.
+        lesson: what the teacher had in mind; None without a teacher.
+    """
+    weights_BN = batch.weights_BT[:, columns_N]
+    scores = Scores.zero(len(weights_BN))
+    if lesson is not None and hidden_states is not None:
+        scores.teacher_loss = distance_to_teacher(lesson, hidden_states, columns_N)
+    rows, places = (weights_BN > 0).nonzero(as_tuple=True)
     if len(rows) == 0:
-        zero = hidden_BTD.new_zeros(())
-        return _BlockOutput(state, zero, zero, num_wrong_B, teacher_loss, change)
-    labels_N = batch.labels_BT[:, start:stop][rows, columns]
-    logits_NV = model.get_output_embeddings()(hidden_BTD[rows, columns]).float()
-    losses_N = nn.functional.cross_entropy(logits_NV, labels_N, reduction="none")
-    is_key_N = batch.is_key_BT[:, start:stop][rows, columns]
-    wrong_N = (logits_NV.detach().argmax(dim=-1) != labels_N) & is_key_N
-    num_wrong_B = num_wrong_B.index_add(0, rows, wrong_N.long())
-    loss = (losses_N * weights_BT[rows, columns]).sum()
-    return _BlockOutput(state, loss, losses_N.detach()[is_key_N].sum(), num_wrong_B, teacher_loss, change)
+        return scores
+    labels = batch.labels_BT[rows, columns_N[places]]
+    logits = model.get_output_embeddings()(last_hidden_BND[rows, places]).float()
+    losses = nn.functional.cross_entropy(logits, labels, reduction="none")
+    is_key = batch.is_key_BT[rows, columns_N[places]]
+    is_wrong = (logits.detach().argmax(dim=-1) != labels) & is_key
+    scores.num_wrong_B = scores.num_wrong_B.index_add(0, rows, is_wrong.long())
+    scores.loss = (losses * weights_BN[rows, places]).sum()
+    scores.key_loss = losses.detach()[is_key].sum()
+    return scores
 
 
 def _fam_change(before: FamState, after: FamState, holds_B: torch.Tensor) -> torch.Tensor:

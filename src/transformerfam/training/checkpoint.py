@@ -13,6 +13,7 @@ from transformerfam.training.optimizer import AverageOfWeights
 from transformerfam.training.recipe import Recipe
 from transformerfam.training.recipe_file import build_recipe
 from transformerfam.training.state_passing import SavedFam, StatePassing
+from transformerfam.training.stored_filler import StoredFiller
 
 CHECKPOINT_FILE = "checkpoint.safetensors"
 RECIPE_FILE = "recipe.json"
@@ -26,6 +27,7 @@ def save_checkpoint(
     average: AverageOfWeights,
     passing: StatePassing,
     progress: dict[str, Any],
+    stored: StoredFiller | None = None,
 ) -> None:
     """Write `folder/checkpoint.safetensors`.
 
@@ -36,6 +38,7 @@ def save_checkpoint(
         average: the moving average of the weights.
         passing: the saved FAM.
         progress: JSON values: step, stage, recipe and what else the trainer needs.
+        stored: the stored filler, None where the recipe has none.
 
     Raises:
         TransformerFamError: the disk is full; an old checkpoint is left as it was.
@@ -46,6 +49,8 @@ def save_checkpoint(
         tensors |= {f"optimizer.{index}.{name}": torch.as_tensor(value) for name, value in values.items()}
     if passing.saved is not None:
         tensors["passed_fam"] = passing.saved.fam_LBFD
+    if stored is not None:
+        tensors |= {f"filler.{name}": tensor for name, tensor in stored.tensors().items()}
     tensors["torch_rng"] = torch.get_rng_state()
     metadata = {
         "kind": "checkpoint",
@@ -63,11 +68,11 @@ def load_checkpoint(
     optimizer: torch.optim.Optimizer,
     average: AverageOfWeights,
     passing: StatePassing,
-) -> dict[str, Any]:
+) -> tuple[dict[str, Any], StoredFiller | None]:
     """Put a checkpoint into model, optimizer, average and state passing.
 
     Returns:
-        The `progress` that was saved.
+        The `progress` that was saved, and the stored filler.
 
     Raises:
         CorruptFileError: there is no checkpoint, it is damaged, or it does not fit the recipe's model.
@@ -94,7 +99,8 @@ def load_checkpoint(
     passing.saved = None if keys is None else SavedFam(tensors["passed_fam"], tuple(keys))
     passing.started = metadata["passing_started"]
     torch.set_rng_state(tensors["torch_rng"])
-    return metadata["progress"]
+    filler = {name.removeprefix("filler."): tensor for name, tensor in tensors.items() if name.startswith("filler.")}
+    return metadata["progress"], StoredFiller.from_tensors(filler) if filler else None
 
 
 def cut_log(path: Path, num_steps: int) -> None:

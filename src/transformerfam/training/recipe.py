@@ -97,8 +97,14 @@ class ScheduleSection:
     which is faster, and predict nothing. The FAM keeps its gradient. None is every token."""
     repeat_updates: tuple[int, int] = (0, 0)
     """Least and most further updates of the FAM behind every block of a step that stands in front of the question, by
-    keys and values of filler that the step has read already: many updates with their gradient, at one token each. Needs
-    `fam.num_memory_segments = 0`."""
+    keys and values of filler that the step has read already: many updates with their gradient, at one token each. With
+    stored blocks it is by those, behind the last such block. Needs `fam.num_memory_segments = 0`."""
+    stored_blocks: int = 0
+    """Blocks of filler whose keys and values are kept from step to step. All filler of a step is then taken from them,
+    and only the key's sentences, the question and the `loss.num_other_tokens` in front of it are read, so that blocks
+    of any size cost nearly the same. Needs `fam.num_memory_segments = 0`. 0 reads all filler in every step."""
+    steps_per_stored_block: int = 2
+    """Steps from one stored block that is read anew to the next."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -246,6 +252,13 @@ class Recipe:
             f"schedule.repeat_updates is above 0 and fam.num_memory_segments is {self.fam.num_memory_segments}, "
             "required is 0, since a repeated block would stand in the memory segments twice",
         )
+        _require(
+            self.schedule.stored_blocks >= 0 and self.schedule.steps_per_stored_block >= 1,
+            f"schedule.stored_blocks is {self.schedule.stored_blocks} and steps_per_stored_block "
+            f"{self.schedule.steps_per_stored_block}, required is at least 0 and at least 1",
+        )
+        if self.schedule.stored_blocks > 0:
+            self._require_packable()
         _require_range("state_passing.between_blocks", *self.state_passing.between_blocks)
         _require(
             self.state_passing.ask_later == 0 or self.state_passing.rows == "all",
@@ -273,6 +286,20 @@ class Recipe:
             _ = self.reading_config
         except TransformerFamError as error:
             raise RecipeError(f"reading: {error}") from error
+
+    def _require_packable(self) -> None:
+        """Refuse what a batch on stored filler cannot do."""
+        fam, why = self.fam, "schedule.stored_blocks is above 0, required is"
+        is_plain = fam.num_memory_slots == 0 and fam.num_previous_fams == 1 and fam.fam_layers is None and fam.fam_copy
+        _require(
+            is_plain and fam.fam_length > 0 and fam.fam_position != "zero",
+            f"{why} a fam section with fam_length above 0, all layers, fam_copy, a position other than 'zero', and no "
+            "memory segments, sink tokens or further previous FAMs: stored filler stands in none of them",
+        )
+        _require(
+            self.loss.fam_change == 0 and self.schedule.gradient_tokens is None,
+            f"{why} loss.fam_change = 0 and no schedule.gradient_tokens: stored filler has no gradient",
+        )
 
     @property
     def reading_config(self) -> FamConfig:

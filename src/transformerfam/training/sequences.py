@@ -53,11 +53,16 @@ class Batch:
     the end. None without a teacher."""
     is_taught_BT: torch.Tensor | None = None
     """Positions of question and answer, which the teacher has at the end of its own rows."""
+    is_read_T: torch.Tensor | None = None
+    """Tokens that are read; at the others stored filler stands. None is all."""
+    sources: tuple[int, ...] = ()
+    """The stored block of all rows: for every block of the batch, then for every repeated update."""
 
     @property
     def num_tokens(self) -> int:
-        """Tokens in all rows."""
-        return self.input_ids_BT.numel()
+        """Tokens that are read in all rows."""
+        num_rows, length = self.input_ids_BT.shape
+        return num_rows * (length if self.is_read_T is None else int(self.is_read_T.sum()))
 
 
 class SequenceBuilder:
@@ -73,6 +78,7 @@ class SequenceBuilder:
         Raises:
             RecipeError: the folder of books is empty, or a question is longer than `schedule.gradient_tokens`.
         """
+        self.schedule = recipe.schedule
         self.seed = recipe.schedule.seed
         self.batch_size = recipe.schedule.batch_size
         self.least_block_size = recipe.fam.block_size
@@ -106,7 +112,13 @@ class SequenceBuilder:
         """Draw the repeated updates of a step."""
         return random.Random(f"{self.seed}/{step}/repeats").randint(*self.repeat_updates)
 
-    def batch(self, step: int, stage_idx: int, carried_keys: Sequence[int | None] | None = None) -> Batch:
+    def batch(
+        self,
+        step: int,
+        stage_idx: int,
+        carried_keys: Sequence[int | None] | None = None,
+        stored_ids_NT: torch.Tensor | None = None,
+    ) -> Batch:
         """Write the batch of a step.
 
         Args:
@@ -114,6 +126,8 @@ class SequenceBuilder:
             stage_idx: stage of the curriculum, from 0.
             carried_keys: the key that the passed state of each row holds, or None where it holds none or no state is
                 passed.
+            stored_ids_NT: blocks of filler to write it on. Then only the key's sentences, the question with its answer,
+                and `loss.num_other_tokens` in front of it are read.
         """
         draw = random.Random(f"{self.seed}/{step}/{stage_idx}")
         num_prefix = random.Random(f"{self.seed}/{step}/prefix").randint(*self.data.prefix_tokens)
@@ -125,7 +139,22 @@ class SequenceBuilder:
         rows = [self._row(draw, num_prefix, num_digits, num_filler, key) for key in carried]
         length = len(rows[0].ids)
         asked = [self.num_question_tokens + row.num_answer_tokens for row in rows if row.key is not None]
-        batch = self._weigh(rows, draw, length - max(asked, default=0))
+        question_start = length - max(asked, default=0)
+        is_read_T: torch.Tensor | None = None
+        sources: tuple[int, ...] = ()
+        if stored_ids_NT is not None:
+            num_intro, _ = self._num_key_tokens(num_digits)
+            told = slice(num_prefix, num_prefix + num_intro)
+            is_read_T = torch.zeros(length, dtype=torch.bool)
+            is_read_T[told] = True
+            is_read_T[max(0, question_start - self.loss.num_other_tokens) :] = True
+            num_blocks = -(-length // self.block_size(step))
+            draw_sources = random.Random(f"{self.seed}/{step}/sources")
+            sources = tuple(draw_sources.choices(range(len(stored_ids_NT)), k=num_blocks + self.num_repeats(step)))
+            filler_T = stored_ids_NT[list(sources[:num_blocks]), : self.block_size(step)].flatten()
+            rows = [self._written_on(row, filler_T, told) for row in rows]
+        batch = self._weigh(rows, draw, question_start, is_read_T)
+        batch = dataclasses.replace(batch, is_read_T=is_read_T, sources=sources)
         return batch if self.loss.teacher == 0 or not asked else self._with_teacher(batch, step)
 
     def _num_key_tokens(self, num_digits: int) -> tuple[int, int]:
@@ -174,6 +203,16 @@ class SequenceBuilder:
         told = text.sequence(key, num_filler, start + num_prefix)
         return Row(prefix_ids + told.ids, num_answer, key, is_told=True)
 
+    def _written_on(self, row: Row, filler_T: torch.Tensor, told: slice) -> Row:
+        """Write a row's key, question and answer on stored filler."""
+        ids = filler_T[: len(row.ids)].tolist()
+        if row.is_told:
+            ids[told] = row.ids[told]
+        if row.key is not None:
+            asked = slice(-(self.num_question_tokens + row.num_answer_tokens), None)
+            ids[asked] = row.ids[asked]
+        return dataclasses.replace(row, ids=ids)
+
     def _with_teacher(self, batch: Batch, step: int) -> Batch:
         """Add what the teacher reads: shorter keys get a longer filler, so that all rows have one length."""
         text = self.texts["passkey_sentences"]
@@ -196,26 +235,33 @@ class SequenceBuilder:
         first = draw.choice([digit for digit in digits if digit > 0])
         return int("".join(map(str, [first, *draw.choices(digits, k=num_digits - 1)])))
 
+    def stored_ids(self, number: int, num_tokens: int) -> torch.Tensor:
+        """Return block `number` of the stored filler, `(1, num_tokens)`."""
+        draw = random.Random(f"{self.seed}/{number}/stored")
+        return self._filler_row(draw, num_tokens)[None]
+
     def filler(self, step: int, num_tokens: int) -> torch.Tensor:
         """Return filler for every row, `(B, num_tokens)`, each from its own place and of the kinds of the recipe."""
         draw = random.Random(f"{self.seed}/{step}/filler")
-        kinds = ("passkey_sentences", "passkey_book")
-        shares = [getattr(self.data, name) for name in kinds]
-        rows = []
-        for kind in draw.choices(kinds, shares, k=self.batch_size):
-            text = self.texts[kind]
-            assert text is not None
-            rows.append(text.filler.slice(draw.randrange(1 << 30), num_tokens))
-        return torch.stack(rows)
+        return torch.stack([self._filler_row(draw, num_tokens) for _ in range(self.batch_size)])
 
-    def _weigh(self, rows: Sequence[Row], draw: random.Random, question_start: int) -> Batch:
+    def _filler_row(self, draw: random.Random, num_tokens: int) -> torch.Tensor:
+        kinds = ("passkey_sentences", "passkey_book")
+        text = self.texts[draw.choices(kinds, [getattr(self.data, name) for name in kinds])[0]]
+        assert text is not None
+        return text.filler.slice(draw.randrange(1 << 30), num_tokens)
+
+    def _weigh(
+        self, rows: Sequence[Row], draw: random.Random, question_start: int, is_read_T: torch.Tensor | None
+    ) -> Batch:
         ids = torch.tensor([row.ids for row in rows])
         is_key, is_other = (torch.zeros_like(ids, dtype=torch.bool) for _ in range(2))
         length = ids.shape[1]
         for i, row in enumerate(rows):
             first_answer = length - 1 - row.num_answer_tokens  # position that predicts the first token of the answer
             is_key[i, first_answer : length - 1] = row.num_answer_tokens > 0
-            chosen = draw.sample(range(first_answer), min(self.loss.num_other_tokens, first_answer))
+            others = range(first_answer) if is_read_T is None else is_read_T[:first_answer].nonzero()[:, 0].tolist()
+            chosen = draw.sample(others, min(self.loss.num_other_tokens, len(others)))
             is_other[i, chosen] = True
         weights = torch.zeros(ids.shape)
         for mask, weight in ((is_key, self.loss.key), (is_other, self.loss.other_tokens)):

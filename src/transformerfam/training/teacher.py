@@ -48,16 +48,18 @@ class Teacher:
         return Lesson(lesson_LBQD, batch.is_taught_BT)
 
 
-def distance_to_teacher(lesson: Lesson, hidden_states: tuple[torch.Tensor, ...], start: int) -> torch.Tensor:
+def distance_to_teacher(
+    lesson: Lesson, hidden_states: tuple[torch.Tensor, ...], columns_N: torch.Tensor
+) -> torch.Tensor:
     """Return how far hidden states point from the teacher's: 1 - cosine, mean over layers, sum over taught tokens.
 
     Args:
         lesson: the teacher's hidden states at the end of the batch, and the tokens that they are for.
-        hidden_states: `(B, t, D)` of the embedding and of every layer over tokens `start` to `start + t` of the batch.
-        start: first token of `hidden_states` in the batch.
+        hidden_states: `(B, N, D)` of the embedding and of every layer over some tokens of the batch.
+        columns_N: which tokens they are.
     """
-    rows, columns = lesson.is_taught_BT[:, start : start + hidden_states[0].shape[1]].nonzero(as_tuple=True)
-    own_LKD = torch.stack([layer[rows, columns] for layer in hidden_states[1:]])
-    from_end = columns + start - lesson.is_taught_BT.shape[1]
+    rows, places = lesson.is_taught_BT[:, columns_N].nonzero(as_tuple=True)
+    own_LKD = torch.stack([layer[rows, places] for layer in hidden_states[1:]])
+    from_end = columns_N[places] - lesson.is_taught_BT.shape[1]
     theirs_LKD = lesson.hidden_LBQD[:, rows, from_end]
     return (1 - nn.functional.cosine_similarity(own_LKD, theirs_LKD, dim=-1)).mean(0).sum()

@@ -22,7 +22,7 @@ from transformerfam.files import write_text
 from transformerfam.models import BASE_NOTE, save_model
 from transformerfam.state import FamState
 from transformerfam.tasks.provenance import memory_notes
-from transformerfam.training.blocks import StepOutput, find_non_finite, find_non_finite_gradient, run_batch
+from transformerfam.training.blocks import StepOutput, find_non_finite, find_non_finite_gradient
 from transformerfam.training.checkpoint import (
     CHECKPOINT_FILE,
     RECIPE_FILE,
@@ -36,6 +36,8 @@ from transformerfam.training.recipe import Recipe
 from transformerfam.training.sequences import Batch, SequenceBuilder
 from transformerfam.training.setup import build_trainee
 from transformerfam.training.state_passing import SavedFam, StatePassing, held_keys
+from transformerfam.training.step import run_step
+from transformerfam.training.stored_filler import StoredFiller, keep_filler
 from transformerfam.training.teacher import Teacher
 
 LOG_FILE = "log.jsonl"
@@ -88,6 +90,7 @@ class Trainer:
         self.optimizer = build_optimizer(self.model, recipe)
         self.average = AverageOfWeights(self.model, recipe.optimizer.average_decay)
         self.passing = StatePassing(recipe.state_passing, recipe.schedule.seed)
+        self.stored: StoredFiller | None = None
         self.step = 0
         self.stage_idx = 0
         self.steps_in_stage = 0
@@ -166,24 +169,18 @@ class Trainer:
         step, recipe = self.step, self.recipe
         if recipe.key_bias is not None:
             set_key_bias(self.model, key_bias_at(recipe.key_bias, step))
+        saved = self.passing.draw(step)
+        self.stored = keep_filler(self.stored, self.model, self.sequences, step, self.passing.saved)
         set_block_size(self.model, self.sequences.block_size(step))
         factor = lr_factor(recipe.optimizer, step, recipe.schedule.steps)
         for group in self.optimizer.param_groups:
             group["lr"] = group["base_lr"] * factor
-        saved = self.passing.draw(step)
-        batch = self.sequences.batch(step, self.stage_idx, None if saved is None else saved.keys)
-        output = run_batch(
-            self.model,
-            batch,
-            self._start_state(batch, saved),
-            checkpoint_blocks=recipe.schedule.checkpoint_blocks,
-            pass_before_question=recipe.state_passing.before_question,
-            fam_change_weight=recipe.loss.fam_change,
-            gradient_tokens=recipe.schedule.gradient_tokens,
-            lesson=None if self.teacher is None else self.teacher.read(batch),
-            teacher_weight=recipe.loss.teacher,
-            num_repeats=self.sequences.num_repeats(step),
-        )
+        stored_ids_NT = None if self.stored is None else self.stored.ids_NT
+        batch = self.sequences.batch(step, self.stage_idx, None if saved is None else saved.keys, stored_ids_NT)
+        lesson = None if self.teacher is None else self.teacher.read(batch)
+        num_repeats = self.sequences.num_repeats(step)
+        state = self._start_state(batch, saved)
+        output = run_step(self.model, batch, state, recipe, self.stored, lesson, num_repeats)
         self._require_finite(output.loss, batch, saved)
         self.optimizer.zero_grad()
         output.loss.backward()
@@ -308,10 +305,10 @@ class Trainer:
             "cpu_seconds": self.cpu_seconds,
             "num_tokens": self.num_tokens,
         }
-        save_checkpoint(self.folder, self.model, self.optimizer, self.average, self.passing, progress)
+        save_checkpoint(self.folder, self.model, self.optimizer, self.average, self.passing, progress, self.stored)
 
     def _restore(self) -> None:
-        progress = load_checkpoint(self.folder, self.model, self.optimizer, self.average, self.passing)
+        progress, self.stored = load_checkpoint(self.folder, self.model, self.optimizer, self.average, self.passing)
         self.step, self.stage_idx = progress["step"], progress["stage_idx"]
         self.steps_in_stage = progress["steps_in_stage"]
         window = self.recipe.schedule.curriculum[self.stage_idx].window
