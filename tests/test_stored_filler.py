@@ -40,13 +40,24 @@ def written(recipe, step, carried_keys=None, key_bias=0.0):
     return model, stored, builder.batch(step, 0, carried_keys, stored.ids_NT)
 
 
-@pytest.mark.parametrize("step", range(6))
-def test_filler_from_the_store_is_as_if_it_were_read(step):
+@pytest.mark.parametrize(
+    "fam",
+    [
+        {},
+        {"fam_query_position": "current"},
+        {"fam_position": "fractional"},
+        {"window": 20},
+        {"zero_first_residual": False, "fam_norm_bound": None},
+        {"fam_init": "prefix", "fam_norm_bound": 0.5},
+    ],
+)
+@pytest.mark.parametrize("step", range(3))
+def test_filler_from_the_store_is_as_if_it_were_read(step, fam):
     """Stored keys at another place of the block, of another block, or FAM keys that are those of the block before.
 
     With the memory closed to tokens, keys and values of filler do not depend on it, so that both ways are the same.
     No row tells a key here, since filler behind a key would see it."""
-    recipe = stored_recipe(state_passing=ASKS_LATER, schedule={"repeat_updates": [0, 0]})
+    recipe = stored_recipe(state_passing=ASKS_LATER, schedule={"repeat_updates": [0, 0]}, fam=fam)
     model, stored, batch = written(recipe, step, (12345, 54321, 11111), key_bias=-32.0)
     assert not batch.is_told_B.any()
     fams_LBFD = torch.randn(2, 3, 4, 32, generator=torch.Generator().manual_seed(0))
