@@ -12,6 +12,7 @@ from transformerfam.training.packed import run_packed_batch
 from transformerfam.training.sequences import SequenceBuilder
 from transformerfam.training.setup import build_trainee
 from transformerfam.training.stored_filler import StoredFiller, keep_filler
+from transformerfam.training.teacher import Lesson
 from transformerfam.training.trainer import Trainer
 
 STORED = {
@@ -62,10 +63,16 @@ def test_filler_from_the_store_is_as_if_it_were_read(step, fam):
     assert not batch.is_told_B.any()
     fams_LBFD = torch.randn(2, 3, 4, 32, generator=torch.Generator().manual_seed(0))
     arguments = {"fam": fams_LBFD, "is_saved": [True, False, True]}
-    output = run_packed_batch(model, batch, model.init_state(3, **arguments), stored, pass_before_question=True)
+    taught_BT = torch.zeros_like(batch.is_key_BT)
+    taught_BT[:, batch.question_start : -1] = True
+    lesson = Lesson(torch.randn(2, 3, int(taught_BT[0].sum()) + 1, 32), taught_BT)
+    taught = {"lesson": lesson, "teacher_weight": 3.0, "pass_before_question": True}
+    output = run_packed_batch(model, batch, model.init_state(3, **arguments), stored, **taught)
     plain = dataclasses.replace(batch, is_read_T=None)
-    whole = run_batch(model, plain, model.init_state(3, **arguments), pass_before_question=True)
+    whole = run_batch(model, plain, model.init_state(3, **arguments), **taught)
     assert batch.num_tokens < plain.num_tokens
+    assert output.teacher_loss > 0
+    torch.testing.assert_close(output.teacher_loss, whole.teacher_loss, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(output.loss, whole.loss, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(output.passed_fam_LBFD, whole.passed_fam_LBFD, rtol=1e-4, atol=1e-5)
 
@@ -89,6 +96,23 @@ def test_repeated_updates_are_those_of_reading_stored_blocks():
     set_key_bias(model, 0.0)
     run_packed_batch(model, batch, model.init_state(3, fam=fams_LBFD), **arguments).loss.backward()
     assert fams_LBFD.grad.abs().sum() > 0
+
+
+def test_passed_fam_reads_stored_filler_between_steps(tmp_path):
+    """Filler between steps that is read token by token, or not at all, or as a first update."""
+    recipe = stored_recipe(state_passing={**ASKS_LATER, "between_blocks": [3, 3]}, schedule={"block_sizes": [32]})
+    trainer = Trainer(recipe, tmp_path)
+    set_key_bias(trainer.model, -32.0)
+    trainer.stored = keep_filler(None, trainer.model, trainer.sequences, 0, None)
+    fams_LBFD = torch.randn(2, 3, 4, 32, generator=torch.Generator().manual_seed(0))
+    trainer.passing.update_start(0, 0, is_solved=False)
+    trainer.passing.keep(0, fams_LBFD, (12345, None, 67890))
+    trainer._read_between(step=1)
+    state = trainer.model.init_state(3, fam=fams_LBFD)
+    with torch.no_grad():
+        for source in trainer.sequences.sources(1, "between", 4, 3):
+            trainer.model.read(trainer.stored.ids_NT[[source] * 3], state)
+    torch.testing.assert_close(trainer.passing.saved.fam_LBFD, state.fams, rtol=1e-4, atol=1e-5)
 
 
 def test_key_and_question_stand_where_they_would_without_a_store():

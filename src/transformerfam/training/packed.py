@@ -4,6 +4,7 @@ All rows of such a batch have the same filler, so that its keys and values stand
 A block is one forward over its *rows*: for every sequence its FAM and the tokens that the batch reads in that block.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -155,8 +156,7 @@ def run_packed_batch(
         teacher_weight: weight of the distance to it.
     """
     assert batch.is_read_T is not None
-    config, length, turner = model.fam_config, batch.input_ids_BT.shape[1], memory_of(model).turner
-    assert turner is not None
+    config, length = model.fam_config, batch.input_ids_BT.shape[1]
     fams: list[torch.Tensor] = [layer.fam for layer in state.layers]
     is_first_B = ~torch.tensor(state.starts_from_saved_fam) & config.zero_first_residual
     scores = Scores.zero(len(batch.keys))
@@ -168,19 +168,45 @@ def run_packed_batch(
         columns = start + batch.is_read_T[start:stop].nonzero()[:, 0]
         asks_teacher = lesson is not None and bool(lesson.is_taught_BT[:, columns].any())
         filler = stored.without(source, stop - start, columns - start)
-        block = PackedBlock(config, turner, fams, filler, columns - start, is_first_B, is_whole)
+        block = PackedBlock(config, _turner(model), fams, filler, columns - start, is_first_B, is_whole)
         fams, output = _run_block(model, block, batch.input_ids_BT[:, columns], asks_teacher)
         scores = scores + score(model, batch, columns, output[-1], output if asks_teacher else None, lesson)
         is_first_B = is_first_B & (not is_whole)
         if is_before_question and stop + config.block_size > batch.question_start:
-            for repeated in batch.sources[len(spans) :]:
-                filler = stored.without(repeated, config.block_size, columns[:0])
-                block = PackedBlock(config, turner, fams, filler, columns[:0], is_first_B, is_whole=True)
-                fams, _ = _run_block(model, block, batch.input_ids_BT[:, :0], asks_teacher=False)
+            fams = update_by_stored(model, fams, stored, batch.sources[len(spans) :])
         if is_before_question if pass_before_question else is_whole:
             passed = torch.stack(fams).detach()
             num_passed_blocks += 1
     return scores.output(batch, lesson, teacher_weight, passed, num_passed_blocks)
+
+
+def update_by_stored(
+    model: PreTrainedModel, fams: list[torch.Tensor], stored: StoredFiller, sources: Sequence[int]
+) -> list[torch.Tensor]:
+    """Let FAMs that are not initial ones compress stored blocks.
+
+    Args:
+        model: the converted model.
+        fams: per layer `(B, F, D)`.
+        stored: the filler.
+        sources: the stored blocks, in their order, the same for all sequences.
+
+    Returns:
+        Every layer's FAM behind them.
+    """
+    none = torch.zeros(0, dtype=torch.long)
+    has_residual_B = torch.zeros(len(fams[0]), dtype=torch.bool)
+    for source in sources:
+        filler = stored.without(source, model.fam_config.block_size, none)
+        block = PackedBlock(model.fam_config, _turner(model), fams, filler, none, has_residual_B, is_whole=True)
+        fams, _ = _run_block(model, block, none.expand(len(fams[0]), 0), asks_teacher=False)
+    return fams
+
+
+def _turner(model: PreTrainedModel) -> KeyTurner:
+    turner = memory_of(model).turner
+    assert turner is not None
+    return turner
 
 
 def _run_block(

@@ -127,8 +127,8 @@ class StatePassingSection:
     """Of the sequences that tell a new key in a passed step, the share that starts from the saved FAM and has to
     overwrite the old key (1 is the paper); the others start from the initial FAM."""
     between_blocks: tuple[int, int] = (0, 0)
-    """Least and most blocks of filler that a passed FAM reads from one step to the next, without gradient: a cheap way
-    to ask later still."""
+    """Least and most blocks of filler, stored ones where there are any, that a passed FAM reads from one step to the
+    next, without gradient: a cheap way to ask later still."""
     noise: float = 0.0
     """Standard deviation of the noise that is added to a passed FAM after every step, as a share of each row's root
     mean square: a memory that corrects errors is trained, not one in which they add up."""

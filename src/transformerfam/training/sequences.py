@@ -149,8 +149,7 @@ class SequenceBuilder:
             is_read_T[told] = True
             is_read_T[max(0, question_start - self.loss.num_other_tokens) :] = True
             num_blocks = -(-length // self.block_size(step))
-            draw_sources = random.Random(f"{self.seed}/{step}/sources")
-            sources = tuple(draw_sources.choices(range(len(stored_ids_NT)), k=num_blocks + self.num_repeats(step)))
+            sources = self.sources(step, "sources", len(stored_ids_NT), num_blocks + self.num_repeats(step))
             filler_T = stored_ids_NT[list(sources[:num_blocks]), : self.block_size(step)].flatten()
             rows = [self._written_on(row, filler_T, told) for row in rows]
         batch = self._weigh(rows, draw, question_start, is_read_T)
@@ -234,6 +233,10 @@ class SequenceBuilder:
         digits = draw.sample(range(10), draw.choice((2, 3)))
         first = draw.choice([digit for digit in digits if digit > 0])
         return int("".join(map(str, [first, *draw.choices(digits, k=num_digits - 1)])))
+
+    def sources(self, step: int, purpose: str, num_stored: int, num_blocks: int) -> tuple[int, ...]:
+        """Draw stored blocks of filler for a step; each purpose has its own draw."""
+        return tuple(random.Random(f"{self.seed}/{step}/{purpose}").choices(range(num_stored), k=num_blocks))
 
     def stored_ids(self, number: int, num_tokens: int) -> torch.Tensor:
         """Return block `number` of the stored filler, `(1, num_tokens)`."""

@@ -1,12 +1,13 @@
-"""The forward pass of one training step, as a recipe asks for it."""
+"""What a training step reads, and what its FAM reads on until the next, as a recipe asks for it."""
 
+import torch
 from transformers import PreTrainedModel
 
 from transformerfam.state import FamState
 from transformerfam.training.blocks import StepOutput, run_batch
-from transformerfam.training.packed import run_packed_batch
+from transformerfam.training.packed import run_packed_batch, update_by_stored
 from transformerfam.training.recipe import Recipe
-from transformerfam.training.sequences import Batch
+from transformerfam.training.sequences import Batch, SequenceBuilder
 from transformerfam.training.stored_filler import StoredFiller
 from transformerfam.training.teacher import Lesson
 
@@ -53,3 +54,32 @@ def run_step(
         teacher_weight=recipe.loss.teacher,
         num_repeats=num_repeats,
     )
+
+
+@torch.no_grad()
+def read_on(
+    model: PreTrainedModel,
+    fam_LBFD: torch.Tensor,
+    sequences: SequenceBuilder,
+    step: int,
+    num_blocks: int,
+    stored: StoredFiller | None,
+) -> torch.Tensor:
+    """Let a saved FAM read some blocks of filler, stored ones where there are any.
+
+    Args:
+        model: the converted model.
+        fam_LBFD: the FAM.
+        sequences: what the filler is taken from.
+        step: number of the step, which decides on the filler.
+        num_blocks: how many blocks.
+        stored: stored filler; None reads the blocks themselves.
+
+    Returns:
+        The FAM behind them.
+    """
+    if stored is not None:
+        sources = sequences.sources(step, "between", len(stored.ids_NT), num_blocks)
+        return torch.stack(update_by_stored(model, list(fam_LBFD), stored, sources))
+    state = model.init_state(fam_LBFD.shape[1], fam=fam_LBFD)
+    return model.read(sequences.filler(step, num_blocks * model.fam_config.block_size), state).fams

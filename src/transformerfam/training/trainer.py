@@ -36,7 +36,7 @@ from transformerfam.training.recipe import Recipe
 from transformerfam.training.sequences import Batch, SequenceBuilder
 from transformerfam.training.setup import build_trainee
 from transformerfam.training.state_passing import SavedFam, StatePassing, held_keys
-from transformerfam.training.step import run_step
+from transformerfam.training.step import read_on, run_step
 from transformerfam.training.stored_filler import StoredFiller, keep_filler
 from transformerfam.training.teacher import Teacher
 
@@ -253,10 +253,7 @@ class Trainer:
         num_blocks = self.passing.blocks_between(step)
         if saved is None or num_blocks == 0:
             return
-        with torch.no_grad():
-            state = self.model.init_state(len(saved.keys), fam=saved.fam_LBFD)
-            ids = self.sequences.filler(step, num_blocks * self.model.fam_config.block_size)
-            saved.fam_LBFD = self.model.read(ids, state).fams
+        saved.fam_LBFD = read_on(self.model, saved.fam_LBFD, self.sequences, step, num_blocks, self.stored)
 
     def _start_state(self, batch: Batch, saved: SavedFam | None) -> FamState:
         if saved is None:
