@@ -133,6 +133,9 @@ def test_key_and_question_stand_where_they_would_without_a_store():
         assert len(starts) == 1
         assert batch.is_read_T[starts[0] : starts[0] + len(told)].all()
         assert not ((batch.weights_BT > 0) & ~batch.is_read_T).any()
+        is_other = (batch.weights_BT > 0) & ~batch.is_key_BT
+        assert is_other[:, batch.question_start - 4 : batch.question_start].all()
+        assert is_other.sum() == 4 * 3
 
 
 def test_one_block_is_read_anew_every_few_steps():

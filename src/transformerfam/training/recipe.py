@@ -180,7 +180,7 @@ class LossSection:
     key: float = 1.0
     other_tokens: float = 0.1
     num_other_tokens: int = 32
-    """Random other tokens of each sequence that are predicted too."""
+    """Random other tokens of each sequence that are predicted too; on stored filler those in front of the question."""
     teacher: float = 0.0
     """Weight of the distance to a teacher, the base model with full attention: it reads the sentences that tell the key
     and the question in one piece, and over question and answer every layer's hidden states are to point where its own

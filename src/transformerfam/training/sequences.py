@@ -263,7 +263,9 @@ class SequenceBuilder:
         for i, row in enumerate(rows):
             first_answer = length - 1 - row.num_answer_tokens  # position that predicts the first token of the answer
             is_key[i, first_answer : length - 1] = row.num_answer_tokens > 0
-            others = range(first_answer) if is_read_T is None else is_read_T[:first_answer].nonzero()[:, 0].tolist()
+            others = range(first_answer)
+            if is_read_T is not None:  # of stored filler only what stands in front of the question is read
+                others = range(max(0, question_start - self.loss.num_other_tokens), min(question_start, first_answer))
             chosen = draw.sample(others, min(self.loss.num_other_tokens, len(others)))
             is_other[i, chosen] = True
         weights = torch.zeros(ids.shape)
