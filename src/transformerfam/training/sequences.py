@@ -240,19 +240,21 @@ class SequenceBuilder:
 
     def stored_ids(self, number: int, num_tokens: int) -> torch.Tensor:
         """Return block `number` of the stored filler, `(1, num_tokens)`."""
-        draw = random.Random(f"{self.seed}/{number}/stored")
-        return self._filler_row(draw, num_tokens)[None]
+        return self._filler_rows(random.Random(f"{self.seed}/{number}/stored"), 1, num_tokens)
 
     def filler(self, step: int, num_tokens: int) -> torch.Tensor:
         """Return filler for every row, `(B, num_tokens)`, each from its own place and of the kinds of the recipe."""
-        draw = random.Random(f"{self.seed}/{step}/filler")
-        return torch.stack([self._filler_row(draw, num_tokens) for _ in range(self.batch_size)])
+        return self._filler_rows(random.Random(f"{self.seed}/{step}/filler"), self.batch_size, num_tokens)
 
-    def _filler_row(self, draw: random.Random, num_tokens: int) -> torch.Tensor:
+    def _filler_rows(self, draw: random.Random, num_rows: int, num_tokens: int) -> torch.Tensor:
         kinds = ("passkey_sentences", "passkey_book")
-        text = self.texts[draw.choices(kinds, [getattr(self.data, name) for name in kinds])[0]]
-        assert text is not None
-        return text.filler.slice(draw.randrange(1 << 30), num_tokens)
+        shares = [getattr(self.data, name) for name in kinds]
+        rows = []
+        for kind in draw.choices(kinds, shares, k=num_rows):
+            text = self.texts[kind]
+            assert text is not None
+            rows.append(text.filler.slice(draw.randrange(1 << 30), num_tokens))
+        return torch.stack(rows)
 
     def _weigh(
         self, rows: Sequence[Row], draw: random.Random, question_start: int, is_read_T: torch.Tensor | None
