@@ -29,8 +29,8 @@ $(STAMP): requirements.lock pyproject.toml
 	@$(PIP) install --no-deps --no-build-isolation -e .
 	@touch $@
 
-demo: $(STAMP)  ## hide a passkey in a long text, read it in constant memory, ask (ARGS="--seed 7")
-	@$(OFFLINE) $(BIN)/fam demo --model tiny $(ARGS)
+demo: $(STAMP)  ## hide a passkey on the first page of a novel, read it in constant memory, ask (ARGS="--seed 7")
+	@$(OFFLINE) $(BIN)/fam demo $(ARGS)
 
 test: $(STAMP)  ## all tests but the slow ones, offline (ARGS="-k passkey")
 	@$(OFFLINE) $(BIN)/python -m pytest -n auto $(ARGS)
