@@ -253,6 +253,11 @@ class Recipe:
             "required is 0, since a repeated block would stand in the memory segments twice",
         )
         _require(
+            self.schedule.repeat_updates[1] == 0 or self.fam.fam_length > 0,
+            "schedule.repeat_updates is above 0 but fam.fam_length is 0: there is no FAM to update; "
+            "set schedule.repeat_updates = [0, 0]",
+        )
+        _require(
             self.schedule.stored_blocks >= 0 and self.schedule.steps_per_stored_block >= 1,
             f"schedule.stored_blocks is {self.schedule.stored_blocks} and steps_per_stored_block "
             f"{self.schedule.steps_per_stored_block}, required is at least 0 and at least 1",
