@@ -324,14 +324,18 @@ def test_row_of_padding_alone_stays_where_it_is() -> None:
     assert bool(logits.isfinite().all())
 
 
-@pytest.mark.parametrize("implementation", ["eager", "sdpa"])
+@pytest.mark.parametrize("implementation", ["eager", "sdpa", "fam"])
 @pytest.mark.parametrize("num_key_value_heads", [1, 4])
-def test_attention_back_end_matches_reference(implementation: str, num_key_value_heads: int) -> None:
+@pytest.mark.parametrize("fam_key_bias", [-1.0, 0.0])
+def test_attention_back_end_matches_reference(
+    implementation: str, num_key_value_heads: int, fam_key_bias: float
+) -> None:
     """Catches a mask that one attention back end reads otherwise, and groups of heads."""
     base = make_tiny_llama(NUM_LAYERS, num_key_value_heads=num_key_value_heads)
-    base.set_attn_implementation(implementation)
-    model = convert(base, FamConfig(**{**BASE, "fam_key_bias": -1.0}))
+    model = convert(base, FamConfig(**{**BASE, "fam_key_bias": fam_key_bias}))
+    model.set_attn_implementation(implementation)
     assert_matches_reference(model, [random_ids(10), random_ids(7, seed=1)], padding_side="left")
+    assert_matches_reference(model, [random_ids(11, seed=2)], splits=[2, 3])
 
 
 @pytest.mark.parametrize("fam_position", ["last", "fractional"])

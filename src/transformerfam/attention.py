@@ -14,6 +14,7 @@ import torch
 
 from transformerfam.cache_layer import FamLayer, Sections
 from transformerfam.config import FamConfig
+from transformerfam.kernels import Sight
 from transformerfam.positions import KeyTurner, fam_offsets, first_position, query_shift
 from transformerfam.state import FamState
 
@@ -195,6 +196,21 @@ class Piece:
         """Return the mask of a layer; see `piece_mask`."""
         return piece_mask(self.config, layer.fam is not None, self.num_rows, self.phase, dtype, device)
 
+    def sight(self, layer: FamLayer) -> Sight | None:
+        """Return what the rows see, for the back end that needs no mask; None where a mask is needed.
+
+        It is when sequences stand at different places, when the window cuts into a memory segment, when the FAM keys
+        have a bias, and when a slot in sight is still empty.
+        """
+        config, phase, sections = self.config, self.phase, layer.sections
+        has_fam = layer.fam is not None
+        if not phase.is_uniform or config.window is not None or (has_fam and config.fam_key_bias != 0):
+            return None
+        seen = phase.window_of_slots(config, sections)
+        num_filled = phase.sinks[0] * config.num_sink_tokens + phase.memory[0] * config.block_size
+        num_filled += has_fam * (phase.older[0] + 1) * config.fam_length + phase.fills[0] + phase.counts[0]
+        return Sight(self.num_rows, sections.fam - seen.start) if num_filled == seen.stop - seen.start else None
+
     def enter_layer(self, layer: FamLayer, hidden_BTD: torch.Tensor) -> torch.Tensor:
         """Replace the FAM rows in front of a layer by that layer's own FAM.
 
@@ -205,7 +221,10 @@ class Piece:
         rows = layer.fam.to(hidden_BTD.dtype)
         if layer.query_fam is not None:
             rows = torch.cat((layer.query_fam.to(hidden_BTD.dtype), rows), dim=1)
-        return torch.cat((rows, hidden_BTD[:, self.num_rows :]), dim=1)
+        if torch.is_grad_enabled():
+            return torch.cat((rows, hidden_BTD[:, self.num_rows :]), dim=1)
+        hidden_BTD[:, : self.num_rows] = rows  # the layer before has noted what its own rows became
+        return hidden_BTD
 
     def attend(
         self, layer: FamLayer, key_BGTK: torch.Tensor, value_BGTK: torch.Tensor
@@ -221,7 +240,8 @@ class Piece:
             fam_key, fam_value = key_BGTK[:, :, rows], value_BGTK[:, :, rows]
             if self.config.fam_copy:  # the key row is the query row, which stands where the update will stand
                 fam_key = self.turner.turn(fam_key, -self.query_shift)
-            if self.phase.is_uniform and self.phase.fills[0] == 0:  # FAM and tokens stand side by side: write once
+            if torch.is_grad_enabled() and self.phase.is_uniform and self.phase.fills[0] == 0:
+                # FAM and tokens stand side by side, and out of place one write is cheaper than two.
                 layer.put(sections.fam, torch.cat((fam_key, key), dim=2), torch.cat((fam_value, value), dim=2))
             else:
                 layer.put(sections.fam, fam_key, fam_value)
@@ -272,7 +292,7 @@ class Piece:
         """
         if not any(self.completes) or layer.fam is None:
             return
-        updated = hidden_BTD[:, : self.config.fam_length].to(layer.fam.dtype)
+        updated = hidden_BTD[:, : self.config.fam_length].to(layer.fam.dtype, copy=True)
         done = self._flags(self.completes)
         if hidden_BTD.dtype != layer.fam.dtype and self.config.fam_copy:
             # Add only the change, so that the part of the FAM that the model's type cannot hold is not lost.

@@ -19,6 +19,7 @@ from transformerfam.config import FamConfig
 from transformerfam.errors import UnsupportedModelError
 from transformerfam.forward import read_pieces
 from transformerfam.identity import ModelIdentity, describe_architecture
+from transformerfam.kernels import BACK_END
 from transformerfam.memory import FamMemory, InitialFam, fam_parameters, memory_of, set_block_size, set_key_bias
 from transformerfam.positions import KeyTurner
 from transformerfam.reading import init_state, prepare_cache_for_generation, read
@@ -33,7 +34,9 @@ def convert(model: PreTrainedModel, config: FamConfig) -> PreTrainedModel:
     """Give `model` a working memory, in place; its class and weights stay as they are.
 
     Adds `model.fam_config`, `model.init_state()` and `model.read()`, and lets `model(...)` and `model.generate(...)`
-    take a `FamState` as `past_key_values`. The seams are checked with numbers on the model at hand.
+    take a `FamState` as `past_key_values`. The seams are checked with numbers on the model at hand. A model on
+    attention back end `sdpa` goes on with back end `fam`, which computes the same without a dense mask;
+    `model.set_attn_implementation("sdpa")` switches that off.
 
     Args:
         model: a decoder with a language-model head of a served family.
@@ -58,6 +61,9 @@ def convert(model: PreTrainedModel, config: FamConfig) -> PreTrainedModel:
     memory.turner = KeyTurner(decoder.rotary_emb.inv_freq)
     memory.identity = ModelIdentity(model, describe_architecture(model))
     decoder.fam = memory
+    back_end = model.config._attn_implementation
+    if back_end == "sdpa":
+        model.set_attn_implementation(BACK_END)
     handles = []
     for layer_idx, layer in enumerate(decoder.layers):
         handles += [
@@ -75,6 +81,7 @@ def convert(model: PreTrainedModel, config: FamConfig) -> PreTrainedModel:
         check_seams(model)
     except UnsupportedModelError:
         revert(model, handles)
+        model.set_attn_implementation(back_end)
         raise
     assert type(model) is type_of_model
     return model
@@ -111,7 +118,10 @@ def _enter_layer(
         return None
     state = kwargs["past_key_values"]
     hidden_BTD = piece.enter_layer(state.layers[layer_idx], args[0])
-    mask = piece.mask(state.layers[layer_idx], hidden_BTD.dtype, hidden_BTD.device)
+    layer = state.layers[layer_idx]
+    mask = piece.sight(layer) if module.self_attn.config._attn_implementation == BACK_END else None
+    if mask is None:
+        mask = piece.mask(layer, hidden_BTD.dtype, hidden_BTD.device)
     return (hidden_BTD, *args[1:]), kwargs | {"attention_mask": mask}
 
 

@@ -10,6 +10,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformerfam.config import FamConfig
 from transformerfam.errors import TransformerFamError
 from transformerfam.identity import ModelIdentity
+from transformerfam.kernels import Sight
 from transformerfam.positions import KeyTurner, fam_offsets, first_position
 
 
@@ -114,6 +115,10 @@ class InitialFam:
         """Let every prompt row see every other."""
         length = self.fams[-1].shape[1]
         return torch.zeros(1, 1, length, length, dtype=dtype, device=device)
+
+    def sight(self, layer: None) -> Sight:
+        """Let every prompt row see every other."""
+        return Sight(self.fams[-1].shape[1], 0)
 
     def attend(self, layer: None, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Keep nothing."""

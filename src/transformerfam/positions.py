@@ -50,7 +50,6 @@ class KeyTurner:
         name = (distance, like.dtype, like.device)
         if name not in self._tables:
             angles = distance * self.inverse_frequencies
-            angles = torch.cat((angles, angles))
             self._tables[name] = (angles.cos().to(like), angles.sin().to(like))
         return self._tables[name]
 
@@ -62,7 +61,7 @@ class KeyTurner:
         if distance == 0 or key_BGTK.shape[-2] == 0:
             return key_BGTK
         cos, sin = self._table(distance, key_BGTK)
-        rotary, rest = key_BGTK.split((cos.shape[-1], key_BGTK.shape[-1] - cos.shape[-1]), dim=-1)
+        rotary, rest = key_BGTK.split((2 * len(cos), key_BGTK.shape[-1] - 2 * len(cos)), dim=-1)
         first, second = rotary.chunk(2, dim=-1)
-        turned = rotary * cos + torch.cat((-second, first), dim=-1) * sin
-        return turned if rest.shape[-1] == 0 else torch.cat((turned, rest), dim=-1)
+        turned = (first * cos).addcmul(second, sin, value=-1), (second * cos).addcmul(first, sin)
+        return torch.cat((*turned, rest) if rest.shape[-1] else turned, dim=-1)

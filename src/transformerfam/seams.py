@@ -10,11 +10,12 @@ from transformers import Cache, PreTrainedModel
 
 from transformerfam.config import FamConfig
 from transformerfam.errors import UnsupportedModelError
+from transformerfam.kernels import BACK_END
 
 PROBE_BLOCK_SIZE = 4
 PROBE_FAM_LENGTH = 2
 RELATIVE_TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-9, torch.bfloat16: 5e-2, torch.float16: 1e-2}
-ATTENTION_BACK_ENDS = ("eager", "sdpa")
+ATTENTION_BACK_ENDS = ("eager", "sdpa", BACK_END)
 
 
 def check_structure(model: Any, config: FamConfig, served: Sequence[str]) -> None:
