@@ -12,7 +12,7 @@ export HF_HUB_DISABLE_TELEMETRY := 1
 OFFLINE := HF_HUB_OFFLINE=1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test check lint types layers format prove clean
+.PHONY: help setup demo test check lint types layers format prove bench clean
 
 help:  ## say what the targets do
 	@sed -n 's/^\([a-z]*\):.*## \(.*\)/make \1\t\2/p' Makefile | expand -t 14
@@ -53,6 +53,9 @@ format: $(STAMP)  ## rewrite what ruff can
 
 prove: $(STAMP)  ## the slow tests: promises on the shipped memories, minutes to an hour
 	@$(OFFLINE) $(BIN)/python -m pytest -m slow --timeout 7200 $(ARGS)
+
+bench: $(STAMP)  ## speed and memory beside what you would use instead, about two hours (ARGS="overhead --model smollm2")
+	@$(OFFLINE) $(BIN)/python -m benchmarks $(ARGS)
 
 clean:  ## remove the virtual environment and caches
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis

@@ -1,0 +1,73 @@
+"""Run benchmarks: rows to a file, a line per row to the screen, and the report at the end."""
+
+import importlib
+import importlib.util
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import typer
+from rich.console import Console
+
+from benchmarks.harness import Row, write_rows
+from benchmarks.models import MODELS
+from benchmarks.report import write_report
+
+QUESTIONS = {  # by cost: seconds first, then minutes, then an hour
+    "state": "save, load and fork",
+    "overhead": "FAM over BSWA",
+    "efficiency": "reading over the machine's matrix products",
+    "decode": "decoding behind long texts, beside full caches and llama.cpp",
+    "training": "training on long texts, beside transformers' Trainer",
+    "peers": "other memories that can be installed",
+    "prefill": "reading against length, beside transformers' caches",
+}
+RESULTS = Path("benchmarks/results")
+app = typer.Typer(add_completion=False, help=__doc__)
+
+
+@app.command()
+def main(
+    questions: Annotated[list[str] | None, typer.Argument(help=f"Of {', '.join(QUESTIONS)}; all if none.")] = None,
+    model: Annotated[list[str] | None, typer.Option("--model", help=f"Of {', '.join(MODELS)}; both if none.")] = None,
+    output: Annotated[Path, typer.Option("--output", help="JSON lines file that rows are added to.")] = RESULTS
+    / "rows.jsonl",
+    threads: Annotated[int | None, typer.Option("--threads", min=1, help="Threads; all cores if not given.")] = None,
+    quick: Annotated[bool, typer.Option("--quick", help="Small sizes: whether it runs, not how fast.")] = False,
+) -> None:
+    """Time the package against what a user would pick instead, on this machine."""
+    console = Console(stderr=True)
+    for name, known in ((q, QUESTIONS) for q in questions or ()):
+        if name not in known:
+            raise typer.BadParameter(f"there is no question {name!r}; take of {', '.join(known)}")
+    for name in model or ():
+        if name not in MODELS:
+            raise typer.BadParameter(f"there is no model {name!r}; take of {', '.join(MODELS)}")
+    torch.set_flush_denormal(True)
+    torch.set_num_threads(threads or torch.get_num_threads())
+    for question in questions or QUESTIONS:
+        module = importlib.import_module(f"benchmarks.{question}")
+        for name in model or MODELS:
+            console.print(f"[bold]{question}[/bold] ({QUESTIONS[question]}), {name}")
+            for row in write_rows(output, module.run(name, quick=quick)):
+                console.print("  " + describe(row), highlight=False)
+    for path in write_report(output):
+        console.print(f"wrote {path}")
+
+
+def describe(row: Row) -> str:
+    """Return what a row says, in one line."""
+    fields = [
+        f"{k} {row[k]}" for k in ("system", "num_tokens", "block_size", "fam_length", "num_memory_segments") if k in row
+    ]
+    if "skipped" in row:
+        return ", ".join([*fields, "skipped: " + row["skipped"]])
+    for name in [k.removesuffix("_median") for k in row if k.endswith("_median")]:
+        median, low, high = (row[f"{name}_{which}"] for which in ("median", "min", "max"))
+        fields.append(f"{name} {median:.4g} ({low:.4g} to {high:.4g})")
+    fields += [f"{k} {v:,}" for k, v in row.items() if k.startswith("bytes_")]
+    return ", ".join(fields)
+
+
+if __name__ == "__main__":
+    app()

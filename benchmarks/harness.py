@@ -1,0 +1,112 @@
+"""Alternating timings on one machine, and the rows that they become."""
+
+import contextlib
+import ctypes
+import gc
+import json
+import multiprocessing
+import statistics
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+from transformerfam.demo import peak_memory, reset_peak_memory
+from transformerfam.tasks.provenance import provenance
+
+Row = dict[str, Any]
+Side = Callable[[], Any]
+
+
+def alternate(sides: Mapping[str, Side], repeats: int, warm_ups: int = 1) -> dict[str, list[float]]:
+    """Run the sides in turn, A B A B ..., so that a machine that slows down slows all of them.
+
+    Returns:
+        The seconds of every counted run, by side.
+    """
+    seconds: dict[str, list[float]] = {name: [] for name in sides}
+    for round_idx in range(warm_ups + repeats):
+        for name, side in sides.items():
+            gc.collect()
+            start = time.perf_counter()
+            side()
+            elapsed = time.perf_counter() - start
+            if round_idx >= warm_ups:
+                seconds[name].append(elapsed)
+    return seconds
+
+
+def spread(name: str, values: Sequence[float]) -> Row:
+    """Return median, smallest and largest of `values` as the fields `name_median`, `name_min` and `name_max`."""
+    return {
+        f"{name}_median": statistics.median(values),
+        f"{name}_min": min(values),
+        f"{name}_max": max(values),
+    }
+
+
+def ratios(over: Sequence[float], under: Sequence[float]) -> list[float]:
+    """Return the ratio of every pair of runs that stood beside each other."""
+    return [a / b for a, b in zip(over, under, strict=True)]
+
+
+def row(figure: str, **fields: Any) -> Row:
+    """Return a row with what every row carries: where, on how many threads, and with which versions."""
+    return {
+        "task": "benchmark",
+        "figure": figure,
+        **fields,
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        **provenance(),
+    }
+
+
+def peak_bytes_of(side: Side) -> int:
+    """Run a side and return how far resident memory rose above what stood there before, in bytes."""
+    gc.collect()
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)  # else what loading freed would hide what the side takes
+    reset_peak_memory()
+    before = peak_memory()
+    side()
+    return max(0, peak_memory() - before)
+
+
+def in_fresh_process(function: Callable[..., Any], *arguments: Any) -> Any:
+    """Return `function(*arguments)`, computed in a process of its own, so that memory is that of this call alone."""
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(1, context, initializer=_set_up, initargs=(torch.get_num_threads(),)) as pool:
+        return pool.submit(function, *arguments).result()
+
+
+def _set_up(num_threads: int) -> None:
+    torch.set_num_threads(num_threads)
+    torch.set_flush_denormal(True)
+
+
+def available_bytes() -> int:
+    """Return the memory that can be taken without swapping, in bytes (Linux), or a large number elsewhere."""
+    try:
+        for line in Path("/proc/meminfo").read_text(encoding="utf-8").splitlines():
+            if line.startswith("MemAvailable:"):
+                return int(line.split()[1]) * 1024
+    except OSError:
+        pass
+    return 1 << 62
+
+
+def write_rows(path: Path, rows: Iterator[Row]) -> Iterator[Row]:
+    """Append rows to a JSON lines file as they come, and pass them on."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a", encoding="utf-8") as file:
+        for one in rows:
+            file.write(json.dumps(one) + "\n")
+            file.flush()
+            yield one

@@ -1,0 +1,47 @@
+"""The models that are timed: SmolLM2, and a random one of about 8M parameters of the same shape family."""
+
+import copy
+import functools
+from typing import Any
+
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
+
+from transformerfam import FamConfig, convert
+from transformerfam.models import load_base
+
+MODELS = ("smollm2", "random_8m")
+
+
+@functools.cache
+def base_model(name: str) -> PreTrainedModel:
+    """Return an unconverted model in evaluation mode, on float32 and attention back end `sdpa`."""
+    if name == "smollm2":
+        return load_base("smollm2")[0]
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=8192,
+        hidden_size=256,
+        intermediate_size=688,
+        num_hidden_layers=8,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=64,
+        max_position_embeddings=8192,
+        rope_theta=100_000.0,
+        tie_word_embeddings=True,
+    )
+    return LlamaForCausalLM(config).eval()
+
+
+def converted(name: str, is_shared: bool = True, **fields: Any) -> Any:
+    """Return a converted copy with the memory open, as training leaves it; shared are the weights of the base."""
+    base = base_model(name)
+    shared = {id(parameter): parameter for parameter in base.parameters() if is_shared}
+    return convert(copy.deepcopy(base, shared), FamConfig(fam_key_bias=0.0, **fields)).eval()
+
+
+def random_tokens(name: str, num_tokens: int, batch_size: int = 1, seed: int = 0) -> torch.Tensor:
+    """Draw token ids `(B, T)`."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(base_model(name).config.vocab_size, (batch_size, num_tokens), generator=generator)

@@ -1,0 +1,160 @@
+"""How fast is reading, and does it stay so? Tokens per second, memory and carried bytes against length."""
+
+import copy
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import DynamicCache, MistralConfig, MistralForCausalLM
+
+from benchmarks.harness import Row, alternate, available_bytes, in_fresh_process, peak_bytes_of, row, spread
+from benchmarks.models import base_model, converted, random_tokens
+from transformerfam.costs import ModelShape, block_flops, full_attention_flops
+
+BLOCK_SIZE, FAM_LENGTH, NUM_SEGMENTS = 1024, 64, 0
+LENGTHS = tuple(1024 * 2**i for i in range(9))
+REPEATED_TO = 16384
+MOST_SECONDS = 600.0
+MOST_OF_MEMORY = 0.8
+
+
+@dataclass(frozen=True)
+class System:
+    """A way to read: what reads, and what it is expected to cost.
+
+    Attributes:
+        read: takes token ids `(1, T)` and returns what is carried on.
+        flops: operations for T tokens.
+        bytes_carried: bytes of what is carried on after T tokens.
+        bytes_working: bytes beside that while T tokens are read.
+    """
+
+    read: Callable[[torch.Tensor], Any]
+    flops: Callable[[int], float]
+    bytes_carried: Callable[[int], int]
+    bytes_working: Callable[[int], int]
+
+
+OWN: dict[str, dict[str, int]] = {
+    "fam": {"fam_length": FAM_LENGTH, "num_memory_segments": NUM_SEGMENTS},
+    "bswa": {"fam_length": 0, "num_memory_segments": NUM_SEGMENTS},
+    "attention_sinks": {"fam_length": 0, "num_memory_segments": 1, "num_sink_tokens": 4},
+}
+SYSTEMS = (*OWN, "sliding_window", "full")
+
+
+def build(model: str, name: str) -> System:
+    """Return one of `SYSTEMS`: FAM, BSWA and sinks of this package, transformers' sliding-window and full cache."""
+    base = base_model(model)
+    shape = ModelShape.of(base.config)
+    size = BLOCK_SIZE
+    per_row = 4 * (8 * shape.hidden_size + 3 * shape.intermediate_size)  # float32 activations alive at once
+    if name in OWN:
+        reader = converted(model, block_size=size, **OWN[name])
+        return System(
+            reader.read,
+            lambda n: n / size * block_flops(shape, reader.fam_config),
+            lambda n: reader.init_state().num_bytes,
+            lambda n: size * per_row,
+        )
+    if name == "full":
+
+        def read_full(ids: torch.Tensor) -> DynamicCache:
+            cache = DynamicCache(config=base.config)
+            base(input_ids=ids, past_key_values=cache, logits_to_keep=1)
+            return cache
+
+        return System(
+            read_full,
+            lambda n: full_attention_flops(shape, n),
+            lambda n: 4 * n * shape.key_value_elements,
+            lambda n: n * per_row,
+        )
+    sliding = _sliding_window_model(model)
+
+    def read_sliding(ids: torch.Tensor) -> DynamicCache:
+        cache = DynamicCache(config=sliding.config)
+        for part in ids.split(size, dim=1):
+            sliding(input_ids=part, past_key_values=cache, logits_to_keep=1)
+        return cache
+
+    return System(
+        read_sliding,
+        lambda n: n * (shape.flops_per_row + size * shape.flops_per_pair),
+        lambda n: 4 * min(n, size) * shape.key_value_elements,
+        lambda n: size * per_row,
+    )
+
+
+def _sliding_window_model(model: str) -> Any:
+    """Return the same weights as a Mistral, the family of the same layers whose cache and mask slide."""
+    base = base_model(model)
+    fields = base.config.to_dict()
+    names = MistralConfig().to_dict().keys() - {"model_type", "architectures", "transformers_version"}
+    config = MistralConfig(**{name: fields[name] for name in names if name in fields}, attn_implementation="sdpa")
+    config.sliding_window = BLOCK_SIZE
+    sliding = MistralForCausalLM(config).eval()
+    sliding.load_state_dict(copy.copy(base.state_dict()))
+    return sliding
+
+
+def carried_bytes(carried: Any) -> int:
+    """Return the bytes of a `FamState` or a transformers cache."""
+    if hasattr(carried, "num_bytes"):
+        return carried.num_bytes
+    tensors = [t for layer in carried.layers for t in (layer.keys, layer.values)]
+    return sum(t.untyped_storage().nbytes() for t in tensors)
+
+
+def why_skipped(system: System, num_tokens: int, flops_per_second: float | None) -> str | None:
+    """Return why a cell would take too long or too much memory, or None."""
+    needed, there = system.bytes_carried(num_tokens) + system.bytes_working(num_tokens), available_bytes()
+    if needed > MOST_OF_MEMORY * there:
+        return f"predicted to need {needed / 1e9:.1f} GB, {there / 1e9:.1f} GB are available"
+    if flops_per_second is not None:
+        seconds = system.flops(num_tokens) / flops_per_second
+        if seconds > MOST_SECONDS:
+            return f"predicted to take {seconds:.0f} s, over {MOST_SECONDS:.0f} s"
+    return None
+
+
+@torch.no_grad()
+def measure_memory(model: str, name: str, num_tokens: int) -> tuple[int, int]:
+    """Return the bytes by which resident memory rises while a system reads, and those that it carries on."""
+    system, ids, carried = build(model, name), random_tokens(model, num_tokens), []
+    peak = peak_bytes_of(lambda: carried.append(system.read(ids)))
+    return peak, carried_bytes(carried[0])
+
+
+@torch.no_grad()
+def run(model: str = "smollm2", repeats: int = 5, quick: bool = False) -> Iterator[Row]:
+    """Read texts of growing length with every system in turn."""
+    compared = {name: build(model, name) for name in SYSTEMS}
+    speeds: dict[str, float] = {}  # operations per second at the last length
+    for num_tokens in LENGTHS[:2] if quick else LENGTHS:
+        ids = random_tokens(model, num_tokens)
+        sides = {}
+        for name, system in compared.items():
+            reason = why_skipped(system, num_tokens, speeds.get(name))
+            if reason is None:
+                sides[name] = lambda read=system.read, ids=ids: read(ids)
+            else:
+                yield row("prefill", system=name, model=model, num_tokens=num_tokens, skipped=reason)
+        is_repeated = num_tokens <= REPEATED_TO
+        seconds = alternate(sides, repeats if is_repeated else 1, warm_ups=int(is_repeated))
+        for name, times in seconds.items():
+            system = compared[name]
+            speeds[name] = system.flops(num_tokens) / min(times)
+            peak, carried = in_fresh_process(measure_memory, model, name, num_tokens)
+            yield row(
+                "prefill",
+                system=name,
+                model=model,
+                num_tokens=num_tokens,
+                block_size=BLOCK_SIZE,
+                **spread("tokens_per_second", [num_tokens / s for s in times]),
+                **spread("seconds", times),
+                bytes_peak=peak,
+                bytes_carried=carried,
+            )

@@ -1,0 +1,115 @@
+"""The rows as a page and a figure."""
+
+import json
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("agg")
+from matplotlib import pyplot
+
+from benchmarks.harness import Row
+
+
+def read_rows(path: Path) -> list[Row]:
+    """Read rows; of cells that were measured more than once the last stands."""
+    cells: dict[str, Row] = {}
+    for line in path.read_text(encoding="utf-8").splitlines():
+        row = json.loads(line)
+        cell = [
+            row.get(name) for name in ("figure", "model", "system", "num_tokens", "block_size", "num_memory_segments")
+        ]
+        cells[json.dumps([*cell, row["machine"], row["threads"]])] = row
+    return list(cells.values())
+
+
+def slope(lengths: Sequence[float], seconds: Sequence[float]) -> float:
+    """Return the exponent of time against length: the slope of a line through their logarithms."""
+    x, y = [math.log(n) for n in lengths], [math.log(s) for s in seconds]
+    mean_x, mean_y = sum(x) / len(x), sum(y) / len(y)
+    return sum((a - mean_x) * (b - mean_y) for a, b in zip(x, y, strict=True)) / sum((a - mean_x) ** 2 for a in x)
+
+
+def write_report(path: Path) -> Iterator[Path]:
+    """Write `NAME.md`, and `NAME_prefill_MODEL.svg` for every model, beside the rows; yield what was written."""
+    rows = read_rows(path)
+    text = [f"# Benchmarks\n\nRows: `{path.name}`. Medians, with the smallest and largest of all runs in brackets.\n"]
+    for machine in dict.fromkeys((row["machine"], row["threads"], row["torch"], row["transformers"]) for row in rows):
+        name, threads, torch_version, transformers_version = machine
+        text.append(f"- {name}, {threads} threads, torch {torch_version}, transformers {transformers_version}")
+    figures = {
+        figure: [row for row in rows if row["figure"] == figure] for figure in dict.fromkeys(r["figure"] for r in rows)
+    }
+    for figure, of_figure in figures.items():
+        text.append(f"\n## {figure}\n")
+        text += _table(of_figure)
+        if figure == "prefill":
+            for model in dict.fromkeys(row["model"] for row in of_figure):
+                picture = path.with_name(f"{path.stem}_prefill_{model}.svg")
+                text += _plot_prefill([row for row in of_figure if row["model"] == model], picture)
+                yield picture
+    page = path.with_suffix(".md")
+    page.write_text("\n".join(text) + "\n", encoding="utf-8")
+    yield page
+
+
+def _table(rows: Iterable[Row]) -> list[str]:
+    rows = list(rows)
+    hidden = (
+        "task",
+        "figure",
+        "version",
+        "git_commit",
+        "machine",
+        "threads",
+        "torch",
+        "transformers",
+        "cpu_capability",
+    )
+    names = [n for n in dict.fromkeys(name for row in rows for name in row) if n not in hidden]
+    columns = list(dict.fromkeys(n.removesuffix("_median").removesuffix("_min").removesuffix("_max") for n in names))
+    lines = ["| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
+    return lines + ["| " + " | ".join(_cell(row, name) for name in columns) + " |" for row in rows]
+
+
+def _cell(row: Row, name: str) -> str:
+    if f"{name}_median" in row:
+        low, high = row[f"{name}_min"], row[f"{name}_max"]
+        return f"{_number(row[f'{name}_median'])} ({_number(low)} to {_number(high)})"
+    return _number(row[name]) if name in row else ""
+
+
+def _number(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
+    return f"{value:,}" if isinstance(value, int) else str(value)
+
+
+def _plot_prefill(rows: Sequence[Row], path: Path) -> list[str]:
+    figure, axes = pyplot.subplots(figsize=(7, 4.5), layout="constrained")
+    lines = ["", f"![Seconds against length]({path.name})", ""]
+    for system in dict.fromkeys(row["system"] for row in rows):
+        own = sorted(
+            (r["num_tokens"], r["seconds_median"]) for r in rows if r["system"] == system and "skipped" not in r
+        )
+        if not own:
+            continue
+        lengths, seconds = zip(*own, strict=True)
+        label = system
+        if len(own) > 1:
+            exponent = slope(lengths, seconds)
+            label = f"{system}, slope {exponent:.2f}"
+            reach = f"{lengths[0]:,} to {lengths[-1]:,} tokens"
+            lines.append(f"- {system}: time grows with length to the power {exponent:.2f} ({reach})")
+        axes.plot(lengths, seconds, marker="o", label=label)
+    axes.set(
+        xscale="log", yscale="log", xlabel="tokens read", ylabel="seconds", title=f"Reading with {rows[0]['model']}"
+    )
+    axes.grid(visible=True, which="both", alpha=0.2)
+    axes.legend()
+    figure.savefig(path)
+    pyplot.close(figure)
+    return lines

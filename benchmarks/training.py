@@ -1,0 +1,143 @@
+"""What does training on long texts take? Tokens per second and memory, beside transformers' Trainer.
+
+Both train all weights with AdamW on one sequence per step: FAM through all its blocks with a checkpoint per block, the
+Trainer with full attention and a checkpoint per layer.
+"""
+
+import copy
+import tempfile
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+
+from benchmarks.harness import Row, alternate, available_bytes, in_fresh_process, peak_bytes_of, row, spread
+from benchmarks.models import base_model, converted, random_tokens
+from transformerfam.costs import ModelShape, block_flops, full_attention_flops
+from transformerfam.training.blocks import run_batch
+from transformerfam.training.sequences import Batch
+
+BLOCK_SIZE, FAM_LENGTH = 1024, 64
+LENGTHS = (2048, 8192, 32768)
+MOST_SECONDS, MOST_OF_MEMORY = 600.0, 0.8
+SYSTEMS = ("fam", "full")
+PASSES = 4
+"""Forward, forward again for the gradient, and backward, which costs two."""
+
+
+def language_batch(ids_BT: torch.Tensor) -> Batch:
+    """Return a batch in which every token but the first is predicted."""
+    weights = torch.full(ids_BT.shape, 1.0 / (ids_BT.numel() - len(ids_BT)))
+    weights[:, -1] = 0
+    return Batch(
+        input_ids_BT=ids_BT,
+        labels_BT=ids_BT.roll(-1, dims=1),
+        weights_BT=weights,
+        is_key_BT=torch.zeros(ids_BT.shape, dtype=torch.bool),
+        question_start=ids_BT.shape[1],
+        keys=(None,) * len(ids_BT),
+        is_told_B=torch.zeros(len(ids_BT), dtype=torch.bool),
+    )
+
+
+def fam_steps(model: str, num_tokens: int) -> Callable[[], Any]:
+    """Return what trains FAM for one step."""
+    reader = converted(model, is_shared=False, block_size=BLOCK_SIZE, fam_length=FAM_LENGTH, num_memory_segments=0)
+    reader.train()
+    optimizer = torch.optim.AdamW(reader.parameters(), lr=1e-6)
+    batch = language_batch(random_tokens(model, num_tokens))
+
+    def step() -> None:
+        run_batch(reader, batch, reader.init_state()).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return step
+
+
+def full_steps(model: str, num_tokens: int) -> Callable[[], Any]:
+    """Return what lets transformers' Trainer go one step."""
+    from transformers import Trainer, TrainingArguments
+
+    ids = random_tokens(model, num_tokens)[0]
+    folder = tempfile.mkdtemp()
+    trained = copy.deepcopy(base_model(model))
+
+    def step() -> None:
+        arguments = TrainingArguments(
+            output_dir=folder,
+            max_steps=1,
+            per_device_train_batch_size=1,
+            learning_rate=1e-6,
+            gradient_checkpointing=True,
+            save_strategy="no",
+            logging_strategy="no",
+            report_to=[],
+            use_cpu=True,
+            disable_tqdm=True,
+        )
+        Trainer(model=trained, args=arguments, train_dataset=[{"input_ids": ids, "labels": ids}]).train()
+
+    return step
+
+
+BUILDERS = {"fam": fam_steps, "full": full_steps}
+
+
+def measure_memory(system: str, model: str, num_tokens: int) -> int:
+    """Return the bytes by which resident memory rises in two steps, the first of which makes AdamW's averages."""
+    step = BUILDERS[system](model, num_tokens)
+    return peak_bytes_of(lambda: (step(), step()))
+
+
+def step_flops(system: str, shape: ModelShape, config: Any, num_tokens: int) -> float:
+    """Return the operations of one step."""
+    if system == "full":
+        one_pass: float = full_attention_flops(shape, num_tokens)
+    else:
+        one_pass = num_tokens / BLOCK_SIZE * block_flops(shape, config)
+    return PASSES * one_pass + 3 * num_tokens * shape.flops_per_logits
+
+
+def why_skipped(system: str, shape: ModelShape, config: Any, num_tokens: int, speed: float | None) -> str | None:
+    """Return why a cell would take too long or too much memory, or None."""
+    flops = step_flops(system, shape, config, num_tokens)
+    rows = num_tokens if system == "full" else BLOCK_SIZE
+    logits = 3 * 4 * rows * shape.vocab_size  # logits, their float32 copy and their gradient
+    kept = 4 * num_tokens * shape.num_layers * shape.hidden_size if system == "full" else 0
+    needed, there = logits + kept, available_bytes()
+    if needed > MOST_OF_MEMORY * there:
+        return f"predicted to need {needed / 1e9:.1f} GB, {there / 1e9:.1f} GB are available"
+    if speed is not None and flops / speed > MOST_SECONDS:
+        return f"predicted to take {flops / speed:.0f} s, over {MOST_SECONDS:.0f} s"
+    return None
+
+
+def run(model: str = "smollm2", repeats: int = 3, quick: bool = False) -> Iterator[Row]:
+    """Train at growing lengths, both systems in turn."""
+    reader = converted(model, block_size=BLOCK_SIZE, fam_length=FAM_LENGTH, num_memory_segments=0)
+    shape, config = ModelShape.of(reader.config), reader.fam_config
+    speeds: dict[str, float] = {}
+    for num_tokens in LENGTHS[:1] if quick else LENGTHS:
+        sides = {}
+        for system in SYSTEMS:
+            reason = why_skipped(system, shape, config, num_tokens, speeds.get(system))
+            if reason is None:
+                sides[system] = BUILDERS[system](model, num_tokens)
+            else:
+                yield row("training", system=system, model=model, num_tokens=num_tokens, skipped=reason)
+        seconds = alternate(sides, 1 if quick else repeats)
+        for system, times in seconds.items():
+            speeds[system] = step_flops(system, shape, config, num_tokens) / min(times)
+            yield row(
+                "training",
+                system=system,
+                model=model,
+                num_tokens=num_tokens,
+                block_size=BLOCK_SIZE,
+                fam_length=FAM_LENGTH if system == "fam" else 0,
+                num_memory_segments=0,
+                **spread("tokens_per_second", [num_tokens / s for s in times]),
+                **spread("ratio", [a / b for a, b in zip(times, seconds["fam"], strict=True)]),
+                bytes_peak=in_fresh_process(measure_memory, system, model, num_tokens),
+            )

@@ -1,0 +1,114 @@
+"""The benchmarks at small sizes: whether they run, what their rows carry, and what they do without a peer or memory."""
+
+import builtins
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from benchmarks import __main__ as command
+from benchmarks import efficiency, overhead, peers, prefill, state
+from benchmarks.report import slope, write_report
+
+EVERY_ROW = {"task", "figure", "threads", "torch", "transformers", "version", "git_commit", "machine"}
+runner = CliRunner()
+
+
+@pytest.mark.parametrize("question", [overhead, efficiency, state])
+def test_rows_carry_median_spread_and_where_they_come_from(question: Any) -> None:
+    """Catches a figure without its spread, or one that cannot be told from another machine's."""
+    rows = list(question.run("random_8m", repeats=3, quick=True))
+    assert rows
+    for row in rows:
+        assert row.keys() >= EVERY_ROW | {"block_size", "fam_length", "num_memory_segments", "num_tokens"}
+        medians = [name.removesuffix("_median") for name in row if name.endswith("_median")]
+        assert medians
+        for name in medians:
+            assert 0 < row[f"{name}_min"] <= row[f"{name}_median"] <= row[f"{name}_max"]
+
+
+def test_prefill_skips_what_would_take_too_long_or_too_much(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches a cell that is killed for memory or runs for hours instead of being predicted."""
+    system = prefill.build("random_8m", "full")
+    assert prefill.why_skipped(system, 1024, flops_per_second=1e11) is None
+    assert "predicted to take" in str(prefill.why_skipped(system, 262144, flops_per_second=1e9))
+    monkeypatch.setattr(prefill, "available_bytes", lambda: 100_000_000)
+    assert "predicted to need" in str(prefill.why_skipped(system, 262144, flops_per_second=None))
+    assert prefill.why_skipped(prefill.build("random_8m", "fam"), 262144, flops_per_second=None) is None
+
+
+def test_missing_peer_says_how_to_install_it_and_the_rest_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches a benchmark that ends because one peer is not there."""
+    real_import = builtins.__import__
+
+    def without_peers(name: str, *args: Any, **kwargs: Any) -> Any:
+        if name in {module for module, _ in peers.PEERS.values()}:
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+        return real_import(name, *args, **kwargs)
+
+    monkeypatch.setattr(builtins, "__import__", without_peers)
+    rows = list(peers.run("random_8m", repeats=1, quick=True))
+    skipped = {row["system"]: row["skipped"] for row in rows if "skipped" in row}
+    assert skipped.keys() == peers.PEERS.keys()
+    for package, reason in skipped.items():
+        assert f"pip install {package}" in reason
+    assert [row["system"] for row in rows if "skipped" not in row] == ["fam", "fam without logits"]
+
+
+def test_command_writes_rows_and_report(tmp_path: Path) -> None:
+    """Catches rows that are lost, and a report that does not show them."""
+    output = tmp_path / "rows.jsonl"
+    options = ["state", "--model", "random_8m", "--quick", "--output", str(output)]
+    result = runner.invoke(command.app, options)
+    assert result.exit_code == 0, result.output
+    rows = [json.loads(line) for line in output.read_text().splitlines()]
+    assert {row["figure"] for row in rows} == {"state"}
+    assert "seconds_fork" in output.with_suffix(".md").read_text()
+
+
+def test_unknown_question_names_the_known_ones() -> None:
+    result = runner.invoke(command.app, ["speed"])
+    assert result.exit_code == 2
+    assert "overhead" in result.output
+
+
+def test_report_plots_prefill_with_its_slope(tmp_path: Path) -> None:
+    """Catches a slope of another line than that through the logarithms."""
+    assert slope([1, 10, 100], [2, 20, 200]) == pytest.approx(1)
+    assert slope([1, 10, 100], [1, 100, 10000]) == pytest.approx(2)
+    shared = {
+        "machine": "m",
+        "threads": 1,
+        "torch": "t",
+        "transformers": "t",
+        "model": "random_8m",
+        "figure": "prefill",
+    }
+    path = tmp_path / "rows.jsonl"
+    path.write_text(
+        "".join(
+            json.dumps(
+                {
+                    **shared,
+                    "system": "fam",
+                    "num_tokens": n,
+                    "seconds_median": n / 4,
+                    "seconds_min": 1,
+                    "seconds_max": 9,
+                }
+            )
+            + "\n"
+            for n in (1024, 2048)
+        )
+        + json.dumps({**shared, "system": "full", "num_tokens": 2048, "skipped": "predicted to take 700 s"})
+        + "\n"
+    )
+    written = list(write_report(path))
+    assert [p.name for p in written] == ["rows_prefill_random_8m.svg", "rows.md"]
+    page = written[1].read_text()
+    assert "to the power 1.00" in page
+    assert "predicted to take 700 s" in page
