@@ -87,6 +87,9 @@ class PackedBlock:
         tokens = self.by_sequence(hidden_1ND, 1)[0, :, self.config.fam_length :]
         return torch.cat((self.fams[layer].to(tokens.dtype), tokens), dim=1).flatten(0, 1)[None]
 
+    def sight(self, layer: int) -> None:
+        """Return None: sequences stand side by side here, and only a mask keeps them apart."""
+
     def mask(self, layer: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
         """Return the mask of the block."""
         return self._mask
