@@ -119,9 +119,9 @@ def _enter_layer(
     state = kwargs["past_key_values"]
     hidden_BTD = piece.enter_layer(state.layers[layer_idx], args[0])
     layer = state.layers[layer_idx]
-    mask = piece.sight(layer) if module.self_attn.config._attn_implementation == BACK_END else None
-    if mask is None:
-        mask = piece.mask(layer, hidden_BTD.dtype, hidden_BTD.device)
+    self_attn: Any = module.self_attn
+    sight = piece.sight(layer) if self_attn.config._attn_implementation == BACK_END else None
+    mask = piece.mask(layer, hidden_BTD.dtype, hidden_BTD.device) if sight is None else sight
     return (hidden_BTD, *args[1:]), kwargs | {"attention_mask": mask}
 
 
