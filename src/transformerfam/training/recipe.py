@@ -264,21 +264,11 @@ class Recipe:
         )
         if self.schedule.stored_blocks > 0:
             self._require_packable()
-        _require_range("state_passing.between_blocks", *self.state_passing.between_blocks)
-        _require(
-            self.state_passing.ask_later == 0 or self.state_passing.rows == "all",
-            'state_passing.ask_later needs state_passing.rows = "all", since every sequence asks for its own key',
-        )
-        _require(
-            self.state_passing.probability == 0 or self.fam.fam_length > 0,
-            "state_passing.probability is above 0 but fam.fam_length is 0: there is no state to pass; "
-            "set state_passing.probability = 0",
-        )
+        self._require_passable()
         _require(
             self.data.books is not None or self.data.passkey_book == self.data.book == 0,
             "data.passkey_book or data.book is above 0, required is a folder of .txt files; set data.books",
         )
-        _require(self.state_passing.noise >= 0, f"state_passing.noise is {self.state_passing.noise}, required is >= 0")
         if self.key_bias is not None:
             _require(
                 self.key_bias.start_step < self.key_bias.end_step <= self.schedule.steps,
@@ -291,6 +281,20 @@ class Recipe:
             _ = self.reading_config
         except TransformerFamError as error:
             raise RecipeError(f"reading: {error}") from error
+
+    def _require_passable(self) -> None:
+        """Refuse a state passing that has nothing to pass or nobody to ask."""
+        _require_range("state_passing.between_blocks", *self.state_passing.between_blocks)
+        _require(
+            self.state_passing.ask_later == 0 or self.state_passing.rows == "all",
+            'state_passing.ask_later needs state_passing.rows = "all", since every sequence asks for its own key',
+        )
+        _require(
+            self.state_passing.probability == 0 or self.fam.fam_length > 0,
+            "state_passing.probability is above 0 but fam.fam_length is 0: there is no state to pass; "
+            "set state_passing.probability = 0",
+        )
+        _require(self.state_passing.noise >= 0, f"state_passing.noise is {self.state_passing.noise}, required is >= 0")
 
     def _require_packable(self) -> None:
         """Refuse what a batch on stored filler cannot do."""
