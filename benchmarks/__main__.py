@@ -9,9 +9,10 @@ import torch
 import typer
 from rich.console import Console
 
-from benchmarks.harness import Row, write_rows
+from benchmarks.harness import Row
 from benchmarks.models import MODELS
 from benchmarks.report import write_report
+from transformerfam.reports.rows import RowFile
 
 QUESTIONS = {  # by cost: seconds first, then minutes, then an hour
     "state": "save, load and fork",
@@ -49,8 +50,10 @@ def main(
         module = importlib.import_module(f"benchmarks.{question}")
         for name in model or MODELS:
             console.print(f"[bold]{question}[/bold] ({QUESTIONS[question]}), {name}")
-            for row in write_rows(output, module.run(name, quick=quick)):
-                console.print("  " + describe(row), highlight=False)
+            with RowFile(output) as rows:
+                for row in module.run(name, quick=quick):
+                    rows.append(row)
+                    console.print("  " + describe(row), highlight=False)
     for path in write_report(output):
         console.print(f"wrote {path}")
 

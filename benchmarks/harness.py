@@ -3,11 +3,10 @@
 import contextlib
 import ctypes
 import gc
-import json
 import multiprocessing
 import statistics
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,7 @@ from transformerfam.tasks.provenance import provenance
 
 Row = dict[str, Any]
 Side = Callable[[], Any]
+MOST_SECONDS, MOST_OF_MEMORY = 600.0, 0.8
 
 
 def alternate(sides: Mapping[str, Side], repeats: int, warm_ups: int = 1) -> dict[str, list[float]]:
@@ -102,11 +102,11 @@ def available_bytes() -> int:
     return 1 << 62
 
 
-def write_rows(path: Path, rows: Iterator[Row]) -> Iterator[Row]:
-    """Append rows to a JSON lines file as they come, and pass them on."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a", encoding="utf-8") as file:
-        for one in rows:
-            file.write(json.dumps(one) + "\n")
-            file.flush()
-            yield one
+def predicted_excess(num_bytes: float, seconds: float | None) -> str | None:
+    """Return why a cell that needs so much would be skipped, or None; None seconds are not known yet."""
+    there = available_bytes()
+    if num_bytes > MOST_OF_MEMORY * there:
+        return f"predicted to need {num_bytes / 1e9:.1f} GB, {there / 1e9:.1f} GB are available"
+    if seconds is not None and seconds > MOST_SECONDS:
+        return f"predicted to take {seconds:.0f} s, over {MOST_SECONDS:.0f} s"
+    return None

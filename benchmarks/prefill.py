@@ -8,15 +8,13 @@ from typing import Any
 import torch
 from transformers import DynamicCache, MistralConfig, MistralForCausalLM
 
-from benchmarks.harness import Row, alternate, available_bytes, in_fresh_process, peak_bytes_of, row, spread
+from benchmarks.harness import Row, alternate, in_fresh_process, peak_bytes_of, predicted_excess, row, spread
 from benchmarks.models import base_model, converted, random_tokens
 from transformerfam.costs import ModelShape, block_flops, full_attention_flops
 
 BLOCK_SIZE, FAM_LENGTH, NUM_SEGMENTS = 1024, 64, 0
 LENGTHS = tuple(1024 * 2**i for i in range(9))
 REPEATED_TO = 16384
-MOST_SECONDS = 600.0
-MOST_OF_MEMORY = 0.8
 
 
 @dataclass(frozen=True)
@@ -109,14 +107,8 @@ def carried_bytes(carried: Any) -> int:
 
 def why_skipped(system: System, num_tokens: int, flops_per_second: float | None) -> str | None:
     """Return why a cell would take too long or too much memory, or None."""
-    needed, there = system.bytes_carried(num_tokens) + system.bytes_working(num_tokens), available_bytes()
-    if needed > MOST_OF_MEMORY * there:
-        return f"predicted to need {needed / 1e9:.1f} GB, {there / 1e9:.1f} GB are available"
-    if flops_per_second is not None:
-        seconds = system.flops(num_tokens) / flops_per_second
-        if seconds > MOST_SECONDS:
-            return f"predicted to take {seconds:.0f} s, over {MOST_SECONDS:.0f} s"
-    return None
+    num_bytes = system.bytes_carried(num_tokens) + system.bytes_working(num_tokens)
+    return predicted_excess(num_bytes, system.flops(num_tokens) / flops_per_second if flops_per_second else None)
 
 
 @torch.no_grad()

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.harness import Row, alternate, available_bytes, in_fresh_process, peak_bytes_of, row, spread
+from benchmarks.harness import Row, alternate, in_fresh_process, peak_bytes_of, predicted_excess, row, spread
 from benchmarks.models import base_model, converted, random_tokens
 from transformerfam.costs import ModelShape, block_flops, full_attention_flops
 from transformerfam.training.blocks import run_batch
@@ -19,7 +19,6 @@ from transformerfam.training.sequences import Batch
 
 BLOCK_SIZE, FAM_LENGTH = 1024, 64
 LENGTHS = (2048, 8192, 32768)
-MOST_SECONDS, MOST_OF_MEMORY = 600.0, 0.8
 SYSTEMS = ("fam", "full")
 PASSES = 4
 """Forward, forward again for the gradient, and backward, which costs two."""
@@ -105,12 +104,7 @@ def why_skipped(system: str, shape: ModelShape, config: Any, num_tokens: int, sp
     rows = num_tokens if system == "full" else BLOCK_SIZE
     logits = 3 * 4 * rows * shape.vocab_size  # logits, their float32 copy and their gradient
     kept = 4 * num_tokens * shape.num_layers * shape.hidden_size if system == "full" else 0
-    needed, there = logits + kept, available_bytes()
-    if needed > MOST_OF_MEMORY * there:
-        return f"predicted to need {needed / 1e9:.1f} GB, {there / 1e9:.1f} GB are available"
-    if speed is not None and flops / speed > MOST_SECONDS:
-        return f"predicted to take {flops / speed:.0f} s, over {MOST_SECONDS:.0f} s"
-    return None
+    return predicted_excess(logits + kept, flops / speed if speed else None)
 
 
 def run(model: str = "smollm2", repeats: int = 3, quick: bool = False) -> Iterator[Row]:
