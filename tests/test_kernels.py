@@ -14,7 +14,7 @@ from tiny_llama import make_tiny_llama, random_ids, random_rows
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from transformerfam import FamConfig, convert, kernels
+from transformerfam import FamConfig, convert
 from transformerfam.attention import Piece
 from transformerfam.kernels import Sight, attend_piece
 
@@ -29,7 +29,7 @@ def mask_of(sight: Sight, num_tokens: int, num_keys: int) -> Tensor:
     return torch.cat((rows, tokens))
 
 
-@pytest.mark.parametrize("rows_per_call", [1, 3, 128])
+@pytest.mark.parametrize("dropout", [0.0, 1e-12])  # with dropout tokens are one call, with a mask
 @pytest.mark.parametrize(
     ("num_rows", "num_tokens", "num_before", "num_groups"),
     [
@@ -44,15 +44,13 @@ def mask_of(sight: Sight, num_tokens: int, num_keys: int) -> Tensor:
     ],
 )
 def test_calls_without_mask_match_one_masked_call(
-    monkeypatch: pytest.MonkeyPatch,
-    rows_per_call: int,
     num_rows: int,
     num_tokens: int,
     num_before: int,
     num_groups: int,
+    dropout: float,
 ) -> None:
     """Catches a call that stops one key early or late, rows that lose their order, and a lost gradient."""
-    monkeypatch.setattr(kernels, "ROWS_PER_CALL", rows_per_call)
     num_heads, num_keys = 4, num_before + num_tokens
     sight = Sight(num_rows, max(0, num_before - num_rows))
     query = random_rows(2, num_heads, num_rows + num_tokens, 8, seed=1).requires_grad_()
@@ -60,7 +58,7 @@ def test_calls_without_mask_match_one_masked_call(
     value = random_rows(2, num_groups, num_keys, 8, seed=3).requires_grad_()
     weighting = random_rows(2, num_rows + num_tokens, num_heads, 8, seed=4)
 
-    output, no_weights = attend_piece(torch.nn.Module(), query, key, value, sight, scaling=0.7)
+    output, no_weights = attend_piece(torch.nn.Module(), query, key, value, sight, dropout, scaling=0.7)
     assert no_weights is None
     found = torch.autograd.grad((output * weighting).sum(), (query, key, value))
 

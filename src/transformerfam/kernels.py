@@ -1,25 +1,23 @@
 """Attention of a piece without the work that a dense mask throws away: the back end `fam` of transformers' attention.
 
-FAM rows see a run of neighbouring keys, all of them. Tokens see all keys in front of them, the last token all there
-are. So neither needs a mask over the whole piece: FAM rows are one call without a mask, tokens are calls for a few
-rows each that stop at the last key these rows see.
+FAM rows see a run of neighbouring keys, all of them. Tokens see all keys in front of the piece, and those of the piece
+up to their own. So neither needs a mask: FAM rows are one call; tokens are a full call and a causal call, merged by
+their log-sum-exp.
 
 Source: Algorithm 2, the two attentions of a block.
 """
 
 import dataclasses
-import functools
 from typing import Any
 
 import torch
+from torch.nn.attention.bias import causal_lower_right
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, AttentionMaskInterface
-from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 BACK_END = "fam"
-ROWS_PER_CALL = 128
-"""Tokens per attention call: half of so many keys are computed in vain, per token."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,43 +33,77 @@ class Sight:
     first_row_key: int
 
 
-@functools.lru_cache(maxsize=8)
-@torch.inference_mode(mode=False)
-def _causal_tail(num_tokens: int, num_keys: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    """Return the bias of the last `num_tokens` of `num_keys` tokens on all of them."""
-    shut = torch.full((num_tokens, num_keys), torch.finfo(dtype).min, dtype=dtype, device=device)
-    return shut.triu(num_keys - num_tokens + 1)
+class _FullAndCausal(torch.autograd.Function):
+    """Attention of T tokens to the n keys in front of them, and to their own T causally, on a CPU.
 
+    The weights over all keys are `exp(S - L)`, so either part's gradients are those of an attention call whose output
+    and log-sum-exp `L` are the merged ones.
+    """
 
-def _causal_bias(num_tokens: int, num_keys: int, like: torch.Tensor) -> torch.Tensor | None:
-    """Return the bias of the last `num_tokens` of `num_keys` tokens, `(1, 1, num_tokens, num_keys)`; None for one."""
-    if num_tokens == 1:
-        return None
-    rounded = -(-num_keys // 1024) * 1024  # so that one tensor serves calls of any length
-    tail = _causal_tail(ROWS_PER_CALL, rounded, like.dtype, like.device)
-    return tail[None, None, ROWS_PER_CALL - num_tokens :, rounded - num_keys :]
+    @staticmethod
+    def forward(
+        ctx: Any, query_BHTK: torch.Tensor, key_BGSK: torch.Tensor, value_BGSK: torch.Tensor, scaling: float | None
+    ) -> torch.Tensor:
+        parts = (slice(0, key_BGSK.shape[2] - query_BHTK.shape[2]), slice(-query_BHTK.shape[2], None))
+        (before, sum_before), (own, sum_own) = (
+            torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+                query_BHTK, key_BGSK[:, :, part], value_BGSK[:, :, part], 0.0, is_causal, scale=scaling
+            )
+            for is_causal, part in enumerate(parts)
+        )
+        output = own.lerp_(before, (sum_before - sum_own).sigmoid_()[..., None].to(own.dtype))
+        ctx.save_for_backward(query_BHTK, key_BGSK, value_BGSK, output, torch.logaddexp(sum_before, sum_own))
+        ctx.parts, ctx.scaling = parts, scaling
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, grad_BHTK: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        query, key, value, output, log_sum = ctx.saved_tensors
+        before, own = (
+            torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
+                grad_BHTK,
+                query,
+                key[:, :, part],
+                value[:, :, part],
+                output,
+                log_sum,
+                0.0,
+                is_causal,
+                scale=ctx.scaling,
+            )
+            for is_causal, part in enumerate(ctx.parts)
+        )
+        return before[0] + own[0], torch.cat((before[1], own[1]), 2), torch.cat((before[2], own[2]), 2), None
 
 
 def _attend(
     query_BHTK: torch.Tensor,
     key_BGSK: torch.Tensor,
     value_BGSK: torch.Tensor,
-    bias: torch.Tensor | None,
+    is_causal: bool,
     dropout: float,
     scaling: float | None,
 ) -> torch.Tensor:
-    """Return one attention call's output, `(B, T, H, K)`."""
+    """Return one run of rows' output, `(B, T, H, K)`; `is_causal` ends at the last key."""
     batch, num_heads, num_tokens, _ = query_BHTK.shape
-    groups = key_BGSK.shape[1]
+    groups, num_keys = key_BGSK.shape[1:3]
     if num_tokens == 1 and groups < num_heads:  # the heads of a group share keys: they are rows of one call
-        query_BHTK = query_BHTK.view(batch, groups, num_heads // groups, -1)
-    grouped = query_BHTK.shape[1] > groups
-    if grouped and query_BHTK.device.type != "cpu" and bias is not None:
-        # Elsewhere no fused kernel takes both a mask and fewer key heads than query heads.
-        key_BGSK, value_BGSK = (repeat_kv(t, num_heads // groups) for t in (key_BGSK, value_BGSK))
-        grouped = False
+        query_BHTK, is_causal = query_BHTK.view(batch, groups, num_heads // groups, -1), False
+    if is_causal and 1 < num_tokens < num_keys:
+        if query_BHTK.device.type == "cpu" and dropout == 0:
+            return _FullAndCausal.apply(query_BHTK, key_BGSK, value_BGSK, scaling).transpose(1, 2)
+        mask = causal_lower_right(num_tokens, num_keys)
+    else:
+        mask = None
     output = scaled_dot_product_attention(
-        query_BHTK, key_BGSK, value_BGSK, attn_mask=bias, dropout_p=dropout, scale=scaling, enable_gqa=grouped
+        query_BHTK,
+        key_BGSK,
+        value_BGSK,
+        attn_mask=mask,
+        dropout_p=dropout,
+        is_causal=is_causal and mask is None and num_tokens > 1,
+        scale=scaling,
+        enable_gqa=query_BHTK.shape[1] > groups,
     )
     return output.reshape(batch, num_heads, num_tokens, -1).transpose(1, 2)
 
@@ -103,18 +135,13 @@ def attend_piece(
     """
     if not isinstance(attention_mask, Sight):
         return sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, **kwargs)
-    num_rows, num_keys = attention_mask.num_rows, key.shape[2]
+    num_rows, first = attention_mask.num_rows, attention_mask.first_row_key
     parts = []
     if num_rows:
-        seen = slice(attention_mask.first_row_key, num_keys)
-        parts.append(_attend(query[:, :, :num_rows], key[:, :, seen], value[:, :, seen], None, dropout, scaling))
-    tokens = query[:, :, num_rows:]
-    before = num_keys - tokens.shape[2]
-    for start in range(0, tokens.shape[2], ROWS_PER_CALL):
-        stop = min(start + ROWS_PER_CALL, tokens.shape[2])
-        seen = slice(0, before + stop)
-        bias = _causal_bias(stop - start, before + stop, query)
-        parts.append(_attend(tokens[:, :, start:stop], key[:, :, seen], value[:, :, seen], bias, dropout, scaling))
+        rows = query[:, :, :num_rows]
+        parts.append(_attend(rows, key[:, :, first:], value[:, :, first:], False, dropout, scaling))
+    if num_rows < query.shape[2]:
+        parts.append(_attend(query[:, :, num_rows:], key, value, True, dropout, scaling))
     return (parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)), None
 
 
