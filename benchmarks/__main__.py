@@ -15,6 +15,7 @@ from benchmarks.report import write_report
 from transformerfam.reports.rows import RowFile
 
 QUESTIONS = {  # by cost: seconds first, then minutes, then an hour
+    "counts": "operator calls and bytes made, equal on every machine",
     "state": "save, load and fork",
     "overhead": "FAM over BSWA",
     "efficiency": "reading over the machine's matrix products",
@@ -68,7 +69,7 @@ def describe(row: Row) -> str:
     for name in [k.removesuffix("_median") for k in row if k.endswith("_median")]:
         median, low, high = (row[f"{name}_{which}"] for which in ("median", "min", "max"))
         fields.append(f"{name} {median:.4g} ({low:.4g} to {high:.4g})")
-    fields += [f"{k} {v:,}" for k, v in row.items() if k.startswith("bytes_")]
+    fields += [f"{k} {v:,}" for k, v in row.items() if k.startswith("bytes_") or k == "num_calls"]
     return ", ".join(fields)
 
 

@@ -7,11 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from typer.testing import CliRunner
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from benchmarks import __main__ as command
-from benchmarks import efficiency, harness, overhead, peers, prefill, state
+from benchmarks import counts, efficiency, harness, overhead, peers, prefill, state
+from benchmarks.models import converted, random_tokens
 from benchmarks.report import slope, write_report
 
 EVERY_ROW = {"task", "figure", "threads", "torch", "transformers", "version", "git_commit", "machine"}
@@ -29,6 +31,31 @@ def test_rows_carry_median_spread_and_where_they_come_from(question: Any) -> Non
         assert medians
         for name in medians:
             assert 0 < row[f"{name}_min"] <= row[f"{name}_median"] <= row[f"{name}_max"]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("num_memory_segments", [0, 2])
+def test_calls_and_bytes_per_block_do_not_grow(num_memory_segments: int) -> None:
+    """Catches work, or memory, that every block adds to the ones behind it."""
+    fields = {"block_size": 16, "fam_length": 4, "num_memory_segments": num_memory_segments}
+    reader = converted("random_8m", **fields)
+    state = reader.init_state()
+    found = []
+    for block_idx in range(40):
+        with counts.OperatorCount() as count:
+            reader.read(random_tokens("random_8m", 16, seed=block_idx), state)
+        found.append((count.num_calls, count.num_bytes))
+    assert found[0][0] > 100
+    assert len(set(found[num_memory_segments + 1 :])) == 1, found
+
+
+def test_counts_tell_a_block_from_a_token_and_a_step() -> None:
+    """Catches counting that misses the backward pass, or counts nothing."""
+    rows = {(r["system"], r["num_memory_segments"]): r for r in counts.run("random_8m", quick=True)}
+    assert len(rows) == 7
+    for measure in ("num_calls", "bytes_made"):
+        token, first, block = (rows[system, 0][measure] for system in ("token", "first_token", "block"))
+        assert 0 < token < first <= block < rows["training_step", 0][measure] / 4
 
 
 def test_prefill_skips_what_would_take_too_long_or_too_much(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,6 +1,7 @@
 """The slow proofs: what the shipped memories and the recipes promise, minutes each. `make prove` runs them."""
 
 import json
+import sys
 from importlib.resources import files
 from pathlib import Path
 
@@ -14,6 +15,9 @@ from transformerfam.tasks.next_token import evaluate_next_token
 from transformerfam.tasks.passkey_evaluation import evaluate_passkey
 from transformerfam.training.recipe_file import load_recipe
 from transformerfam.training.trainer import Trainer
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from benchmarks import counts
 
 ROOT = Path(__file__).parents[1]
 pytestmark = pytest.mark.slow
@@ -63,3 +67,15 @@ def test_default_conversion_costs_at_most_two_percent(tmp_path):
         model, tokenizer = load_model("smollm2", system=system, config_overrides=FamConfig().to_dict())
         losses[system] = list(evaluate_next_token(model, tokenizer, text, num_tokens=20_000))[-1]["loss"]
     assert losses["fam_untrained"] <= 1.02 * losses["bswa"], losses
+
+
+def test_counts_stay_within_ten_percent_of_the_baseline():
+    """Work that crept into a block, a token or a training step. A wanted change: `make bench ARGS="counts --model
+    random_8m --output benchmarks/results/counts.jsonl"`, after the old rows were removed."""
+    rows = map(json.loads, (ROOT / "benchmarks" / "results" / "counts.jsonl").read_text().splitlines())
+    baseline = {(row["system"], row["num_memory_segments"]): row for row in rows}
+    found = {(row["system"], row["num_memory_segments"]): row for row in counts.run("random_8m")}
+    assert baseline.keys() == found.keys()
+    for case, row in found.items():
+        for measure in ("num_calls", "bytes_made"):
+            assert row[measure] <= 1.1 * baseline[case][measure], (case, measure)
