@@ -134,7 +134,7 @@ def run_batch(
         if has_fam and is_before_question and fam_change_weight > 0:
             begun = zip(state.num_blocks_per_row, state.starts_from_saved_fam, batch.is_told_B.tolist(), strict=True)
             holds_B = [not is_told and (saved or num_blocks > 0) for num_blocks, saved, is_told in begun]
-        arguments = (model, state, batch, first, stop, torch.tensor(holds_B), lesson)
+        arguments = (model, state, batch, first, stop, torch.tensor(holds_B), lesson, num_repeats == 0)
         state, piece_scores, change = (
             checkpoint(_run_block, *arguments, use_reentrant=False, preserve_rng_state=_drops(model))
             if checkpoint_blocks
@@ -169,20 +169,43 @@ def _run_block(
     stop: int,
     holds_B: torch.Tensor,
     lesson: Lesson | None,
+    drops_block: bool,
 ) -> tuple[FamState, Scores, torch.Tensor]:
     """Read one block; the state that comes in stays as it is.
+
+    With `drops_block` the new state of a complete block does not hold its keys and values: most of what would be kept
+    between two blocks.
 
     Returns:
         The new state, the scores of the block, and the change of the FAM, which should not change in rows `holds_B`.
     """
     before, state = state, state.shallow_copy()
+    _make_room(state)
     columns = torch.arange(start, stop)
     asks_teacher = lesson is not None and bool(lesson.is_taught_BT[:, columns].any())
     output = model.get_decoder()(
         input_ids=batch.input_ids_BT[:, columns], past_key_values=state, output_hidden_states=asks_teacher
     )
     scores = score(model, batch, columns, output.last_hidden_state, output.hidden_states, lesson)
-    return state, scores, _fam_change(before, state, holds_B)
+    change = _fam_change(before, state, holds_B)
+    if drops_block and not any(state.block_fill):
+        _drop_block(state)
+    return state, scores, change
+
+
+def _drop_block(state: FamState) -> None:
+    """Let go of the keys and values of a complete block: what is seen of it later has been copied from there."""
+    for layer in state.layers:
+        kept = layer.sections.block
+        layer.keys, layer.values = layer.keys[..., :kept, :].clone(), layer.values[..., :kept, :].clone()
+
+
+def _make_room(state: FamState) -> None:
+    """Give the block that begins its slots back, where `_drop_block` took them."""
+    for layer in state.layers:
+        missing = layer.sections.num_slots - layer.keys.shape[-2]
+        if missing:
+            layer.keys, layer.values = (nn.functional.pad(t, (0, 0, 0, missing)) for t in (layer.keys, layer.values))
 
 
 def score(
@@ -245,6 +268,7 @@ def _read_without_gradient(model: PreTrainedModel, state: FamState, ids_BT: torc
         A new state, whose FAM is that of `state`.
     """
     after = state.fork()
+    _make_room(after)
     model.get_decoder()(input_ids=ids_BT, past_key_values=after)
     for layer, before in zip(after.layers, state.layers, strict=True):
         layer.fam = before.fam
