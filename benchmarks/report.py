@@ -1,6 +1,5 @@
 """The rows as a page and a figure."""
 
-import json
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -12,18 +11,13 @@ matplotlib.use("agg")
 from matplotlib import pyplot
 
 from benchmarks.harness import Row
+from transformerfam.reports.rows import read_rows
 
 
-def read_rows(path: Path) -> list[Row]:
-    """Read rows; of cells that were measured more than once the last stands."""
-    cells: dict[str, Row] = {}
-    for line in path.read_text(encoding="utf-8").splitlines():
-        row = json.loads(line)
-        cell = [
-            row.get(name) for name in ("figure", "model", "system", "num_tokens", "block_size", "num_memory_segments")
-        ]
-        cells[json.dumps([*cell, row["machine"], row["threads"]])] = row
-    return list(cells.values())
+def last_of_each_cell(rows: Iterable[Row]) -> list[Row]:
+    """Return the rows, of cells that were measured more than once the last."""
+    names = ("figure", "model", "system", "num_tokens", "block_size", "num_memory_segments", "machine", "threads")
+    return list({tuple(row.get(name) for name in names): row for row in rows}.values())
 
 
 def slope(lengths: Sequence[float], seconds: Sequence[float]) -> float:
@@ -35,7 +29,7 @@ def slope(lengths: Sequence[float], seconds: Sequence[float]) -> float:
 
 def write_report(path: Path) -> Iterator[Path]:
     """Write `NAME.md`, and `NAME_prefill_MODEL.svg` for every model, beside the rows; yield what was written."""
-    rows = read_rows(path)
+    rows = last_of_each_cell(read_rows([path]))
     text = [f"# Benchmarks\n\nRows: `{path.name}`. Medians, with the smallest and largest of all runs in brackets.\n"]
     for machine in dict.fromkeys((row["machine"], row["threads"], row["torch"], row["transformers"]) for row in rows):
         name, threads, torch_version, transformers_version = machine

@@ -108,6 +108,7 @@ def test_report_plots_prefill_with_its_slope(tmp_path: Path) -> None:
     assert slope([1, 10, 100], [2, 20, 200]) == pytest.approx(1)
     assert slope([1, 10, 100], [1, 100, 10000]) == pytest.approx(2)
     shared = {
+        "task": "benchmark",
         "machine": "m",
         "threads": 1,
         "torch": "t",
