@@ -1,5 +1,6 @@
 """Recipes: what they refuse, and what the shipped ones hold."""
 
+import math
 from pathlib import Path
 
 import pytest
@@ -22,7 +23,9 @@ def test_shipped_recipe_is_read(path):
 
 def test_recipe_survives_json():
     """A resumed run whose stored recipe reads back as another one."""
-    recipe = small_recipe(lora={"rank": 4}, key_bias={"start_value": -4.0, "end_step": 5})
+    recipe = small_recipe(
+        lora={"rank": 4}, key_bias={"start_value": -4.0, "end_step": 5}, reading={"fam_norm_bound": math.inf}
+    )
     assert build_recipe(recipe.to_dict()) == recipe
 
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import os
 import signal
 import subprocess
@@ -133,10 +134,12 @@ def test_lora_is_kept_as_an_adapter_in_float16(tmp_path):
 def test_memory_is_kept_with_the_reading_section(tmp_path, lora):
     """A memory that is read as it was trained though its recipe asks for something else."""
     sections = {"lora": lora} if lora else {}
-    trainer = Trainer(small_recipe(reading={"num_memory_segments": 2}, **sections), tmp_path)
+    reading = {"num_memory_segments": 2, "fam_norm_bound": math.inf}
+    trainer = Trainer(small_recipe(reading=reading, **sections), tmp_path)
     assert trainer.model.fam_config.num_memory_segments == 0
+    assert trainer.model.fam_config.fam_norm_bound is not None
     trainer.run()
-    expected = trainer.recipe.fam.replace(num_memory_segments=2)
+    expected = trainer.recipe.fam.replace(num_memory_segments=2, fam_norm_bound=None)
     if lora is None:
         assert load_model(tmp_path)[0].fam_config == expected
     assert FamAdapter.from_pretrained(tmp_path).config == expected

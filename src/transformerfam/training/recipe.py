@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -197,12 +198,14 @@ class ReadingSection:
     """Fields of `fam` that the trained memory gets for reading, where they differ from those of training.
 
     Training without memory segments makes FAM carry all; a reader may still keep the block before in sight, and then
-    sees the whole of a question that lies across the boundary of two blocks.
+    sees the whole of a question that lies across the boundary of two blocks. A FAM that was bounded in training, where
+    it has to learn to hold, holds longer without a bound: `fam_norm_bound = inf`.
     """
 
     block_size: int | None = None
     num_memory_segments: int | None = None
     num_sink_tokens: int | None = None
+    fam_norm_bound: float | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -314,6 +317,8 @@ class Recipe:
     def reading_config(self) -> FamConfig:
         """The configuration that the trained memory is kept with."""
         changes = {name: value for name, value in dataclasses.asdict(self.reading).items() if value is not None}
+        if changes.get("fam_norm_bound") == math.inf:  # TOML has no null
+            changes["fam_norm_bound"] = None
         return self.fam.replace(**changes)
 
     @property
