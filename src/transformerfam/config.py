@@ -3,6 +3,7 @@
 import dataclasses
 import difflib
 import json
+import math
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -71,7 +72,7 @@ class FamConfig:
 
     fam_norm_bound: float | None = None
     """Largest root mean square of a FAM row; a longer row is scaled down to it after its update. None, as in the
-    paper, does not bound it."""
+    paper, does not bound it; `inf` is taken for None."""
 
     fam_key_bias: float = -32.0
     """Bias on the logits with which tokens see FAM keys; 0 is the paper's form, in which every trained memory ends.
@@ -86,6 +87,8 @@ class FamConfig:
     def __post_init__(self) -> None:
         if self.fam_layers is not None:  # JSON and TOML give lists
             object.__setattr__(self, "fam_layers", tuple(self.fam_layers))
+        if self.fam_norm_bound == math.inf:  # TOML has no null
+            object.__setattr__(self, "fam_norm_bound", None)
         self._require("block_size", self.block_size >= 1, "at least 1")
         self._require("fam_length", 0 <= self.fam_length <= self.block_size, f"0 to block_size ({self.block_size})")
         self._require("num_memory_segments", self.num_memory_segments >= 0, "at least 0")

@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import math
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -198,8 +197,8 @@ class ReadingSection:
     """Fields of `fam` that the trained memory gets for reading, where they differ from those of training.
 
     Training without memory segments makes FAM carry all; a reader may still keep the block before in sight, and then
-    sees the whole of a question that lies across the boundary of two blocks. A FAM that was bounded in training, where
-    it has to learn to hold, holds longer without a bound: `fam_norm_bound = inf`.
+    sees the whole of a question that lies across the boundary of two blocks. A FAM that was bounded in
+    training holds longer without a bound: `fam_norm_bound = inf`.
     """
 
     block_size: int | None = None
@@ -317,8 +316,6 @@ class Recipe:
     def reading_config(self) -> FamConfig:
         """The configuration that the trained memory is kept with."""
         changes = {name: value for name, value in dataclasses.asdict(self.reading).items() if value is not None}
-        if changes.get("fam_norm_bound") == math.inf:  # TOML has no null
-            changes["fam_norm_bound"] = None
         return self.fam.replace(**changes)
 
     @property
