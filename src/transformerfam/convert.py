@@ -117,8 +117,8 @@ def _enter_layer(
     if piece is None:
         return None
     state = kwargs["past_key_values"]
-    hidden_BTD = piece.enter_layer(state.layers[layer_idx], args[0])
     layer = state.layers[layer_idx]
+    hidden_BTD = piece.enter_layer(layer, args[0])
     self_attn: Any = module.self_attn
     sight = piece.sight(layer) if self_attn.config._attn_implementation == BACK_END else None
     mask = piece.mask(layer, hidden_BTD.dtype, hidden_BTD.device) if sight is None else sight

@@ -87,21 +87,21 @@ def _attend(
     """Return one run of rows' output, `(B, T, H, K)`; `is_causal` ends at the last key."""
     batch, num_heads, num_tokens, _ = query_BHTK.shape
     groups, num_keys = key_BGSK.shape[1:3]
+    is_causal = is_causal and num_tokens > 1
     if num_tokens == 1 and groups < num_heads:  # the heads of a group share keys: they are rows of one call
-        query_BHTK, is_causal = query_BHTK.view(batch, groups, num_heads // groups, -1), False
-    if is_causal and 1 < num_tokens < num_keys:
+        query_BHTK = query_BHTK.view(batch, groups, num_heads // groups, -1)
+    mask = None
+    if is_causal and num_tokens < num_keys:
         if query_BHTK.device.type == "cpu" and dropout == 0:
             return _FullAndCausal.apply(query_BHTK, key_BGSK, value_BGSK, scaling).transpose(1, 2)
-        mask = causal_lower_right(num_tokens, num_keys)
-    else:
-        mask = None
+        mask, is_causal = causal_lower_right(num_tokens, num_keys), False
     output = scaled_dot_product_attention(
         query_BHTK,
         key_BGSK,
         value_BGSK,
         attn_mask=mask,
         dropout_p=dropout,
-        is_causal=is_causal and mask is None and num_tokens > 1,
+        is_causal=is_causal,
         scale=scaling,
         enable_gqa=query_BHTK.shape[1] > groups,
     )
