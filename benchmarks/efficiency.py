@@ -5,7 +5,7 @@ from collections.abc import Iterator
 import torch
 
 from benchmarks.harness import Row, alternate, ratios, row, spread
-from benchmarks.models import converted, random_tokens
+from benchmarks.models import next_block
 from transformerfam.costs import ModelShape, block_flops
 
 
@@ -26,10 +26,8 @@ def run(model: str = "smollm2", repeats: int = 7, quick: bool = False) -> Iterat
     for block_size, fam_length in ((64, 4),) if quick else ((256, 16), (512, 32), (1024, 64)):
         for num_segments in (0, 3):
             fields = {"block_size": block_size, "fam_length": fam_length, "num_memory_segments": num_segments}
-            reader = converted(model, **fields)
+            reader, read = next_block(model, **fields)
             shape = ModelShape.of(reader.config)
-            state = reader.read(random_tokens(model, (num_segments + 1) * block_size))
-            block = random_tokens(model, block_size, seed=1)
             pairs, product_flops = _products(shape, block_size + fam_length)
 
             def multiply(pairs: list[tuple[torch.Tensor, torch.Tensor]] = pairs, times: int = shape.num_layers) -> None:
@@ -37,11 +35,7 @@ def run(model: str = "smollm2", repeats: int = 7, quick: bool = False) -> Iterat
                     for rows, matrix in pairs:
                         torch.nn.functional.linear(rows, matrix)
 
-            sides = {
-                "read": lambda reader=reader, block=block, state=state: reader.read(block, state),
-                "products": multiply,
-            }
-            seconds = alternate(sides, repeats)
+            seconds = alternate({"read": read, "products": multiply}, repeats)
             flops = block_flops(shape, reader.fam_config)
             speed = [flops / s for s in seconds["read"]]
             limit = [product_flops * shape.num_layers / s for s in seconds["products"]]

@@ -2,6 +2,7 @@
 
 import copy
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -39,6 +40,15 @@ def converted(name: str, is_shared: bool = True, **fields: Any) -> Any:
     base = base_model(name)
     shared = {id(parameter): parameter for parameter in base.parameters() if is_shared}
     return convert(copy.deepcopy(base, shared), FamConfig(fam_key_bias=0.0, **fields)).eval()
+
+
+def next_block(name: str, **fields: Any) -> tuple[Any, Callable[[], Any]]:
+    """Return a converted copy, and what reads one more block with it behind full memory segments."""
+    reader = converted(name, **fields)
+    size = reader.fam_config.block_size
+    state = reader.read(random_tokens(name, (reader.fam_config.num_memory_segments + 1) * size))
+    block = random_tokens(name, size, seed=1)
+    return reader, lambda: reader.read(block, state)
 
 
 def random_tokens(name: str, num_tokens: int, batch_size: int = 1, seed: int = 0) -> torch.Tensor:

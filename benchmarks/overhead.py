@@ -5,7 +5,7 @@ from collections.abc import Iterator
 import torch
 
 from benchmarks.harness import Row, alternate, ratios, row, spread
-from benchmarks.models import converted, random_tokens
+from benchmarks.models import next_block
 from transformerfam.costs import ModelShape, block_flops
 
 BLOCK_SIZE, FAM_LENGTH = 1024, 64
@@ -19,10 +19,7 @@ def run(model: str = "smollm2", repeats: int = 7, quick: bool = False) -> Iterat
         lengths = {"block_size": block_size, "num_memory_segments": num_segments}
         sides, flops = {}, {}
         for system, length in (("fam", fam_length), ("bswa", 0)):
-            reader = converted(model, fam_length=length, **lengths)
-            state = reader.read(random_tokens(model, (num_segments + 1) * block_size))
-            block = random_tokens(model, block_size, seed=1)
-            sides[system] = lambda reader=reader, block=block, state=state: reader.read(block, state)
+            reader, sides[system] = next_block(model, fam_length=length, **lengths)
             flops[system] = block_flops(ModelShape.of(reader.config), reader.fam_config)
         seconds = alternate(sides, repeats)
         counted = flops["fam"] / flops["bswa"]

@@ -2,7 +2,6 @@
 
 import builtins
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +9,6 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
 from benchmarks import __main__ as command
 from benchmarks import counts, efficiency, harness, overhead, peers, prefill, state
 from benchmarks.models import converted, random_tokens

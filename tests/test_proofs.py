@@ -1,12 +1,12 @@
 """The slow proofs: what the shipped memories and the recipes promise, minutes each. `make prove` runs them."""
 
 import json
-import sys
 from importlib.resources import files
 from pathlib import Path
 
 import pytest
 
+from benchmarks import counts
 from transformerfam import FamConfig
 from transformerfam.models import load_model
 from transformerfam.novels import load_novel
@@ -15,9 +15,6 @@ from transformerfam.tasks.next_token import evaluate_next_token
 from transformerfam.tasks.passkey_evaluation import evaluate_passkey
 from transformerfam.training.recipe_file import load_recipe
 from transformerfam.training.trainer import Trainer
-
-sys.path.insert(0, str(Path(__file__).parents[1]))
-from benchmarks import counts
 
 ROOT = Path(__file__).parents[1]
 pytestmark = pytest.mark.slow
