@@ -2,7 +2,7 @@
 
 FAM rows see a run of neighbouring keys, all of them. Tokens see all keys in front of the piece, and those of the piece
 up to their own. So neither needs a mask: FAM rows are one call; tokens are a full call and a causal call, merged by
-their log-sum-exp.
+their log-sum-exp, or one causal call where FAM rows and tokens stand where all keys in sight do.
 
 Source: Algorithm 2, the two attentions of a block.
 """
@@ -136,13 +136,18 @@ def attend_piece(
     if not isinstance(attention_mask, Sight):
         return sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, **kwargs)
     num_rows, first = attention_mask.num_rows, attention_mask.first_row_key
-    parts = []
-    if num_rows:
-        rows = query[:, :, :num_rows]
-        parts.append(_attend(rows, key[:, :, first:], value[:, :, first:], False, dropout, scaling))
-    if num_rows < query.shape[2]:
-        parts.append(_attend(query[:, :, num_rows:], key, value, True, dropout, scaling))
-    return (parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)), None
+    if not num_rows:
+        return _attend(query, key, value, True, dropout, scaling), None
+    rows = _attend(query[:, :, :num_rows], key[:, :, first:], value[:, :, first:], False, dropout, scaling)
+    if query.shape[2] == num_rows:
+        return rows, None
+    if query.shape[2] != key.shape[2]:
+        return torch.cat((rows, _attend(query[:, :, num_rows:], key, value, True, dropout, scaling)), dim=1), None
+    output = _attend(query, key, value, True, dropout, scaling)  # causal for the FAM rows too: theirs is replaced
+    if output.requires_grad:
+        return torch.cat((rows, output[:, num_rows:]), dim=1), None
+    output[:, :num_rows] = rows
+    return output, None
 
 
 AttentionInterface.register(BACK_END, attend_piece)
