@@ -1,31 +1,64 @@
 """How fast is decoding behind a long text? Tokens per second after 1k, 32k and 256k tokens were read."""
 
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
+from torch import nn
 from transformers import DynamicCache
 
 from benchmarks.harness import Row, alternate, ratios, row, spread
 from benchmarks.models import base_model, converted, random_tokens
 from benchmarks.prefill import build as build_prefill
 from benchmarks.prefill import why_skipped
+from transformerfam.decoding import compile_decoding
 from transformerfam.state import FamState
 
 BLOCK_SIZE, FAM_LENGTH = 1024, 64
 LENGTHS = (1024, 32768, 262144)
 NUM_NEW = 32
+OWN = ("fam", "fam_compiled", "fam_int8_compiled", "fam_int8_torchao")
+LLAMA_CPP = ("llama_cpp_float32", "llama_cpp_float32_flash", "llama_cpp_int8", "llama_cpp_int8_flash")
+FULL_FLOPS_PER_SECOND = 1e11
+"""About what reading with a full cache reaches: only whether a cell is skipped depends on it."""
 Step = Callable[[], None]
 
 
-def quantized(model: torch.nn.Module) -> torch.nn.Module:
-    """Return the model with its matrices in int8, one scale per output, in place."""
+class Int8Linear(nn.Module):
+    """Matrix product with weights in int8, one scale per output; one row at a time it is compiled without unpacking."""
+
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__()
+        weight = linear.weight.detach()
+        scale = weight.abs().amax(1) / 127
+        self.register_buffer("weight", (weight / scale[:, None]).round().to(torch.int8))
+        self.register_buffer("scale", scale)
+
+    def forward(self, rows: torch.Tensor) -> torch.Tensor:
+        """Multiply `(..., in)` to `(..., out)`."""
+        if rows.numel() == rows.shape[-1]:
+            return (rows[..., None, :] * self.weight.float()).sum(-1) * self.scale
+        return nn.functional.linear(rows, self.weight.float()) * self.scale
+
+
+def with_int8_weights(model: Any) -> Any:
+    """Replace all linear layers, in place."""
+    for name, module in list(model.named_modules()):
+        if isinstance(module, nn.Linear):
+            model.set_submodule(name, Int8Linear(module))
+    model.lm_head.compile(dynamic=False)  # it stands outside the compiled layers
+    return model
+
+
+def with_torchao_int8_weights(model: Any) -> Any:
+    """Quantize with torchao, in place."""
     from torchao.quantization import Int8WeightOnlyConfig, quantize_
 
     quantize_(model, Int8WeightOnlyConfig())
     return model
 
 
-def fam_step(reader: torch.nn.Module, state: FamState, new_ids: torch.Tensor) -> Step:
+def fam_step(reader: nn.Module, state: FamState, new_ids: torch.Tensor) -> Step:
     """Return what decodes `NUM_NEW` tokens behind a reading."""
 
     def step() -> None:
@@ -35,7 +68,7 @@ def fam_step(reader: torch.nn.Module, state: FamState, new_ids: torch.Tensor) ->
     return step
 
 
-def full_step(base: torch.nn.Module, ids: torch.Tensor, new_ids: torch.Tensor) -> Step:
+def full_step(base: nn.Module, ids: torch.Tensor, new_ids: torch.Tensor) -> Step:
     """Return what decodes behind a text in transformers' full cache."""
     cache = DynamicCache(config=base.config)
     base(input_ids=ids, past_key_values=cache, logits_to_keep=1)
@@ -47,11 +80,11 @@ def full_step(base: torch.nn.Module, ids: torch.Tensor, new_ids: torch.Tensor) -
     return step
 
 
-def llama_cpp_step(ids: torch.Tensor, new_ids: torch.Tensor, is_int8: bool, uses_flash_attention: bool) -> Step:
-    """Return what decodes behind a text in llama.cpp's full cache."""
+def llama_cpp_step(name: str, ids: torch.Tensor, new_ids: torch.Tensor) -> Step:
+    """Return what decodes behind a text in llama.cpp's full cache; the name, one of `LLAMA_CPP`, says how."""
     from benchmarks.llama_cpp import LlamaCpp
 
-    reader = LlamaCpp(ids.shape[1] + 64 * NUM_NEW, is_int8, uses_flash_attention)
+    reader = LlamaCpp(ids.shape[1] + 64 * NUM_NEW, is_int8="int8" in name, uses_flash_attention="flash" in name)
     reader.read(ids[0].tolist())
 
     def step() -> None:
@@ -63,37 +96,36 @@ def llama_cpp_step(ids: torch.Tensor, new_ids: torch.Tensor, is_int8: bool, uses
 
 @torch.no_grad()
 def run(model: str = "smollm2", repeats: int = 7, quick: bool = False) -> Iterator[Row]:
-    """Decode behind texts of three lengths with every system in turn."""
+    """Decode behind texts of three lengths with every system in turn; of llama.cpp's settings the best goes on."""
     fields = {"block_size": BLOCK_SIZE, "fam_length": FAM_LENGTH, "num_memory_segments": 0}
-    reader = converted(model, **fields)
+    readers = {name: converted(model, is_shared="int8" not in name, **fields) for name in OWN}
+    compile_decoding(readers["fam_compiled"])
+    compile_decoding(with_int8_weights(readers["fam_int8_compiled"]))
+    try:
+        with_torchao_int8_weights(readers["fam_int8_torchao"])
+    except ImportError:
+        del readers["fam_int8_torchao"]
+        yield row(
+            "decode", system="fam_int8_torchao", model=model, skipped="torchao is not installed: pip install torchao"
+        )
     full = build_prefill(model, "full")
+    with_full_cache = ["full", *(LLAMA_CPP if model == "smollm2" else ())]
     for num_tokens in LENGTHS[:1] if quick else LENGTHS:
         ids, new_ids = random_tokens(model, num_tokens), random_tokens(model, NUM_NEW, seed=1)
-        state = reader.read(ids)
-        sides: dict[str, Step] = {"fam": fam_step(reader, state, new_ids)}
-        builders: dict[str, Callable[[], Step]] = {
-            "full": lambda ids=ids, new_ids=new_ids: full_step(base_model(model), ids, new_ids)
-        }
-        try:
-            small = quantized(converted(model, is_shared=False, **fields))
-            sides["fam_int8"] = fam_step(small, state.fork(), new_ids)
-        except ImportError:
-            yield row("decode", system="fam_int8", model=model, skipped="torchao is not installed: pip install torchao")
-        if model == "smollm2":
-            for is_int8 in (False, True):
-                for flash in (False, True):
-                    name = f"llama_cpp{'_int8' if is_int8 else ''}{'_flash' if flash else ''}"
-                    builders[name] = lambda i=ids, n=new_ids, q=is_int8, f=flash: llama_cpp_step(i, n, q, f)
-        for name, build in builders.items():
+        state = readers["fam"].read(ids)
+        sides = {name: fam_step(reader, state.fork(), new_ids) for name, reader in readers.items()}
+        for name in with_full_cache:
             reason = why_skipped(full, num_tokens, FULL_FLOPS_PER_SECOND)
-            if reason is not None:
-                yield row("decode", system=name, model=model, num_tokens=num_tokens, skipped=reason)
-                continue
-            try:
-                sides[name] = build()
-            except ImportError:
-                reason = "llama-cpp-python is not installed: pip install llama-cpp-python"
-                yield row("decode", system=name, model=model, num_tokens=num_tokens, skipped=reason)
+            if reason is None:
+                try:
+                    if name == "full":
+                        sides[name] = full_step(base_model(model), ids, new_ids)
+                    else:
+                        sides[name] = llama_cpp_step(name, ids, new_ids)
+                    continue
+                except ImportError:
+                    reason = "llama-cpp-python is not installed: pip install llama-cpp-python"
+            yield row("decode", system=name, model=model, num_tokens=num_tokens, skipped=reason)
         seconds = alternate(sides, repeats)
         for name, times in seconds.items():
             yield row(
@@ -101,11 +133,11 @@ def run(model: str = "smollm2", repeats: int = 7, quick: bool = False) -> Iterat
                 system=name,
                 model=model,
                 num_tokens=num_tokens,
-                **(fields if name.startswith("fam") else {}),
+                **(fields if name in readers else {}),
                 **spread("tokens_per_second", [NUM_NEW / s for s in times]),
                 **spread("ratio", ratios(times, seconds["fam"])),
             )
-
-
-FULL_FLOPS_PER_SECOND = 1e11
-"""What reading with a full cache is expected to reach: only whether a cell takes over 10 minutes depends on it."""
+        for weights in ("llama_cpp_float32", "llama_cpp_int8"):
+            settings = [name for name in with_full_cache if name.startswith(weights)]
+            best = min(settings, key=lambda name: min(seconds.get(name, [0.0])), default=None)
+            with_full_cache = [name for name in with_full_cache if name not in settings or name == best]

@@ -83,14 +83,14 @@ def _attend(
     is_causal: bool,
     dropout: float,
     scaling: float | None,
+    mask: "torch.Tensor | None" = None,
 ) -> torch.Tensor:
-    """Return one run of rows' output, `(B, T, H, K)`; `is_causal` ends at the last key."""
+    """Return one run of rows' output, `(B, T, H, K)`; `is_causal` ends at the last key, a mask is `(B, 1, T, S)`."""
     batch, num_heads, num_tokens, _ = query_BHTK.shape
     groups, num_keys = key_BGSK.shape[1:3]
     is_causal = is_causal and num_tokens > 1
     if num_tokens == 1 and groups < num_heads:  # the heads of a group share keys: they are rows of one call
         query_BHTK = query_BHTK.view(batch, groups, num_heads // groups, -1)
-    mask = None
     if is_causal and num_tokens < num_keys:
         if query_BHTK.device.type == "cpu" and dropout == 0:
             return _FullAndCausal.apply(query_BHTK, key_BGSK, value_BGSK, scaling).transpose(1, 2)
@@ -125,7 +125,8 @@ def attend_piece(
         query: `(B, H, R + T, K)`, FAM rows first.
         key: `(B, G, S, K)` all keys in sight; those of the tokens are the last T.
         value: `(B, G, S, K)`.
-        attention_mask: a `Sight`; a mask, or None for a causal one, goes on to transformers' `sdpa`.
+        attention_mask: a `Sight`, or the mask of a single token; another mask, or None for a causal one, goes on to
+            transformers' `sdpa`.
         dropout: probability that an attention weight is dropped.
         scaling: factor on the logits.
         **kwargs: go on to transformers' `sdpa`.
@@ -133,6 +134,8 @@ def attend_piece(
     Returns:
         `(B, R + T, H, K)`, and None for the weights.
     """
+    if isinstance(attention_mask, torch.Tensor) and query.shape[2] == 1:
+        return _attend(query, key, value, False, dropout, scaling, attention_mask), None
     if not isinstance(attention_mask, Sight):
         return sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, **kwargs)
     num_rows, first = attention_mask.num_rows, attention_mask.first_row_key

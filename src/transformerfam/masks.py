@@ -71,7 +71,13 @@ class Phase:
 def piece_mask(
     config: FamConfig, has_fam: bool, num_rows: int, phase: Phase, dtype: torch.dtype, device: torch.device
 ) -> torch.Tensor:
-    """Return what every row of a piece sees, as a bias on its logits.
+    """Return what every row of a piece sees of the slots in sight, as a bias on its logits; see `buffer_mask`."""
+    seen = phase.window_of_slots(config, Sections.of(config, has_fam))
+    return buffer_mask(config, has_fam, num_rows, phase, dtype)[..., seen].contiguous().to(device)
+
+
+def buffer_mask(config: FamConfig, has_fam: bool, num_rows: int, phase: Phase, dtype: torch.dtype) -> torch.Tensor:
+    """Return what every row of a piece sees of a layer's whole buffer, as a bias on its logits.
 
     Args:
         config: the configuration; `fam_key_bias` is the bias on FAM keys for tokens.
@@ -79,10 +85,9 @@ def piece_mask(
         num_rows: FAM rows in front of the tokens.
         phase: where the sequences stand.
         dtype: floating type of the logits.
-        device: where the mask lies.
 
     Returns:
-        `(1 or B, 1, num_rows + T, slots in sight)`: 0 where seen, the smallest number where not.
+        `(1 or B, 1, num_rows + T, slots)`: 0 where seen, the smallest number where not.
 
     Source: sections 2.1 and 2.2; table 8 for `window`.
     """
@@ -116,4 +121,4 @@ def piece_mask(
         rows = torch.full(rows_see.shape, shut, dtype=dtype).masked_fill(rows_see, 0)
         rows = rows.expand(len(phase.fills), num_rows, -1)
         mask = torch.cat((rows, mask), dim=1)
-    return mask[..., phase.window_of_slots(config, sections)].contiguous()[:, None].to(device)
+    return mask[:, None]

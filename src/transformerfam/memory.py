@@ -1,5 +1,6 @@
 """What conversion adds to a decoder: the parameters of the memory, and the initial FAM made from them."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -27,6 +28,7 @@ class FamMemory(nn.Module):
         self.config = config
         self.turner: KeyTurner | None = None
         self.identity: ModelIdentity | None = None
+        self.token_step: Any = None  # the `CompiledStep` of `compile_decoding`, or None
         if config.fam_length == 0:
             return
         rows = initial_prompt(embedding, config.fam_length)
@@ -132,18 +134,20 @@ class InitialFam:
         """Note nothing."""
 
 
-class _PromptCache(Cache):
-    """The cache of the prompt's way up: it keeps nothing."""
+class StepCache(Cache):
+    """The cache of one step: every layer's part of it as it is, and what its keys and values are handed to."""
 
-    def __init__(self, num_layers: int) -> None:
+    def __init__(self, layers: Sequence[Any], step: Any) -> None:
         super().__init__(layers=[])
-        self.layers = [None] * num_layers
-        self.step = InitialFam()
+        self.layers = list(layers)
+        self.step = step
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        return key_states, value_states
+        """Hand the keys and values `(B, G, T, K)` to the step and return all that it sees."""
+        seen: tuple[torch.Tensor, torch.Tensor] = self.step.attend(self.layers[layer_idx], key_states, value_states)
+        return seen
 
 
 def run_decoder(
@@ -175,6 +179,7 @@ def initial_fam(decoder: Any) -> list[torch.Tensor]:
     else:
         positions = (fam_offsets(config) + first_position(config))[None]
         positions = positions.float() if config.fam_position == "fractional" else positions.long()
-    cache = _PromptCache(len(decoder.layers))
+    step = InitialFam()
+    cache = StepCache([None] * len(decoder.layers), step)
     run_decoder(decoder, memory.prompt[None], positions.to(memory.prompt.device), cache)
-    return cache.step.fams
+    return step.fams

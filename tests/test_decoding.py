@@ -1,0 +1,132 @@
+"""Compiled decoding is decoding: the same outputs and states, one compilation, and the ordinary way where it must be.
+
+Tests run the graph that torch.compile records without generating code for it, which takes seconds; `make prove` has the
+default back end.
+"""
+
+from typing import Any
+
+import pytest
+import torch
+from tiny_llama import make_tiny_llama, random_ids
+from torch._dynamo.testing import CompileCounter
+
+from transformerfam import FamConfig, convert
+from transformerfam.decoding import compile_decoding, interpret_decoding
+from transformerfam.errors import TransformerFamError
+
+CONFIGS = {
+    "fam": FamConfig(block_size=6, fam_length=2, num_memory_segments=0),
+    "memory segments": FamConfig(block_size=5, fam_length=2, num_memory_segments=2, fam_key_bias=0.0),
+    "sinks": FamConfig(block_size=5, fam_length=0, num_memory_segments=1, num_sink_tokens=2),
+    "window": FamConfig(block_size=5, fam_length=2, num_memory_segments=1, window=3, num_previous_fams=2),
+    "one layer": FamConfig(block_size=5, fam_length=2, num_memory_segments=1, fam_layers=(1,)),
+    "static": FamConfig(block_size=5, fam_length=2, num_memory_segments=1, fam_copy=False),
+}
+
+
+def make_pair(config: FamConfig) -> tuple[Any, Any]:
+    """Return two models of the same weights."""
+    return tuple(convert(make_tiny_llama(), config) for _ in range(2))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", CONFIGS)
+def test_compiled_tokens_match_and_are_compiled_once(name: str) -> None:
+    """Catches a slot written wrongly, an empty slot that is seen, and shapes that change from block to block."""
+    plain, compiled = make_pair(CONFIGS[name])
+    counter = CompileCounter()
+    compile_decoding(compiled, batch_size=2, backend=counter)
+    ids, states = random_ids(2, 33), [plain.init_state(2), compiled.init_state(2)]
+    for chunk in ids.split((3, *[1] * 20, 8, 1, 1), dim=1):
+        expected, found = (
+            model(input_ids=chunk, past_key_values=state).logits
+            for model, state in zip((plain, compiled), states, strict=True)
+        )
+        torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+    for expected_layer, found_layer in zip(states[0].layers, states[1].layers, strict=True):
+        for tensor_name, tensor in expected_layer.tensors().items():
+            torch.testing.assert_close(found_layer.tensors()[tensor_name], tensor, atol=1e-5, rtol=1e-5)
+    assert counter.frame_count == 1
+
+
+@torch.no_grad()
+def test_sequences_at_different_places_share_the_compiled_step() -> None:
+    """Catches sequences that write each other's slots where padding has put them at different places."""
+    plain, compiled = make_pair(CONFIGS["memory segments"])
+    counter = CompileCounter()
+    compile_decoding(compiled, batch_size=2, backend=counter)
+    ids = random_ids(2, 24)
+    padding = torch.tensor([[0, 0, 1, 1], [1, 1, 1, 1]])
+    states = [plain.init_state(2), compiled.init_state(2)]
+    for position, chunk in enumerate(ids.split((4, *[1] * 20), dim=1)):
+        expected, found = (
+            model(input_ids=chunk, past_key_values=state, attention_mask=None if position else padding).logits[:, -1]
+            for model, state in zip((plain, compiled), states, strict=True)
+        )
+        torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+    assert states[1].block_fill[0] != states[1].block_fill[1]
+    assert counter.frame_count == 1
+
+
+def test_what_is_not_compiled_goes_the_ordinary_way(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches compiled steps that write in place under a gradient, drop hidden states, or run after being undone."""
+    model = make_pair(CONFIGS["fam"])[1]
+    compile_decoding(model, backend="eager")
+    num_steps = 0
+    step = model.get_decoder().fam.token_step
+    original = step.run
+
+    def counted(*args: Any) -> torch.Tensor:
+        nonlocal num_steps
+        num_steps += 1
+        return original(*args)
+
+    monkeypatch.setattr(step, "run", counted)
+    state, token = model.init_state(), random_ids(1, 1)
+
+    def decode(**kwargs: Any) -> int:
+        before = num_steps
+        model(input_ids=token, past_key_values=state, **kwargs)
+        return num_steps - before
+
+    with torch.no_grad():
+        assert [decode() for _ in range(7)] == [0, 1, 1, 1, 1, 0, 0]
+        assert decode(output_hidden_states=True) == 0
+        model(input_ids=random_ids(2, 1), past_key_values=model.init_state(2))
+    assert decode() == 0
+    with torch.no_grad():
+        assert decode() == 0  # the state has a gradient still
+        state.detach()
+        assert decode() == 1
+        interpret_decoding(model)
+        assert decode() == 0
+
+
+@torch.no_grad()
+def test_generate_is_the_same_when_compiled() -> None:
+    """Catches a cache that generate and the compiled step understand differently."""
+    plain, compiled = make_pair(CONFIGS["fam"])
+    compile_decoding(compiled, backend="eager")
+    ids = random_ids(1, 9)
+    expected, found = (
+        model.generate(ids, max_new_tokens=20, do_sample=False, eos_token_id=None) for model in (plain, compiled)
+    )
+    assert found.tolist() == expected.tolist()
+
+
+def test_what_cannot_be_compiled_says_so() -> None:
+    """Catches a model left half compiled, and an error without a way out."""
+    with pytest.raises(TransformerFamError, match="call convert"):
+        compile_decoding(make_tiny_llama())
+    with pytest.raises(TransformerFamError, match="block_size is 2, required for compiled decoding is at least 3"):
+        compile_decoding(convert(make_tiny_llama(), FamConfig(block_size=2, fam_length=1, num_memory_segments=0)))
+
+    def fails(*args: Any) -> Any:
+        raise RuntimeError("no compiler")
+
+    model: Any = make_pair(CONFIGS["fam"])[1]
+    with pytest.raises(TransformerFamError, match="cannot be compiled here: .*works without compile_decoding"):
+        compile_decoding(model, backend=fails)
+    assert model.get_decoder().fam.token_step is None
+    model(input_ids=random_ids(1, 8))
