@@ -1,7 +1,9 @@
 """The rows as a page and a figure."""
 
+import itertools
 import math
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,32 @@ from matplotlib import pyplot
 
 from benchmarks.harness import Row
 from transformerfam.reports.rows import read_rows
+
+
+@dataclass(frozen=True)
+class Plot:
+    """A picture of rows against length, both axes logarithmic.
+
+    Attributes:
+        name: part of the file's name.
+        measure: the field that is drawn.
+        label: of its axis.
+        has_slope: whether the exponent of its growth is said.
+    """
+
+    name: str
+    measure: str
+    label: str
+    has_slope: bool = False
+
+
+MEMORY = Plot("memory", "bytes_peak", "peak memory above what stood there before, bytes")
+SPEED = Plot("speed", "tokens_per_second_median", "tokens per second")
+PLOTS = {
+    "prefill": (Plot("time", "seconds_median", "seconds", has_slope=True), MEMORY),
+    "decode": (SPEED,),
+    "training": (SPEED, MEMORY),
+}
 
 
 def last_of_each_cell(rows: Iterable[Row]) -> list[Row]:
@@ -28,7 +56,7 @@ def slope(lengths: Sequence[float], seconds: Sequence[float]) -> float:
 
 
 def write_report(path: Path) -> Iterator[Path]:
-    """Write `NAME.md`, and `NAME_prefill_MODEL.svg` for every model, beside the rows; yield what was written."""
+    """Write `NAME.md`, and for every plot and model `NAME_FIGURE_PLOT_MODEL.svg`, beside the rows; yield the paths."""
     rows = last_of_each_cell(read_rows([path]))
     text = [f"# Benchmarks\n\nRows: `{path.name}`. Medians, with the smallest and largest of all runs in brackets.\n"]
     for machine in dict.fromkeys((row["machine"], row["threads"], row["torch"], row["transformers"]) for row in rows):
@@ -40,10 +68,10 @@ def write_report(path: Path) -> Iterator[Path]:
     for figure, of_figure in figures.items():
         text.append(f"\n## {figure}\n")
         text += _table(of_figure)
-        if figure == "prefill":
+        for plot in PLOTS.get(figure, ()):
             for model in dict.fromkeys(row["model"] for row in of_figure):
-                picture = path.with_name(f"{path.stem}_prefill_{model}.svg")
-                text += _plot_prefill([row for row in of_figure if row["model"] == model], picture)
+                picture = path.with_name(f"{path.stem}_{figure}_{plot.name}_{model}.svg")
+                text += _plot([row for row in of_figure if row["model"] == model], plot, picture)
                 yield picture
     page = path.with_suffix(".md")
     page.write_text("\n".join(text) + "\n", encoding="utf-8")
@@ -82,26 +110,26 @@ def _number(value: Any) -> str:
     return f"{value:,}" if isinstance(value, int) else str(value)
 
 
-def _plot_prefill(rows: Sequence[Row], path: Path) -> list[str]:
+def _plot(rows: Sequence[Row], plot: Plot, path: Path) -> list[str]:
+    """Draw one measure against length, a labelled line per system, and return its lines on the page."""
     figure, axes = pyplot.subplots(figsize=(7, 4.5), layout="constrained")
-    lines = ["", f"![Seconds against length]({path.name})", ""]
+    lines = ["", f"![{plot.label} against length]({path.name})", ""]
+    markers = itertools.cycle("osv^Dx+*")
     for system in dict.fromkeys(row["system"] for row in rows):
-        own = sorted(
-            (r["num_tokens"], r["seconds_median"]) for r in rows if r["system"] == system and "skipped" not in r
-        )
+        of_system = [row for row in rows if row["system"] == system and plot.measure in row]
+        own = sorted((row["num_tokens"], row[plot.measure]) for row in of_system)
         if not own:
             continue
-        lengths, seconds = zip(*own, strict=True)
+        lengths, values = zip(*own, strict=True)
         label = system
-        if len(own) > 1:
-            exponent = slope(lengths, seconds)
+        if plot.has_slope and len(own) > 1:
+            exponent = slope(lengths, values)
             label = f"{system}, slope {exponent:.2f}"
             reach = f"{lengths[0]:,} to {lengths[-1]:,} tokens"
-            lines.append(f"- {system}: time grows with length to the power {exponent:.2f} ({reach})")
-        axes.plot(lengths, seconds, marker="o", label=label)
-    axes.set(
-        xscale="log", yscale="log", xlabel="tokens read", ylabel="seconds", title=f"Reading with {rows[0]['model']}"
-    )
+            lines.append(f"- {system}: grows with length to the power {exponent:.2f} ({reach})")
+        axes.plot(lengths, values, marker=next(markers), label=label)
+    title = f"{rows[0]['figure']}, {rows[0]['model']}"
+    axes.set(xscale="log", yscale="log", xlabel="tokens", ylabel=plot.label, title=title)
     axes.grid(visible=True, which="both", alpha=0.2)
     axes.legend()
     figure.savefig(path)

@@ -124,6 +124,7 @@ def test_report_plots_prefill_with_its_slope(tmp_path: Path) -> None:
                     "num_tokens": n,
                     "seconds_median": n / 4,
                     "seconds_min": 1,
+                    "bytes_peak": 1000,
                     "seconds_max": 9,
                 }
             )
@@ -134,7 +135,11 @@ def test_report_plots_prefill_with_its_slope(tmp_path: Path) -> None:
         + "\n"
     )
     written = list(write_report(path))
-    assert [p.name for p in written] == ["rows_prefill_random_8m.svg", "rows.md"]
-    page = written[1].read_text()
+    assert [p.name for p in written] == [
+        "rows_prefill_time_random_8m.svg",
+        "rows_prefill_memory_random_8m.svg",
+        "rows.md",
+    ]
+    page = written[-1].read_text()
     assert "to the power 1.00" in page
     assert "predicted to take 700 s" in page

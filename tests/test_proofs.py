@@ -5,9 +5,11 @@ from importlib.resources import files
 from pathlib import Path
 
 import pytest
+import torch
 
 from benchmarks import counts
 from transformerfam import FamConfig
+from transformerfam.decoding import compile_decoding
 from transformerfam.models import load_model
 from transformerfam.novels import load_novel
 from transformerfam.reports.rows import accuracy_by_length
@@ -64,6 +66,22 @@ def test_default_conversion_costs_at_most_two_percent(tmp_path):
         model, tokenizer = load_model("smollm2", system=system, config_overrides=FamConfig().to_dict())
         losses[system] = list(evaluate_next_token(model, tokenizer, text, num_tokens=20_000))[-1]["loss"]
     assert losses["fam_untrained"] <= 1.02 * losses["bswa"], losses
+
+
+@torch.no_grad()
+def test_decoding_compiled_by_the_default_back_end_matches():
+    """Generated code that decodes something else than the plain model, in two blocks and across their boundary."""
+    plain, compiled = (load_model("tiny")[0] for _ in range(2))
+    compile_decoding(compiled)
+    vocab_size = plain.get_input_embeddings().num_embeddings
+    ids = torch.randint(vocab_size, (1, 2 * plain.fam_config.block_size + 50), generator=torch.manual_seed(0))
+    states = [model.read(ids[:, :40]) for model in (plain, compiled)]
+    for token in ids[:, 40:].split(1, dim=1):
+        expected, found = (
+            model(input_ids=token, past_key_values=state).logits
+            for model, state in zip((plain, compiled), states, strict=True)
+        )
+        torch.testing.assert_close(found, expected, atol=1e-3, rtol=1e-3)
 
 
 def test_counts_stay_within_ten_percent_of_the_baseline():

@@ -9,7 +9,7 @@ Source: sections 2.1, 2.2 and B.2.1, Algorithms 1 and 2 of arXiv 2404.09173.
 
 import torch
 
-from transformerfam.cache_layer import FamLayer
+from transformerfam.cache_layer import FamLayer, Sections
 from transformerfam.kernels import Sight
 from transformerfam.masks import Phase, piece_mask
 from transformerfam.positions import KeyTurner, fam_offsets, first_position, query_shift
@@ -39,6 +39,7 @@ class Piece:
         self.turner = turner
         self.phase = Phase.of(state, counts)
         self.num_tokens = max(counts)
+        self._sights: dict[bool, Sight | None] = {}  # by whether a layer has a FAM
         fills = state.block_fill
         self.completes = [n + c == config.block_size and c > 0 for n, c in zip(fills, counts, strict=True)]
         begins = any(n == 0 and c > 0 for n, c in zip(fills, counts, strict=True))
@@ -93,8 +94,13 @@ class Piece:
         It is when sequences stand at different places, when the window cuts into a memory segment, when the FAM keys
         have a bias, and when a slot in sight is still empty.
         """
-        config, phase, sections = self.config, self.phase, layer.sections
         has_fam = layer.fam is not None
+        if has_fam not in self._sights:
+            self._sights[has_fam] = self._sight(has_fam, layer.sections)
+        return self._sights[has_fam]
+
+    def _sight(self, has_fam: bool, sections: Sections) -> Sight | None:
+        config, phase = self.config, self.phase
         if not phase.is_uniform or config.window is not None or (has_fam and config.fam_key_bias != 0):
             return None
         seen = phase.window_of_slots(config, sections)

@@ -149,8 +149,8 @@ def compile_decoding(model: PreTrainedModel, batch_size: int = 1, **options: Any
     memory, decoder = memory_of(model), model.get_decoder()
     if memory.config.fam_length and memory.config.block_size < 3:
         raise TransformerFamError(
-            f"block_size is {memory.config.block_size}, required for compiled decoding is at least 3, since tokens that "
-            "begin or complete a block are not compiled"
+            f"block_size is {memory.config.block_size}, required for compiled decoding is at least 3, since tokens "
+            "that begin or complete a block are not compiled"
         )
     step = CompiledStep(decoder, batch_size, options)
     interpret_decoding(model)
