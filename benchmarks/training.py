@@ -11,8 +11,9 @@ from typing import Any
 
 import torch
 
-from benchmarks.harness import Row, alternate, in_fresh_process, peak_bytes_of, predicted_excess, row, spread
+from benchmarks.harness import Row, alternate, bytes_in_fresh_process, peak_bytes_of, predicted_excess, row, spread
 from benchmarks.models import base_model, converted, random_tokens
+from benchmarks.prefill import REPEATED_TO
 from transformerfam.costs import ModelShape, block_flops, full_attention_flops
 from transformerfam.training.blocks import run_batch
 from transformerfam.training.sequences import Batch
@@ -107,8 +108,8 @@ def why_skipped(system: str, shape: ModelShape, config: Any, num_tokens: int, sp
     return predicted_excess(logits + kept, flops / speed if speed else None)
 
 
-def run(model: str = "smollm2", repeats: int = 3, quick: bool = False) -> Iterator[Row]:
-    """Train at growing lengths, both systems in turn."""
+def run(model: str = "smollm2", repeats: int = 5, quick: bool = False) -> Iterator[Row]:
+    """Train at growing lengths, both systems in turn; one step each where it is long."""
     reader = converted(model, block_size=BLOCK_SIZE, fam_length=FAM_LENGTH, num_memory_segments=0)
     shape, config = ModelShape.of(reader.config), reader.fam_config
     speeds: dict[str, float] = {}
@@ -120,7 +121,8 @@ def run(model: str = "smollm2", repeats: int = 3, quick: bool = False) -> Iterat
                 sides[system] = BUILDERS[system](model, num_tokens)
             else:
                 yield row("training", system=system, model=model, num_tokens=num_tokens, skipped=reason)
-        seconds = alternate(sides, 1 if quick else repeats)
+        is_repeated = num_tokens <= REPEATED_TO and not quick
+        seconds = alternate(sides, repeats if is_repeated else 1, warm_ups=int(is_repeated))
         for system, times in seconds.items():
             speeds[system] = step_flops(system, shape, config, num_tokens) / min(times)
             yield row(
@@ -133,5 +135,5 @@ def run(model: str = "smollm2", repeats: int = 3, quick: bool = False) -> Iterat
                 num_memory_segments=0,
                 **spread("tokens_per_second", [num_tokens / s for s in times]),
                 **spread("ratio", [a / b for a, b in zip(times, seconds["fam"], strict=True)]),
-                bytes_peak=in_fresh_process(measure_memory, system, model, num_tokens),
+                bytes_peak=bytes_in_fresh_process(measure_memory, system, model, num_tokens),
             )
