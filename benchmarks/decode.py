@@ -16,7 +16,7 @@ from transformerfam.state import FamState
 
 BLOCK_SIZE, FAM_LENGTH = 1024, 64
 LENGTHS = (1024, 32768, 262144)
-NUM_NEW = 32
+NUM_NEW, TOGETHER = 32, 8
 OWN = ("fam", "fam_compiled", "fam_int8_compiled", "fam_int8_torchao")
 LLAMA_CPP = ("llama_cpp_float32", "llama_cpp_float32_flash", "llama_cpp_int8", "llama_cpp_int8_flash")
 FULL_FLOPS_PER_SECOND = 1e11
@@ -114,6 +114,7 @@ def run(model: str = "smollm2", repeats: int = 7, quick: bool = False) -> Iterat
         ids, new_ids = random_tokens(model, num_tokens), random_tokens(model, NUM_NEW, seed=1)
         state = readers["fam"].read(ids)
         sides = {name: fam_step(reader, state.fork(), new_ids) for name, reader in readers.items()}
+        sides["fam_together"] = fam_step(readers["fam"], state.select([0] * TOGETHER), new_ids.expand(TOGETHER, -1))
         for name in with_full_cache:
             reason = why_skipped(full, num_tokens, FULL_FLOPS_PER_SECOND)
             if reason is None:
@@ -128,13 +129,15 @@ def run(model: str = "smollm2", repeats: int = 7, quick: bool = False) -> Iterat
             yield row("decode", system=name, model=model, num_tokens=num_tokens, skipped=reason)
         seconds = alternate(sides, repeats)
         for name, times in seconds.items():
+            batch_size = TOGETHER if name == "fam_together" else 1
             yield row(
                 "decode",
                 system=name,
                 model=model,
                 num_tokens=num_tokens,
-                **(fields if name in readers else {}),
-                **spread("tokens_per_second", [NUM_NEW / s for s in times]),
+                batch_size=batch_size,
+                **(fields if name.startswith("fam") else {}),
+                **spread("tokens_per_second", [batch_size * NUM_NEW / s for s in times]),
                 **spread("ratio", ratios(times, seconds["fam"])),
             )
         for weights in ("llama_cpp_float32", "llama_cpp_int8"):
