@@ -11,7 +11,7 @@ from benchmarks.harness import Row, alternate, ratios, row, spread
 from benchmarks.models import base_model, converted, random_tokens
 from benchmarks.prefill import build as build_prefill
 from benchmarks.prefill import why_skipped
-from transformerfam.decoding import compile_decoding
+from transformerfam.compiled import compile_decoding
 from transformerfam.state import FamState
 
 BLOCK_SIZE, FAM_LENGTH = 1024, 64

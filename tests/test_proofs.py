@@ -9,7 +9,7 @@ import torch
 
 from benchmarks import counts
 from transformerfam import FamConfig
-from transformerfam.decoding import compile_decoding
+from transformerfam.compiled import compile_decoding
 from transformerfam.models import load_model
 from transformerfam.novels import load_novel
 from transformerfam.reports.rows import accuracy_by_length

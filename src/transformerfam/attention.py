@@ -39,7 +39,8 @@ class Piece:
         self.turner = turner
         self.phase = Phase.of(state, counts)
         self.num_tokens = max(counts)
-        self._sights: dict[bool, Sight | None] = {}  # by whether a layer has a FAM
+        self._masks: dict[bool, torch.Tensor] = {}  # by whether a layer has a FAM
+        self._sights: dict[bool, Sight | None] = {}
         fills = state.block_fill
         self.completes = [n + c == config.block_size and c > 0 for n, c in zip(fills, counts, strict=True)]
         begins = any(n == 0 and c > 0 for n, c in zip(fills, counts, strict=True))
@@ -86,7 +87,10 @@ class Piece:
 
     def mask(self, layer: FamLayer, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
         """Return the mask of a layer; see `piece_mask`."""
-        return piece_mask(self.config, layer.fam is not None, self.num_rows, self.phase, dtype, device)
+        has_fam = layer.fam is not None
+        if has_fam not in self._masks:
+            self._masks[has_fam] = piece_mask(self.config, has_fam, self.num_rows, self.phase, dtype, device)
+        return self._masks[has_fam]
 
     def sight(self, layer: FamLayer) -> Sight | None:
         """Return what the rows see, for the back end that needs no mask; None where a mask is needed.

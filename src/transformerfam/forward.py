@@ -148,18 +148,17 @@ def _run_piece(
 ) -> BaseModelOutputWithPast:
     """Send one piece through the layers, and move the state on once it is through."""
     piece = Piece(state, counts, decoder.fam.turner)
-    compiled = decoder.fam.token_step
-    notes_hidden_states = kwargs.get("output_hidden_states", decoder.config.output_hidden_states)
-    if compiled is not None and compiled.serves(piece) and not notes_hidden_states:
-        hidden_BTD = compiled.run(piece, tokens_BTD)
-        piece.advance()
-        return BaseModelOutputWithPast(last_hidden_state=hidden_BTD)
     if piece.num_rows:
         rows = tokens_BTD.new_zeros(len(tokens_BTD), piece.num_rows, tokens_BTD.shape[2])
         tokens_BTD = torch.cat((rows, tokens_BTD), dim=1)
+    notes_hidden_states = kwargs.get("output_hidden_states", decoder.config.output_hidden_states)
+    steps = [] if notes_hidden_states else [step for step in decoder.fam.compiled_steps if step.serves(piece)]
     state.step = piece
     try:
-        output = run_decoder(decoder, tokens_BTD, piece.position_ids(tokens_BTD.device), state, **kwargs)
+        if steps:
+            output = BaseModelOutputWithPast(last_hidden_state=steps[0].run(piece, tokens_BTD))
+        else:
+            output = run_decoder(decoder, tokens_BTD, piece.position_ids(tokens_BTD.device), state, **kwargs)
         piece.advance()
     finally:
         state.step = None

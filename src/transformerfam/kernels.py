@@ -33,8 +33,31 @@ class Sight:
     first_row_key: int
 
 
+def _full_and_causal(
+    query_BHTK: torch.Tensor, key_BGSK: torch.Tensor, value_BGSK: torch.Tensor, scaling: float | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Attend from T tokens to the keys in front of them, and to their own T causally, on a CPU.
+
+    Returns:
+        `(B, H, T, K)`, and the log-sum-exp of all logits `(B, H, T)`.
+    """
+    (before, sum_before), (own, sum_own) = (
+        torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+            query_BHTK, key_BGSK[:, :, part], value_BGSK[:, :, part], 0.0, is_causal, scale=scaling
+        )
+        for is_causal, part in enumerate(_in_front_and_own(query_BHTK, key_BGSK))
+    )
+    output = own.lerp_(before, (sum_before - sum_own).sigmoid_()[..., None].to(own.dtype))
+    return output, torch.logaddexp(sum_before, sum_own)
+
+
+def _in_front_and_own(query_BHTK: torch.Tensor, key_BGSK: torch.Tensor) -> tuple[slice, slice]:
+    num_in_front = key_BGSK.shape[2] - query_BHTK.shape[2]
+    return slice(0, num_in_front), slice(num_in_front, None)
+
+
 class _FullAndCausal(torch.autograd.Function):
-    """Attention of T tokens to the n keys in front of them, and to their own T causally, on a CPU.
+    """`_full_and_causal` with its gradient.
 
     The weights over all keys are `exp(S - L)`, so either part's gradients are those of an attention call whose output
     and log-sum-exp `L` are the merged ones.
@@ -44,16 +67,9 @@ class _FullAndCausal(torch.autograd.Function):
     def forward(
         ctx: Any, query_BHTK: torch.Tensor, key_BGSK: torch.Tensor, value_BGSK: torch.Tensor, scaling: float | None
     ) -> torch.Tensor:
-        parts = (slice(0, key_BGSK.shape[2] - query_BHTK.shape[2]), slice(-query_BHTK.shape[2], None))
-        (before, sum_before), (own, sum_own) = (
-            torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-                query_BHTK, key_BGSK[:, :, part], value_BGSK[:, :, part], 0.0, is_causal, scale=scaling
-            )
-            for is_causal, part in enumerate(parts)
-        )
-        output = own.lerp_(before, (sum_before - sum_own).sigmoid_()[..., None].to(own.dtype))
-        ctx.save_for_backward(query_BHTK, key_BGSK, value_BGSK, output, torch.logaddexp(sum_before, sum_own))
-        ctx.parts, ctx.scaling = parts, scaling
+        output, log_sum = _full_and_causal(query_BHTK, key_BGSK, value_BGSK, scaling)
+        ctx.save_for_backward(query_BHTK, key_BGSK, value_BGSK, output, log_sum)
+        ctx.scaling = scaling
         return output
 
     @staticmethod
@@ -71,7 +87,7 @@ class _FullAndCausal(torch.autograd.Function):
                 is_causal,
                 scale=ctx.scaling,
             )
-            for is_causal, part in enumerate(ctx.parts)
+            for is_causal, part in enumerate(_in_front_and_own(query, key))
         )
         return before[0] + own[0], torch.cat((before[1], own[1]), 2), torch.cat((before[2], own[2]), 2), None
 
@@ -93,7 +109,9 @@ def _attend(
         query_BHTK = query_BHTK.view(batch, groups, num_heads // groups, -1)
     if is_causal and num_tokens < num_keys:
         if query_BHTK.device.type == "cpu" and dropout == 0:
-            return _FullAndCausal.apply(query_BHTK, key_BGSK, value_BGSK, scaling).transpose(1, 2)
+            if torch.is_grad_enabled():
+                return _FullAndCausal.apply(query_BHTK, key_BGSK, value_BGSK, scaling).transpose(1, 2)
+            return _full_and_causal(query_BHTK, key_BGSK, value_BGSK, scaling)[0].transpose(1, 2)
         mask, is_causal = causal_lower_right(num_tokens, num_keys), False
     output = scaled_dot_product_attention(
         query_BHTK,

@@ -28,7 +28,7 @@ class FamMemory(nn.Module):
         self.config = config
         self.turner: KeyTurner | None = None
         self.identity: ModelIdentity | None = None
-        self.token_step: Any = None  # the `CompiledStep` of `compile_decoding`, or None
+        self.compiled_steps: list[Any] = []  # the pieces that go through a compiled graph, see `compiled`
         if config.fam_length == 0:
             return
         rows = initial_prompt(embedding, config.fam_length)

@@ -1,4 +1,4 @@
-"""Compiled decoding is decoding: the same outputs and states, one compilation, and the ordinary way where it must be.
+"""Compiled steps are the plain ones: the same outputs and states, one compilation, else the ordinary way.
 
 Tests run the graph that torch.compile records without generating code for it, which takes seconds; `make prove` has the
 default back end.
@@ -11,8 +11,8 @@ import torch
 from tiny_llama import make_tiny_llama, random_ids
 from torch._dynamo.testing import CompileCounter
 
-from transformerfam import FamConfig, convert
-from transformerfam.decoding import compile_decoding, interpret_decoding
+from transformerfam import FamConfig, FamState, convert
+from transformerfam.compiled import compile_decoding, compile_reading, interpret
 from transformerfam.errors import TransformerFamError
 
 CONFIGS = {
@@ -30,6 +30,13 @@ def make_pair(config: FamConfig) -> tuple[Any, Any]:
     return tuple(convert(make_tiny_llama(), config) for _ in range(2))
 
 
+def assert_same(expected: FamState, found: FamState) -> None:
+    """Compare all that two states carry."""
+    for expected_layer, found_layer in zip(expected.layers, found.layers, strict=True):
+        for name, tensor in expected_layer.tensors().items():
+            torch.testing.assert_close(found_layer.tensors()[name], tensor, atol=1e-5, rtol=1e-5)
+
+
 @torch.no_grad()
 @pytest.mark.parametrize("name", CONFIGS)
 def test_compiled_tokens_match_and_are_compiled_once(name: str) -> None:
@@ -44,9 +51,29 @@ def test_compiled_tokens_match_and_are_compiled_once(name: str) -> None:
             for model, state in zip((plain, compiled), states, strict=True)
         )
         torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
-    for expected_layer, found_layer in zip(states[0].layers, states[1].layers, strict=True):
-        for tensor_name, tensor in expected_layer.tensors().items():
-            torch.testing.assert_close(found_layer.tensors()[tensor_name], tensor, atol=1e-5, rtol=1e-5)
+    assert_same(*states)
+    assert counter.frame_count == 1
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("back_end", ["fam", "sdpa"])
+@pytest.mark.parametrize("name", CONFIGS)
+def test_compiled_blocks_match_and_are_compiled_once(name: str, back_end: str) -> None:
+    """Catches a FAM that is not updated in the graph, a mask of another block, and shapes that change."""
+    plain, compiled = make_pair(CONFIGS[name])
+    counter = CompileCounter()
+    for model in (plain, compiled):
+        model.set_attn_implementation(back_end)
+    compile_reading(compiled, batch_size=2, backend=counter)
+    for seed in range(2):  # two readings
+        ids, states = random_ids(2, 49, seed=seed), [plain.init_state(2), compiled.init_state(2)]
+        for chunk in ids.split((3, 17, 29), dim=1):
+            expected, found = (
+                model(input_ids=chunk, past_key_values=state).logits
+                for model, state in zip((plain, compiled), states, strict=True)
+            )
+            torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+        assert_same(*states)
     assert counter.frame_count == 1
 
 
@@ -73,8 +100,10 @@ def test_what_is_not_compiled_goes_the_ordinary_way(monkeypatch: pytest.MonkeyPa
     """Catches compiled steps that write in place under a gradient, drop hidden states, or run after being undone."""
     model = make_pair(CONFIGS["fam"])[1]
     compile_decoding(model, backend="eager")
+    compile_reading(model, backend="eager")
+    compile_decoding(model, backend="eager")  # again: it replaces the first
     num_steps = 0
-    step = model.get_decoder().fam.token_step
+    step, _ = model.get_decoder().fam.compiled_steps
     original = step.run
 
     def counted(*args: Any) -> torch.Tensor:
@@ -99,7 +128,7 @@ def test_what_is_not_compiled_goes_the_ordinary_way(monkeypatch: pytest.MonkeyPa
         assert decode() == 0  # the state has a gradient still
         state.detach()
         assert decode() == 1
-        interpret_decoding(model)
+        interpret(model)
         assert decode() == 0
 
 
@@ -108,7 +137,8 @@ def test_generate_is_the_same_when_compiled() -> None:
     """Catches a cache that generate and the compiled step understand differently."""
     plain, compiled = make_pair(CONFIGS["fam"])
     compile_decoding(compiled, backend="eager")
-    ids = random_ids(1, 9)
+    compile_reading(compiled, backend="eager")
+    ids = random_ids(1, 29)
     expected, found = (
         model.generate(ids, max_new_tokens=20, do_sample=False, eos_token_id=None) for model in (plain, compiled)
     )
@@ -126,7 +156,8 @@ def test_what_cannot_be_compiled_says_so() -> None:
         raise RuntimeError("no compiler")
 
     model: Any = make_pair(CONFIGS["fam"])[1]
-    with pytest.raises(TransformerFamError, match="cannot be compiled here: .*works without compile_decoding"):
-        compile_decoding(model, backend=fails)
-    assert model.get_decoder().fam.token_step is None
+    for compile_step in (compile_decoding, compile_reading):
+        with pytest.raises(TransformerFamError, match=r"cannot be compiled here: .*works without"):
+            compile_step(model, backend=fails)
+        assert model.get_decoder().fam.compiled_steps == []
     model(input_ids=random_ids(1, 8))

@@ -1,22 +1,26 @@
-"""Decoding as one compiled graph of static shapes: nearly every token of a text is one that stands inside its block.
+"""Pieces that are as nearly all others, each as one compiled graph of static shapes through all layers.
 
-Such a token writes one slot of every layer's buffer and sees the rest of the buffer through a mask. All its shapes are
-those of any other, so torch.compile makes one graph of all layers, and the Python of some hundred calls per layer is
-gone. Tokens that begin or complete a block, where the FAM is at work, go the ordinary way.
+While it decodes, nearly every token stands inside its block: it writes one slot of every layer's buffer and sees the
+rest through a mask. While it reads, nearly every piece is a whole block behind full memory segments. Both have the
+shapes of any other of their kind, so torch.compile makes one graph of each, and the Python of some hundred calls per
+layer is gone. Every other piece goes the ordinary way.
 """
 
 import dataclasses
 from collections.abc import Callable
 from types import FunctionType
-from typing import Any
+from typing import Any, cast
 
 import torch
 from transformers import PreTrainedModel
 
 from transformerfam.attention import Piece
+from transformerfam.config import FamConfig
 from transformerfam.errors import TransformerFamError
+from transformerfam.kernels import BACK_END
 from transformerfam.masks import buffer_mask
 from transformerfam.memory import StepCache, memory_of, run_decoder
+from transformerfam.state import FamState
 
 
 @dataclasses.dataclass
@@ -70,26 +74,36 @@ class _TokenStep:
 
 
 class CompiledStep:
-    """The step of one token of each of `batch_size` sequences, compiled; it serves reading without gradients.
+    """A kind of piece of `batch_size` sequences, compiled; it serves reading without gradients.
 
     Args:
+        function: what is compiled.
         decoder: the converted decoder.
         batch_size: sequences; other batches go the ordinary way.
         options: go on to `torch.compile`.
     """
 
-    def __init__(self, decoder: Any, batch_size: int, options: dict[str, Any]) -> None:
+    def __init__(
+        self, function: Callable[..., torch.Tensor], decoder: Any, batch_size: int, options: dict[str, Any]
+    ) -> None:
         self.batch_size = batch_size
         # A code object of its own: torch.compile keeps its graphs there, and few of them.
-        own = FunctionType(_through_the_layers.__code__.replace(), globals())
+        own = FunctionType(function.__code__.replace(), function.__globals__)
         self._function: Callable[..., torch.Tensor] = torch.compile(own, dynamic=False, fullgraph=True, **options)
         self._decoder = decoder
 
     def serves(self, piece: Piece) -> bool:
-        """Whether a piece is one token of every sequence, and none begins or completes a block with FAM."""
-        is_one_token = piece.num_rows == 0 and piece.num_tokens == min(piece.counts) == 1
+        """Whether a piece has the batch size, and its state no gradient."""
         has_gradient = torch.is_grad_enabled() or piece.state.layers[0].keys.requires_grad
-        return is_one_token and len(piece.counts) == self.batch_size and not has_gradient
+        return len(piece.counts) == self.batch_size and not has_gradient
+
+
+class CompiledToken(CompiledStep):
+    """One token of every sequence inside its block."""
+
+    def serves(self, piece: Piece) -> bool:
+        """Whether no sequence begins or completes a block with FAM, too."""
+        return super().serves(piece) and piece.num_rows == 0 and piece.num_tokens == min(piece.counts) == 1
 
     def run(self, piece: Piece, hidden_B1D: torch.Tensor) -> torch.Tensor:
         """Send a piece through the layers, which write their buffers in place.
@@ -118,7 +132,33 @@ class CompiledStep:
         )
 
 
-def _through_the_layers(
+class CompiledBlock(CompiledStep):
+    """A whole block behind full memory segments."""
+
+    def serves(self, piece: Piece) -> bool:
+        """Whether every sequence reads a whole block, too, and has read as many as are in sight at most."""
+        is_whole = piece.phase.is_uniform and piece.counts[0] == piece.config.block_size
+        is_steady = min(piece.state.num_blocks_per_row) >= _num_blocks_until_steady(piece.config)
+        return super().serves(piece) and is_whole and is_steady
+
+    def run(self, piece: Piece, hidden_BTD: torch.Tensor) -> torch.Tensor:
+        """Send a piece through the layers, which write their buffers in place.
+
+        Args:
+            piece: one that it `serves`.
+            hidden_BTD: FAM rows and embeddings, `(B, num_rows + block_size, D)`.
+
+        Returns:
+            `(B, num_rows + block_size, D)` after the last norm.
+        """
+        for layer in piece.state.layers:  # made here, outside of the graph
+            if piece.sight(layer) is None or self._decoder.config._attn_implementation != BACK_END:
+                piece.mask(layer, hidden_BTD.dtype, hidden_BTD.device)
+        positions = piece.position_ids(hidden_BTD.device)
+        return self._function(self._decoder, hidden_BTD.contiguous(), positions, piece.state)
+
+
+def _token_through_the_layers(
     decoder: Any,
     hidden_B1D: torch.Tensor,
     positions_B1: torch.Tensor,
@@ -130,12 +170,23 @@ def _through_the_layers(
     return output.last_hidden_state
 
 
+def _block_through_the_layers(
+    decoder: Any, hidden_BTD: torch.Tensor, positions: torch.Tensor, state: FamState
+) -> torch.Tensor:
+    return run_decoder(decoder, hidden_BTD, positions, state).last_hidden_state
+
+
+def _num_blocks_until_steady(config: FamConfig) -> int:
+    """Return the blocks after which every block sees as much as any other, and none has a first update."""
+    return max(config.num_memory_segments + 1, config.num_previous_fams)
+
+
 @torch.no_grad()
 def compile_decoding(model: PreTrainedModel, batch_size: int = 1, **options: Any) -> None:
     """Compile the step of one token of a converted model, in place; outputs stay the same up to rounding.
 
     It takes about half a minute for 30 layers, needs what `torch.compile` needs (on a CPU a C++ compiler), and is
-    worth it where many tokens are generated. Reading and training are as before.
+    worth it where many tokens are generated.
 
     Args:
         model: converted.
@@ -146,26 +197,46 @@ def compile_decoding(model: PreTrainedModel, batch_size: int = 1, **options: Any
         TransformerFamError: the model is not converted, it cannot be compiled here, or every token begins or
             completes a block.
     """
-    memory, decoder = memory_of(model), model.get_decoder()
+    memory = memory_of(model)
     if memory.config.fam_length and memory.config.block_size < 3:
         raise TransformerFamError(
             f"block_size is {memory.config.block_size}, required for compiled decoding is at least 3, since tokens "
             "that begin or complete a block are not compiled"
         )
-    step = CompiledStep(decoder, batch_size, options)
-    interpret_decoding(model)
-    state, token = model.init_state(batch_size), torch.zeros(batch_size, 1, dtype=torch.long)
-    model.read(token, state)
-    memory.token_step = step
+    step = CompiledToken(_token_through_the_layers, model.get_decoder(), batch_size, options)
+    _add(model, step, num_tokens=1, num_before=1)
+
+
+@torch.no_grad()
+def compile_reading(model: PreTrainedModel, batch_size: int = 1, **options: Any) -> None:
+    """Compile the step of one whole block of a converted model, in place; outputs stay the same up to rounding.
+
+    It takes up to a minute for 30 layers and is worth it where very much is read, or with a small model. Arguments and
+    errors are those of `compile_decoding`.
+    """
+    config = memory_of(model).config
+    step = CompiledBlock(_block_through_the_layers, model.get_decoder(), batch_size, options)
+    _add(model, step, num_tokens=config.block_size, num_before=_num_blocks_until_steady(config))
+
+
+def _add(model: PreTrainedModel, step: CompiledStep, num_tokens: int, num_before: int) -> None:
+    """Take a step into use behind the first pieces of a reading that it does not serve, and let it compile now."""
+    memory, reader = memory_of(model), cast(Any, model)
+    state = reader.init_state(step.batch_size)
+    piece = torch.zeros(step.batch_size, num_tokens, dtype=torch.long)
+    for _ in range(num_before):
+        reader.read(piece, state)
+    others = [other for other in memory.compiled_steps if type(other) is not type(step)]
+    memory.compiled_steps = [step, *others]
     try:
-        model.read(token, state)
+        reader.read(piece, state)
     except Exception as error:
-        interpret_decoding(model)
+        memory.compiled_steps = others
         raise TransformerFamError(
-            f"decoding cannot be compiled here: {str(error).strip().splitlines()[0]}; it works without compile_decoding"
+            f"the model cannot be compiled here: {str(error).strip().splitlines()[0]}; it works without, uncompiled"
         ) from error
 
 
-def interpret_decoding(model: PreTrainedModel) -> None:
-    """Undo `compile_decoding`."""
-    memory_of(model).token_step = None
+def interpret(model: PreTrainedModel) -> None:
+    """Undo `compile_decoding` and `compile_reading`."""
+    memory_of(model).compiled_steps = []
