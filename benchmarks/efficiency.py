@@ -6,6 +6,7 @@ import torch
 
 from benchmarks.harness import Row, alternate, ratios, row, spread
 from benchmarks.models import next_block
+from transformerfam.compiled import compile_reading
 from transformerfam.costs import ModelShape, block_flops
 
 
@@ -22,7 +23,7 @@ def _products(shape: ModelShape, num_rows: int) -> tuple[list[tuple[torch.Tensor
 
 @torch.no_grad()
 def run(model: str = "smollm2", repeats: int = 7, quick: bool = False) -> Iterator[Row]:
-    """Time one block of FAM and one layer's matrix products for the same rows, in turn."""
+    """Time one block of FAM, plain and compiled, and one layer's matrix products for the same rows, in turn."""
     for block_size, fam_length in ((64, 4),) if quick else ((256, 16), (512, 32), (1024, 64)):
         for num_segments in (0, 3):
             fields = {"block_size": block_size, "fam_length": fam_length, "num_memory_segments": num_segments}
@@ -35,17 +36,22 @@ def run(model: str = "smollm2", repeats: int = 7, quick: bool = False) -> Iterat
                     for rows, matrix in pairs:
                         torch.nn.functional.linear(rows, matrix)
 
-            seconds = alternate({"read": read, "products": multiply}, repeats)
-            flops = block_flops(shape, reader.fam_config)
-            speed = [flops / s for s in seconds["read"]]
-            limit = [product_flops * shape.num_layers / s for s in seconds["products"]]
-            yield row(
-                "efficiency",
-                model=model,
-                **fields,
-                num_tokens=block_size,
-                **spread("ratio", ratios(speed, limit)),
-                **spread("flops_per_second_read", speed),
-                **spread("flops_per_second_products", limit),
-                **spread("tokens_per_second_fam", [block_size / s for s in seconds["read"]]),
-            )
+            sides = {"fam": read, "products": multiply}
+            if not quick:
+                compiled, sides["fam_compiled"] = next_block(model, **fields)
+                compile_reading(compiled)
+            seconds = alternate(sides, repeats)
+            limit = [product_flops * shape.num_layers / s for s in seconds.pop("products")]
+            for system, times in seconds.items():
+                speed = [block_flops(shape, reader.fam_config) / s for s in times]
+                yield row(
+                    "efficiency",
+                    system=system,
+                    model=model,
+                    **fields,
+                    num_tokens=block_size,
+                    **spread("ratio", ratios(speed, limit)),
+                    **spread("flops_per_second_read", speed),
+                    **spread("flops_per_second_products", limit),
+                    **spread("tokens_per_second_fam", [block_size / s for s in times]),
+                )
