@@ -94,7 +94,7 @@ class CompiledStep:
 
     def serves(self, piece: Piece) -> bool:
         """Whether a piece has the batch size, and its state no gradient."""
-        has_gradient = torch.is_grad_enabled() or piece.state.layers[0].keys.requires_grad
+        has_gradient = torch.is_grad_enabled() or any(layer.keys.requires_grad for layer in piece.state.layers)
         return len(piece.counts) == self.batch_size and not has_gradient
 
 
