@@ -19,7 +19,7 @@ from transformerfam.config import FamConfig
 from transformerfam.errors import TransformerFamError
 from transformerfam.kernels import BACK_END
 from transformerfam.masks import buffer_mask
-from transformerfam.memory import StepCache, memory_of, run_decoder
+from transformerfam.memory import PassingStep, StepCache, memory_of, run_decoder
 from transformerfam.state import FamState
 
 
@@ -32,7 +32,7 @@ class _Buffers:
     has_fam: bool
 
 
-class _TokenStep:
+class _TokenStep(PassingStep):
     """One token of every sequence on its way through the layers.
 
     Args:
@@ -43,10 +43,6 @@ class _TokenStep:
     def __init__(self, masks: dict[bool, torch.Tensor], slots: dict[bool, torch.Tensor]) -> None:
         self.masks = masks
         self.slots = slots
-
-    def enter_layer(self, layer: _Buffers, hidden_B1D: torch.Tensor) -> torch.Tensor:
-        """Leave the input as it is."""
-        return hidden_B1D
 
     def mask(self, layer: _Buffers, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
         """Return the mask of a layer."""
@@ -64,13 +60,6 @@ class _TokenStep:
         layer.keys[rows, :, slots] = key_BG1K[:, :, 0].to(layer.keys.dtype)
         layer.values[rows, :, slots] = value_BG1K[:, :, 0].to(layer.values.dtype)
         return layer.keys, layer.values
-
-    def after_attention(self, layer: _Buffers, output_B1D: torch.Tensor) -> torch.Tensor:
-        """Leave the attention output as it is."""
-        return output_B1D
-
-    def leave_layer(self, layer: _Buffers, hidden_B1D: torch.Tensor) -> None:
-        """Note nothing."""
 
 
 class CompiledStep:

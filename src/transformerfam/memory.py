@@ -102,7 +102,22 @@ def prefix_from_prompt(model: PreTrainedModel) -> None:
     _change_config(model, fam_init="prefix")
 
 
-class InitialFam:
+class PassingStep:
+    """A step that leaves what goes through the layers as it is."""
+
+    def enter_layer(self, layer: Any, hidden_BTD: torch.Tensor) -> torch.Tensor:
+        """Return a layer's input."""
+        return hidden_BTD
+
+    def after_attention(self, layer: Any, output_BTD: torch.Tensor) -> torch.Tensor:
+        """Return the attention's output."""
+        return output_BTD
+
+    def leave_layer(self, layer: Any, hidden_BTD: torch.Tensor) -> None:
+        """Note nothing."""
+
+
+class InitialFam(PassingStep):
     """Send the prompt up alone and note what enters every layer: the initial FAM (B.1)."""
 
     def __init__(self) -> None:
@@ -125,13 +140,6 @@ class InitialFam:
     def attend(self, layer: None, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Keep nothing."""
         return key, value
-
-    def after_attention(self, layer: None, output_BTD: torch.Tensor) -> torch.Tensor:
-        """Leave the attention output as it is."""
-        return output_BTD
-
-    def leave_layer(self, layer: None, hidden_BTD: torch.Tensor) -> None:
-        """Note nothing."""
 
 
 class StepCache(Cache):
