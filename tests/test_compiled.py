@@ -165,7 +165,7 @@ def test_what_cannot_be_compiled_says_so() -> None:
 
     model: Any = make_pair(CONFIGS["fam"])[1]
     for compile_step in (compile_decoding, compile_reading):
-        with pytest.raises(TransformerFamError, match=r"cannot be compiled here: .*works without"):
+        with pytest.raises(TransformerFamError, match=r"cannot be compiled here: .*no compiler.*works as before"):
             compile_step(model, backend=fails)
         assert model.get_decoder().fam.compiled_steps == []
     model(input_ids=random_ids(1, 8))

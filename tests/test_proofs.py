@@ -9,7 +9,7 @@ import torch
 
 from benchmarks import counts
 from transformerfam import FamConfig
-from transformerfam.compiled import compile_decoding
+from transformerfam.compiled import compile_decoding, compile_reading
 from transformerfam.models import load_model
 from transformerfam.novels import load_novel
 from transformerfam.reports.rows import accuracy_by_length
@@ -69,16 +69,19 @@ def test_default_conversion_costs_at_most_two_percent(tmp_path):
 
 
 @torch.no_grad()
-def test_decoding_compiled_by_the_default_back_end_matches():
-    """Generated code that decodes something else than the plain model, in two blocks and across their boundary."""
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # within torch
+def test_steps_compiled_by_the_default_back_end_match():
+    """Generated code that decodes or reads something else than the plain model, across boundaries of blocks too."""
     plain, compiled = (load_model("tiny")[0] for _ in range(2))
     compile_decoding(compiled)
+    compile_reading(compiled)
     vocab_size = plain.get_input_embeddings().num_embeddings
-    ids = torch.randint(vocab_size, (1, 2 * plain.fam_config.block_size + 50), generator=torch.manual_seed(0))
-    states = [model.read(ids[:, :40]) for model in (plain, compiled)]
-    for token in ids[:, 40:].split(1, dim=1):
+    block_size = plain.fam_config.block_size
+    ids = torch.randint(vocab_size, (1, 7 * block_size + 50), generator=torch.manual_seed(0))
+    states = [plain.init_state() for _ in range(2)]
+    for piece in ids.split((5 * block_size, *[1] * (2 * block_size + 50)), dim=1):
         expected, found = (
-            model(input_ids=token, past_key_values=state).logits
+            model(input_ids=piece, past_key_values=state).logits
             for model, state in zip((plain, compiled), states, strict=True)
         )
         torch.testing.assert_close(found, expected, atol=1e-3, rtol=1e-3)

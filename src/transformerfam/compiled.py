@@ -221,8 +221,9 @@ def _add(model: PreTrainedModel, step: CompiledStep, num_tokens: int, num_before
         reader.read(piece, state)
     except Exception as error:
         memory.compiled_steps = others
+        reason = " ".join(str(error).split("\n\n")[0].split())
         raise TransformerFamError(
-            f"the model cannot be compiled here: {str(error).strip().splitlines()[0]}; it works without, uncompiled"
+            f"the model cannot be compiled here: {reason}; it works as before, uncompiled"
         ) from error
 
 
