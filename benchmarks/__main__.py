@@ -1,7 +1,7 @@
 """Run benchmarks: rows to a file, a line per row to the screen, and the report at the end."""
 
 import importlib
-import importlib.util
+import inspect
 from pathlib import Path
 from typing import Annotated
 
@@ -35,6 +35,7 @@ def main(
     output: Annotated[Path, typer.Option("--output", help="JSON lines file that rows are added to.")] = RESULTS
     / "rows.jsonl",
     threads: Annotated[int | None, typer.Option("--threads", min=1, help="Threads; all cores if not given.")] = None,
+    tokens: Annotated[str | None, typer.Option("--tokens", help="Lengths, 1024,2048; the question's if none.")] = None,
     quick: Annotated[bool, typer.Option("--quick", help="Small sizes: whether it runs, not how fast.")] = False,
 ) -> None:
     """Time the package against what a user would pick instead, on this machine."""
@@ -45,14 +46,17 @@ def main(
     for name in model or ():
         if name not in MODELS:
             raise typer.BadParameter(f"there is no model {name!r}; take of {', '.join(MODELS)}")
+    lengths = {} if tokens is None else {"lengths": tuple(int(part) for part in tokens.split(","))}
     torch.set_flush_denormal(True)
     torch.set_num_threads(threads or torch.get_num_threads())
     for question in questions or QUESTIONS:
         module = importlib.import_module(f"benchmarks.{question}")
+        if lengths and "lengths" not in inspect.signature(module.run).parameters:
+            raise typer.BadParameter(f"{question} has no lengths; leave --tokens out")
         for name in model or MODELS:
             console.print(f"[bold]{question}[/bold] ({QUESTIONS[question]}), {name}")
             with RowFile(output) as rows:
-                for row in module.run(name, quick=quick):
+                for row in module.run(name, quick=quick, **lengths):
                     rows.append(row)
                     console.print("  " + describe(row), highlight=False)
     for path in write_report(output):

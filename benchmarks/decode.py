@@ -1,6 +1,6 @@
 """How fast is decoding behind a long text? Tokens per second after 1k, 32k and 256k tokens were read."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -9,8 +9,8 @@ from transformers import DynamicCache
 
 from benchmarks.harness import Row, alternate, ratios, row, spread
 from benchmarks.models import base_model, converted, random_tokens
+from benchmarks.prefill import EXPECTED_FLOPS_PER_SECOND, why_skipped
 from benchmarks.prefill import build as build_prefill
-from benchmarks.prefill import why_skipped
 from transformerfam.compiled import compile_decoding
 from transformerfam.state import FamState
 
@@ -19,8 +19,6 @@ LENGTHS = (1024, 32768, 262144)
 NUM_NEW, TOGETHER = 32, 8
 OWN = ("fam", "fam_compiled", "fam_int8_compiled", "fam_int8_torchao")
 LLAMA_CPP = ("llama_cpp_float32", "llama_cpp_float32_flash", "llama_cpp_int8", "llama_cpp_int8_flash")
-FULL_FLOPS_PER_SECOND = 1e11
-"""About what reading with a full cache reaches: only whether a cell is skipped depends on it."""
 Step = Callable[[], None]
 
 
@@ -95,8 +93,10 @@ def llama_cpp_step(name: str, ids: torch.Tensor, new_ids: torch.Tensor) -> Step:
 
 
 @torch.no_grad()
-def run(model: str = "smollm2", repeats: int = 7, quick: bool = False) -> Iterator[Row]:
-    """Decode behind texts of three lengths with every system in turn; of llama.cpp's settings the best goes on."""
+def run(
+    model: str = "smollm2", repeats: int = 7, quick: bool = False, lengths: Sequence[int] = LENGTHS
+) -> Iterator[Row]:
+    """Decode behind texts of growing length with every system in turn; of llama.cpp's settings the best goes on."""
     fields = {"block_size": BLOCK_SIZE, "fam_length": FAM_LENGTH, "num_memory_segments": 0}
     readers = {name: converted(model, is_shared="int8" not in name, **fields) for name in OWN}
     compile_decoding(readers["fam_compiled"])
@@ -110,13 +110,13 @@ def run(model: str = "smollm2", repeats: int = 7, quick: bool = False) -> Iterat
         )
     full = build_prefill(model, "full")
     with_full_cache = ["full", *(LLAMA_CPP if model == "smollm2" else ())]
-    for num_tokens in LENGTHS[:1] if quick else LENGTHS:
+    for num_tokens in lengths[:1] if quick else lengths:
         ids, new_ids = random_tokens(model, num_tokens), random_tokens(model, NUM_NEW, seed=1)
         state = readers["fam"].read(ids)
         sides = {name: fam_step(reader, state.fork(), new_ids) for name, reader in readers.items()}
         sides["fam_together"] = fam_step(readers["fam"], state.select([0] * TOGETHER), new_ids.expand(TOGETHER, -1))
         for name in with_full_cache:
-            reason = why_skipped(full, num_tokens, FULL_FLOPS_PER_SECOND)
+            reason = why_skipped(full, num_tokens, EXPECTED_FLOPS_PER_SECOND)
             if reason is None:
                 try:
                     if name == "full":

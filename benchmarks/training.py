@@ -6,7 +6,7 @@ Trainer with full attention and a checkpoint per layer.
 
 import copy
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -108,12 +108,14 @@ def why_skipped(system: str, shape: ModelShape, config: Any, num_tokens: int, sp
     return predicted_excess(logits + kept, flops / speed if speed else None)
 
 
-def run(model: str = "smollm2", repeats: int = 5, quick: bool = False) -> Iterator[Row]:
+def run(
+    model: str = "smollm2", repeats: int = 5, quick: bool = False, lengths: Sequence[int] = LENGTHS
+) -> Iterator[Row]:
     """Train at growing lengths, both systems in turn; one step each where it is long."""
     reader = converted(model, block_size=BLOCK_SIZE, fam_length=FAM_LENGTH, num_memory_segments=0)
     shape, config = ModelShape.of(reader.config), reader.fam_config
     speeds: dict[str, float] = {}
-    for num_tokens in LENGTHS[:1] if quick else LENGTHS:
+    for num_tokens in lengths[:1] if quick else lengths:
         sides = {}
         for system in SYSTEMS:
             reason = why_skipped(system, shape, config, num_tokens, speeds.get(system))

@@ -101,6 +101,13 @@ def test_unknown_question_names_the_known_ones() -> None:
     assert "overhead" in result.output
 
 
+def test_lengths_are_refused_where_there_are_none() -> None:
+    """Catches lengths that are dropped in silence."""
+    result = runner.invoke(command.app, ["state", "--tokens", "1024"])
+    assert result.exit_code == 2
+    assert "state has no lengths" in result.output
+
+
 def test_report_plots_prefill_with_its_slope(tmp_path: Path) -> None:
     """Catches a slope of another line than that through the logarithms."""
     assert slope([1, 10, 100], [2, 20, 200]) == pytest.approx(1)

@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import counts
+from benchmarks import counts, training
+from benchmarks.harness import in_fresh_process
 from transformerfam import FamConfig
 from transformerfam.compiled import compile_decoding, compile_reading
 from transformerfam.models import load_model
@@ -66,6 +67,15 @@ def test_default_conversion_costs_at_most_two_percent(tmp_path):
         model, tokenizer = load_model("smollm2", system=system, config_overrides=FamConfig().to_dict())
         losses[system] = list(evaluate_next_token(model, tokenizer, text, num_tokens=20_000))[-1]["loss"]
     assert losses["fam_untrained"] <= 1.02 * losses["bswa"], losses
+
+
+def test_training_on_three_times_the_blocks_takes_hardly_more_memory():
+    """An allocator that grows with every block, though all but the memory between blocks was freed."""
+    short, long = (
+        in_fresh_process(training.measure_memory, "fam", "random_8m", num_blocks * training.BLOCK_SIZE)
+        for num_blocks in (4, 12)
+    )
+    assert long <= 1.25 * short, (short, long)
 
 
 @torch.no_grad()

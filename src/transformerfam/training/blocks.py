@@ -7,6 +7,7 @@ activations are computed again when the gradient comes back to it.
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 
+import psutil
 import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
@@ -15,6 +16,8 @@ from transformers import PreTrainedModel
 from transformerfam.state import FamState
 from transformerfam.training.sequences import Batch
 from transformerfam.training.teacher import Lesson, distance_to_teacher
+
+BLOCKS_PER_TRIM = 4
 
 
 @dataclass
@@ -123,7 +126,7 @@ def run_batch(
     has_fam = model.fam_config.fam_length > 0
     passed = state.fams.detach() if has_fam and pass_before_question else None
     num_passed_blocks = 0
-    for start, stop in block_spans(batch.input_ids_BT.shape[1], block_size):
+    for block_idx, (start, stop) in enumerate(block_spans(batch.input_ids_BT.shape[1], block_size)):
         is_whole = stop - start == block_size
         is_before_question = is_whole and stop <= batch.question_start
         first = start
@@ -140,6 +143,8 @@ def run_batch(
             if checkpoint_blocks
             else _run_block(*arguments)
         )
+        if checkpoint_blocks and model.device.type == "cpu" and block_idx % BLOCKS_PER_TRIM == BLOCKS_PER_TRIM - 1:
+            _return_freed_memory(state)
         scores = scores + piece_scores
         total_change, num_changes = total_change + change, num_changes + sum(holds_B)
         if has_fam and is_before_question and num_repeats > 0:
@@ -191,6 +196,25 @@ def _run_block(
     if drops_block and not any(state.block_fill):
         _drop_block(state)
     return state, scores, change
+
+
+def _return_freed_memory(state: FamState) -> None:
+    """Let the allocator return freed memory to the system, now and again when the gradient has come back to here.
+
+    The small tensors that are kept for every block lie between large ones that were freed. Without this glibc grows by
+    as much as a block's activations with every block, though they are gone.
+    """
+    if not hasattr(psutil, "heap_trim"):  # an allocator that cannot be asked
+        return
+
+    def trim(_: torch.Tensor) -> None:
+        psutil.heap_trim()
+
+    psutil.heap_trim()
+    layer = state.layers[0]  # the last to get its gradient
+    carried = layer.keys if layer.fam is None else layer.fam
+    if carried.requires_grad:
+        carried.register_hook(trim)
 
 
 def _drop_block(state: FamState) -> None:
