@@ -4,7 +4,6 @@ import contextlib
 import ctypes
 import gc
 import multiprocessing
-import os
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -21,7 +20,6 @@ from transformerfam.tasks.provenance import provenance
 Row = dict[str, Any]
 Side = Callable[[], Any]
 MOST_SECONDS, MOST_OF_MEMORY = 600.0, 0.8
-FIXED_THRESHOLD = "MALLOC_MMAP_THRESHOLD_"  # glibc's
 
 
 def alternate(sides: Mapping[str, Side], repeats: int, warm_ups: int = 1) -> dict[str, list[float]]:
@@ -79,19 +77,6 @@ def peak_bytes_of(side: Side) -> int:
     before = peak_memory()
     side()
     return max(0, peak_memory() - before)
-
-
-def bytes_in_fresh_process(function: Callable[..., Any], *arguments: Any) -> Any:
-    """Return `function(*arguments)` of a fresh process that gives all that is freed back to the system at once.
-
-    By default glibc keeps freed pieces, which small ones that are still in use then divide, and a peak is that of its
-    keeping. The process is slower for it: it is for memory alone.
-    """
-    os.environ[FIXED_THRESHOLD] = "262144"
-    try:
-        return in_fresh_process(function, *arguments)
-    finally:
-        del os.environ[FIXED_THRESHOLD]
 
 
 def in_fresh_process(function: Callable[..., Any], *arguments: Any) -> Any:

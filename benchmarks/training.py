@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.harness import Row, alternate, bytes_in_fresh_process, peak_bytes_of, predicted_excess, row, spread
+from benchmarks.harness import Row, alternate, in_fresh_process, peak_bytes_of, predicted_excess, row, spread
 from benchmarks.models import base_model, converted, random_tokens
 from benchmarks.prefill import REPEATED_TO
 from transformerfam.costs import ModelShape, block_flops, full_attention_flops
@@ -137,5 +137,5 @@ def run(
                 num_memory_segments=0,
                 **spread("tokens_per_second", [num_tokens / s for s in times]),
                 **spread("ratio", [a / b for a, b in zip(times, seconds["fam"], strict=True)]),
-                bytes_peak=bytes_in_fresh_process(measure_memory, system, model, num_tokens),
+                bytes_peak=in_fresh_process(measure_memory, system, model, num_tokens),
             )
