@@ -12,7 +12,7 @@ BLOCK_SIZE, FAM_LENGTH = 1024, 64
 
 
 @torch.no_grad()
-def run(model: str = "smollm2", repeats: int = 7, quick: bool = False) -> Iterator[Row]:
+def run(model: str = "smollm2", repeats: int = 15, quick: bool = False) -> Iterator[Row]:
     """Time one block behind full memory segments, FAM and BSWA in turn, for m = 0 and 3."""
     block_size, fam_length = (64, 4) if quick else (BLOCK_SIZE, FAM_LENGTH)
     for num_segments in (0, 3):
