@@ -4,7 +4,7 @@ Tests run the graph that torch.compile records without generating code for it, w
 default back end.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import pytest
@@ -12,7 +12,7 @@ import torch
 from tiny_llama import make_tiny_llama, random_ids
 from torch._dynamo.testing import CompileCounter
 
-from transformerfam import FamConfig, FamState, convert
+from transformerfam import FamConfig, convert
 from transformerfam.compiled import compile_decoding, compile_reading, interpret
 from transformerfam.errors import TransformerFamError
 
@@ -38,9 +38,16 @@ def make_pair(config: FamConfig) -> tuple[Any, Any]:
     return tuple(convert(make_tiny_llama(), config) for _ in range(2))
 
 
-def assert_same(expected: FamState, found: FamState) -> None:
-    """Compare all that two states carry."""
-    for expected_layer, found_layer in zip(expected.layers, found.layers, strict=True):
+def assert_reads_alike(plain: Any, compiled: Any, ids: torch.Tensor, lengths: Sequence[int]) -> None:
+    """Read the same chunks with both models, and compare what they predict and what they carry in the end."""
+    states = [plain.init_state(len(ids)), compiled.init_state(len(ids))]
+    for chunk in ids.split(lengths, dim=1):
+        expected, found = (
+            model(input_ids=chunk, past_key_values=state).logits
+            for model, state in zip((plain, compiled), states, strict=True)
+        )
+        torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+    for expected_layer, found_layer in zip(states[0].layers, states[1].layers, strict=True):
         for name, tensor in expected_layer.tensors().items():
             torch.testing.assert_close(found_layer.tensors()[name], tensor, atol=1e-5, rtol=1e-5)
 
@@ -52,14 +59,7 @@ def test_compiled_tokens_match_and_are_compiled_once(name: str) -> None:
     plain, compiled = make_pair(CONFIGS[name])
     counter = CompileCounter()
     compile_decoding(compiled, batch_size=2, backend=counter)
-    ids, states = random_ids(2, 33), [plain.init_state(2), compiled.init_state(2)]
-    for chunk in ids.split((3, *[1] * 20, 8, 1, 1), dim=1):
-        expected, found = (
-            model(input_ids=chunk, past_key_values=state).logits
-            for model, state in zip((plain, compiled), states, strict=True)
-        )
-        torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
-    assert_same(*states)
+    assert_reads_alike(plain, compiled, random_ids(2, 33), (3, *[1] * 20, 8, 1, 1))
     assert counter.frame_count == 1
 
 
@@ -74,14 +74,7 @@ def test_compiled_blocks_match_and_are_compiled_once(name: str, back_end: str) -
         model.set_attn_implementation(back_end)
     compile_reading(compiled, batch_size=2, backend=counter)
     for seed in range(2):  # two readings
-        ids, states = random_ids(2, 49, seed=seed), [plain.init_state(2), compiled.init_state(2)]
-        for chunk in ids.split((3, 17, 29), dim=1):
-            expected, found = (
-                model(input_ids=chunk, past_key_values=state).logits
-                for model, state in zip((plain, compiled), states, strict=True)
-            )
-            torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
-        assert_same(*states)
+        assert_reads_alike(plain, compiled, random_ids(2, 49, seed=seed), (3, 17, 29))
     assert counter.frame_count == 1
 
 

@@ -16,7 +16,8 @@ from transformerfam.config import FamConfig
 from transformerfam.memory import memory_of, run_decoder
 from transformerfam.positions import KeyTurner, fam_offsets, first_position, query_shift
 from transformerfam.state import FamState
-from transformerfam.training.blocks import Scores, StepOutput, block_spans, score
+from transformerfam.training.blocks import block_spans
+from transformerfam.training.scores import Scores, StepOutput, score
 from transformerfam.training.sequences import Batch
 from transformerfam.training.stored_filler import StoredFiller
 from transformerfam.training.teacher import Lesson

@@ -4,9 +4,10 @@ import torch
 from transformers import PreTrainedModel
 
 from transformerfam.state import FamState
-from transformerfam.training.blocks import StepOutput, run_batch
+from transformerfam.training.blocks import run_batch
 from transformerfam.training.packed import run_packed_batch, update_by_stored
 from transformerfam.training.recipe import Recipe
+from transformerfam.training.scores import StepOutput
 from transformerfam.training.sequences import Batch, SequenceBuilder
 from transformerfam.training.stored_filler import StoredFiller
 from transformerfam.training.teacher import Lesson

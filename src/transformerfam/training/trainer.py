@@ -22,7 +22,7 @@ from transformerfam.files import write_text
 from transformerfam.models import BASE_NOTE, save_model
 from transformerfam.state import FamState
 from transformerfam.tasks.provenance import memory_notes
-from transformerfam.training.blocks import StepOutput, find_non_finite, find_non_finite_gradient
+from transformerfam.training.blocks import find_non_finite, find_non_finite_gradient
 from transformerfam.training.checkpoint import (
     CHECKPOINT_FILE,
     RECIPE_FILE,
@@ -33,6 +33,7 @@ from transformerfam.training.checkpoint import (
 )
 from transformerfam.training.optimizer import AverageOfWeights, build_optimizer, key_bias_at, lr_factor
 from transformerfam.training.recipe import Recipe
+from transformerfam.training.scores import StepOutput
 from transformerfam.training.sequences import Batch, SequenceBuilder
 from transformerfam.training.setup import build_trainee
 from transformerfam.training.state_passing import SavedFam, StatePassing, held_keys
