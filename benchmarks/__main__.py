@@ -46,13 +46,14 @@ def main(
     for name in model or ():
         if name not in MODELS:
             raise typer.BadParameter(f"there is no model {name!r}; take of {', '.join(MODELS)}")
-    lengths = {} if tokens is None else {"lengths": tuple(int(part) for part in tokens.split(","))}
+    modules = {name: importlib.import_module(f"benchmarks.{name}") for name in questions or QUESTIONS}
+    lengths = {} if tokens is None else {"lengths": _whole_numbers(tokens)}
+    for name, module in modules.items():
+        if lengths and "lengths" not in inspect.signature(module.run).parameters:
+            raise typer.BadParameter(f"{name} has no lengths; leave --tokens out")
     torch.set_flush_denormal(True)
     torch.set_num_threads(threads or torch.get_num_threads())
-    for question in questions or QUESTIONS:
-        module = importlib.import_module(f"benchmarks.{question}")
-        if lengths and "lengths" not in inspect.signature(module.run).parameters:
-            raise typer.BadParameter(f"{question} has no lengths; leave --tokens out")
+    for question, module in modules.items():
         for name in model or MODELS:
             console.print(f"[bold]{question}[/bold] ({QUESTIONS[question]}), {name}")
             with RowFile(output) as rows:
@@ -61,6 +62,13 @@ def main(
                     console.print("  " + describe(row), highlight=False)
     for path in write_report(output):
         console.print(f"wrote {path}")
+
+
+def _whole_numbers(tokens: str) -> tuple[int, ...]:
+    try:
+        return tuple(int(part) for part in tokens.split(","))
+    except ValueError as error:
+        raise typer.BadParameter(f"--tokens is {tokens!r}, required are whole numbers, as in 1024,2048") from error
 
 
 def describe(row: Row) -> str:

@@ -100,7 +100,8 @@ def predicted_excess(num_bytes: float, seconds: float | None) -> str | None:
     """Return why a cell that needs so much would be skipped, or None; None seconds are not known yet."""
     there = available_bytes()
     if num_bytes > MOST_OF_MEMORY * there:
-        return f"predicted to need {num_bytes / 1e9:.1f} GB, {there / 1e9:.1f} GB are available"
+        share = f"{MOST_OF_MEMORY:.0%} of the {there / 1e9:.1f} GB that are available"
+        return f"predicted to need {num_bytes / 1e9:.1f} GB, over {share}"
     if seconds is not None and seconds > MOST_SECONDS:
         return f"predicted to take {seconds:.0f} s, over {MOST_SECONDS:.0f} s"
     return None

@@ -11,9 +11,9 @@ from typing import Any
 
 import torch
 
-from benchmarks.harness import Row, alternate, in_fresh_process, peak_bytes_of, predicted_excess, row, spread
+from benchmarks.harness import Row, alternate, in_fresh_process, peak_bytes_of, predicted_excess, ratios, row, spread
 from benchmarks.models import base_model, converted, random_tokens
-from benchmarks.prefill import REPEATED_TO
+from benchmarks.prefill import EXPECTED_FLOPS_PER_SECOND, REPEATED_TO
 from transformerfam.costs import ModelShape, block_flops, full_attention_flops
 from transformerfam.training.blocks import run_batch
 from transformerfam.training.sequences import Batch
@@ -99,13 +99,13 @@ def step_flops(system: str, shape: ModelShape, config: Any, num_tokens: int) -> 
     return PASSES * one_pass + 3 * num_tokens * shape.flops_per_logits
 
 
-def why_skipped(system: str, shape: ModelShape, config: Any, num_tokens: int, speed: float | None) -> str | None:
+def why_skipped(system: str, shape: ModelShape, config: Any, num_tokens: int, speed: float) -> str | None:
     """Return why a cell would take too long or too much memory, or None."""
     flops = step_flops(system, shape, config, num_tokens)
     rows = num_tokens if system == "full" else BLOCK_SIZE
     logits = 3 * 4 * rows * shape.vocab_size  # logits, their float32 copy and their gradient
     kept = 4 * num_tokens * shape.num_layers * shape.hidden_size if system == "full" else 0
-    return predicted_excess(logits + kept, flops / speed if speed else None)
+    return predicted_excess(logits + kept, flops / speed)
 
 
 def run(
@@ -118,7 +118,7 @@ def run(
     for num_tokens in lengths[:1] if quick else lengths:
         sides = {}
         for system in SYSTEMS:
-            reason = why_skipped(system, shape, config, num_tokens, speeds.get(system))
+            reason = why_skipped(system, shape, config, num_tokens, speeds.get(system, EXPECTED_FLOPS_PER_SECOND))
             if reason is None:
                 sides[system] = BUILDERS[system](model, num_tokens)
             else:
@@ -136,6 +136,6 @@ def run(
                 fam_length=FAM_LENGTH if system == "fam" else 0,
                 num_memory_segments=0,
                 **spread("tokens_per_second", [num_tokens / s for s in times]),
-                **spread("ratio", [a / b for a, b in zip(times, seconds["fam"], strict=True)]),
+                **spread("ratio", ratios(times, seconds["fam"])),
                 bytes_peak=in_fresh_process(measure_memory, system, model, num_tokens),
             )

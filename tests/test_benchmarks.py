@@ -106,6 +106,9 @@ def test_lengths_are_refused_where_there_are_none() -> None:
     result = runner.invoke(command.app, ["state", "--tokens", "1024"])
     assert result.exit_code == 2
     assert "state has no lengths" in result.output
+    result = runner.invoke(command.app, ["prefill", "--tokens", "1k"])
+    assert result.exit_code == 2
+    assert "whole numbers" in result.output
 
 
 def test_report_plots_prefill_with_its_slope(tmp_path: Path) -> None:

@@ -4,7 +4,7 @@ Tests run the graph that torch.compile records without generating code for it, w
 default back end.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -24,13 +24,6 @@ CONFIGS = {
     "one layer": FamConfig(block_size=5, fam_length=2, num_memory_segments=1, fam_layers=(1,)),
     "static": FamConfig(block_size=5, fam_length=2, num_memory_segments=1, fam_copy=False),
 }
-
-
-@pytest.fixture(autouse=True)
-def _forget_graphs() -> Iterator[None]:
-    """Leave no graph behind for the tests of memory."""
-    yield
-    torch._dynamo.reset()
 
 
 def make_pair(config: FamConfig) -> tuple[Any, Any]:

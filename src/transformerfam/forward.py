@@ -151,12 +151,13 @@ def _run_piece(
     if piece.num_rows:
         rows = tokens_BTD.new_zeros(len(tokens_BTD), piece.num_rows, tokens_BTD.shape[2])
         tokens_BTD = torch.cat((rows, tokens_BTD), dim=1)
-    notes_hidden_states = kwargs.get("output_hidden_states", decoder.config.output_hidden_states)
-    steps = [] if notes_hidden_states else [step for step in decoder.fam.compiled_steps if step.serves(piece)]
+    step = next((step for step in decoder.fam.compiled_steps if step.serves(piece)), None)
+    if step is not None and kwargs.get("output_hidden_states", decoder.config.output_hidden_states):
+        step = None  # a compiled step gives the last ones alone
     state.step = piece
     try:
-        if steps:
-            output = BaseModelOutputWithPast(last_hidden_state=steps[0].run(piece, tokens_BTD))
+        if step is not None:
+            output = BaseModelOutputWithPast(last_hidden_state=step.run(piece, tokens_BTD))
         else:
             output = run_decoder(decoder, tokens_BTD, piece.position_ids(tokens_BTD.device), state, **kwargs)
         piece.advance()

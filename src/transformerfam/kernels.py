@@ -99,7 +99,7 @@ def _attend(
     is_causal: bool,
     dropout: float,
     scaling: float | None,
-    mask: "torch.Tensor | None" = None,
+    mask: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Return one run of rows' output, `(B, T, H, K)`; `is_causal` ends at the last key, a mask is `(B, 1, T, S)`."""
     batch, num_heads, num_tokens, _ = query_BHTK.shape
