@@ -10,8 +10,11 @@ import typer
 from rich.console import Console
 
 from benchmarks.harness import Row
-from benchmarks.models import MODELS
+from benchmarks.models import MODELS, OTHER_MODELS
+from benchmarks.placement import place
 from benchmarks.report import write_report
+from transformerfam.errors import TransformerFamError
+from transformerfam.models import find_device
 from transformerfam.reports.rows import RowFile
 
 QUESTIONS = {  # by cost: seconds first, then minutes, then an hour
@@ -24,6 +27,7 @@ QUESTIONS = {  # by cost: seconds first, then minutes, then an hour
     "peers": "other memories that can be installed",
     "prefill": "reading against length, beside transformers' caches",
 }
+DTYPES = ("float32", "bfloat16", "float16")
 RESULTS = Path("benchmarks/results")
 app = typer.Typer(add_completion=False, help=__doc__)
 
@@ -31,11 +35,15 @@ app = typer.Typer(add_completion=False, help=__doc__)
 @app.command()
 def main(
     questions: Annotated[list[str] | None, typer.Argument(help=f"Of {', '.join(QUESTIONS)}; all if none.")] = None,
-    model: Annotated[list[str] | None, typer.Option("--model", help=f"Of {', '.join(MODELS)}; both if none.")] = None,
+    model: Annotated[
+        list[str] | None, typer.Option("--model", help=f"Of {', '.join(MODELS + OTHER_MODELS)}; the first two if none.")
+    ] = None,
     output: Annotated[Path, typer.Option("--output", help="JSON lines file that rows are added to.")] = RESULTS
     / "rows.jsonl",
     threads: Annotated[int | None, typer.Option("--threads", min=1, help="Threads; all cores if not given.")] = None,
     tokens: Annotated[str | None, typer.Option("--tokens", help="Lengths, 1024,2048; the question's if none.")] = None,
+    device: Annotated[str, typer.Option("--device", help="cpu, cuda or another of torch.")] = "cpu",
+    dtype: Annotated[str, typer.Option("--dtype", help=f"Of {', '.join(DTYPES)}.")] = "float32",
     quick: Annotated[bool, typer.Option("--quick", help="Small sizes: whether it runs, not how fast.")] = False,
 ) -> None:
     """Time the package against what a user would pick instead, on this machine."""
@@ -44,13 +52,19 @@ def main(
         if name not in known:
             raise typer.BadParameter(f"there is no question {name!r}; take of {', '.join(known)}")
     for name in model or ():
-        if name not in MODELS:
-            raise typer.BadParameter(f"there is no model {name!r}; take of {', '.join(MODELS)}")
+        if name not in MODELS + OTHER_MODELS:
+            raise typer.BadParameter(f"there is no model {name!r}; take of {', '.join(MODELS + OTHER_MODELS)}")
     modules = {name: importlib.import_module(f"benchmarks.{name}") for name in questions or QUESTIONS}
     lengths = {} if tokens is None else {"lengths": _whole_numbers(tokens)}
     for name, module in modules.items():
         if lengths and "lengths" not in inspect.signature(module.run).parameters:
             raise typer.BadParameter(f"{name} has no lengths; leave --tokens out")
+    if dtype not in DTYPES:
+        raise typer.BadParameter(f"there is no dtype {dtype!r}; take of {', '.join(DTYPES)}")
+    try:
+        place(find_device(device), getattr(torch, dtype))
+    except TransformerFamError as error:
+        raise typer.BadParameter(str(error)) from error
     torch.set_flush_denormal(True)
     torch.set_num_threads(threads or torch.get_num_threads())
     for question, module in modules.items():

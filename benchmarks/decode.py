@@ -9,8 +9,9 @@ from transformers import DynamicCache
 
 from benchmarks.harness import Row, alternate, ratios, row, spread
 from benchmarks.models import base_model, converted, random_tokens
-from benchmarks.prefill import EXPECTED_FLOPS_PER_SECOND, why_skipped
+from benchmarks.placement import PLACEMENT
 from benchmarks.prefill import build as build_prefill
+from benchmarks.prefill import why_skipped
 from transformerfam.compiled import compile_decoding
 from transformerfam.state import FamState
 
@@ -98,25 +99,26 @@ def run(
 ) -> Iterator[Row]:
     """Decode behind texts of growing length with every system in turn; of llama.cpp's settings the best goes on."""
     fields = {"block_size": BLOCK_SIZE, "fam_length": FAM_LENGTH, "num_memory_segments": 0}
-    readers = {name: converted(model, is_shared="int8" not in name, **fields) for name in OWN}
+    own = [name for name in OWN if "int8" not in name or PLACEMENT.is_cpu]
+    readers = {name: converted(model, is_shared="int8" not in name, **fields) for name in own}
     compile_decoding(readers["fam_compiled"])
-    compile_decoding(with_int8_weights(readers["fam_int8_compiled"]))
-    try:
-        with_torchao_int8_weights(readers["fam_int8_torchao"])
-    except ImportError:
-        del readers["fam_int8_torchao"]
-        yield row(
-            "decode", system="fam_int8_torchao", model=model, skipped="torchao is not installed: pip install torchao"
-        )
+    if PLACEMENT.is_cpu:
+        compile_decoding(with_int8_weights(readers["fam_int8_compiled"]))
+        try:
+            with_torchao_int8_weights(readers["fam_int8_torchao"])
+        except ImportError:
+            del readers["fam_int8_torchao"]
+            reason = "torchao is not installed: pip install torchao"
+            yield row("decode", system="fam_int8_torchao", model=model, skipped=reason)
     full = build_prefill(model, "full")
-    with_full_cache = ["full", *(LLAMA_CPP if model == "smollm2" else ())]
+    with_full_cache = ["full", *(LLAMA_CPP if model == "smollm2" and PLACEMENT.is_cpu else ())]
     for num_tokens in lengths[:1] if quick else lengths:
         ids, new_ids = random_tokens(model, num_tokens), random_tokens(model, NUM_NEW, seed=1)
         state = readers["fam"].read(ids)
         sides = {name: fam_step(reader, state.fork(), new_ids) for name, reader in readers.items()}
         sides["fam_together"] = fam_step(readers["fam"], state.select([0] * TOGETHER), new_ids.expand(TOGETHER, -1))
         for name in with_full_cache:
-            reason = why_skipped(full, num_tokens, EXPECTED_FLOPS_PER_SECOND)
+            reason = why_skipped(full, num_tokens, PLACEMENT.expected_flops_per_second)
             if reason is None:
                 try:
                     if name == "full":

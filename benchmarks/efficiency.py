@@ -6,6 +6,7 @@ import torch
 
 from benchmarks.harness import Row, alternate, ratios, row, spread
 from benchmarks.models import next_block
+from benchmarks.placement import PLACEMENT
 from transformerfam.compiled import compile_reading
 from transformerfam.costs import ModelShape, block_flops
 
@@ -15,7 +16,7 @@ def _products(shape: ModelShape, num_rows: int) -> tuple[list[tuple[torch.Tensor
     generator = torch.Generator().manual_seed(0)
 
     def draw(*sizes: int) -> torch.Tensor:
-        return torch.randn(sizes, generator=generator)
+        return torch.randn(sizes, generator=generator).to(PLACEMENT.device, PLACEMENT.dtype)
 
     pairs = [(draw(num_rows, width), draw(out, width)) for width, out in shape.layer_matrices]
     return pairs, num_rows * shape.flops_per_row // shape.num_layers

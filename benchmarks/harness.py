@@ -10,12 +10,12 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from typing import Any
 
-import psutil
 import torch
 import transformers
 
+from benchmarks.placement import PLACEMENT, place
 from transformerfam.demo import peak_memory, reset_peak_memory
-from transformerfam.tasks.provenance import provenance
+from transformerfam.tasks.provenance import machine, provenance
 
 Row = dict[str, Any]
 Side = Callable[[], Any]
@@ -32,8 +32,10 @@ def alternate(sides: Mapping[str, Side], repeats: int, warm_ups: int = 1) -> dic
     for round_idx in range(warm_ups + repeats):
         for name, side in sides.items():
             gc.collect()
+            PLACEMENT.synchronize()
             start = time.perf_counter()
             side()
+            PLACEMENT.synchronize()
             elapsed = time.perf_counter() - start
             if round_idx >= warm_ups:
                 seconds[name].append(elapsed)
@@ -65,12 +67,19 @@ def row(figure: str, **fields: Any) -> Row:
         "transformers": transformers.__version__,
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
         **provenance(),
+        "machine": PLACEMENT.describe(machine()),
     }
 
 
 def peak_bytes_of(side: Side) -> int:
-    """Run a side and return how far resident memory rose above what stood there before, in bytes."""
+    """Run a side and return how far memory rose above what stood there before, in bytes: resident, or the device's."""
     gc.collect()
+    if not PLACEMENT.is_cpu:
+        torch.accelerator.empty_cache()
+        torch.accelerator.reset_peak_memory_stats(PLACEMENT.device)
+        before = torch.accelerator.memory_allocated(PLACEMENT.device)
+        side()
+        return torch.accelerator.max_memory_allocated(PLACEMENT.device) - before
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL(None).malloc_trim(0)  # else what loading freed would hide what the side takes
     reset_peak_memory()
@@ -82,23 +91,20 @@ def peak_bytes_of(side: Side) -> int:
 def in_fresh_process(function: Callable[..., Any], *arguments: Any) -> Any:
     """Return `function(*arguments)`, computed in a process of its own, so that memory is that of this call alone."""
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(1, context, initializer=_set_up, initargs=(torch.get_num_threads(),)) as pool:
+    initial = (torch.get_num_threads(), PLACEMENT.device, PLACEMENT.dtype)
+    with ProcessPoolExecutor(1, context, initializer=_set_up, initargs=initial) as pool:
         return pool.submit(function, *arguments).result()
 
 
-def _set_up(num_threads: int) -> None:
+def _set_up(num_threads: int, device: torch.device, dtype: torch.dtype) -> None:
     torch.set_num_threads(num_threads)
     torch.set_flush_denormal(True)
-
-
-def available_bytes() -> int:
-    """Return the memory that can be taken without swapping, in bytes."""
-    return psutil.virtual_memory().available
+    place(device, dtype)
 
 
 def predicted_excess(num_bytes: float, seconds: float | None) -> str | None:
     """Return why a cell that needs so much would be skipped, or None; None seconds are not known yet."""
-    there = available_bytes()
+    there = PLACEMENT.available_bytes()
     if num_bytes > MOST_OF_MEMORY * there:
         share = f"{MOST_OF_MEMORY:.0%} of the {there / 1e9:.1f} GB that are available"
         return f"predicted to need {num_bytes / 1e9:.1f} GB, over {share}"

@@ -8,31 +8,49 @@ from typing import Any
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
+from benchmarks.placement import PLACEMENT
 from transformerfam import FamConfig, convert
 from transformerfam.models import load_base
 
 MODELS = ("smollm2", "random_8m")
+OTHER_MODELS = ("random_135m",)
+"""Timed when named: random weights in the shape of SmolLM2-135M, for machines without its package."""
+
+
+SHAPES = {
+    "random_8m": {
+        "vocab_size": 8192,
+        "hidden_size": 256,
+        "intermediate_size": 688,
+        "num_hidden_layers": 8,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+    },
+    "random_135m": {
+        "vocab_size": 49152,
+        "hidden_size": 576,
+        "intermediate_size": 1536,
+        "num_hidden_layers": 30,
+        "num_attention_heads": 9,
+        "num_key_value_heads": 3,
+    },
+}
 
 
 @functools.cache
 def base_model(name: str) -> PreTrainedModel:
-    """Return an unconverted model in evaluation mode, on float32 and attention back end `sdpa`."""
+    """Return an unconverted model in evaluation mode, where `place` says, on attention back end `sdpa`."""
     if name == "smollm2":
-        return load_base("smollm2")[0]
+        return load_base("smollm2")[0].to(PLACEMENT.device, PLACEMENT.dtype)
     torch.manual_seed(0)
     config = LlamaConfig(
-        vocab_size=8192,
-        hidden_size=256,
-        intermediate_size=688,
-        num_hidden_layers=8,
-        num_attention_heads=4,
-        num_key_value_heads=2,
+        **SHAPES[name],
         head_dim=64,
         max_position_embeddings=8192,
         rope_theta=100_000.0,
         tie_word_embeddings=True,
     )
-    return LlamaForCausalLM(config).eval()
+    return LlamaForCausalLM(config).eval().to(PLACEMENT.device, PLACEMENT.dtype)
 
 
 def converted(name: str, is_shared: bool = True, **fields: Any) -> Any:
@@ -54,4 +72,5 @@ def next_block(name: str, **fields: Any) -> tuple[Any, Callable[[], Any]]:
 def random_tokens(name: str, num_tokens: int, batch_size: int = 1, seed: int = 0) -> torch.Tensor:
     """Draw token ids `(B, T)`."""
     generator = torch.Generator().manual_seed(seed)
-    return torch.randint(base_model(name).config.vocab_size, (batch_size, num_tokens), generator=generator)
+    ids = torch.randint(base_model(name).config.vocab_size, (batch_size, num_tokens), generator=generator)
+    return ids.to(PLACEMENT.device)

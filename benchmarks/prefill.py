@@ -11,13 +11,13 @@ from transformers import DynamicCache, MistralConfig, MistralForCausalLM
 
 from benchmarks.harness import Row, alternate, in_fresh_process, peak_bytes_of, predicted_excess, row, spread
 from benchmarks.models import base_model, converted, random_tokens
+from benchmarks.placement import PLACEMENT
+from transformerfam.compiled import compile_reading
 from transformerfam.costs import ModelShape, block_flops, full_attention_flops
 
 BLOCK_SIZE, FAM_LENGTH, NUM_SEGMENTS = 1024, 64, 0
 LENGTHS = tuple(1024 * 2**i for i in range(9))
 REPEATED_TO = 16384
-EXPECTED_FLOPS_PER_SECOND = 1e11
-"""What is expected of a system that was not timed yet: only whether a cell is skipped depends on it."""
 
 
 @dataclass(frozen=True)
@@ -43,16 +43,25 @@ OWN: dict[str, dict[str, int]] = {
     "attention_sinks": {"fam_length": 0, "num_memory_segments": 1, "num_sink_tokens": 4},
 }
 SYSTEMS = (*OWN, "sliding_window", "full")
+COMPILED = "fam_compiled"
+
+
+def systems() -> tuple[str, ...]:
+    """Return what is compared: compiled reading too, where Python is slower than the device."""
+    return SYSTEMS if PLACEMENT.is_cpu else (COMPILED, *SYSTEMS)
 
 
 def build(model: str, name: str) -> System:
-    """Return one of `SYSTEMS`: FAM, BSWA and sinks of this package, transformers' sliding-window and full cache."""
+    """Return one of `systems()`: FAM, BSWA and sinks of this package, transformers' sliding-window and full cache."""
     base = base_model(model)
     shape = ModelShape.of(base.config)
     size = BLOCK_SIZE
-    per_row = 4 * (8 * shape.hidden_size + 3 * shape.intermediate_size)  # float32 activations alive at once
-    if name in OWN:
-        reader = converted(model, block_size=size, **OWN[name])
+    num_bytes = PLACEMENT.dtype.itemsize
+    per_row = num_bytes * (8 * shape.hidden_size + 3 * shape.intermediate_size)  # activations alive at once
+    if name in OWN or name == COMPILED:
+        reader = converted(model, block_size=size, **OWN["fam" if name == COMPILED else name])
+        if name == COMPILED:
+            compile_reading(reader)
         return System(
             reader.read,
             lambda n: n / size * block_flops(shape, reader.fam_config),
@@ -69,7 +78,7 @@ def build(model: str, name: str) -> System:
         return System(
             read_full,
             lambda n: full_attention_flops(shape, n),
-            lambda n: 4 * n * shape.key_value_elements,
+            lambda n: num_bytes * n * shape.key_value_elements,
             lambda n: n * per_row,
         )
     sliding = _sliding_window_model(model)
@@ -83,7 +92,7 @@ def build(model: str, name: str) -> System:
     return System(
         read_sliding,
         lambda n: n * (shape.flops_per_row + size * shape.flops_per_pair),
-        lambda n: 4 * min(n, size) * shape.key_value_elements,
+        lambda n: num_bytes * min(n, size) * shape.key_value_elements,
         lambda n: size * per_row,
     )
 
@@ -97,7 +106,7 @@ def _sliding_window_model(model: str) -> Any:
     config.sliding_window = BLOCK_SIZE
     sliding = MistralForCausalLM(config).eval()
     sliding.load_state_dict(copy.copy(base.state_dict()))
-    return sliding
+    return sliding.to(PLACEMENT.device, PLACEMENT.dtype)
 
 
 def carried_bytes(carried: Any) -> int:
@@ -114,16 +123,22 @@ def why_skipped(system: System, num_tokens: int, flops_per_second: float | None)
     return predicted_excess(num_bytes, system.flops(num_tokens) / flops_per_second if flops_per_second else None)
 
 
+def measure_alone(model: str, name: str, num_tokens: int) -> tuple[float, int, int]:
+    """Build a system and `measure_once`."""
+    return measure_once(build(model, name), random_tokens(model, num_tokens))
+
+
 @torch.no_grad()
-def measure_once(model: str, name: str, num_tokens: int) -> tuple[float, int, int]:
-    """Return the seconds that one reading takes, the bytes by which resident memory rises, and those carried on."""
-    system, ids = build(model, name), random_tokens(model, num_tokens)
+def measure_once(system: System, ids: torch.Tensor) -> tuple[float, int, int]:
+    """Return the seconds that one reading takes, the bytes by which memory rises, and those carried on."""
     system.read(ids[:, : 2 * BLOCK_SIZE])
+    PLACEMENT.synchronize()
     carried, seconds = [], []
 
     def timed() -> None:
         start = time.perf_counter()
         carried.append(system.read(ids))
+        PLACEMENT.synchronize()
         seconds.append(time.perf_counter() - start)
 
     peak = peak_bytes_of(timed)
@@ -135,20 +150,24 @@ def run(
     model: str = "smollm2", repeats: int = 5, quick: bool = False, lengths: Sequence[int] = LENGTHS
 ) -> Iterator[Row]:
     """Read texts of growing length with every system in turn; long ones once, in a process of its own."""
-    compared = {name: build(model, name) for name in SYSTEMS}
+    compared = {name: build(model, name) for name in systems()}
     speeds: dict[str, float] = {}  # operations per second at the last length
     for num_tokens in lengths[:2] if quick else lengths:
         ids = random_tokens(model, num_tokens)
         sides = {}
         for name, system in compared.items():
-            reason = why_skipped(system, num_tokens, speeds.get(name, EXPECTED_FLOPS_PER_SECOND))
+            reason = why_skipped(system, num_tokens, speeds.get(name, PLACEMENT.expected_flops_per_second))
             if reason is None:
                 sides[name] = lambda read=system.read, ids=ids: read(ids)
             else:
                 yield row("prefill", system=name, model=model, num_tokens=num_tokens, skipped=reason)
         seconds = alternate(sides, repeats) if num_tokens <= REPEATED_TO else {}
         for name in sides:
-            once, peak, carried = in_fresh_process(measure_once, model, name, num_tokens)
+            once, peak, carried = (
+                in_fresh_process(measure_alone, model, name, num_tokens)
+                if PLACEMENT.is_cpu
+                else measure_once(compared[name], ids)  # a device's allocator counts what a call takes
+            )
             times = seconds.get(name, [once])
             speeds[name] = compared[name].flops(num_tokens) / min(times)
             yield row(

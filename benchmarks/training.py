@@ -13,7 +13,8 @@ import torch
 
 from benchmarks.harness import Row, alternate, in_fresh_process, peak_bytes_of, predicted_excess, ratios, row, spread
 from benchmarks.models import base_model, converted, random_tokens
-from benchmarks.prefill import EXPECTED_FLOPS_PER_SECOND, REPEATED_TO
+from benchmarks.placement import PLACEMENT
+from benchmarks.prefill import REPEATED_TO
 from transformerfam.costs import ModelShape, block_flops, full_attention_flops
 from transformerfam.training.blocks import run_batch
 from transformerfam.training.sequences import Batch
@@ -59,7 +60,7 @@ def full_steps(model: str, num_tokens: int) -> Callable[[], Any]:
     """Return what lets transformers' Trainer go one step."""
     from transformers import Trainer, TrainingArguments
 
-    ids = random_tokens(model, num_tokens)[0]
+    ids = random_tokens(model, num_tokens)[0].cpu()
     folder = tempfile.mkdtemp()
     trained = copy.deepcopy(base_model(model))
 
@@ -73,7 +74,7 @@ def full_steps(model: str, num_tokens: int) -> Callable[[], Any]:
             save_strategy="no",
             logging_strategy="no",
             report_to=[],
-            use_cpu=True,
+            use_cpu=PLACEMENT.is_cpu,
             disable_tqdm=True,
         )
         Trainer(model=trained, args=arguments, train_dataset=[{"input_ids": ids, "labels": ids}]).train()
@@ -104,7 +105,7 @@ def why_skipped(system: str, shape: ModelShape, config: Any, num_tokens: int, sp
     flops = step_flops(system, shape, config, num_tokens)
     rows = num_tokens if system == "full" else BLOCK_SIZE
     logits = 3 * 4 * rows * shape.vocab_size  # logits, their float32 copy and their gradient
-    kept = 4 * num_tokens * shape.num_layers * shape.hidden_size if system == "full" else 0
+    kept = PLACEMENT.dtype.itemsize * num_tokens * shape.num_layers * shape.hidden_size if system == "full" else 0
     return predicted_excess(logits + kept, flops / speed)
 
 
@@ -118,7 +119,9 @@ def run(
     for num_tokens in lengths[:1] if quick else lengths:
         sides = {}
         for system in SYSTEMS:
-            reason = why_skipped(system, shape, config, num_tokens, speeds.get(system, EXPECTED_FLOPS_PER_SECOND))
+            reason = why_skipped(
+                system, shape, config, num_tokens, speeds.get(system, PLACEMENT.expected_flops_per_second)
+            )
             if reason is None:
                 sides[system] = BUILDERS[system](model, num_tokens)
             else:

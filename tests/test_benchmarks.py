@@ -10,8 +10,9 @@ import torch
 from typer.testing import CliRunner
 
 from benchmarks import __main__ as command
-from benchmarks import counts, efficiency, harness, overhead, peers, prefill, state
+from benchmarks import counts, efficiency, overhead, peers, prefill, state
 from benchmarks.models import converted, random_tokens
+from benchmarks.placement import Placement
 from benchmarks.report import slope, write_report
 
 EVERY_ROW = {"task", "figure", "threads", "torch", "transformers", "version", "git_commit", "machine"}
@@ -61,7 +62,7 @@ def test_prefill_skips_what_would_take_too_long_or_too_much(monkeypatch: pytest.
     system = prefill.build("random_8m", "full")
     assert prefill.why_skipped(system, 1024, flops_per_second=1e11) is None
     assert "predicted to take" in str(prefill.why_skipped(system, 262144, flops_per_second=1e9))
-    monkeypatch.setattr(harness, "available_bytes", lambda: 100_000_000)
+    monkeypatch.setattr(Placement, "available_bytes", lambda self: 100_000_000)
     assert "predicted to need" in str(prefill.why_skipped(system, 262144, flops_per_second=None))
     assert prefill.why_skipped(prefill.build("random_8m", "fam"), 262144, flops_per_second=None) is None
 

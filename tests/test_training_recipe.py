@@ -63,6 +63,11 @@ def test_recipe_survives_json():
         ({"schedule": {"block_sizes": [8, 16]}}, r"block_sizes has 8, required is at least fam.block_size \(16\)"),
         ({"fam": {"fam_key_bias": -4.0}}, r"use the key_bias section"),
         ({"key_bias": {"start_value": -4.0, "end_step": 7}}, r"within the 6 steps"),
+        (
+            {"model": {"base": "x", "memory": "y", "prompt_text": "z"}},
+            r"model.prompt_text is given beside model.memory",
+        ),
+        ({"model": {"prompt_text": "z"}, "fam": {"fam_init": "prefix"}}, r"or fam.fam_init is 'prefix'"),
         ({"lora": 3}, r"lora is 3, required is a section with keys"),
     ],
 )

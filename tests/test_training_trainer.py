@@ -14,7 +14,7 @@ import torch
 from training_recipes import small_recipe, small_values
 
 from transformerfam.adapter import FamAdapter
-from transformerfam.errors import CorruptFileError, RecipeError
+from transformerfam.errors import CorruptFileError, RecipeError, TransformerFamError
 from transformerfam.files import load_tensors
 from transformerfam.models import load_model
 from transformerfam.tasks.provenance import memory_notes
@@ -101,6 +101,17 @@ def test_key_bias_is_exactly_zero_in_the_trained_memory(tmp_path):
     assert trainer.model.fam_config.fam_key_bias == 0.0
     _, metadata = load_tensors(tmp_path / "fam.safetensors", "adapter", 1)
     assert metadata["fam_config"]["fam_key_bias"] == 0.0
+
+
+def test_prompt_begins_as_the_last_tokens_of_a_text(tmp_path):
+    """Rows in another order, of the text's beginning, or a text that is too short and is repeated silently."""
+    text = "The grass is green. The sky is blue."
+    trainer = Trainer(small_recipe(model={"prompt_text": text}), tmp_path)
+    ids = trainer.tokenizer(text)["input_ids"][-4:]
+    model = trainer.model
+    assert torch.equal(model.get_decoder().fam.prompt, model.get_input_embeddings().weight[ids])
+    with pytest.raises(TransformerFamError, match=r"the text has 1 tokens, required are at least fam_length \(4\)"):
+        Trainer(small_recipe(model={"prompt_text": "The"}), tmp_path)
 
 
 def test_trained_model_is_loaded_as_it_was(tmp_path):

@@ -15,7 +15,7 @@ from typer.core import TyperGroup
 
 from transformerfam.demo import draw_seed, prepare_demo, run_demo
 from transformerfam.errors import ReadInterrupted, TransformerFamError
-from transformerfam.models import load_model, save_model
+from transformerfam.models import find_device, load_model, save_model
 from transformerfam.progress import reading_bar, training_bar
 from transformerfam.reports.next_token import next_token_table
 from transformerfam.reports.passkey import passkey_table, plot_passkey
@@ -55,6 +55,7 @@ ModelOption = Annotated[str, typer.Option("--model", help="tiny, smollm2, or a f
 SystemOption = Annotated[
     str, typer.Option("--system", help="fam, bswa, fam_memory_zeroed or fam_untrained; several with commas.")
 ]
+DeviceOption = Annotated[str, typer.Option("--device", help="cpu, cuda, cuda:1 or another of torch.")]
 SetOption = Annotated[list[str] | None, typer.Option("--set", help="key=value; may be given more than once.")]
 
 
@@ -77,6 +78,7 @@ def evaluate_passkey_command(
     jitter: Annotated[bool, typer.Option(help="Add up to a block of filler to each question.")] = True,
     batch_size: Annotated[int, typer.Option("--batch-size", help="Keys that are read side by side.")] = 10,
     prefix_tokens: Annotated[int, typer.Option("--prefix-tokens", help="Tokens of filler in front of the intro.")] = 0,
+    device: DeviceOption = "cpu",
     overrides: SetOption = None,
 ) -> None:
     """Hide five-digit keys in filler, read once per key, and ask at every length."""
@@ -99,7 +101,7 @@ def evaluate_passkey_command(
                 )
                 evaluation.finished = finished_questions(rows.rows, evaluation)
                 try:
-                    for row in evaluation.rows(*_load(model, loaded, _config_overrides(overrides))):
+                    for row in evaluation.rows(*_load(model, loaded, _config_overrides(overrides), device)):
                         rows.append(row)
                 except KeyboardInterrupt as interrupt:
                     _say(f"interrupted; {output} keeps {len(rows.rows)} rows; run the same command again to go on")
@@ -117,6 +119,7 @@ def evaluate_next_token_command(
         int | None, typer.Option("--segment-tokens", help="Also a row for every N tokens.")
     ] = None,
     output: Annotated[Path | None, typer.Option("--output", help="JSON lines; rows are appended.")] = None,
+    device: DeviceOption = "cpu",
     overrides: SetOption = None,
 ) -> None:
     """Measure loss and accuracy of predicting every token of a text."""
@@ -125,7 +128,7 @@ def evaluate_next_token_command(
         for loaded, systems in _systems_by_model(system).items():
             if loaded not in systems:
                 raise TransformerFamError(f"system {systems[0]!r} belongs to the passkey task; take fam or bswa")
-            loaded_model, tokenizer = _load(model, loaded, _config_overrides(overrides))
+            loaded_model, tokenizer = _load(model, loaded, _config_overrides(overrides), device)
             with _tokens_bar(f"next token, {loaded}") as update:
                 measured = evaluate_next_token(
                     loaded_model,
@@ -167,10 +170,11 @@ def read_command(
     model: ModelOption = "tiny",
     state: Annotated[Path | None, typer.Option("--state", help="Go on from this state.")] = None,
     skip_tokens: Annotated[int, typer.Option("--skip-tokens", help="Tokens of the text that the state has read.")] = 0,
+    device: DeviceOption = "cpu",
 ) -> None:
     """Read a text of any length and save the state; Ctrl-C saves what was read and says how to go on."""
     with _open_input(file) as source:
-        loaded_model, tokenizer = _load(model)
+        loaded_model, tokenizer = _load(model, device=device)
         start = None if state is None else FamState.load(state, loaded_model, batch_size=1)
         num_tokens = None if file == "-" else count_tokens(file, tokenizer)
         texts = decode_utf8(read_pieces(source), "standard input" if file == "-" else file)
@@ -187,6 +191,7 @@ def read_command(
         except ReadInterrupted as interrupt:
             interrupt.state.save(save)
             again = shlex.join(["fam", "read", file, "--model", model, "--state", str(save), "--save", str(save)])
+            again += _device_argument(device)
             _say(
                 f"interrupted after {interrupt.num_tokens_done:,} tokens, which are kept in {save}; go on with: "
                 f"{again} --skip-tokens {interrupt.num_tokens_done}"
@@ -202,9 +207,10 @@ def generate_command(
     state: Annotated[Path, typer.Option("--state", help="A state that `fam read` saved; it stays as it is.")],
     model: ModelOption = "tiny",
     max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", min=1)] = 32,
+    device: DeviceOption = "cpu",
 ) -> None:
     """Answer a question on a saved reading with the likeliest tokens."""
-    loaded_model, tokenizer = _load(model)
+    loaded_model, tokenizer = _load(model, device=device)
     loaded_state = FamState.load(state, loaded_model, batch_size=1)
     typer.echo(generate_text(loaded_model, tokenizer, question, loaded_state, max_new_tokens))
 
@@ -214,16 +220,18 @@ def train_command(
     recipe: Annotated[Path, typer.Argument(help="TOML file.")],
     output: Annotated[Path | None, typer.Option("--output", help="Folder of the run; runs/NAME if not given.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the folder's checkpoint.")] = False,
+    device: DeviceOption = "cpu",
     overrides: SetOption = None,
 ) -> None:
     """Train a memory by a recipe."""
     loaded = load_recipe(recipe, overrides or ())
     folder = output or Path("runs") / recipe.stem
-    trainer = Trainer(loaded, folder, resume=resume)
+    trainer = Trainer(loaded, folder, resume=resume, device=find_device(device))
     with training_bar(loaded.schedule.steps) as update:
         result = trainer.run(lambda _, row: update(row))
     message = result.message.replace("RECIPE", str(recipe))
-    message += f" --output {folder}" if output is not None and not result.is_complete else ""
+    if not result.is_complete:
+        message += (f" --output {folder}" if output is not None else "") + _device_argument(device)
     _say(message)
     if not result.is_complete:
         raise typer.Exit(INTERRUPTED)
@@ -279,6 +287,11 @@ def demo_command(
         raise typer.Exit(1)
 
 
+def _device_argument(device: str) -> str:
+    """Return what a command that goes on needs to say of the device."""
+    return "" if device == "cpu" else f" --device {device}"
+
+
 def _say(message: str) -> None:
     """Print one line to standard error, neither wrapped nor read as markup."""
     Console(stderr=True, soft_wrap=True).print(escape(message), highlight=False)
@@ -288,9 +301,13 @@ def _hide_loading_bars() -> None:
     transformers_logging.disable_progress_bar()
 
 
-def _load(model: str, system: str = "fam", overrides: dict[str, Any] | None = None) -> tuple[Any, Any]:
+def _load(
+    model: str, system: str = "fam", overrides: dict[str, Any] | None = None, device: str = "cpu"
+) -> tuple[Any, Any]:
     _hide_loading_bars()
-    return load_model(model, system, overrides)  # type: ignore[arg-type]
+    place = find_device(device)
+    loaded, tokenizer = load_model(model, system, overrides)  # type: ignore[arg-type]
+    return loaded.to(place), tokenizer
 
 
 def _systems_by_model(systems: str) -> dict[str, list[str]]:

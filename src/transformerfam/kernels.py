@@ -11,7 +11,6 @@ import dataclasses
 from typing import Any
 
 import torch
-from torch.nn.attention.bias import causal_lower_right
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
@@ -92,6 +91,14 @@ class _FullAndCausal(torch.autograd.Function):
         return before[0] + own[0], torch.cat((before[1], own[1]), 2), torch.cat((before[2], own[2]), 2), None
 
 
+@torch.compiler.assume_constant_result
+def _has_flash(device: torch.device) -> bool:
+    """Whether torch's flash attention runs on a device; its causal call ends at the last key, and it knows groups."""
+    if device.type != "cuda" or not torch.backends.cuda.is_flash_attention_available():
+        return False
+    return torch.backends.cuda.flash_sdp_enabled() and torch.cuda.get_device_capability(device) >= (8, 0)
+
+
 def _attend(
     query_BHTK: torch.Tensor,
     key_BGSK: torch.Tensor,
@@ -112,7 +119,12 @@ def _attend(
             if torch.is_grad_enabled():
                 return _FullAndCausal.apply(query_BHTK, key_BGSK, value_BGSK, scaling).transpose(1, 2)
             return _full_and_causal(query_BHTK, key_BGSK, value_BGSK, scaling)[0].transpose(1, 2)
-        mask, is_causal = causal_lower_right(num_tokens, num_keys), False
+        is_half, width = query_BHTK.dtype in (torch.float16, torch.bfloat16), query_BHTK.shape[-1]
+        if is_half and width % 8 == 0 and width <= 256 and _has_flash(query_BHTK.device):
+            flash = torch.ops.aten._scaled_dot_product_flash_attention
+            return flash(query_BHTK, key_BGSK, value_BGSK, dropout, True, scale=scaling)[0].transpose(1, 2)
+        mask = query_BHTK.new_ones(num_tokens, num_keys, dtype=torch.bool).tril(num_keys - num_tokens)
+        is_causal = False
     output = scaled_dot_product_attention(
         query_BHTK,
         key_BGSK,

@@ -102,6 +102,34 @@ def prefix_from_prompt(model: PreTrainedModel) -> None:
     _change_config(model, fam_init="prefix")
 
 
+@torch.no_grad()
+def set_prompt(model: PreTrainedModel, token_ids: Sequence[int]) -> None:
+    """Let the prompt of a converted model begin as the embeddings of a text's last tokens, in place.
+
+    Rows that come up as words of a question look from the first step on for what that question asks for. (PEFT's
+    prompt tuning has the same start; the paper says nothing of it.)
+
+    Args:
+        model: converted, with `fam_init="prompt"`.
+        token_ids: of the text, at least `fam_length`.
+
+    Raises:
+        TransformerFamError: there is no prompt, or too few tokens for its rows.
+    """
+    memory = memory_of(model)
+    length = memory.config.fam_length
+    if length == 0 or memory.config.fam_init != "prompt":
+        raise TransformerFamError(
+            f"fam_init is {memory.config.fam_init!r} and fam_length {length}, required is a prompt of at least one row"
+        )
+    if len(token_ids) < length:
+        raise TransformerFamError(
+            f"the text has {len(token_ids)} tokens, required are at least fam_length ({length}); give a longer text"
+        )
+    rows = torch.tensor(list(token_ids)[-length:], device=memory.prompt.device)
+    memory.prompt.copy_(model.get_input_embeddings().weight[rows])
+
+
 class PassingStep:
     """A step that leaves what goes through the layers as it is."""
 

@@ -17,12 +17,27 @@ from transformerfam.convert import convert
 from transformerfam.errors import CorruptFileError, TransformerFamError
 from transformerfam.smollm2 import load_smollm2
 
-__all__ = ["NAMED_MODELS", "load_base", "load_model", "load_smollm2", "save_model"]
+__all__ = ["NAMED_MODELS", "find_device", "load_base", "load_model", "load_smollm2", "save_model"]
 
 System = Literal["fam", "bswa", "fam_untrained"]
 NAMED_MODELS = ("tiny", "smollm2")
 BSWA_FOLDER = "bswa"
 BASE_NOTE = "base_model"  # in an adapter's notes: the name or folder of the model that it was trained on
+
+
+def find_device(name: str) -> torch.device:
+    """Return the device of a name, "cpu", "cuda", "cuda:1" or another of torch.
+
+    Raises:
+        TransformerFamError: there is no such device here.
+    """
+    try:
+        device = torch.device(name)
+        torch.zeros(1, device=device).item()
+    except (AssertionError, NotImplementedError, RuntimeError) as error:
+        reason = str(error).partition("\n")[0]
+        raise TransformerFamError(f"device {name!r} cannot be used here ({reason}); take cpu") from error
+    return device
 
 
 def load_model(

@@ -56,7 +56,7 @@ def run_batch(
 
     Source: section 2.1, "training long inputs runs block after block with gradient checkpointing".
     """
-    scores, total_change, num_changes = Scores.zero(len(batch.keys)), torch.zeros(()), 0
+    scores, total_change, num_changes = Scores.zero(len(batch.keys), model.device), torch.zeros(()), 0
     block_size = model.fam_config.block_size
     has_fam = model.fam_config.fam_length > 0
     passed = state.fams.detach() if has_fam and pass_before_question else None
@@ -124,7 +124,9 @@ def _run_block(
     columns = torch.arange(start, stop)
     asks_teacher = lesson is not None and bool(lesson.is_taught_BT[:, columns].any())
     output = model.get_decoder()(
-        input_ids=batch.input_ids_BT[:, columns], past_key_values=state, output_hidden_states=asks_teacher
+        input_ids=batch.input_ids_BT[:, columns].to(model.device),
+        past_key_values=state,
+        output_hidden_states=asks_teacher,
     )
     scores = score(model, batch, columns, output.last_hidden_state, output.hidden_states, lesson)
     change = _fam_change(before, state, holds_B)
@@ -169,7 +171,7 @@ def _make_room(state: FamState) -> None:
 
 def _fam_change(before: FamState, after: FamState, holds_B: torch.Tensor) -> torch.Tensor:
     """Return the length of the FAM's change, relative to its own: mean over layers and rows, sum over `holds_B`."""
-    changes = [torch.zeros(())]
+    changes = []
     for old, new in zip(before.layers, after.layers, strict=True):
         updated, new.fam_before_bound = new.fam_before_bound, None
         if updated is None or not bool(holds_B.any()):
@@ -178,7 +180,7 @@ def _fam_change(before: FamState, after: FamState, holds_B: torch.Tensor) -> tor
         length_NF = torch.linalg.vector_norm(old_NFD.detach(), dim=-1).clamp(min=1e-6)
         change_NF = torch.linalg.vector_norm(updated[holds_B] - old_NFD, dim=-1)
         changes.append((change_NF / length_NF).mean(-1).sum())
-    return torch.stack(changes).sum() / max(1, len(changes) - 1)
+    return torch.stack(changes).mean() if changes else torch.zeros(())
 
 
 @torch.no_grad()
@@ -190,7 +192,7 @@ def _read_without_gradient(model: PreTrainedModel, state: FamState, ids_BT: torc
     """
     after = state.fork()
     _make_room(after)
-    model.get_decoder()(input_ids=ids_BT, past_key_values=after)
+    model.get_decoder()(input_ids=ids_BT.to(model.device), past_key_values=after)
     for layer, before in zip(after.layers, state.layers, strict=True):
         layer.fam = before.fam
     return after
@@ -214,7 +216,7 @@ def _update_again(model: PreTrainedModel, state: FamState, last_ids_B1: torch.Te
         block = layer.sections.block
         layer.put(block, layer.keys[sources, :, block:].detach(), layer.values[sources, :, block:].detach())
     after.block_fill = [state.config.block_size - 1] * len(sources)
-    model.get_decoder()(input_ids=last_ids_B1, past_key_values=after)
+    model.get_decoder()(input_ids=last_ids_B1.to(model.device), past_key_values=after)
     return after
 
 
@@ -249,7 +251,8 @@ def find_non_finite(model: PreTrainedModel, batch: Batch, state: FamState) -> st
         state = state.fork()
         block_size = model.fam_config.block_size
         for block_idx, (start, stop) in enumerate(block_spans(batch.input_ids_BT.shape[1], block_size)):
-            model.get_decoder()(input_ids=batch.input_ids_BT[:, start:stop], past_key_values=state)
+            ids_BT = batch.input_ids_BT[:, start:stop].to(model.device)
+            model.get_decoder()(input_ids=ids_BT, past_key_values=state)
             if found:
                 return f"block {block_idx}, layer {found[0]}"
     finally:

@@ -80,6 +80,7 @@ def load_checkpoint(
     path = folder / CHECKPOINT_FILE
     tensors, metadata = load_tensors(path, "checkpoint", CHECKPOINT_FORMAT_VERSION)
     parameters = {f"model.{n}": p for n, p in model.named_parameters() if p.requires_grad}
+    device = next(model.parameters()).device
     stored = {name for name in tensors if name.startswith("model.")}
     if stored != set(parameters) or any(tensors[n].shape != p.shape for n, p in parameters.items()):
         raise CorruptFileError(f"{path} holds the weights of another model; resume with the recipe that it was made by")
@@ -96,11 +97,11 @@ def load_checkpoint(
             moments.setdefault(int(index), {})[name] = tensor
     optimizer.load_state_dict(optimizer.state_dict() | {"state": moments})
     keys = metadata["passed_keys"]
-    passing.saved = None if keys is None else SavedFam(tensors["passed_fam"], tuple(keys))
+    passing.saved = None if keys is None else SavedFam(tensors["passed_fam"].to(device), tuple(keys))
     passing.started = metadata["passing_started"]
     torch.set_rng_state(tensors["torch_rng"])
     filler = {name.removeprefix("filler."): tensor for name, tensor in tensors.items() if name.startswith("filler.")}
-    return metadata["progress"], StoredFiller.from_tensors(filler) if filler else None
+    return metadata["progress"], StoredFiller.from_tensors(filler, device) if filler else None
 
 
 def cut_log(path: Path, num_steps: int) -> None:

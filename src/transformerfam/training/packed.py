@@ -58,8 +58,9 @@ class PackedBlock:
         rows = fam_offsets(config) + start + query_shift(config)
         places = torch.cat((rows, (read_places_R + start).to(rows.dtype)))
         places = places.to(torch.float32) if config.fam_position == "fractional" else places.long()
-        self.position_ids = places.repeat(batch_size)[None]
-        self._mask = self._build_mask(batch_size, filler_places_P, read_places_R, fams[0].dtype)
+        device = fams[0].device
+        self.position_ids = places.repeat(batch_size)[None].to(device)
+        self._mask = self._build_mask(batch_size, filler_places_P, read_places_R, fams[0].dtype).to(device)
 
     def _build_mask(
         self, batch_size: int, filler_places_P: torch.Tensor, read_places_R: torch.Tensor, dtype: torch.dtype
@@ -109,7 +110,7 @@ class PackedBlock:
             return output_1ND
         output = self.by_sequence(output_1ND, 1)[0]
         rows = output[:, : self.config.fam_length]
-        rows = rows - self.fams[layer].to(rows.dtype) * self.is_first_B[:, None, None]
+        rows = rows - self.fams[layer].to(rows.dtype) * self.is_first_B[:, None, None].to(rows.device)
         return torch.cat((rows, output[:, self.config.fam_length :]), dim=1).flatten(0, 1)[None]
 
     def leave_layer(self, layer: int, hidden_1ND: torch.Tensor) -> None:
@@ -163,7 +164,7 @@ def run_packed_batch(
     config, length = model.fam_config, batch.input_ids_BT.shape[1]
     fams: list[torch.Tensor] = [layer.fam for layer in state.layers]
     is_first_B = ~torch.tensor(state.starts_from_saved_fam) & config.zero_first_residual
-    scores = Scores.zero(len(batch.keys))
+    scores = Scores.zero(len(batch.keys), model.device)
     passed, num_passed_blocks = (state.fams.detach() if pass_before_question else None), 0
     spans = list(block_spans(length, config.block_size))
     for source, (start, stop) in zip(batch.sources, spans, strict=False):
@@ -223,7 +224,7 @@ def _run_block(
         embedding and of every layer.
     """
     decoder = model.get_decoder()
-    tokens_BRD = decoder.embed_tokens(ids_BR)
+    tokens_BRD = decoder.embed_tokens(ids_BR.to(model.device))
     length = block.config.fam_length
     rows_BND = nn.functional.pad(tokens_BRD, (0, 0, length, 0))
     output = run_decoder(

@@ -17,6 +17,8 @@ class ModelSection:
     """`tiny-random` (from scratch), `smollm2`, or a folder that `from_pretrained` reads."""
     memory: str | None = None
     """Name or folder of a trained memory of that base to start from: its prompt or prefix, and its weights or LoRA."""
+    prompt_text: str | None = None
+    """Text whose last `fam.fam_length` tokens the prompt begins as; None is the mean embedding."""
     num_hidden_layers: int = 4
     hidden_size: int = 128
     num_attention_heads: int = 4
@@ -236,6 +238,11 @@ class Recipe:
         _require(
             smallest >= self.fam.block_size,
             f"schedule.block_sizes has {smallest}, required is at least fam.block_size ({self.fam.block_size})",
+        )
+        _require(
+            self.model.prompt_text is None or (self.model.memory is None and self.fam.fam_init == "prompt"),
+            "model.prompt_text is given beside model.memory, which has its own prompt, or fam.fam_init is 'prefix'; "
+            "leave one of them out",
         )
         for stage in self.schedule.curriculum:
             _require_range("filler_tokens", *stage.filler_tokens)

@@ -41,10 +41,10 @@ class Scores:
     teacher_loss: torch.Tensor
 
     @classmethod
-    def zero(cls, batch_size: int) -> "Scores":
+    def zero(cls, batch_size: int, device: torch.device) -> "Scores":
         """Return the scores of nothing."""
-        zero = torch.zeros(())
-        return cls(zero, zero, torch.zeros(batch_size, dtype=torch.long), zero)
+        zero = torch.zeros((), device=device)
+        return cls(zero, zero, torch.zeros(batch_size, dtype=torch.long, device=device), zero)
 
     def __add__(self, other: "Scores") -> "Scores":
         """Return the scores of both."""
@@ -69,7 +69,7 @@ class Scores:
         return StepOutput(
             loss=self.loss + teacher_weight * teacher_loss,
             key_loss=self.key_loss.detach() / batch.is_key_BT.sum().clamp(min=1),
-            is_right_B=self.num_wrong_B == 0,
+            is_right_B=(self.num_wrong_B == 0).cpu(),
             passed_fam_LBFD=passed_fam_LBFD,
             num_passed_blocks=num_passed_blocks,
             teacher_loss=teacher_loss.detach(),
@@ -97,18 +97,19 @@ def score(
         lesson: what the teacher had in mind; None without a teacher.
     """
     weights_BN = batch.weights_BT[:, columns_N]
-    scores = Scores.zero(len(weights_BN))
+    device = last_hidden_BND.device
+    scores = Scores.zero(len(weights_BN), device)
     if lesson is not None and hidden_states is not None:
         scores.teacher_loss = distance_to_teacher(lesson, hidden_states, columns_N)
     rows, places = (weights_BN > 0).nonzero(as_tuple=True)
     if len(rows) == 0:
         return scores
-    labels = batch.labels_BT[rows, columns_N[places]]
+    labels = batch.labels_BT[rows, columns_N[places]].to(device)
     logits = model.get_output_embeddings()(last_hidden_BND[rows, places]).float()
     losses = nn.functional.cross_entropy(logits, labels, reduction="none")
-    is_key = batch.is_key_BT[rows, columns_N[places]]
+    is_key = batch.is_key_BT[rows, columns_N[places]].to(device)
     is_wrong = (logits.detach().argmax(dim=-1) != labels) & is_key
-    scores.num_wrong_B = scores.num_wrong_B.index_add(0, rows, is_wrong.long())
-    scores.loss = (losses * weights_BN[rows, places]).sum()
+    scores.num_wrong_B = scores.num_wrong_B.index_add(0, rows.to(device), is_wrong.long())
+    scores.loss = (losses * weights_BN[rows, places].to(device)).sum()
     scores.key_loss = losses.detach()[is_key].sum()
     return scores

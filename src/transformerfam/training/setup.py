@@ -8,9 +8,10 @@ from transformerfam.adapter import inject_lora, require_peft
 from transformerfam.config import FamConfig
 from transformerfam.convert import convert
 from transformerfam.errors import RecipeError
-from transformerfam.memory import prefix_from_prompt
+from transformerfam.memory import prefix_from_prompt, set_prompt
 from transformerfam.models import BASE_NOTE, load_base, load_model
 from transformerfam.tasks.provenance import memory_notes
+from transformerfam.tasks.text import encode
 from transformerfam.training.recipe import Recipe
 from transformerfam.training.tiny import build_tiny_model, build_tiny_tokenizer, draw_prompt
 
@@ -37,6 +38,8 @@ def build_trainee(recipe: Recipe) -> tuple[PreTrainedModel, PreTrainedTokenizerB
     else:
         model, tokenizer = load_base(section.base)
         convert(model, recipe.fam)
+    if section.prompt_text is not None:
+        set_prompt(model, encode(tokenizer, section.prompt_text))
     if getattr(model, "peft_config", None):
         _require_same_lora(model.peft_config["default"], recipe)
     elif recipe.lora is not None:

@@ -36,7 +36,7 @@ class StoredFiller:
         """
         with torch.no_grad():
             state = model.init_state(len(ids_NT), fam=fam_LBFD)
-            model.get_decoder()(input_ids=ids_NT, past_key_values=state)
+            model.get_decoder()(input_ids=ids_NT.to(model.device), past_key_values=state)
         blocks = [layer.sections.block for layer in state.layers]
         keys = [layer.keys[:, :, block:].clone() for layer, block in zip(state.layers, blocks, strict=True)]
         values = [layer.values[:, :, block:].clone() for layer, block in zip(state.layers, blocks, strict=True)]
@@ -47,9 +47,10 @@ class StoredFiller:
         return {"ids": self.ids_NT, "keys": torch.stack(self.keys), "values": torch.stack(self.values)}
 
     @classmethod
-    def from_tensors(cls, tensors: dict[str, torch.Tensor]) -> "StoredFiller":
-        """Build from what `tensors` returned."""
-        return cls(tensors["ids"], list(tensors["keys"].unbind()), list(tensors["values"].unbind()))
+    def from_tensors(cls, tensors: dict[str, torch.Tensor], device: torch.device) -> "StoredFiller":
+        """Build from what `tensors` returned, with keys and values on a device."""
+        keys, values = (list(tensors[name].to(device).unbind()) for name in ("keys", "values"))
+        return cls(tensors["ids"], keys, values)
 
     def without(
         self, index: int, length: int, places_R: torch.Tensor

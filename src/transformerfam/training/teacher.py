@@ -22,17 +22,18 @@ class Lesson:
 class Teacher:
     """A base model that reads key and question in one piece, with full attention and its own weights."""
 
-    def __init__(self, base: str) -> None:
+    def __init__(self, base: str, device: torch.device | str = "cpu") -> None:
         """Load the base model a second time, without memory.
 
         Args:
             base: as `model.base` of a recipe.
+            device: where it stands.
 
         Raises:
             TransformerFamError: there is no such model.
         """
         self.model, _ = load_base(base)
-        self.model.eval()
+        self.model.eval().to(device)
         self.model.requires_grad_(False)
 
     @torch.no_grad()
@@ -41,7 +42,9 @@ class Teacher:
         if batch.teacher_ids_NT is None or batch.is_taught_BT is None:
             return None
         num_taught = int(batch.is_taught_BT.any(dim=0).sum()) + 1  # the last token predicts nothing
-        output = self.model.get_decoder()(batch.teacher_ids_NT, output_hidden_states=True, use_cache=False)
+        output = self.model.get_decoder()(
+            batch.teacher_ids_NT.to(self.model.device), output_hidden_states=True, use_cache=False
+        )
         tails_LNQD = torch.stack([layer[:, -num_taught:] for layer in output.hidden_states[1:]])
         lesson_LBQD = tails_LNQD.new_zeros(len(tails_LNQD), len(batch.keys), *tails_LNQD.shape[2:])
         lesson_LBQD[:, [row for row, key in enumerate(batch.keys) if key is not None]] = tails_LNQD

@@ -65,13 +65,16 @@ class Trainer:
     model after full training, an adapter in float16 after LoRA.
     """
 
-    def __init__(self, recipe: Recipe, folder: str | Path, resume: bool = False) -> None:
+    def __init__(
+        self, recipe: Recipe, folder: str | Path, resume: bool = False, device: torch.device | str = "cpu"
+    ) -> None:
         """Build model, data and optimizer.
 
         Args:
             recipe: what to train.
             folder: where to; made if need be.
             resume: go on from the folder's checkpoint.
+            device: where model and teacher stand; a run may go on on another device.
 
         Raises:
             RecipeError: the folder holds a run already and `resume` is False, or another recipe's and it is True.
@@ -85,8 +88,9 @@ class Trainer:
         torch.manual_seed(recipe.schedule.seed)
         self._check_folder(resume)
         self.model, self.tokenizer = build_trainee(recipe)
+        self.model.to(device)
         self.started_from = None if recipe.model.memory is None else memory_notes(recipe.model.memory)
-        self.teacher = Teacher(recipe.model.base) if recipe.loss.teacher > 0 else None
+        self.teacher = Teacher(recipe.model.base, device) if recipe.loss.teacher > 0 else None
         self.sequences = SequenceBuilder(recipe, self.tokenizer)
         self.optimizer = build_optimizer(self.model, recipe)
         self.average = AverageOfWeights(self.model, recipe.optimizer.average_decay)
