@@ -24,6 +24,7 @@ QUESTIONS = {  # by cost: seconds first, then minutes, then an hour
     "efficiency": "reading over the machine's matrix products",
     "decode": "decoding behind long texts, beside full caches and llama.cpp",
     "training": "training on long texts, beside transformers' Trainer",
+    "time_to_memory": "from the plain model to keys recalled",
     "peers": "other memories that can be installed",
     "prefill": "reading against length, beside transformers' caches",
 }
@@ -95,7 +96,8 @@ def describe(row: Row) -> str:
     for name in [k.removesuffix("_median") for k in row if k.endswith("_median")]:
         median, low, high = (row[f"{name}_{which}"] for which in ("median", "min", "max"))
         fields.append(f"{name} {median:.4g} ({low:.4g} to {high:.4g})")
-    fields += [f"{k} {v:,}" for k, v in row.items() if k.startswith("bytes_") or k == "num_calls"]
+    shown = ("num_calls", "seconds_training", "num_keys_right", "num_keys")
+    fields += [f"{k} {v:,}" for k, v in row.items() if k.startswith("bytes_") or k in shown]
     return ", ".join(fields)
 
 
