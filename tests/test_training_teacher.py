@@ -68,6 +68,24 @@ def test_plain_text_is_not_taught(base, tmp_path):
     assert Teacher(base).read(plain) is None
 
 
+def test_what_all_rows_begin_with_is_read_once_and_changes_nothing(base):
+    """Rows that continue another row's beginning, positions that start anew, or a mask that hides the beginning."""
+    batch = SequenceBuilder(taught_recipe(base), TOKENIZER).batch(0, 1)
+    teacher = Teacher(base)
+    lesson = teacher.read(batch)
+    read = []
+    teacher.model.get_decoder().register_forward_pre_hook(lambda module, args: read.append(tuple(args[0].shape)))
+    teacher.read(batch)
+    num_rows, length = batch.teacher_ids_NT.shape
+    num_common = read[0][1]
+    assert read == [(1, num_common), (num_rows, length - num_common)]
+    assert num_common >= len(TOKENIZER(" The pass key is")["input_ids"])
+    with torch.no_grad():
+        whole = teacher.model.get_decoder()(batch.teacher_ids_NT, output_hidden_states=True)
+    expected = torch.stack(whole.hidden_states[1:])[:, :, -lesson.hidden_LBQD.shape[2] :]
+    torch.testing.assert_close(lesson.hidden_LBQD, expected, atol=1e-5, rtol=1e-4)
+
+
 def test_distance_of_the_teacher_to_itself_is_zero_and_of_another_text_is_not(base):
     """Hidden states of one layer or token that are compared with those of the next."""
     batch = SequenceBuilder(taught_recipe(base), TOKENIZER).batch(0, 1)

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
+from transformers import DynamicCache
 
 from transformerfam.models import load_base
 from transformerfam.training.sequences import Batch
@@ -42,13 +43,24 @@ class Teacher:
         if batch.teacher_ids_NT is None or batch.is_taught_BT is None:
             return None
         num_taught = int(batch.is_taught_BT.any(dim=0).sum()) + 1  # the last token predicts nothing
-        output = self.model.get_decoder()(
-            batch.teacher_ids_NT.to(self.model.device), output_hidden_states=True, use_cache=False
-        )
+        ids_NT, decoder = batch.teacher_ids_NT, self.model.get_decoder()
+        cache = DynamicCache(config=self.model.config)
+        num_common = _num_common(ids_NT[:, :-num_taught])
+        if num_common:  # the sentences in front of the key are the same in all rows: they are read once
+            decoder(ids_NT[:1, :num_common].to(self.model.device), past_key_values=cache)
+            cache.batch_repeat_interleave(len(ids_NT))
+        rest_NT = ids_NT[:, num_common:].to(self.model.device)
+        output = decoder(rest_NT, past_key_values=cache, output_hidden_states=True)
         tails_LNQD = torch.stack([layer[:, -num_taught:] for layer in output.hidden_states[1:]])
         lesson_LBQD = tails_LNQD.new_zeros(len(tails_LNQD), len(batch.keys), *tails_LNQD.shape[2:])
         lesson_LBQD[:, [row for row, key in enumerate(batch.keys) if key is not None]] = tails_LNQD
         return Lesson(lesson_LBQD, batch.is_taught_BT)
+
+
+def _num_common(ids_NT: torch.Tensor) -> int:
+    """Return how many tokens all rows begin with."""
+    differs_T = (ids_NT != ids_NT[:1]).any(dim=0).nonzero()
+    return int(differs_T[0, 0]) if len(differs_T) else ids_NT.shape[1]
 
 
 def distance_to_teacher(
