@@ -37,6 +37,8 @@ class LoraSection:
     targets: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
     lr: float | None = None
     """Learning rate of the adapters; None is that of the optimizer section."""
+    fused: bool = True
+    """Add the low-rank product to the base layer's in place, which is faster; False is PEFT's own way."""
 
 
 @dataclass(frozen=True, kw_only=True)

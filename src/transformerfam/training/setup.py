@@ -12,6 +12,7 @@ from transformerfam.memory import prefix_from_prompt, set_prompt
 from transformerfam.models import BASE_NOTE, load_base, load_model
 from transformerfam.tasks.provenance import memory_notes
 from transformerfam.tasks.text import encode
+from transformerfam.training.lora import fuse_lora
 from transformerfam.training.recipe import Recipe
 from transformerfam.training.tiny import build_tiny_model, build_tiny_tokenizer, draw_prompt
 
@@ -48,6 +49,8 @@ def build_trainee(recipe: Recipe) -> tuple[PreTrainedModel, PreTrainedTokenizerB
             r=lora.rank, lora_alpha=lora.alpha, target_modules=list(lora.targets), lora_dropout=0.0, bias="none"
         )
         inject_lora(model, config)
+    if recipe.lora is not None and recipe.lora.fused:
+        fuse_lora(model)
     return model, tokenizer
 
 

@@ -1,0 +1,89 @@
+"""LoRA in training: PEFT's layers, with the low-rank product added to the base layer's in place."""
+
+from types import MethodType
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from transformerfam.adapter import require_peft
+
+
+class _LoraLinear(torch.autograd.Function):
+    """`W x + b + s B A x` as one product and a second that accumulates into it.
+
+    PEFT makes the second product, scales it and adds it: further passes over memory, which two threads do hardly faster
+    than one.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        input_ND: torch.Tensor,
+        weight_OD: torch.Tensor,
+        bias_O: torch.Tensor | None,
+        down_RD: torch.Tensor,
+        up_OR: torch.Tensor,
+        scaling: float,
+    ) -> torch.Tensor:
+        low_NR = nn.functional.linear(input_ND, down_RD)
+        ctx.save_for_backward(input_ND, weight_OD, down_RD, up_OR, low_NR)
+        ctx.scaling = scaling
+        return nn.functional.linear(input_ND, weight_OD, bias_O).addmm_(low_NR, up_OR.t(), alpha=scaling)
+
+    @staticmethod
+    def backward(ctx: Any, grad_NO: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        input_ND, weight_OD, down_RD, up_OR, low_NR = ctx.saved_tensors
+        grad_low_NR = (grad_NO @ up_OR).mul_(ctx.scaling)
+        grad_input_ND = (grad_NO @ weight_OD).addmm_(grad_low_NR, down_RD) if ctx.needs_input_grad[0] else None
+        grad_down_RD = grad_low_NR.t() @ input_ND
+        grad_up_OR = (grad_NO.t() @ low_NR).mul_(ctx.scaling)
+        return grad_input_ND, None, None, grad_down_RD, grad_up_OR, None
+
+
+def fuse_lora(model: PreTrainedModel) -> int:
+    """Let LoRA layers add their product in place; outputs and gradients stay PEFT's, up to rounding.
+
+    Layers with dropout, a bias of their own, another variant (DoRA and the like), several adapters or a trained base
+    layer stay as they are.
+
+    Args:
+        model: with LoRA injected, not merged.
+
+    Returns:
+        How many layers were fused.
+    """
+    peft_linear = require_peft().tuners.lora.Linear
+    layers = [module for module in model.modules() if type(module) is peft_linear and _can_be_fused(module)]
+    for module in layers:
+        module.forward = MethodType(_forward, module)
+    return len(layers)
+
+
+def unfuse_lora(model: PreTrainedModel) -> None:
+    """Undo `fuse_lora`."""
+    for module in model.modules():
+        if getattr(module.__dict__.get("forward"), "__func__", None) is _forward:
+            del module.forward
+
+
+def _can_be_fused(module: Any) -> bool:
+    base, names = module.get_base_layer(), list(module.lora_A)
+    if type(base) is not nn.Linear or any(p.requires_grad for p in base.parameters()):
+        return False
+    if len(names) != 1 or module.active_adapters != names or names[0] in module.lora_variant:
+        return False
+    factors = (module.lora_A[names[0]], module.lora_B[names[0]])
+    is_plain = isinstance(module.lora_dropout[names[0]], nn.Identity)
+    return is_plain and all(f.bias is None and f.weight.dtype == base.weight.dtype for f in factors)
+
+
+def _forward(module: Any, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+    base = module.get_base_layer()
+    if args or kwargs or module.disable_adapters or module.merged or x.dtype != base.weight.dtype:
+        return type(module).forward(module, x, *args, **kwargs)
+    (name,) = module.active_adapters
+    down, up = module.lora_A[name].weight, module.lora_B[name].weight
+    output = _LoraLinear.apply(x.flatten(0, -2), base.weight, base.bias, down, up, module.scaling[name])
+    return output.unflatten(0, x.shape[:-1])
