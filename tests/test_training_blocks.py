@@ -236,6 +236,26 @@ def test_gradient_tokens_cut_keys_and_values_and_leave_the_fam():
     torch.testing.assert_close(losses[0], losses[1])
 
 
+def test_tokens_without_gradient_are_read_once_where_all_rows_begin_alike():
+    """A row that gets another row's keys, or the beginning of a reading that had gone further."""
+    model, batch = batch_of(small_recipe(), 60)
+    batch.weights_BT[~batch.is_key_BT] = 0.0  # tokens that are read without gradient predict nothing
+    shapes = []
+    model.get_input_embeddings().register_forward_hook(lambda module, args, output: shapes.append(tuple(args[0].shape)))
+    ids_BT = batch.input_ids_BT.clone()
+    ids_BT[:, :10] = ids_BT[0, :10]
+    alike = dataclasses.replace(batch, input_ids_BT=ids_BT)
+    losses = []
+    for gradient_tokens in (None, 6):
+        shapes.clear()
+        output = run_batch(model, alike, model.init_state(3), checkpoint_blocks=False, gradient_tokens=gradient_tokens)
+        losses.append(output.loss)
+    num_blocks = ids_BT.shape[1] // 16
+    assert num_blocks > 3
+    assert [shape for shape in shapes if shape[-1] == 10] == [(1, 10)] + [(3, 10)] * (num_blocks - 1)
+    torch.testing.assert_close(losses[1], losses[0])
+
+
 def test_repeated_updates_are_those_of_reading_the_blocks_again():
     """A repeated update by a row's own block, by one that tells a key, at another place, or cut off the graph.
 

@@ -75,11 +75,12 @@ def test_what_all_rows_begin_with_is_read_once_and_changes_nothing(base):
     lesson = teacher.read(batch)
     read = []
     teacher.model.get_decoder().register_forward_pre_hook(lambda module, args: read.append(tuple(args[0].shape)))
-    teacher.read(batch)
+    again = teacher.read(batch)
     num_rows, length = batch.teacher_ids_NT.shape
-    num_common = read[0][1]
-    assert read == [(1, num_common), (num_rows, length - num_common)]
+    num_common = length - read[0][1]
+    assert read == [(num_rows, length - num_common)]  # the beginning is kept from the first time
     assert num_common >= len(TOKENIZER(" The pass key is")["input_ids"])
+    assert torch.equal(again.hidden_LBQD, lesson.hidden_LBQD)
     with torch.no_grad():
         whole = teacher.model.get_decoder()(batch.teacher_ids_NT, output_hidden_states=True)
     expected = torch.stack(whole.hidden_states[1:])[:, :, -lesson.hidden_LBQD.shape[2] :]

@@ -187,12 +187,18 @@ def _fam_change(before: FamState, after: FamState, holds_B: torch.Tensor) -> tor
 def _read_without_gradient(model: PreTrainedModel, state: FamState, ids_BT: torch.Tensor) -> FamState:
     """Read the first tokens of a block; keys and values are cut off the graph, the FAM is not.
 
+    Where all rows are alike, as in front of the first key, one is read for all.
+
     Returns:
         A new state, whose FAM is that of `state`.
     """
-    after = state.fork()
+    has_read = any(state.num_blocks_per_row) or any(state.block_fill) or any(state.starts_from_saved_fam)
+    are_alike = not has_read and bool((ids_BT == ids_BT[:1]).all())
+    after = state.select([0]) if are_alike else state.fork()
     _make_room(after)
-    model.get_decoder()(input_ids=ids_BT.to(model.device), past_key_values=after)
+    model.get_decoder()(input_ids=(ids_BT[:1] if are_alike else ids_BT).to(model.device), past_key_values=after)
+    if are_alike:
+        after = after.select([0] * len(ids_BT))
     for layer, before in zip(after.layers, state.layers, strict=True):
         layer.fam = before.fam
     return after

@@ -36,6 +36,8 @@ class Teacher:
         self.model, _ = load_base(base)
         self.model.eval().to(device)
         self.model.requires_grad_(False)
+        self._common_ids_T: torch.Tensor | None = None
+        self._common: list[tuple[torch.Tensor, torch.Tensor]] = []
 
     @torch.no_grad()
     def read(self, batch: Batch) -> Lesson | None:
@@ -43,18 +45,28 @@ class Teacher:
         if batch.teacher_ids_NT is None or batch.is_taught_BT is None:
             return None
         num_taught = int(batch.is_taught_BT.any(dim=0).sum()) + 1  # the last token predicts nothing
-        ids_NT, decoder = batch.teacher_ids_NT, self.model.get_decoder()
-        cache = DynamicCache(config=self.model.config)
+        ids_NT = batch.teacher_ids_NT
         num_common = _num_common(ids_NT[:, :-num_taught])
-        if num_common:  # the sentences in front of the key are the same in all rows: they are read once
-            decoder(ids_NT[:1, :num_common].to(self.model.device), past_key_values=cache)
-            cache.batch_repeat_interleave(len(ids_NT))
+        cache = self._cache_behind(ids_NT[0, :num_common], len(ids_NT))
         rest_NT = ids_NT[:, num_common:].to(self.model.device)
-        output = decoder(rest_NT, past_key_values=cache, output_hidden_states=True)
+        output = self.model.get_decoder()(rest_NT, past_key_values=cache, output_hidden_states=True)
         tails_LNQD = torch.stack([layer[:, -num_taught:] for layer in output.hidden_states[1:]])
         lesson_LBQD = tails_LNQD.new_zeros(len(tails_LNQD), len(batch.keys), *tails_LNQD.shape[2:])
         lesson_LBQD[:, [row for row, key in enumerate(batch.keys) if key is not None]] = tails_LNQD
         return Lesson(lesson_LBQD, batch.is_taught_BT)
+
+    def _cache_behind(self, ids_T: torch.Tensor, num_rows: int) -> DynamicCache:
+        """Return the cache of so many rows behind tokens that they all begin with, read once and kept for later."""
+        if self._common_ids_T is None or not torch.equal(ids_T, self._common_ids_T):
+            read = DynamicCache(config=self.model.config)
+            if len(ids_T):
+                self.model.get_decoder()(ids_T[None].to(self.model.device), past_key_values=read)
+            self._common_ids_T = ids_T
+            self._common = [(layer.keys, layer.values) for layer in read.layers] if len(ids_T) else []
+        cache = DynamicCache(config=self.model.config)
+        for layer_idx, kept in enumerate(self._common):
+            cache.update(*(tensor.expand(num_rows, -1, -1, -1) for tensor in kept), layer_idx)
+        return cache
 
 
 def _num_common(ids_NT: torch.Tensor) -> int:
