@@ -54,7 +54,7 @@ format: $(STAMP)  ## rewrite what ruff can
 prove: $(STAMP)  ## the slow tests: promises on the shipped memories, minutes to an hour
 	@$(OFFLINE) $(BIN)/python -m pytest -m slow --timeout 7200 $(ARGS)
 
-bench: $(STAMP)  ## speed and memory beside what you would use instead, about two hours (ARGS="overhead --model smollm2")
+bench: $(STAMP)  ## speed and memory beside what you would use instead, some hours (ARGS="overhead --model smollm2")
 	@$(OFFLINE) $(BIN)/python -m benchmarks $(ARGS)
 
 clean:  ## remove the virtual environment and caches
