@@ -159,7 +159,7 @@ def test_read_stopped_by_ctrl_c_is_kept_and_goes_on(folder, tmp_path, book, monk
         yield update
 
     with monkeypatch.context() as patch:
-        patch.setattr(cli, "_tokens_bar", impatient)
+        patch.setattr(cli, "tokens_bar", impatient)
         text = run("read", book, "--model", folder, "--save", part, status=130)
     command = text[text.index("go on with: fam ") :].split()[4:]
     assert command[0] == "read"

@@ -20,7 +20,9 @@ from transformerfam.kernels import Sight, attend_piece
 from transformerfam.models import find_device
 from transformerfam.training.trainer import Trainer
 
-needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+needs_cuda = pytest.mark.skipif(
+    not torch.cuda.is_available(), reason="no CUDA device here; where there is one, make test runs it"
+)
 
 CONFIGS = {
     "fam": FamConfig(block_size=6, fam_length=2, num_memory_segments=0, fam_key_bias=0.0),

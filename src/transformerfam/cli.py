@@ -3,7 +3,6 @@
 import contextlib
 import shlex
 import sys
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO, Annotated, Any
 
@@ -16,7 +15,7 @@ from typer.core import TyperGroup
 from transformerfam.demo import draw_seed, prepare_demo, run_demo
 from transformerfam.errors import ReadInterrupted, TransformerFamError
 from transformerfam.models import find_device, load_model, save_model
-from transformerfam.progress import reading_bar, training_bar
+from transformerfam.progress import tokens_bar, training_bar
 from transformerfam.reports.next_token import next_token_table
 from transformerfam.reports.passkey import passkey_table, plot_passkey
 from transformerfam.reports.rows import RowFile, read_rows
@@ -85,7 +84,7 @@ def evaluate_passkey_command(
     lengths = [_whole_number(text, "--filler-tokens") for text in filler_tokens.split(",")]
     with RowFile(output) as rows:
         for loaded, systems in _systems_by_model(system).items():
-            with _tokens_bar(f"passkey, {', '.join(systems)}") as update:
+            with tokens_bar(f"passkey, {', '.join(systems)}") as update:
                 evaluation = PasskeyEvaluation(
                     filler_lengths=lengths,
                     num_keys=num_keys,
@@ -129,7 +128,7 @@ def evaluate_next_token_command(
             if loaded not in systems:
                 raise TransformerFamError(f"system {systems[0]!r} belongs to the passkey task; take fam or bswa")
             loaded_model, tokenizer = _load(model, loaded, _config_overrides(overrides), device)
-            with _tokens_bar(f"next token, {loaded}") as update:
+            with tokens_bar(f"next token, {loaded}") as update:
                 measured = evaluate_next_token(
                     loaded_model,
                     tokenizer,
@@ -179,7 +178,7 @@ def read_command(
         num_tokens = None if file == "-" else count_tokens(file, tokenizer)
         texts = decode_utf8(read_pieces(source), "standard input" if file == "-" else file)
         try:
-            with _tokens_bar("reading") as update:
+            with tokens_bar("reading") as update:
                 done = read_text_stream(
                     loaded_model,
                     tokenizer,
@@ -280,7 +279,7 @@ def demo_command(
     console = Console()
     demo = prepare_demo(model, draw_seed() if seed is None else seed, tokens)
     console.print(demo.introduction(), highlight=False)
-    results = run_demo(demo, _tokens_bar)
+    results = run_demo(demo, tokens_bar)
     console.print(demo.table(results))
     if not results["fam"].is_recalled:
         console.print("[red]FAM did not recall the key[/red]")
@@ -344,21 +343,6 @@ def _open_input(file: str) -> contextlib.AbstractContextManager[IO[bytes]]:
 def _print_table(table: Any) -> None:
     if table is not None:
         Console().print(table)
-
-
-@contextlib.contextmanager
-def _tokens_bar(description: str) -> Iterator[Callable[[int, int | None, FamState], None]]:
-    """Show a bar of tokens, tokens per second, time left and bytes of state; it starts with the first update."""
-    with contextlib.ExitStack() as stack:
-        move: Callable[..., None] | None = None
-
-        def update(done: int, total: int | None, state: FamState) -> None:
-            nonlocal move
-            if move is None:
-                move = stack.enter_context(reading_bar(total, description))
-            move(done, total, state)
-
-        yield update
 
 
 if __name__ == "__main__":

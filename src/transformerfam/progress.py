@@ -46,6 +46,28 @@ def reading_bar(
 
 
 @contextlib.contextmanager
+def tokens_bar(description: str) -> Iterator[Callable[[int, int | None, FamState], None]]:
+    """Show a `reading_bar` that starts with the first update, which is the first to know how many tokens there are.
+
+    Args:
+        description: text in front of the bar.
+
+    Yields:
+        A function of (tokens done, tokens in all, state).
+    """
+    with contextlib.ExitStack() as stack:
+        move: Callable[..., None] | None = None
+
+        def update(done: int, total: int | None, state: FamState) -> None:
+            nonlocal move
+            if move is None:
+                move = stack.enter_context(reading_bar(total, description))
+            move(done, total, state)
+
+        yield update
+
+
+@contextlib.contextmanager
 def training_bar(num_steps: int) -> Iterator[Callable[[Mapping[str, Any]], None]]:
     """Show a bar of training steps on standard error and yield the function that moves it.
 

@@ -257,6 +257,27 @@ class Recipe:
         )
         low, high = self.data.key_digits
         _require(1 <= low <= high, f"data.key_digits is [{low}, {high}], required is 1 <= low <= high")
+        self._require_updates()
+        self._require_passable()
+        _require(
+            self.data.books is not None or self.data.passkey_book == self.data.book == 0,
+            "data.passkey_book or data.book is above 0, required is a folder of .txt files; set data.books",
+        )
+        if self.key_bias is not None:
+            _require(
+                self.key_bias.start_step < self.key_bias.end_step <= self.schedule.steps,
+                f"key_bias goes from step {self.key_bias.start_step} to {self.key_bias.end_step}, required is an end "
+                f"after the start and within the {self.schedule.steps} steps",
+            )
+        if self.fam.fam_key_bias != 0:
+            raise RecipeError("fam.fam_key_bias must be 0 in a recipe; use the key_bias section, which ends at 0")
+        try:
+            _ = self.reading_config
+        except TransformerFamError as error:
+            raise RecipeError(f"reading: {error}") from error
+
+    def _require_updates(self) -> None:
+        """Refuse repeated updates and stored filler where there is no FAM to update, or what they cannot serve."""
         _require_range("schedule.repeat_updates", *self.schedule.repeat_updates)
         _require(
             self.schedule.repeat_updates[1] == 0 or self.fam.num_memory_segments == 0,
@@ -275,23 +296,6 @@ class Recipe:
         )
         if self.schedule.stored_blocks > 0:
             self._require_packable()
-        self._require_passable()
-        _require(
-            self.data.books is not None or self.data.passkey_book == self.data.book == 0,
-            "data.passkey_book or data.book is above 0, required is a folder of .txt files; set data.books",
-        )
-        if self.key_bias is not None:
-            _require(
-                self.key_bias.start_step < self.key_bias.end_step <= self.schedule.steps,
-                f"key_bias goes from step {self.key_bias.start_step} to {self.key_bias.end_step}, required is an end "
-                f"after the start and within the {self.schedule.steps} steps",
-            )
-        if self.fam.fam_key_bias != 0:
-            raise RecipeError("fam.fam_key_bias must be 0 in a recipe; use the key_bias section, which ends at 0")
-        try:
-            _ = self.reading_config
-        except TransformerFamError as error:
-            raise RecipeError(f"reading: {error}") from error
 
     def _require_passable(self) -> None:
         """Refuse a state passing that has nothing to pass or nobody to ask."""
