@@ -13,8 +13,9 @@ from transformerfam import FamConfig, convert
 from transformerfam.models import load_base
 
 MODELS = ("smollm2", "random_8m")
-OTHER_MODELS = ("random_135m",)
-"""Timed when named: random weights in the shape of SmolLM2-135M, for machines without its package."""
+OTHER_MODELS = ("random_135m", "random_1b")
+"""Timed when named, on devices: random weights in the shape of SmolLM2-135M, for machines without its package, and of a
+model of 1.0 billion parameters."""
 
 
 SHAPES = {
@@ -33,6 +34,14 @@ SHAPES = {
         "num_hidden_layers": 30,
         "num_attention_heads": 9,
         "num_key_value_heads": 3,
+    },
+    "random_1b": {
+        "vocab_size": 32768,
+        "hidden_size": 2048,
+        "intermediate_size": 8192,
+        "num_hidden_layers": 16,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
     },
 }
 
