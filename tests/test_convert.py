@@ -10,12 +10,12 @@ from tiny_llama import make_tiny_llama, random_ids
 from transformers import (
     BertConfig,
     BertLMHeadModel,
+    GlmConfig,
+    GlmForCausalLM,
     GPT2Config,
     GPT2LMHeadModel,
     LlamaConfig,
     LlamaForCausalLM,
-    MistralConfig,
-    MistralForCausalLM,
     T5Config,
     T5ForConditionalGeneration,
 )
@@ -25,7 +25,7 @@ from transformerfam import FamConfig, convert
 from transformerfam.attention import piece_mask
 from transformerfam.convert import fam_parameters, memory_of, set_key_bias
 from transformerfam.errors import ReadInterrupted, TransformerFamError, UnsupportedModelError
-from transformerfam.positions import KeyTurner
+from transformerfam.positions import Turner
 
 CONFIG = FamConfig(fam_key_bias=0.0, block_size=8, fam_length=3, num_memory_segments=1)
 SHAPE: dict[str, Any] = {
@@ -128,8 +128,9 @@ def test_model_without_rope_is_refused() -> None:
 
 
 def test_family_not_served_is_refused() -> None:
-    with pytest.raises(UnsupportedModelError, match="'mistral' is not served, required is one of llama"):
-        convert(MistralForCausalLM(MistralConfig(**SHAPE)), CONFIG)
+    config = GlmConfig(**SHAPE, head_dim=8, pad_token_id=None)
+    with pytest.raises(UnsupportedModelError, match="'glm' is not served, required is one of llama, mistral"):
+        convert(GlmForCausalLM(config), CONFIG)
 
 
 def test_something_else_is_refused() -> None:
@@ -145,8 +146,8 @@ def test_length_dependent_rope_is_refused() -> None:
 
 def test_unknown_attention_back_end_is_refused() -> None:
     model = make_tiny_llama()
-    model.set_attn_implementation("flex_attention")
-    with pytest.raises(UnsupportedModelError, match="'flex_attention', required is one of eager, sdpa"):
+    model.config._attn_implementation = "paged|sdpa"
+    with pytest.raises(UnsupportedModelError, match="'paged|sdpa', required is one of eager, sdpa"):
         convert(model, CONFIG)
 
 
@@ -174,9 +175,9 @@ def refuse_and_compare(match: str) -> None:
 
 def test_wrong_turning_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     """Catches a check that passes a family with another RoPE layout."""
-    turn = KeyTurner.turn
-    monkeypatch.setattr(KeyTurner, "turn", lambda self, key, distance: turn(self, key, -distance))
-    refuse_and_compare("the position seam")
+    turn = Turner.turn
+    monkeypatch.setattr(Turner, "turn", lambda self, key, value, distance: turn(self, key, value, -distance))
+    refuse_and_compare("the position seam does not fit this model: what layer 0 keeps does not turn")
 
 
 def test_layer_that_ignores_its_cache_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

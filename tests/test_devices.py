@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from tiny_families import CASES, make_tiny
 from tiny_llama import make_tiny_llama, random_ids, random_rows
 from training_recipes import small_recipe
 from typer.testing import CliRunner
@@ -191,3 +192,33 @@ def test_training_gives_the_same_losses_and_is_resumed_elsewhere(tmp_path: Any, 
     for folder in ("there", "both"):
         for found, expected in zip(logs[folder], logs["here"], strict=True):
             assert found == pytest.approx(expected, rel=2e-3, abs=1e-4, nan_ok=True)
+
+
+@needs_cuda
+@torch.no_grad()
+@pytest.mark.parametrize("case", CASES)
+def test_every_family_reads_the_same(case: str) -> None:
+    """Catches a family's tables, latents or experts that stay behind on another device."""
+    config = FamConfig(block_size=5, fam_length=2, num_memory_segments=1, fam_key_bias=0.0)
+    cpu, cuda = convert(make_tiny(case), config), convert(make_tiny(case).to("cuda"), config)
+    ids = random_ids(2, 33)
+    for lengths in ((33,), (3, 17, 1, 1, 11)):
+        (expected, expected_state), (found, state) = (read_in_chunks(model, ids, lengths) for model in (cpu, cuda))
+        assert (found.cpu() - expected).norm() / expected.norm() < 1e-3
+        assert (state.fams.cpu() - expected_state.fams).norm() / expected_state.fams.norm() < 1e-3
+
+
+@needs_cuda
+@torch.no_grad()
+@pytest.mark.parametrize("case", CASES)
+def test_flex_attention_reads_the_same(case: str) -> None:
+    """Catches masks, soft caps or sinks that `flex_attention` reads otherwise."""
+    config = FamConfig(block_size=5, fam_length=2, num_memory_segments=1, fam_key_bias=-1.0)
+    plain = convert(make_tiny(case).to("cuda"), config)
+    if not plain._supports_flex_attn:
+        pytest.skip("transformers has no flex_attention for this family")
+    flex = convert(make_tiny(case, attn_implementation="flex_attention").to("cuda"), config)
+    assert flex.config._attn_implementation == "flex_attention"
+    ids = random_ids(2, 33)
+    (expected, _), (found, _) = (read_in_chunks(model, ids, (23, 1, 9)) for model in (plain, flex))
+    assert (found - expected).norm() / expected.norm() < 1e-2

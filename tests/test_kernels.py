@@ -100,12 +100,12 @@ def test_sight_says_what_the_mask_says(config: FamConfig, counts: list[int]) -> 
     with torch.no_grad():
         for position, count in enumerate(counts):
             count = min(count, config.block_size - state.block_fill[0])
-            piece = Piece(state, [count], model.get_decoder().fam.turner)
+            piece = Piece(state, [count])
             for layer in state.layers:
                 mask = piece.mask(layer, torch.float32, torch.device("cpu"))[0, 0]
                 sight = piece.sight(layer)
                 has_bias = layer.fam is not None and config.fam_key_bias != 0
-                assert sight is not None or config.window is not None or has_bias or config.num_previous_fams > 2
+                assert sight is not None or layer.plan.window is not None or has_bias or config.num_previous_fams > 2
                 if sight is not None:
                     assert torch.equal(mask == 0, mask_of(sight, count, mask.shape[1]))
             model.read(random_ids(count, seed=position), state)

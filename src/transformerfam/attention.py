@@ -9,10 +9,10 @@ Source: sections 2.1, 2.2 and B.2.1, Algorithms 1 and 2 of arXiv 2404.09173.
 
 import torch
 
-from transformerfam.cache_layer import FamLayer, Sections
+from transformerfam.cache_layer import FamLayer
 from transformerfam.kernels import Sight
 from transformerfam.masks import Phase, piece_mask
-from transformerfam.positions import KeyTurner, fam_offsets, first_position, query_shift
+from transformerfam.positions import fam_offsets, first_position, query_shift
 from transformerfam.state import FamState
 
 
@@ -28,19 +28,17 @@ class Piece:
     Args:
         state: the state that it advances.
         counts: tokens that each sequence adds, at most what its block still takes.
-        turner: turns keys of the model at hand.
     """
 
-    def __init__(self, state: FamState, counts: list[int], turner: KeyTurner) -> None:
+    def __init__(self, state: FamState, counts: list[int]) -> None:
         config = state.config
         self.state = state
         self.config = config
         self.counts = counts
-        self.turner = turner
         self.phase = Phase.of(state, counts)
         self.num_tokens = max(counts)
-        self._masks: dict[bool, torch.Tensor] = {}  # by whether a layer has a FAM
-        self._sights: dict[bool, Sight | None] = {}
+        self._masks: dict[int, torch.Tensor] = {}  # by the kind of layer
+        self._sights: dict[int, Sight | None] = {}
         fills = state.block_fill
         self.completes = [n + c == config.block_size and c > 0 for n, c in zip(fills, counts, strict=True)]
         begins = any(n == 0 and c > 0 for n, c in zip(fills, counts, strict=True))
@@ -87,29 +85,30 @@ class Piece:
 
     def mask(self, layer: FamLayer, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
         """Return the mask of a layer; see `piece_mask`."""
-        has_fam = layer.fam is not None
-        if has_fam not in self._masks:
-            self._masks[has_fam] = piece_mask(self.config, has_fam, self.num_rows, self.phase, dtype, device)
-        return self._masks[has_fam]
+        if layer.kind not in self._masks:
+            self._masks[layer.kind] = piece_mask(self.config, layer.plan, self.num_rows, self.phase, dtype, device)
+        return self._masks[layer.kind]
 
     def sight(self, layer: FamLayer) -> Sight | None:
         """Return what the rows see, for the back end that needs no mask; None where a mask is needed.
 
-        It is when sequences stand at different places, when the window cuts into a memory segment, when the FAM keys
-        have a bias, and when a slot in sight is still empty.
+        It is when sequences stand at different places, when a window ends within what the layer keeps, when the FAM
+        keys have a bias, and when a slot in sight is still empty.
         """
-        has_fam = layer.fam is not None
-        if has_fam not in self._sights:
-            self._sights[has_fam] = self._sight(has_fam, layer.sections)
-        return self._sights[has_fam]
+        if layer.kind not in self._sights:
+            self._sights[layer.kind] = self._sight(layer)
+        return self._sights[layer.kind]
 
-    def _sight(self, has_fam: bool, sections: Sections) -> Sight | None:
-        config, phase = self.config, self.phase
-        if not phase.is_uniform or config.window is not None or (has_fam and config.fam_key_bias != 0):
+    def _sight(self, layer: FamLayer) -> Sight | None:
+        config, phase, plan, sections = self.config, self.phase, layer.plan, layer.sections
+        if not phase.is_uniform or (plan.has_fam and config.fam_key_bias != 0):
             return None
-        seen = phase.window_of_slots(config, sections)
-        num_filled = phase.sinks[0] * config.num_sink_tokens + phase.memory[0] * config.block_size
-        num_filled += has_fam * (phase.older[0] + 1) * config.fam_length + phase.fills[0] + phase.counts[0]
+        num_tokens = phase.num_memory_tokens(config, plan)[0] + phase.fills[0] + phase.counts[0]
+        if plan.window is not None and plan.window < num_tokens:
+            return None
+        seen = phase.window_of_slots(config, plan, sections)
+        num_filled = num_tokens + phase.has_sinks(config, plan)[0] * plan.num_sink_tokens
+        num_filled += plan.has_fam * (phase.num_older_fams(config)[0] + 1) * config.fam_length
         return Sight(self.num_rows, sections.fam - seen.start) if num_filled == seen.stop - seen.start else None
 
     def enter_layer(self, layer: FamLayer, hidden_BTD: torch.Tensor) -> torch.Tensor:
@@ -140,7 +139,7 @@ class Piece:
             rows = slice(self.num_rows - self.config.fam_length, self.num_rows)
             fam_key, fam_value = key_BGTK[:, :, rows], value_BGTK[:, :, rows]
             if self.config.fam_copy:  # the key row is the query row, which stands where the update will stand
-                fam_key = self.turner.turn(fam_key, -self.query_shift)
+                fam_key, fam_value = layer.turner.turn(fam_key, fam_value, -self.query_shift)
             if torch.is_grad_enabled() and self.phase.is_uniform and self.phase.fills[0] == 0:
                 # FAM and tokens stand side by side, and out of place one write is cheaper than two.
                 layer.put(sections.fam, torch.cat((fam_key, key), dim=2), torch.cat((fam_value, value), dim=2))
@@ -149,7 +148,7 @@ class Piece:
                 self._put_tokens(layer, key, value)
         else:
             self._put_tokens(layer, key, value)
-        seen = self.phase.window_of_slots(self.config, sections)
+        seen = self.phase.window_of_slots(self.config, layer.plan, sections)
         return layer.keys[:, :, seen], layer.values[:, :, seen]
 
     def _put_tokens(self, layer: FamLayer, key_BGTK: torch.Tensor, value_BGTK: torch.Tensor) -> None:
@@ -172,8 +171,13 @@ class Piece:
         spread = new_BGTK.take_along_dim(source, dim=2)
         return torch.where(is_new, spread.to(old_BGTK.dtype), old_BGTK)
 
-    def after_attention(self, layer: FamLayer, output_BTD: torch.Tensor) -> torch.Tensor:
-        """Take the FAM rows' input out of their attention output where the residual that follows must be zero.
+    def after_attention(self, layer: FamLayer, output_BTD: torch.Tensor, factor: float = 1.0) -> torch.Tensor:
+        """Take the FAM rows' input out of what is added to it behind attention where that residual must be zero.
+
+        Args:
+            layer: the layer's part of the state.
+            output_BTD: what is added, times `factor`, to the residual.
+            factor: of the family.
 
         Source: B.1, `Af = SelfAttention(...) + 0` in the first update; C.3 for the static summary.
         """
@@ -184,6 +188,8 @@ class Piece:
         residual = (layer.fam if layer.query_fam is None else layer.query_fam).to(output_BTD.dtype)
         if isinstance(left_out, torch.Tensor):
             residual = residual * left_out.to(residual)[:, None, None]
+        if factor != 1:
+            residual = residual / factor
         return torch.cat((output_BTD[:, :length] - residual, output_BTD[:, length:]), dim=1)
 
     def leave_layer(self, layer: FamLayer, hidden_BTD: torch.Tensor) -> None:
@@ -225,25 +231,29 @@ class Piece:
     def _roll(self, layer: FamLayer, done: bool | torch.Tensor) -> None:
         """Shift the memory segments and older FAMs of a layer by one block, turned back by `block_size`."""
         config, sections = self.config, layer.sections
-        size, sinks = config.block_size, config.num_sink_tokens
+        size, sinks = config.block_size, layer.plan.num_sink_tokens
         moves: list[tuple[slice, slice, int, bool | torch.Tensor]] = []  # source, target, distance, sequences
         if sinks and 0 in self.state.num_blocks_per_row:
             first = [d and n == 0 for d, n in zip(self.completes, self.state.num_blocks_per_row, strict=True)]
-            distance = -(config.num_memory_slots)  # to just in front of the memory segments
+            distance = -sections.older_fams  # to just in front of the memory segments
             moves.append((slice(sections.block, sections.block + sinks), slice(0, sinks), distance, self._flags(first)))
-        parts = [(sections.older_fams - sections.memory, sections.memory, size, sections.block)]
+        kept = min(size, layer.plan.num_memory_tokens)  # of this block
+        parts = [(sections.older_fams - sections.memory, sections.memory, kept, sections.num_slots - kept)]
         parts.append((sections.fam - sections.older_fams, sections.older_fams, config.fam_length, sections.fam))
         for length, start, step, newest in parts:
             if length:
-                # Segments and FAMs shift to the left; the newest comes in from its own section.
+                # Segments and FAMs shift to the left; the newest come in from their own section.
                 moves.append((slice(start + step, start + length), slice(start, start + length - step), -size, done))
                 moves.append((slice(newest, newest + step), slice(start + length - step, start + length), -size, done))
         detach = config.stop_gradient
         for source, target, distance, rows in moves:
             if rows is False or target.stop == target.start:
                 continue
-            key = self.turner.turn(layer.keys[:, :, source], distance)
-            value = layer.values[:, :, source].clone()  # source and target overlap
+            old_key, old_value = layer.keys[:, :, source], layer.values[:, :, source]
+            key, value = layer.turner.turn(old_key, old_value, distance)
+            # Source and target overlap, and what carries no position is not new.
+            key = key.clone() if key is old_key else key
+            value = value.clone() if value is old_value else value
             if detach and target.start < sections.older_fams:
                 key, value = key.detach(), value.detach()
             if isinstance(rows, torch.Tensor):

@@ -5,16 +5,62 @@ Every layer keeps one buffer of keys and one of values, `(B, G, slots, K)`, whos
     [sink tokens | memory segments, oldest first | older FAMs, oldest first | FAM | this block]
 
 and the FAM itself, `(B, F, D)`. The sections never change size. Memory segments fill up from the right, this block
-from the left.
+from the left. (Families with latent attention keep a latent as "key" and a rotary key as "value".)
 """
 
-from collections.abc import Callable
+import dataclasses
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from transformers.cache_utils import CacheLayerMixin
 
 from transformerfam.config import FamConfig
+from transformerfam.positions import Turner
+
+
+@dataclasses.dataclass(frozen=True)
+class LayerPlan:
+    """What one kind of layer keeps and sees beside its block.
+
+    Attributes:
+        has_fam: whether it carries FAM.
+        num_sink_tokens: first tokens of the text that stay.
+        num_memory_tokens: last tokens in front of the block that stay.
+        window: last tokens that a token sees of these and of its block, itself included; None is all of them.
+    """
+
+    has_fam: bool
+    num_sink_tokens: int
+    num_memory_tokens: int
+    window: int | None
+
+    @classmethod
+    def for_layers(cls, config: FamConfig, own_windows: Sequence[int | None]) -> list["LayerPlan"]:
+        """Return every layer's plan.
+
+        Args:
+            config: the configuration.
+            own_windows: every layer's own sliding window. In a hybrid model, where some layers have one, those without
+                FAM keep it as it is: their tokens see it whole, across blocks, and nothing else.
+        """
+        is_hybrid = None in own_windows and any(own_windows)
+        plans = []
+        for layer_idx, own in enumerate(own_windows):
+            has_fam = config.carries_fam(layer_idx)
+            if is_hybrid and own is not None and not has_fam:
+                plans.append(cls(False, 0, own - 1, own))
+                continue
+            num_memory_tokens = config.num_memory_segments * config.block_size
+            longest = num_memory_tokens + config.block_size
+            windows = [window for window in (config.window, own) if window is not None and window < longest]
+            plans.append(cls(has_fam, config.num_sink_tokens, num_memory_tokens, min(windows, default=None)))
+        return plans
+
+    def num_blocks_until_steady(self, config: FamConfig) -> int:
+        """Return the blocks after which every block sees as much as any other, and none has a first update."""
+        num_blocks = -(-self.num_memory_tokens // config.block_size)
+        return max(num_blocks + 1, config.num_previous_fams)
 
 
 class Sections(NamedTuple):
@@ -27,12 +73,12 @@ class Sections(NamedTuple):
     num_slots: int
 
     @classmethod
-    def of(cls, config: FamConfig, has_fam: bool) -> "Sections":
-        """Lay out the buffer of a layer with or without FAM."""
-        older = config.num_memory_slots
-        fam = older + (config.num_fam_slots - config.fam_length if has_fam else 0)
-        block = fam + (config.fam_length if has_fam else 0)
-        return cls(config.num_sink_tokens, older, fam, block, block + config.block_size)
+    def of(cls, config: FamConfig, plan: LayerPlan) -> "Sections":
+        """Lay out the buffer of a layer."""
+        older = plan.num_sink_tokens + plan.num_memory_tokens
+        fam = older + (config.num_fam_slots - config.fam_length if plan.has_fam else 0)
+        block = fam + (config.fam_length if plan.has_fam else 0)
+        return cls(plan.num_sink_tokens, older, fam, block, block + config.block_size)
 
 
 def place(buffer: torch.Tensor, start: int, content: torch.Tensor) -> torch.Tensor:
@@ -52,9 +98,12 @@ class FamLayer(CacheLayerMixin):
     Args:
         keys: `(B, G, slots, K)`, zeros.
         values: `(B, G, slots, K)`, zeros.
-        sections: where what stands in both.
         fam: `(B, F, D)`, or None on a layer without FAM.
         query_fam: `(B, F, D)` initial FAM that asks in every block, kept only with `fam_copy=False`.
+        plan: what the layer keeps and sees.
+        kind: number of the plan among those of the state's layers.
+        sections: where what stands in keys and values.
+        turner: turns both.
     """
 
     is_compileable = False
@@ -63,14 +112,20 @@ class FamLayer(CacheLayerMixin):
         self,
         keys: torch.Tensor,
         values: torch.Tensor,
-        sections: Sections,
         fam: torch.Tensor | None,
         query_fam: torch.Tensor | None,
+        plan: LayerPlan,
+        kind: int,
+        sections: Sections,
+        turner: Turner,
     ) -> None:
         super().__init__()
         self.keys: torch.Tensor = keys
         self.values: torch.Tensor = values
+        self.plan = plan
+        self.kind = kind
         self.sections = sections
+        self.turner = turner
         self.fam = fam
         self.query_fam = query_fam
         self.next_fam: torch.Tensor | None = None  # written by a piece, kept when the whole piece is through

@@ -15,7 +15,6 @@ import torch
 from transformers import PreTrainedModel
 
 from transformerfam.attention import Piece
-from transformerfam.config import FamConfig
 from transformerfam.errors import TransformerFamError
 from transformerfam.kernels import BACK_END
 from transformerfam.masks import buffer_mask
@@ -25,28 +24,28 @@ from transformerfam.state import FamState
 
 @dataclasses.dataclass
 class _Buffers:
-    """One layer's keys and values, `(B, G, slots, K)`, and whether FAM slots are among them."""
+    """One layer's keys and values, `(B, G, slots, K)`, and its kind."""
 
     keys: torch.Tensor
     values: torch.Tensor
-    has_fam: bool
+    kind: int
 
 
 class _TokenStep(PassingStep):
     """One token of every sequence on its way through the layers.
 
     Args:
-        masks: `(B, 1, 1, slots)` what the tokens see, for layers with and without FAM.
+        masks: `(B, 1, 1, slots)` what the tokens see, for every kind of layer.
         slots: `(B,)` where their keys and values go, likewise.
     """
 
-    def __init__(self, masks: dict[bool, torch.Tensor], slots: dict[bool, torch.Tensor]) -> None:
+    def __init__(self, masks: dict[int, torch.Tensor], slots: dict[int, torch.Tensor]) -> None:
         self.masks = masks
         self.slots = slots
 
     def mask(self, layer: _Buffers, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
         """Return the mask of a layer."""
-        return self.masks[layer.has_fam]
+        return self.masks[layer.kind]
 
     def sight(self, layer: _Buffers) -> None:
         """Ask for the mask."""
@@ -55,7 +54,7 @@ class _TokenStep(PassingStep):
         self, layer: _Buffers, key_BG1K: torch.Tensor, value_BG1K: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Write the tokens' keys and values in place, and return the whole buffer."""
-        slots = self.slots[layer.has_fam]
+        slots = self.slots[layer.kind]
         rows = torch.arange(len(slots), device=slots.device)
         layer.keys[rows, :, slots] = key_BG1K[:, :, 0].to(layer.keys.dtype)
         layer.values[rows, :, slots] = value_BG1K[:, :, 0].to(layer.values.dtype)
@@ -105,19 +104,19 @@ class CompiledToken(CompiledStep):
             `(B, 1, D)` after the last norm.
         """
         state, device = piece.state, hidden_B1D.device
-        kinds = {layer.fam is not None: layer.sections for layer in state.layers}
+        kinds = {layer.kind: layer for layer in state.layers}
         fills = torch.tensor(state.block_fill, device=device)
         masks = {
-            has_fam: buffer_mask(state.config, has_fam, 0, piece.phase, hidden_B1D.dtype).to(device)
-            for has_fam in kinds
+            kind: buffer_mask(state.config, layer.plan, 0, piece.phase, hidden_B1D.dtype).to(device)
+            for kind, layer in kinds.items()
         }
         return self._function(
             self._decoder,
             hidden_B1D.contiguous(),
             piece.position_ids(device).expand(self.batch_size, -1).contiguous(),
             {kind: mask.expand(self.batch_size, -1, -1, -1).contiguous() for kind, mask in masks.items()},
-            {kind: sections.block + fills for kind, sections in kinds.items()},
-            [_Buffers(layer.keys, layer.values, layer.fam is not None) for layer in state.layers],
+            {kind: layer.sections.block + fills for kind, layer in kinds.items()},
+            [_Buffers(layer.keys, layer.values, layer.kind) for layer in state.layers],
         )
 
 
@@ -127,7 +126,7 @@ class CompiledBlock(CompiledStep):
     def serves(self, piece: Piece) -> bool:
         """Whether every sequence reads a whole block, too, and has read as many as are in sight at most."""
         is_whole = piece.phase.is_uniform and piece.counts[0] == piece.config.block_size
-        is_steady = min(piece.state.num_blocks_per_row) >= _num_blocks_until_steady(piece.config)
+        is_steady = min(piece.state.num_blocks_per_row) >= piece.state.num_blocks_until_steady
         return super().serves(piece) and is_whole and is_steady
 
     def run(self, piece: Piece, hidden_BTD: torch.Tensor) -> torch.Tensor:
@@ -151,8 +150,8 @@ def _token_through_the_layers(
     decoder: Any,
     hidden_B1D: torch.Tensor,
     positions_B1: torch.Tensor,
-    masks: dict[bool, torch.Tensor],
-    slots: dict[bool, torch.Tensor],
+    masks: dict[int, torch.Tensor],
+    slots: dict[int, torch.Tensor],
     buffers: list[_Buffers],
 ) -> torch.Tensor:
     output = run_decoder(decoder, hidden_B1D, positions_B1, StepCache(buffers, _TokenStep(masks, slots)))
@@ -163,11 +162,6 @@ def _block_through_the_layers(
     decoder: Any, hidden_BTD: torch.Tensor, positions: torch.Tensor, state: FamState
 ) -> torch.Tensor:
     return run_decoder(decoder, hidden_BTD, positions, state).last_hidden_state
-
-
-def _num_blocks_until_steady(config: FamConfig) -> int:
-    """Return the blocks after which every block sees as much as any other, and none has a first update."""
-    return max(config.num_memory_segments + 1, config.num_previous_fams)
 
 
 @torch.no_grad()
@@ -203,9 +197,10 @@ def compile_reading(model: PreTrainedModel, batch_size: int = 1, **options: Any)
     It takes up to a minute for 30 layers and is worth it where very much is read, or with a small model. Arguments and
     errors are those of `compile_decoding`.
     """
-    config = memory_of(model).config
+    memory = memory_of(model)
     step = CompiledBlock(_block_through_the_layers, model.get_decoder(), batch_size, options)
-    _add(model, step, num_tokens=config.block_size, num_before=_num_blocks_until_steady(config))
+    num_before = max(plan.num_blocks_until_steady(memory.config) for plan in memory.plans())
+    _add(model, step, num_tokens=memory.config.block_size, num_before=num_before)
 
 
 def _add(model: PreTrainedModel, step: CompiledStep, num_tokens: int, num_before: int) -> None:

@@ -1,8 +1,8 @@
 """Give a transformers decoder a working memory, in place.
 
 The model's own forward runs unchanged, one piece at a time. FAM comes in through four seams: extra rows in front of
-the tokens, the cache, the mask, and the residual of the first update. This is the only module that knows
-transformers' internals.
+the tokens, the cache, the mask, and the residual of the first update. Where they are in a family's layers, `families`
+says.
 """
 
 import functools
@@ -11,23 +11,29 @@ from collections.abc import Callable, Sequence
 from types import MethodType
 from typing import Any
 
+import torch
 from torch import nn
 from transformers import Cache, PreTrainedModel
 
-from transformerfam.attention import Piece
 from transformerfam.config import FamConfig
 from transformerfam.errors import UnsupportedModelError
+from transformerfam.families import Family, decoder_layers, family_of, part_of
 from transformerfam.forward import read_pieces
 from transformerfam.identity import ModelIdentity, describe_architecture
 from transformerfam.kernels import BACK_END
-from transformerfam.memory import FamMemory, InitialFam, fam_parameters, memory_of, set_block_size, set_key_bias
-from transformerfam.positions import KeyTurner
+from transformerfam.layouts import find_layouts
+from transformerfam.memory import (
+    FamMemory,
+    LayerLayout,
+    fam_parameters,
+    memory_of,
+    set_block_size,
+    set_key_bias,
+)
 from transformerfam.reading import init_state, prepare_cache_for_generation, read
 from transformerfam.seams import check_seams, check_structure
 
 __all__ = ["convert", "fam_parameters", "memory_of", "set_block_size", "set_key_bias"]
-
-SERVED_MODEL_TYPES = ("llama",)
 
 
 def convert(model: PreTrainedModel, config: FamConfig) -> PreTrainedModel:
@@ -42,6 +48,9 @@ def convert(model: PreTrainedModel, config: FamConfig) -> PreTrainedModel:
         model: a decoder with a language-model head of a served family.
         config: block size, FAM length and every other choice.
 
+    A hybrid model, where some layers have a sliding window of their own, keeps those as they are and carries FAM on
+    the others, unless `fam_layers` says otherwise; the layers are then named in `model.fam_config`.
+
     Returns:
         The same object.
 
@@ -50,27 +59,24 @@ def convert(model: PreTrainedModel, config: FamConfig) -> PreTrainedModel:
 
     Source: DESIGN, "How FAM enters a model"; Algorithms 1 and 2.
     """
-    check_structure(model, config, SERVED_MODEL_TYPES)
-    decoder = model.get_decoder()
+    check_structure(model, config)
+    decoder, family = model.get_decoder(), family_of(model)
     if hasattr(decoder, "fam"):
         raise UnsupportedModelError(
             "the model is converted already; load it again to convert it with another configuration"
         )
     embedding = model.get_input_embeddings()
-    memory = FamMemory(config, embedding, len(decoder.layers)).to(embedding.weight.device)
-    memory.turner = KeyTurner(decoder.rotary_emb.inv_freq)
+    layouts = find_layouts(model)
+    config = _with_fam_layers(config, layouts)
+    memory = FamMemory(config, embedding, layouts).to(embedding.weight.device)
     memory.identity = ModelIdentity(model, describe_architecture(model))
     decoder.fam = memory
     back_end = model.config._attn_implementation
-    if back_end == "sdpa":
+    if back_end == "sdpa" and family.has_attention_interface:
         model.set_attn_implementation(BACK_END)
     handles = []
-    for layer_idx, layer in enumerate(decoder.layers):
-        handles += [
-            layer.register_forward_pre_hook(functools.partial(_enter_layer, layer_idx), with_kwargs=True),
-            layer.register_forward_hook(functools.partial(_leave_layer, layer_idx), with_kwargs=True),
-            layer.self_attn.register_forward_hook(functools.partial(_after_attention, layer_idx), with_kwargs=True),
-        ]
+    for layer_idx, layer in enumerate(decoder_layers(model)):
+        handles += LayerSeam(layer_idx, family, family.branch_factor(model.config)).attach(layer)
     _bind(decoder, "forward", read_pieces)
     _bind(model, "init_state", init_state)
     _bind(model, "read", read)
@@ -105,37 +111,89 @@ def revert(model: PreTrainedModel, handles: Sequence[Any]) -> None:
     del model._prepare_cache_for_generation
 
 
-def _piece_of(kwargs: dict[str, Any]) -> "Piece | InitialFam | None":
-    state = kwargs.get("past_key_values")
-    return getattr(state, "step", None) if isinstance(state, Cache) else None
+def _with_fam_layers(config: FamConfig, layouts: Sequence[LayerLayout]) -> FamConfig:
+    """Name the layers that carry FAM in a hybrid model: those without a window of their own."""
+    layers = tuple(layer_idx for layer_idx, layout in enumerate(layouts) if layout.window is None)
+    if config.fam_length == 0 or config.fam_layers is not None or len(layers) in (0, len(layouts)):
+        return config
+    return config.replace(fam_layers=layers)
 
 
-def _enter_layer(
-    layer_idx: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-    piece = _piece_of(kwargs)
-    if piece is None:
-        return None
-    state = kwargs["past_key_values"]
-    layer = state.layers[layer_idx]
-    hidden_BTD = piece.enter_layer(layer, args[0])
-    self_attn: Any = module.self_attn
-    sight = piece.sight(layer) if self_attn.config._attn_implementation == BACK_END else None
-    mask = piece.mask(layer, hidden_BTD.dtype, hidden_BTD.device) if sight is None else sight
-    return (hidden_BTD, *args[1:]), kwargs | {"attention_mask": mask}
+class LayerSeam:
+    """The hooks of one layer: they hand its rows, its mask and its residual to the piece that goes through.
 
+    Args:
+        layer_idx: number of the layer.
+        family: where in the layer they sit.
+        branch_factor: what the branch is multiplied with before it is added to the residual.
+    """
 
-def _after_attention(
-    layer_idx: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
-) -> Any:
-    piece = _piece_of(kwargs)
-    if piece is None:
-        return output
-    return (piece.after_attention(kwargs["past_key_values"].layers[layer_idx], output[0]), *output[1:])
+    def __init__(self, layer_idx: int, family: Family, branch_factor: float) -> None:
+        self.layer_idx = layer_idx
+        self.family = family
+        self.branch_factor = branch_factor
+        self._behind_attention: tuple[Any, Any] | None = None  # what went through attention and comes to the branch
 
+    def attach(self, layer: nn.Module) -> list[Any]:
+        """Register the hooks and return their handles."""
+        attention, branch = (part_of(layer, name) for name in (self.family.attention, self.family.branch))
+        handles = [
+            layer.register_forward_pre_hook(self.enter_layer, with_kwargs=True),
+            layer.register_forward_hook(self.leave_layer, with_kwargs=True),
+            attention.register_forward_hook(self.after_attention, with_kwargs=True),
+        ]
+        if branch is not attention:
+            handles.append(branch.register_forward_hook(self.after_branch))
+        return handles
 
-def _leave_layer(layer_idx: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-    piece = _piece_of(kwargs)
-    if piece is not None:
-        hidden_BTD = output[0] if isinstance(output, tuple) else output
-        piece.leave_layer(kwargs["past_key_values"].layers[layer_idx], hidden_BTD)
+    def enter_layer(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        """Put the layer's FAM and mask in place."""
+        found = self._find(kwargs)
+        if found is None:
+            return None
+        step, layer = found
+        hidden_BTD = step.enter_layer(layer, args[0])
+        attention: Any = module.get_submodule(self.family.attention)
+        back_end = attention.config._attn_implementation
+        mask: Any = step.sight(layer) if back_end == BACK_END else None
+        if mask is None:
+            mask = step.mask(layer, hidden_BTD.dtype, hidden_BTD.device)
+        if back_end == "flex_attention":  # it looks every sequence's mask up
+            mask = mask.expand(len(hidden_BTD), -1, -1, -1)
+        return (hidden_BTD, *args[1:]), kwargs | {"attention_mask": mask}
+
+    def after_attention(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+        """Take out the residual, or note what goes on to the norm behind attention."""
+        found = self._find(kwargs)
+        if found is None:
+            return output
+        if self.family.branch != self.family.attention:
+            self._behind_attention = found
+            return output
+        step, layer = found
+        return (step.after_attention(layer, output[0], self.branch_factor), *output[1:])
+
+    def after_branch(self, module: nn.Module, args: tuple[Any, ...], output_BTD: torch.Tensor) -> torch.Tensor:
+        """Take out the residual behind the norm."""
+        found, self._behind_attention = self._behind_attention, None
+        if found is None:
+            return output_BTD
+        step, layer = found
+        return step.after_attention(layer, output_BTD, self.branch_factor)
+
+    def leave_layer(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        """Note what the FAM rows became."""
+        found = self._find(kwargs)
+        if found is not None:
+            step, layer = found
+            step.leave_layer(layer, output[0] if isinstance(output, tuple) else output)
+
+    def _find(self, kwargs: dict[str, Any]) -> tuple[Any, Any] | None:
+        """Return the piece that goes through and the layer's part of its state; None where there is no piece."""
+        state = kwargs.get("past_key_values", kwargs.get("layer_past"))
+        step = getattr(state, "step", None)
+        if not isinstance(state, Cache) or step is None:
+            return None
+        return step, state.layers[self.layer_idx]

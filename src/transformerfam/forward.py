@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from transformers.modeling_outputs import BaseModelOutputWithPast
+from transformers.modeling_outputs import MoeModelOutputWithPast
 
 from transformerfam.attention import Piece
 from transformerfam.errors import StateMismatchError, TransformerFamError
@@ -54,7 +54,7 @@ def read_pieces(
     inputs_embeds: torch.Tensor | None = None,
     use_cache: bool | None = None,
     **kwargs: Any,
-) -> BaseModelOutputWithPast:
+) -> MoeModelOutputWithPast:
     """Run the decoder over tokens of any number, piece by piece; a piece never crosses a block boundary.
 
     This is `forward` of a converted model's decoder. `position_ids` are not used: positions follow from the state.
@@ -85,8 +85,9 @@ def read_pieces(
             "call it with output_attentions=False"
         )
     if inputs_embeds is None:
-        check_ids(input_ids, self.embed_tokens.num_embeddings)
-        inputs_embeds = self.embed_tokens(input_ids)
+        embedding = self.get_input_embeddings()
+        check_ids(input_ids, embedding.num_embeddings)
+        inputs_embeds = embedding(input_ids)
     batch_size, length = inputs_embeds.shape[:2]
     state = _own_state(self, past_key_values, batch_size)
     valid = _check_mask(attention_mask, batch_size, length)
@@ -96,7 +97,7 @@ def read_pieces(
         inputs_embeds = inputs_embeds.take_along_dim(order[..., None], dim=1)
     done = [0] * batch_size
     columns: list[list[int]] = [[] for _ in lengths]  # where each token's result stands in the joined pieces
-    pieces: list[BaseModelOutputWithPast] = []
+    pieces: list[MoeModelOutputWithPast] = []
     width = 0
     while any(d < n for d, n in zip(done, lengths, strict=True)):
         block_size = state.config.block_size
@@ -145,9 +146,9 @@ def _slice_rows(inputs_BTD: torch.Tensor, starts: list[int], counts: list[int]) 
 
 def _run_piece(
     decoder: Any, state: FamState, tokens_BTD: torch.Tensor, counts: list[int], kwargs: dict[str, Any]
-) -> BaseModelOutputWithPast:
+) -> MoeModelOutputWithPast:
     """Send one piece through the layers, and move the state on once it is through."""
-    piece = Piece(state, counts, decoder.fam.turner)
+    piece = Piece(state, counts)
     if piece.num_rows:
         rows = tokens_BTD.new_zeros(len(tokens_BTD), piece.num_rows, tokens_BTD.shape[2])
         tokens_BTD = torch.cat((rows, tokens_BTD), dim=1)
@@ -157,28 +158,32 @@ def _run_piece(
     state.step = piece
     try:
         if step is not None:
-            output = BaseModelOutputWithPast(last_hidden_state=step.run(piece, tokens_BTD))
+            output = MoeModelOutputWithPast(last_hidden_state=step.run(piece, tokens_BTD))
         else:
             output = run_decoder(decoder, tokens_BTD, piece.position_ids(tokens_BTD.device), state, **kwargs)
         piece.advance()
     finally:
         state.step = None
-    output.last_hidden_state = output.last_hidden_state[:, piece.num_rows :]
-    if output.hidden_states is not None:
-        output.hidden_states = tuple(hidden[:, piece.num_rows :] for hidden in output.hidden_states)
-    return output
+    hidden_states = output.hidden_states
+    router_logits = getattr(output, "router_logits", None)  # of every layer with experts, `(B * rows, experts)`
+    return MoeModelOutputWithPast(
+        last_hidden_state=output.last_hidden_state[:, piece.num_rows :],
+        hidden_states=hidden_states and tuple(hidden[:, piece.num_rows :] for hidden in hidden_states),
+        router_logits=router_logits
+        and tuple(logits.unflatten(0, (len(counts), -1))[:, piece.num_rows :] for logits in router_logits),
+    )
 
 
 def _join(
-    pieces: list[BaseModelOutputWithPast],
+    pieces: list[MoeModelOutputWithPast],
     columns: list[list[int]],
     valid: torch.Tensor | None,
     inputs_BTD: torch.Tensor,
     state: FamState | None,
-) -> BaseModelOutputWithPast:
+) -> MoeModelOutputWithPast:
     """Join the pieces' hidden states and put every token's back where the caller had it."""
     if not pieces:  # a chunk of padding alone
-        return BaseModelOutputWithPast(last_hidden_state=torch.zeros_like(inputs_BTD), past_key_values=state)
+        return MoeModelOutputWithPast(last_hidden_state=torch.zeros_like(inputs_BTD), past_key_values=state)
     in_order = columns[0] == list(range(inputs_BTD.shape[1])) and all(c == columns[0] for c in columns)
     index = None
     if not in_order:
@@ -195,8 +200,13 @@ def _join(
     hidden_states = None
     if pieces[0].hidden_states is not None:
         hidden_states = tuple(joined(parts) for parts in zip(*(p.hidden_states for p in pieces), strict=True))
-    return BaseModelOutputWithPast(
+    router_logits = None
+    if pieces[0].router_logits is not None:
+        by_layer = zip(*(p.router_logits for p in pieces), strict=True)
+        router_logits = tuple(joined(parts).flatten(0, 1) for parts in by_layer)
+    return MoeModelOutputWithPast(
         last_hidden_state=joined([piece.last_hidden_state for piece in pieces]),
         past_key_values=state,
         hidden_states=hidden_states,
+        router_logits=router_logits,
     )

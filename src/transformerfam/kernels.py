@@ -109,8 +109,11 @@ def _attend(
     mask: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Return one run of rows' output, `(B, T, H, K)`; `is_causal` ends at the last key, a mask is `(B, 1, T, S)`."""
-    batch, num_heads, num_tokens, _ = query_BHTK.shape
-    groups, num_keys = key_BGSK.shape[1:3]
+    batch, num_heads, num_tokens, key_width = query_BHTK.shape
+    groups, num_keys, width = value_BGSK.shape[1:]
+    if width < key_width:  # latent attention; the kernels below want one width
+        value_BGSK = torch.nn.functional.pad(value_BGSK, (0, key_width - width))
+        return _attend(query_BHTK, key_BGSK, value_BGSK, is_causal, dropout, scaling, mask)[..., :width]
     is_causal = is_causal and num_tokens > 1
     if num_tokens == 1 and groups < num_heads:  # the heads of a group share keys: they are rows of one call
         query_BHTK = query_BHTK.view(batch, groups, num_heads // groups, -1)

@@ -1,5 +1,6 @@
 """What conversion adds to a decoder: the parameters of the memory, and the initial FAM made from them."""
 
+import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
@@ -8,25 +9,45 @@ from torch import nn
 from transformers import Cache, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
+from transformerfam.cache_layer import LayerPlan
 from transformerfam.config import FamConfig
 from transformerfam.errors import TransformerFamError
 from transformerfam.identity import ModelIdentity
 from transformerfam.kernels import Sight
-from transformerfam.positions import KeyTurner, fam_offsets, first_position
+from transformerfam.positions import Turner, fam_offsets, first_position
+
+
+@dataclasses.dataclass(frozen=True)
+class LayerLayout:
+    """What one layer hands to its cache, found out by conversion.
+
+    Attributes:
+        key_shape: heads and width of what it hands over as keys.
+        value_shape: of what it hands over as values.
+        turner: turns both.
+        window: the layer's own sliding window in tokens, or None.
+    """
+
+    key_shape: tuple[int, int]
+    value_shape: tuple[int, int]
+    turner: Turner
+    window: int | None
 
 
 class FamMemory(nn.Module):
     """The parameters and settings that conversion adds to a decoder, as its submodule `fam`.
 
     Attributes:
+        config: the configuration in force.
+        layouts: what every layer hands to its cache.
         prompt: `(F, D)` embeddings from which the initial FAM is made (`fam_init="prompt"`).
         prefix: `(L, F, D)` initial FAM of every layer (`fam_init="prefix"`).
     """
 
-    def __init__(self, config: FamConfig, embedding: nn.Embedding, num_layers: int) -> None:
+    def __init__(self, config: FamConfig, embedding: nn.Embedding, layouts: Sequence[LayerLayout]) -> None:
         super().__init__()
         self.config = config
-        self.turner: KeyTurner | None = None
+        self.layouts = tuple(layouts)
         self.identity: ModelIdentity | None = None
         self.compiled_steps: list[Any] = []  # the pieces that go through a compiled graph, see `compiled`
         if config.fam_length == 0:
@@ -35,7 +56,11 @@ class FamMemory(nn.Module):
         if config.fam_init == "prompt":
             self.prompt = nn.Parameter(rows)
         else:
-            self.prefix = nn.Parameter(rows.expand(num_layers, -1, -1).clone())
+            self.prefix = nn.Parameter(rows.expand(len(layouts), -1, -1).clone())
+
+    def plans(self) -> list[LayerPlan]:
+        """Return what every layer keeps and sees with the configuration in force."""
+        return LayerPlan.for_layers(self.config, [layout.window for layout in self.layouts])
 
 
 def initial_prompt(embedding: nn.Embedding, fam_length: int) -> torch.Tensor:
@@ -47,7 +72,8 @@ def initial_prompt(embedding: nn.Embedding, fam_length: int) -> torch.Tensor:
     weight = embedding.weight.detach().float()
     noise = torch.randn(fam_length, weight.shape[1], generator=torch.Generator().manual_seed(0))
     rows = weight.mean(0) + 0.01 * weight.std() * noise.to(weight.device)
-    return rows.to(embedding.weight.dtype)
+    factor = float(getattr(embedding, "scalar_embed_scale", 1.0))  # Gemma's embedding multiplies what it looks up
+    return (factor * rows).to(embedding.weight.dtype)
 
 
 def memory_of(model: PreTrainedModel) -> FamMemory:
@@ -127,7 +153,7 @@ def set_prompt(model: PreTrainedModel, token_ids: Sequence[int]) -> None:
             f"the text has {len(token_ids)} tokens, required are at least fam_length ({length}); give a longer text"
         )
     rows = torch.tensor(list(token_ids)[-length:], device=memory.prompt.device)
-    memory.prompt.copy_(model.get_input_embeddings().weight[rows])
+    memory.prompt.copy_(model.get_input_embeddings()(rows))
 
 
 class PassingStep:
@@ -137,8 +163,8 @@ class PassingStep:
         """Return a layer's input."""
         return hidden_BTD
 
-    def after_attention(self, layer: Any, output_BTD: torch.Tensor) -> torch.Tensor:
-        """Return the attention's output."""
+    def after_attention(self, layer: Any, output_BTD: torch.Tensor, factor: float) -> torch.Tensor:
+        """Return what is added to the residual behind attention."""
         return output_BTD
 
     def leave_layer(self, layer: Any, hidden_BTD: torch.Tensor) -> None:
@@ -178,6 +204,10 @@ class StepCache(Cache):
         self.layers = list(layers)
         self.step = step
 
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """Return 0: positions come with the step."""
+        return 0
+
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -216,6 +246,6 @@ def initial_fam(decoder: Any) -> list[torch.Tensor]:
         positions = (fam_offsets(config) + first_position(config))[None]
         positions = positions.float() if config.fam_position == "fractional" else positions.long()
     step = InitialFam()
-    cache = StepCache([None] * len(decoder.layers), step)
+    cache = StepCache([None] * len(memory.layouts), step)
     run_decoder(decoder, memory.prompt[None], positions.to(memory.prompt.device), cache)
     return step.fams

@@ -33,35 +33,64 @@ def query_shift(config: FamConfig) -> int:
     return config.block_size if moves else 0
 
 
-class KeyTurner:
-    """Turn keys by a number of positions, after RoPE was applied to them.
+class Turner:
+    """Turn what a layer keeps by a number of positions, after RoPE was applied to it.
 
     Args:
-        inverse_frequencies: `(K_rotary / 2,)` angles per position of the model's RoPE, in the half-split layout; head
-            dimensions beyond `K_rotary` carry no position.
+        inverse_frequencies: `(R / 2,)` angles per position of the layer's RoPE; R head dimensions carry a position.
+            None: none does.
+        is_interleaved: whether neighbouring dimensions turn together, not the first half with the second.
+        is_at_end: whether the last R dimensions turn, not the first.
+        is_in_values: whether the position is in the second tensor of the cache (latent attention), not in the first.
     """
 
-    def __init__(self, inverse_frequencies: torch.Tensor) -> None:
-        self.inverse_frequencies = inverse_frequencies.detach().to("cpu", torch.float64)
+    def __init__(
+        self,
+        inverse_frequencies: torch.Tensor | None,
+        is_interleaved: bool = False,
+        is_at_end: bool = False,
+        is_in_values: bool = False,
+    ) -> None:
+        self.inverse_frequencies = (
+            None if inverse_frequencies is None else inverse_frequencies.detach().to("cpu", torch.float64)
+        )
+        self.is_interleaved = is_interleaved
+        self.is_at_end = is_at_end
+        self.is_in_values = is_in_values
         self._tables: dict[tuple[float, torch.dtype, torch.device], tuple[torch.Tensor, torch.Tensor]] = {}
 
     @torch.inference_mode(mode=False)
     def _table(self, distance: float, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         name = (distance, like.dtype, like.device)
         if name not in self._tables:
+            assert self.inverse_frequencies is not None
             angles = distance * self.inverse_frequencies
             self._tables[name] = (angles.cos().to(like), angles.sin().to(like))
         return self._tables[name]
 
-    def turn(self, key_BGTK: torch.Tensor, distance: float) -> torch.Tensor:
-        """Return the keys as they would be `distance` positions further on.
+    def turn(
+        self, key_BGTK: torch.Tensor, value_BGTK: torch.Tensor, distance: float
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return keys and values as they would be `distance` positions further on; what carries none comes as it is.
 
         Source: RoPE; R(p + d) = R(d) R(p).
         """
-        if distance == 0 or key_BGTK.shape[-2] == 0:
-            return key_BGTK
-        cos, sin = self._table(distance, key_BGTK)
-        rotary, rest = key_BGTK.split((2 * len(cos), key_BGTK.shape[-1] - 2 * len(cos)), dim=-1)
-        first, second = rotary.chunk(2, dim=-1)
+        if distance == 0 or self.inverse_frequencies is None or key_BGTK.shape[-2] == 0:
+            return key_BGTK, value_BGTK
+        if self.is_in_values:
+            return key_BGTK, self._turned(value_BGTK, distance)
+        return self._turned(key_BGTK, distance), value_BGTK
+
+    def _turned(self, rows_BGTK: torch.Tensor, distance: float) -> torch.Tensor:
+        cos, sin = self._table(distance, rows_BGTK)
+        num_rotary, rest = 2 * len(cos), rows_BGTK.shape[-1] - 2 * len(cos)
+        if self.is_at_end:
+            still, rotary = rows_BGTK.split((rest, num_rotary), dim=-1)
+        else:
+            rotary, still = rows_BGTK.split((num_rotary, rest), dim=-1)
+        first, second = (rotary[..., ::2], rotary[..., 1::2]) if self.is_interleaved else rotary.chunk(2, dim=-1)
         turned = (first * cos).addcmul(second, sin, value=-1), (second * cos).addcmul(first, sin)
-        return torch.cat((*turned, rest) if rest.shape[-1] else turned, dim=-1)
+        parts = [torch.stack(turned, dim=-1).flatten(-2)] if self.is_interleaved else list(turned)
+        if rest:
+            parts.insert(0 if self.is_at_end else len(parts), still)
+        return torch.cat(parts, dim=-1) if len(parts) > 1 else parts[0]

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from transformerfam.cache_layer import FamLayer, Sections
+from transformerfam.cache_layer import FamLayer, LayerPlan, Sections
 from transformerfam.errors import ReadInterrupted, StateMismatchError, TransformerFamError
 from transformerfam.forward import check_ids
 from transformerfam.memory import initial_fam, memory_of
@@ -43,14 +43,13 @@ def init_state(
         raise TransformerFamError(f"batch_size is {batch_size}, required is at least 1")
     decoder, memory = self.get_decoder(), memory_of(self)
     assert memory.identity is not None
-    config, model_config = memory.config, self.config
-    head_dim = getattr(model_config, "head_dim", None) or model_config.hidden_size // model_config.num_attention_heads
-    num_layers, weight = len(decoder.layers), self.get_input_embeddings().weight
+    config, weight = memory.config, self.get_input_embeddings().weight
+    num_layers = len(memory.layouts)
     fam_dtype = getattr(torch, config.fam_dtype)
     saved = [fam is not None] * batch_size if is_saved is None else list(is_saved)
     initial = initial_fam(decoder) if config.fam_length and not (all(saved) and config.fam_copy) else None
     if fam is not None:
-        expected = (num_layers, batch_size, config.fam_length, model_config.hidden_size)
+        expected = (num_layers, batch_size, config.fam_length, weight.shape[1])
         fam = fam[:, None].expand(-1, batch_size, -1, -1) if fam.dim() == 3 else fam
         if tuple(fam.shape) != expected:
             raise StateMismatchError(
@@ -58,10 +57,13 @@ def init_state(
                 "save it from a state of the same model and configuration"
             )
     layers = []
-    for i in range(num_layers):
-        sections = Sections.of(config, config.carries_fam(i))
-        shape = (batch_size, model_config.num_key_value_heads, sections.num_slots, head_dim)
-        buffers = [torch.zeros(shape, dtype=weight.dtype, device=weight.device) for _ in range(2)]
+    kinds: dict[LayerPlan, int] = {}
+    for i, (plan, layout) in enumerate(zip(memory.plans(), memory.layouts, strict=True)):
+        sections = Sections.of(config, plan)
+        keys, values = (
+            torch.zeros(batch_size, heads, sections.num_slots, width, dtype=weight.dtype, device=weight.device)
+            for heads, width in (layout.key_shape, layout.value_shape)
+        )
         rows = asking = start = None
         if config.carries_fam(i):
             if initial is not None:
@@ -74,7 +76,8 @@ def init_state(
             rows = rows.clone(memory_format=torch.contiguous_format)
             if not config.fam_copy and start is not None:
                 asking = start.clone(memory_format=torch.contiguous_format)
-        layers.append(FamLayer(buffers[0], buffers[1], sections, rows, asking))
+        kind = kinds.setdefault(plan, len(kinds))
+        layers.append(FamLayer(keys, values, rows, asking, plan, kind, sections, layout.turner))
     return FamState(
         layers,
         config,

@@ -1,24 +1,28 @@
 """Check on the model at hand, with numbers, that the four seams do what the algorithm says."""
 
 import contextlib
-from collections.abc import Iterator, Sequence
+import dataclasses
+import functools
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import nn
-from transformers import Cache, PreTrainedModel
+from transformers import PreTrainedModel
 
 from transformerfam.config import FamConfig
 from transformerfam.errors import UnsupportedModelError
+from transformerfam.families import FAMILIES, decoder_layers, family_of, own_windows, part_of
 from transformerfam.kernels import BACK_END
+from transformerfam.layouts import RELATIVE_TOLERANCE, inverse_frequencies, relative_error
 
 PROBE_BLOCK_SIZE = 4
 PROBE_FAM_LENGTH = 2
-RELATIVE_TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-9, torch.bfloat16: 5e-2, torch.float16: 1e-2}
-ATTENTION_BACK_ENDS = ("eager", "sdpa", BACK_END)
+PROBE_WINDOW = 3
+ATTENTION_BACK_ENDS = ("eager", "sdpa", "flex_attention", BACK_END)
 
 
-def check_structure(model: Any, config: FamConfig, served: Sequence[str]) -> None:
+def check_structure(model: Any, config: FamConfig) -> None:
     """Refuse a model whose parts are not where the seams need them.
 
     Raises:
@@ -38,44 +42,36 @@ def check_structure(model: Any, config: FamConfig, served: Sequence[str]) -> Non
             f"{name} has no language-model head or is an encoder; required is a causal decoder, loaded with "
             "AutoModelForCausalLM"
         )
-    decoder = model.get_decoder()
-    if not hasattr(decoder, "rotary_emb") or not hasattr(decoder.rotary_emb, "inv_freq"):
+    rotary = getattr(model.get_decoder(), "rotary_emb", None)
+    if rotary is None or not inverse_frequencies(rotary) or getattr(model.config, "alibi", False):
         raise UnsupportedModelError(
             f"{name} has no rotary position embedding (RoPE), which the memory's positions need; choose a model with "
             "RoPE"
         )
-    if model_type not in served:
-        raise UnsupportedModelError(f"model type {model_type!r} is not served, required is one of {', '.join(served)}")
+    if model_type not in FAMILIES:
+        raise UnsupportedModelError(
+            f"model type {model_type!r} is not served, required is one of {', '.join(FAMILIES)}"
+        )
+    if getattr(model.config, "use_bidirectional_attention", False):
+        raise UnsupportedModelError(f"{name} sees later tokens (use_bidirectional_attention), required is a causal one")
+    own_windows(model.config)
     if model.config._attn_implementation not in ATTENTION_BACK_ENDS:
         raise UnsupportedModelError(
             f"attention back end is {model.config._attn_implementation!r}, required is one of "
             f"{', '.join(ATTENTION_BACK_ENDS)}; call model.set_attn_implementation('sdpa') first"
         )
-    rope_type = decoder.rotary_emb.rope_type
-    if rope_type in ("dynamic", "longrope"):
-        raise UnsupportedModelError(
-            f"RoPE of type {rope_type!r} changes with the length of the text, so keys cannot be turned; set another "
-            "type"
-        )
-    num_layers = len(decoder.layers)
+    rope_types = rotary.rope_type.values() if isinstance(rotary.rope_type, dict) else (rotary.rope_type,)
+    for rope_type in rope_types:
+        if rope_type in ("dynamic", "longrope"):
+            raise UnsupportedModelError(
+                f"RoPE of type {rope_type!r} changes with the length of the text, so keys cannot be turned; set "
+                "another type"
+            )
+    num_layers = len(decoder_layers(model))
     if config.fam_layers is not None and max(config.fam_layers) >= num_layers:
         raise UnsupportedModelError(
             f"fam_layers names layer {max(config.fam_layers)}, the model has layers 0 to {num_layers - 1}"
         )
-
-
-class _Recorder(Cache):
-    """Keep every layer's last keys."""
-
-    def __init__(self) -> None:
-        super().__init__(layers=[])
-        self.keys: dict[int, torch.Tensor] = {}
-
-    def update(
-        self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        self.keys[layer_idx] = key_states
-        return key_states, value_states
 
 
 @contextlib.contextmanager
@@ -98,6 +94,25 @@ def _probing(model: PreTrainedModel, **changes: Any) -> Iterator[None]:
         model.train(was_training)
 
 
+@contextlib.contextmanager
+def _short_windows(decoder: Any) -> Iterator[None]:
+    """Let every layer that slides see so few tokens that a probe feels it."""
+    memory, window = decoder.fam, getattr(decoder.config, "sliding_window", None)
+    layouts = memory.layouts
+    if not any(layout.window for layout in layouts):
+        yield
+        return
+    decoder.config.sliding_window = PROBE_WINDOW
+    memory.layouts = [
+        dataclasses.replace(layout, window=None if layout.window is None else PROBE_WINDOW) for layout in layouts
+    ]
+    try:
+        yield
+    finally:
+        decoder.config.sliding_window = window
+        memory.layouts = layouts
+
+
 @torch.no_grad()
 def check_seams(model: PreTrainedModel) -> None:
     """Run a few tokens through the converted model and compare with what the algorithm says.
@@ -111,14 +126,13 @@ def check_seams(model: PreTrainedModel) -> None:
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(vocab_size, (1, 2 * PROBE_BLOCK_SIZE), generator=generator).to(model.device)
     _check_cache_and_mask(model, ids)
-    _check_positions(model, ids)
     if model.get_decoder().fam.config.fam_length:
         _check_rows(model, ids)
         _check_first_residual(model, ids)
 
 
 def _require_equal(seam: str, there: torch.Tensor, required: torch.Tensor) -> None:
-    error = float((there - required).abs().max() / required.abs().max().clamp(min=1e-6))
+    error = relative_error(there, required)
     limit = RELATIVE_TOLERANCE[required.dtype]
     if not error <= limit:  # also refuses NaN
         raise UnsupportedModelError(
@@ -136,37 +150,20 @@ def _require_changed(seam: str, there: torch.Tensor, before: torch.Tensor) -> No
 
 
 def _check_cache_and_mask(model: PreTrainedModel, ids: torch.Tensor) -> None:
-    """With a block as long as the input and no FAM, the pieces must give the base model's hidden states."""
+    """Without FAM, pieces of two blocks that all see each other must give the base model's hidden states."""
     decoder = model.get_decoder()
-    base = type(decoder).forward(decoder, input_ids=ids, use_cache=False).last_hidden_state
-    with _probing(model, block_size=ids.shape[1], fam_length=0, fam_layers=None, num_memory_segments=0):
+    with _probing(model, fam_length=0, fam_layers=None), _short_windows(decoder):
+        base = type(decoder).forward(decoder, input_ids=ids, use_cache=False).last_hidden_state
         state = model.init_state(1)
         parts = [decoder(input_ids=part, past_key_values=state).last_hidden_state for part in ids.split((3, 5), dim=1)]
     _require_equal("cache", torch.cat(parts, dim=1), base)
 
 
-def _check_positions(model: PreTrainedModel, ids: torch.Tensor) -> None:
-    """Keys turned by a distance must be the keys that stand so much further on."""
-    decoder = model.get_decoder()
-    distance = 7
-    keys = []
-    for start in (0, distance):
-        recorder = _Recorder()
-        positions = torch.arange(start, start + ids.shape[1], device=ids.device)[None]
-        mask = torch.zeros(1, 1, ids.shape[1], ids.shape[1], dtype=model.dtype, device=ids.device)
-        type(decoder).forward(
-            decoder, input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=recorder
-        )
-        keys.append(recorder.keys[0])
-    _require_equal("position", decoder.fam.turner.turn(keys[0], distance), keys[1])
-
-
 def _check_rows(model: PreTrainedModel, ids: torch.Tensor) -> None:
     """The FAM must reach the tokens, the block must reach the FAM, and no token may see a later one."""
-    decoder, layers = model.get_decoder(), model.get_decoder().layers
-    saved = torch.randn(
-        len(layers), PROBE_FAM_LENGTH, model.config.hidden_size, generator=torch.Generator().manual_seed(1)
-    )
+    decoder = model.get_decoder()
+    shape = (len(decoder.fam.layouts), PROBE_FAM_LENGTH, model.config.hidden_size)
+    saved = torch.randn(shape, generator=torch.Generator().manual_seed(1))
     changed = ids.clone()
     changed[:, -1] = (ids[:, -1] + 1) % model.get_input_embeddings().num_embeddings
     with _probing(model):
@@ -181,22 +178,33 @@ def _check_rows(model: PreTrainedModel, ids: torch.Tensor) -> None:
 
 
 def _check_first_residual(model: PreTrainedModel, ids: torch.Tensor) -> None:
-    """In the first update, what goes on behind attention must be the attention output alone."""
-    decoder = model.get_decoder()
-    layer_idx = next(i for i in range(len(decoder.layers)) if decoder.fam.config.carries_fam(i))
-    layer = decoder.layers[layer_idx]
+    """In the first update, what goes on behind attention must be the attention branch alone.
+
+    Where the feed-forward layer is added to the same residual, the layer's output must be the two branches alone.
+    """
+    decoder, family, config = model.get_decoder(), family_of(model), model.config
+    layer_idx = next(i for i in range(len(decoder.fam.layouts)) if decoder.fam.config.carries_fam(i))
+    layer: Any = decoder_layers(model)[layer_idx]
     seen: dict[str, torch.Tensor] = {}
 
-    def note_output(module: nn.Module, args: Any, output: torch.Tensor) -> None:
-        seen["attention"] = output[:, :PROBE_FAM_LENGTH]
+    def note_output(name: str, module: nn.Module, args: Any, output: Any) -> None:
+        output = output[0] if isinstance(output, tuple) else output
+        seen[name] = output[:, :PROBE_FAM_LENGTH].clone()  # some layers add to it in place
 
     def note_input(module: nn.Module, args: Any) -> None:
-        seen["behind"] = args[0][:, :PROBE_FAM_LENGTH]
+        seen["sum"] = args[0][:, :PROBE_FAM_LENGTH].clone()
 
-    handles = [
-        layer.self_attn.o_proj.register_forward_hook(note_output),
-        layer.post_attention_layernorm.register_forward_pre_hook(note_input),
-    ]
+    last = part_of(layer, family.branch)
+    if family.branch == family.attention:  # its own hook has changed what it puts out, so listen to what is in it
+        last = part_of(last, family.output_projection)
+    handles = [last.register_forward_hook(functools.partial(note_output, "attention"), prepend=True)]
+    if family.is_parallel(config):
+        handles += [
+            part_of(layer, "mlp").register_forward_hook(functools.partial(note_output, "feed-forward")),
+            layer.register_forward_hook(functools.partial(note_output, "sum")),
+        ]
+    else:
+        handles.append(part_of(layer, family.behind).register_forward_pre_hook(note_input))
     try:
         with _probing(model, fam_init=decoder.fam.config.fam_init):
             state = model.init_state(1, fam=_any_fam(model))
@@ -205,10 +213,11 @@ def _check_first_residual(model: PreTrainedModel, ids: torch.Tensor) -> None:
     finally:
         for handle in handles:
             handle.remove()
-    _require_equal("first residual", seen["behind"], seen["attention"])
+    required = family.branch_factor(config) * seen["attention"]
+    _require_equal("first residual", seen["sum"], required + seen.get("feed-forward", 0))
 
 
 def _any_fam(model: PreTrainedModel) -> torch.Tensor:
-    shape = (len(model.get_decoder().layers), PROBE_FAM_LENGTH, model.config.hidden_size)
+    shape = (len(model.get_decoder().fam.layouts), PROBE_FAM_LENGTH, model.config.hidden_size)
     scale = float(model.get_input_embeddings().weight.float().std())
     return scale * torch.randn(shape, generator=torch.Generator().manual_seed(2))

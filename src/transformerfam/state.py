@@ -62,6 +62,7 @@ class FamState(Cache):
         self.starts_from_saved_fam = list(starts_from_saved_fam or [False] * batch_size)
         self.position_offset = position_offset
         self.step: Step | None = None
+        self.num_blocks_until_steady = max(layer.plan.num_blocks_until_steady(config) for layer in layers)
 
     # What it holds
 

@@ -13,6 +13,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
+from transformerfam.families import decoder_layers
 from transformerfam.state import FamState
 from transformerfam.training.scores import Scores, StepOutput, score
 from transformerfam.training.sequences import Batch
@@ -245,7 +246,7 @@ def find_non_finite(model: PreTrainedModel, batch: Batch, state: FamState) -> st
     """
     found: list[int] = []
     handles = []
-    for layer_idx, layer in enumerate(model.get_decoder().layers):
+    for layer_idx, layer in enumerate(decoder_layers(model)):
 
         def note(module: nn.Module, args: object, output: object, layer_idx: int = layer_idx) -> None:
             hidden = output[0] if isinstance(output, tuple) else output

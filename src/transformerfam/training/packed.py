@@ -5,16 +5,15 @@ A block is one forward over its *rows*: for every sequence its FAM and the token
 """
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import nn
-from transformers import Cache, PreTrainedModel
+from transformers import PreTrainedModel
 
 from transformerfam.attention import bounded
 from transformerfam.config import FamConfig
-from transformerfam.memory import memory_of, run_decoder
-from transformerfam.positions import KeyTurner, fam_offsets, first_position, query_shift
+from transformerfam.memory import StepCache, memory_of, run_decoder
+from transformerfam.positions import Turner, fam_offsets, first_position, query_shift
 from transformerfam.state import FamState
 from transformerfam.training.blocks import block_spans
 from transformerfam.training.scores import Scores, StepOutput, score
@@ -28,7 +27,7 @@ class PackedBlock:
 
     Args:
         config: the configuration, without memory segments, sinks and further previous FAMs.
-        turner: turns keys of the model at hand.
+        turners: per layer, what turns its keys.
         fams: per layer `(B, F, D)`.
         filler: the filler's places in the block `(P,)`, and per layer its keys and values `(1, G, P, K)`.
         read_places_R: the places of the tokens that are read, the same in all sequences.
@@ -39,7 +38,7 @@ class PackedBlock:
     def __init__(
         self,
         config: FamConfig,
-        turner: KeyTurner,
+        turners: Sequence[Turner],
         fams: list[torch.Tensor],
         filler: tuple[torch.Tensor, list[tuple[torch.Tensor, torch.Tensor]]],
         read_places_R: torch.Tensor,
@@ -47,7 +46,7 @@ class PackedBlock:
         is_whole: bool,
     ) -> None:
         self.config = config
-        self.turner = turner
+        self.turners = turners
         self.fams = fams
         filler_places_P, self.filler = filler
         self.is_first_B = is_first_B
@@ -99,18 +98,22 @@ class PackedBlock:
     def attend(self, layer: int, key_1GNK: torch.Tensor, value_1GNK: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Put the filler in front; FAM keys go back to where the FAM was written."""
         length = self.config.fam_length
-        key = self.by_sequence(key_1GNK, 2)
-        key = torch.cat((self.turner.turn(key[..., :length, :], -query_shift(self.config)), key[..., length:, :]), -2)
+        parts = [self.by_sequence(tensor, 2) for tensor in (key_1GNK, value_1GNK)]
+        fam_key, fam_value = (part[..., :length, :] for part in parts)
+        turned = self.turners[layer].turn(fam_key, fam_value, -query_shift(self.config))
+        key, value = (
+            torch.cat((rows, part[..., length:, :]), -2).flatten(2, 3) for rows, part in zip(turned, parts, strict=True)
+        )
         filler_key, filler_value = self.filler[layer]
-        return torch.cat((filler_key, key.flatten(2, 3)), dim=2), torch.cat((filler_value, value_1GNK), dim=2)
+        return torch.cat((filler_key, key), dim=2), torch.cat((filler_value, value), dim=2)
 
-    def after_attention(self, layer: int, output_1ND: torch.Tensor) -> torch.Tensor:
-        """Take the FAM rows' input out of their attention output in a first update."""
+    def after_attention(self, layer: int, output_1ND: torch.Tensor, factor: float) -> torch.Tensor:
+        """Take the FAM rows' input out of what is added to it behind attention in a first update."""
         if not self.is_whole or not bool(self.is_first_B.any()):
             return output_1ND
         output = self.by_sequence(output_1ND, 1)[0]
         rows = output[:, : self.config.fam_length]
-        rows = rows - self.fams[layer].to(rows.dtype) * self.is_first_B[:, None, None].to(rows.device)
+        rows = rows - self.fams[layer].to(rows.dtype) / factor * self.is_first_B[:, None, None].to(rows.device)
         return torch.cat((rows, output[:, self.config.fam_length :]), dim=1).flatten(0, 1)[None]
 
     def leave_layer(self, layer: int, hidden_1ND: torch.Tensor) -> None:
@@ -120,20 +123,6 @@ class PackedBlock:
         updated = self.by_sequence(hidden_1ND, 1)[0, :, : self.config.fam_length].to(self.fams[layer].dtype)
         bound = self.config.fam_norm_bound
         self.next_fams[layer] = updated if bound is None else bounded(updated, bound)
-
-
-class _PackedCache(Cache):
-    """The cache of a packed block: the layers are their numbers, and the block holds everything."""
-
-    def __init__(self, step: PackedBlock) -> None:
-        super().__init__(layers=[])
-        self.layers: list[Any] = list(range(len(step.fams)))
-        self.step = step
-
-    def update(
-        self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        return self.step.attend(layer_idx, key_states, value_states)
 
 
 def run_packed_batch(
@@ -173,7 +162,7 @@ def run_packed_batch(
         columns = start + batch.is_read_T[start:stop].nonzero()[:, 0]
         asks_teacher = lesson is not None and bool(lesson.is_taught_BT[:, columns].any())
         filler = stored.without(source, stop - start, columns - start)
-        block = PackedBlock(config, _turner(model), fams, filler, columns - start, is_first_B, is_whole)
+        block = PackedBlock(config, _turners(model), fams, filler, columns - start, is_first_B, is_whole)
         fams, output = _run_block(model, block, batch.input_ids_BT[:, columns], asks_teacher)
         scores = scores + score(model, batch, columns, output[-1], output if asks_teacher else None, lesson)
         is_first_B = is_first_B & (not is_whole)
@@ -203,15 +192,13 @@ def update_by_stored(
     has_residual_B = torch.zeros(len(fams[0]), dtype=torch.bool)
     for source in sources:
         filler = stored.without(source, model.fam_config.block_size, none)
-        block = PackedBlock(model.fam_config, _turner(model), fams, filler, none, has_residual_B, is_whole=True)
+        block = PackedBlock(model.fam_config, _turners(model), fams, filler, none, has_residual_B, is_whole=True)
         fams, _ = _run_block(model, block, none.expand(len(fams[0]), 0), asks_teacher=False)
     return fams
 
 
-def _turner(model: PreTrainedModel) -> KeyTurner:
-    turner = memory_of(model).turner
-    assert turner is not None
-    return turner
+def _turners(model: PreTrainedModel) -> list[Turner]:
+    return [layout.turner for layout in memory_of(model).layouts]
 
 
 def _run_block(
@@ -224,14 +211,14 @@ def _run_block(
         embedding and of every layer.
     """
     decoder = model.get_decoder()
-    tokens_BRD = decoder.embed_tokens(ids_BR.to(model.device))
+    tokens_BRD = decoder.get_input_embeddings()(ids_BR.to(model.device))
     length = block.config.fam_length
     rows_BND = nn.functional.pad(tokens_BRD, (0, 0, length, 0))
     output = run_decoder(
         decoder,
         rows_BND.flatten(0, 1)[None],
         block.position_ids,
-        _PackedCache(block),
+        StepCache(range(len(block.fams)), block),
         output_hidden_states=asks_teacher,
     )
     hidden_states = output.hidden_states if asks_teacher else (output.last_hidden_state,)

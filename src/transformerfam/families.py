@@ -1,0 +1,195 @@
+"""The families of transformers decoders that conversion serves, and where the seams are in each of them.
+
+What stands here are names and one choice per family. That they are right for the model at hand, in the transformers
+version at hand, is what conversion checks with numbers (`seams`).
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+from torch import nn
+
+from transformerfam.errors import UnsupportedModelError
+
+
+def _never(config: Any) -> bool:
+    return False
+
+
+def _always(config: Any) -> bool:
+    return True
+
+
+def _parallel_if_configured(config: Any) -> bool:
+    return bool(config.use_parallel_residual)
+
+
+def _falcon_is_parallel(config: Any) -> bool:
+    return bool(config.parallel_attn or config.new_decoder_architecture)
+
+
+def _one(config: Any) -> float:
+    return 1.0
+
+
+def _residual_multiplier(config: Any) -> float:
+    return float(config.residual_multiplier)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Family:
+    """Where the seams are in the layers of one family, by the names of submodules.
+
+    Attributes:
+        name: what people call it.
+        layers: the decoder's list of layers.
+        attention: a layer's attention.
+        output_projection: the last matrix of an attention.
+        branch: the submodule of a layer whose output is added to the residual behind attention: attention itself, or a
+            norm behind it.
+        branch_factor: what that output is multiplied with before it is added, from the configuration.
+        behind: the submodule of a layer that is given the sum; with a parallel residual nothing is.
+        is_parallel: whether attention and feed-forward are added to one residual, from the configuration.
+        has_attention_interface: whether attention goes through transformers' attention interface, so that a back end
+            without dense masks can serve it.
+        since: first version of this package that serves it.
+        special: what sets the family apart from Llama.
+    """
+
+    name: str
+    layers: str = "layers"
+    attention: str = "self_attn"
+    output_projection: str = "o_proj"
+    branch: str = "self_attn"
+    branch_factor: Callable[[Any], float] = _one
+    behind: str = "post_attention_layernorm"
+    is_parallel: Callable[[Any], bool] = _never
+    has_attention_interface: bool = True
+    since: str = "0.1.0"
+    special: str = ""
+
+
+FAMILIES = {
+    "llama": Family(name="Llama"),
+    "mistral": Family(name="Mistral", special="a sliding window on every layer, which limits the memory segments"),
+    "mixtral": Family(name="Mixtral", special="mixture of experts; FAM rows are routed as tokens are"),
+    "qwen2": Family(name="Qwen2", special="biases; optionally sliding windows on the upper layers"),
+    "qwen3": Family(name="Qwen3", special="norms on queries and keys"),
+    "qwen3_moe": Family(name="Qwen3-MoE", special="norms on queries and keys; mixture of experts"),
+    "gemma2": Family(
+        name="Gemma 2",
+        branch="post_attention_layernorm",
+        behind="pre_feedforward_layernorm",
+        special="soft caps (attention back end eager); norms behind attention and feed-forward; every other layer "
+        "slides and keeps its window",
+    ),
+    "gemma3_text": Family(
+        name="Gemma 3 (text)",
+        branch="post_attention_layernorm",
+        behind="pre_feedforward_layernorm",
+        special="norms behind attention and feed-forward; five of six layers slide, with a RoPE of their own, and keep "
+        "their window",
+    ),
+    "phi3": Family(name="Phi-3", special="one matrix for queries, keys and values; RoPE of type longrope is refused"),
+    "olmo2": Family(
+        name="OLMo 2",
+        branch="post_attention_layernorm",
+        behind="mlp",
+        special="norms behind attention and feed-forward alone; norms on queries and keys",
+    ),
+    "smollm3": Family(name="SmolLM3", special="every fourth layer has no RoPE"),
+    "granite": Family(
+        name="Granite",
+        branch_factor=_residual_multiplier,
+        special="factors on embeddings, attention, residual branches and logits",
+    ),
+    "cohere2": Family(
+        name="Cohere 2 (Command R7B)",
+        is_parallel=_always,
+        special="parallel residual; interleaved RoPE on sliding layers, which keep their window, and none elsewhere",
+    ),
+    "gpt_neox": Family(
+        name="GPT-NeoX (Pythia)",
+        attention="attention",
+        output_projection="dense",
+        branch="attention",
+        is_parallel=_parallel_if_configured,
+        special="parallel residual; RoPE on a part of every head",
+    ),
+    "phi": Family(
+        name="Phi (1, 1.5, 2)",
+        output_projection="dense",
+        is_parallel=_always,
+        special="parallel residual; RoPE on a part of every head",
+    ),
+    "stablelm": Family(
+        name="StableLM",
+        is_parallel=_parallel_if_configured,
+        special="RoPE on a part of every head; optionally a parallel residual",
+    ),
+    "falcon": Family(
+        name="Falcon",
+        layers="h",
+        attention="self_attention",
+        output_projection="dense",
+        branch="self_attention",
+        is_parallel=_falcon_is_parallel,
+        has_attention_interface=False,
+        special="parallel residual; one key head; its attention takes dense masks alone; with ALiBi it is refused",
+    ),
+    "gpt_oss": Family(
+        name="GPT-OSS",
+        special="a learned sink in every head's softmax (attention back end eager); mixture of experts; every other "
+        "layer slides and keeps its window",
+    ),
+    "deepseek_v2": Family(
+        name="DeepSeek-V2", special="latent attention: carried are latents, and one rotary key for all heads"
+    ),
+    "deepseek_v3": Family(
+        name="DeepSeek-V3", special="latent attention: carried are latents, and one rotary key for all heads"
+    ),
+}
+"""By `model_type`."""
+
+
+def family_of(model: Any) -> Family:
+    """Return the family of a model of a served `model_type`."""
+    return FAMILIES[model.config.model_type]
+
+
+def decoder_layers(model: Any) -> nn.ModuleList:
+    """Return a served model's decoder layers."""
+    layers: nn.ModuleList = getattr(model.get_decoder(), family_of(model).layers)
+    return layers
+
+
+def part_of(layer: nn.Module, name: str) -> nn.Module:
+    """Return a submodule of a layer.
+
+    Raises:
+        UnsupportedModelError: there is none of this name.
+    """
+    try:
+        return layer.get_submodule(name)
+    except AttributeError as error:
+        raise UnsupportedModelError(
+            f"the residual seam does not fit this model: {type(layer).__name__} has no part {name!r}; the family's "
+            "layers in this transformers version differ from what conversion knows"
+        ) from error
+
+
+def own_windows(config: Any) -> list[int | None]:
+    """Return every layer's own sliding window in tokens, the token itself included; None where it has none.
+
+    Raises:
+        UnsupportedModelError: a layer is neither full nor sliding attention.
+    """
+    num_layers, window = config.num_hidden_layers, getattr(config, "sliding_window", None)
+    types = getattr(config, "layer_types", None) or ["sliding_attention"] * num_layers
+    for layer_type in types:
+        if layer_type not in ("full_attention", "sliding_attention"):
+            raise UnsupportedModelError(
+                f"the model has a layer of type {layer_type!r}, required are full_attention and sliding_attention"
+            )
+    return [window if layer_type == "sliding_attention" else None for layer_type in types]

@@ -1,0 +1,115 @@
+"""Find out, with numbers, what every layer of a model hands to its cache, and how it turns with the position."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from transformers import Cache, PreTrainedModel
+
+from transformerfam.errors import UnsupportedModelError
+from transformerfam.families import own_windows
+from transformerfam.memory import LayerLayout
+from transformerfam.positions import Turner
+
+PROBE_LENGTH = 8
+PROBE_DISTANCE = 7
+RELATIVE_TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-5, torch.bfloat16: 5e-2, torch.float16: 1e-2}
+"""By the model's type, of the largest entry; angles are float32 in all of transformers, whatever the model's type."""
+
+
+def inverse_frequencies(rotary: Any) -> list[torch.Tensor]:
+    """Return the angles per position of a rotary embedding: one table, or one per kind of layer."""
+    named = rotary.named_buffers()
+    return [table for name, table in named if name.endswith("inv_freq") and "original" not in name]
+
+
+def relative_error(there: torch.Tensor, required: torch.Tensor) -> float:
+    """Return the largest difference, in parts of the largest required entry."""
+    return float((there - required).abs().max() / required.abs().max().clamp(min=1e-6))
+
+
+class _Recorder(Cache):
+    """Keep what every layer hands over last."""
+
+    def __init__(self) -> None:
+        super().__init__(layers=[])
+        self.handed_over: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        self.handed_over[layer_idx] = (key_states, value_states)
+        return key_states, value_states
+
+
+@torch.no_grad()
+def find_layouts(model: PreTrainedModel) -> list[LayerLayout]:
+    """Run a few tokens through a model that is not converted yet, at two places, and find every layer's layout.
+
+    Raises:
+        UnsupportedModelError: names the layer whose keys turn in a way that is not known.
+
+    Source: RoPE; DESIGN, "Positions stay small".
+    """
+    decoder, was_training = model.get_decoder(), model.training
+    generator = torch.Generator().manual_seed(0)
+    vocab_size = model.get_input_embeddings().num_embeddings
+    ids = torch.randint(vocab_size, (1, PROBE_LENGTH), generator=generator).to(model.device)
+    recorders = []
+    model.eval()
+    try:
+        for start in (0, PROBE_DISTANCE):
+            recorder = _Recorder()
+            decoder(
+                input_ids=ids,
+                attention_mask=torch.zeros(1, 1, *ids.shape[1:] * 2, dtype=model.dtype, device=ids.device),
+                position_ids=torch.arange(start, start + PROBE_LENGTH, device=ids.device)[None],
+                past_key_values=recorder,
+            )
+            recorders.append(recorder.handed_over)
+    finally:
+        model.train(was_training)
+    turners = list(_known_turners(decoder.rotary_emb))
+    layouts = []
+    for layer_idx, window in enumerate(own_windows(model.config)):
+        here, later = (handed_over.get(layer_idx) for handed_over in recorders)
+        if here is None or later is None:
+            raise UnsupportedModelError(
+                f"the cache seam does not fit this model: layer {layer_idx} hands no keys to its cache"
+            )
+        turner = _fitting(turners, here, later)
+        if turner is None:
+            raise UnsupportedModelError(
+                f"the position seam does not fit this model: what layer {layer_idx} keeps does not turn with the "
+                "position in any way that conversion knows; the family's forward in this transformers version differs "
+                "from it"
+            )
+        key_shape, value_shape = ((kept.shape[1], kept.shape[3]) for kept in here)
+        layouts.append(LayerLayout(key_shape, value_shape, turner, window))
+    return layouts
+
+
+def _known_turners(rotary: Any) -> Iterator[Turner]:
+    """Yield every known way in which positions turn what a layer keeps, the most common first."""
+    tables = inverse_frequencies(rotary)
+    for is_in_values in (False, True):
+        for is_interleaved in (False, True):
+            for is_at_end in (False, True):
+                for table in tables:
+                    yield Turner(table, is_interleaved, is_at_end, is_in_values)
+    yield Turner(None)
+
+
+def _fitting(
+    turners: list[Turner], here: tuple[torch.Tensor, torch.Tensor], later: tuple[torch.Tensor, torch.Tensor]
+) -> Turner | None:
+    """Return the first way that takes what a layer kept at one place to what it kept at the other."""
+    tolerance = RELATIVE_TOLERANCE[here[0].dtype]
+    for turner in turners:
+        rotary = here[turner.is_in_values]
+        if turner.inverse_frequencies is not None and 2 * len(turner.inverse_frequencies) > rotary.shape[-1]:
+            continue
+        turned = turner.turn(*here, PROBE_DISTANCE)
+        if all(relative_error(there, required) <= tolerance for there, required in zip(turned, later, strict=True)):
+            return turner
+    return None

@@ -1,0 +1,201 @@
+"""Algorithms 1 and 2 for any family, as loops over the layers of a model that is not converted.
+
+The layers' own forward makes queries, keys, values and the feed-forward; what every query sees is a list of plain
+tensors here, kept at absolute positions. Nothing of the fast path is used: no turning, no buffers, no hooks on rows.
+"""
+
+import dataclasses
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import Cache, PreTrainedModel
+
+from transformerfam.config import FamConfig
+from transformerfam.reference import fam_positions
+
+LAYERS = ("layers", "h")
+ATTENTION = ("self_attn", "attention", "self_attention")
+LAST_NORM = ("norm", "final_layer_norm", "final_layernorm", "ln_f")
+CACHE_ARGUMENT = {"gpt_neox": "layer_past", "falcon": "layer_past"}
+KeysAndValues = tuple[Tensor, Tensor]
+
+
+def _one_of(module: nn.Module, names: tuple[str, ...]) -> Any:
+    return next(getattr(module, name) for name in names if hasattr(module, name))
+
+
+class _GivenKeys(Cache):
+    """Put given keys in front of those that a layer makes, or in their place."""
+
+    def __init__(self, given: list[KeysAndValues], sees_own: bool) -> None:
+        super().__init__(layers=[])
+        self.given = given
+        self.sees_own = sees_own
+        self.made: KeysAndValues | None = None
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> KeysAndValues:
+        self.made = (key_states, value_states)
+        seen = [*self.given, self.made] if self.sees_own else self.given
+        keys, values = zip(*seen, strict=True)
+        return torch.cat(keys, dim=2), torch.cat(values, dim=2)
+
+
+@dataclasses.dataclass
+class _Memory:
+    fam: Tensor
+    fam_keys: KeysAndValues | None = None
+    block_keys: list[KeysAndValues] = dataclasses.field(default_factory=list)
+
+
+class FamilyReference:
+    """Read with one model.
+
+    Args:
+        model: not converted; set to `eager` and evaluation mode.
+        config: with `fam_layers` named where the model is a hybrid one.
+        own_windows: every layer's own sliding window.
+    """
+
+    def __init__(self, model: PreTrainedModel, config: FamConfig, own_windows: list[int | None]) -> None:
+        model.set_attn_implementation("eager")
+        model.set_experts_implementation("eager")  # the others multiply no float64
+        self.model: Any = model
+        self.decoder: Any = model.get_decoder()
+        self.config = config
+        self.own_windows = own_windows
+        self.layers = list(_one_of(self.decoder, LAYERS))
+        self.last_mlp: list[Tensor] = []
+        self.last_branch: list[Tensor] = []
+
+    def read(self, ids_T: Tensor, initial: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the hidden states behind the last norm, `(T, D)`, and the last FAM, `(L, F, D)`.
+
+        Args:
+            ids_T: token ids.
+            initial: the prompt `(F, D)`, or the prefix `(L, F, D)`.
+        """
+        size = self.config.block_size
+        memories = [_Memory(fam) for fam in self._initial_fams(initial)]
+        blocks = []
+        for start in range(0, len(ids_T), size):
+            hidden = self._embed(ids_T[start : start + size])
+            for layer_idx, memory in enumerate(memories):
+                hidden = self._run_block(layer_idx, hidden, memory, start)
+            blocks.append(hidden)
+        last_norm = _one_of(self.decoder, LAST_NORM)
+        fams = [m.fam if self.config.carries_fam(i) else torch.zeros_like(m.fam) for i, m in enumerate(memories)]
+        return last_norm(torch.cat(blocks)), torch.stack(fams)
+
+    def _embed(self, ids_T: Tensor) -> Tensor:
+        return self.model.get_input_embeddings()(ids_T) * getattr(self.model.config, "embedding_multiplier", 1.0)
+
+    def _initial_fams(self, initial: Tensor) -> list[Tensor]:
+        if self.config.fam_init == "prefix" or self.config.fam_length == 0:
+            return list(initial) if initial.dim() == 3 else [initial] * len(self.layers)
+        positions, _ = fam_positions(self.config, 0)
+        rows, inputs = initial * getattr(self.model.config, "embedding_multiplier", 1.0), []
+        for layer_idx in range(len(self.layers)):
+            inputs.append(rows)
+            rows, _ = self._run_layer(layer_idx, rows, positions, [], torch.zeros(len(rows), len(rows)))
+        return inputs
+
+    def _run_block(self, layer_idx: int, block_TD: Tensor, memory: _Memory, start: int) -> Tensor:
+        config, num_tokens = self.config, len(block_TD)
+        has_fam, own_window = config.carries_fam(layer_idx), self.own_windows[layer_idx]
+        is_local = own_window is not None and None in self.own_windows and not has_fam
+        key_positions, query_positions = fam_positions(config, start)
+        if has_fam:
+            length = config.fam_length
+            unseen = torch.zeros(length, length)
+            _, memory.fam_keys = self._run_layer(layer_idx, memory.fam, key_positions, [], unseen)
+        num_segments = len(memory.block_keys) if is_local else config.num_memory_segments
+        segments = memory.block_keys[max(0, len(memory.block_keys) - num_segments) :]
+        window = min(w for w in (own_window, None if is_local else config.window, 10**9) if w is not None)
+        num_past = config.block_size * len(segments)
+        places = torch.cat((torch.arange(start - num_past, start), torch.arange(start, start + num_tokens)))
+        distance = torch.arange(start, start + num_tokens)[:, None] - places
+        mask = torch.zeros(distance.shape).masked_fill((distance < 0) | (distance >= window), -torch.inf)
+        given = list(segments)
+        if has_fam:
+            assert memory.fam_keys is not None
+            given.append(memory.fam_keys)
+            bias = torch.full((num_tokens, config.fam_length), config.fam_key_bias)
+            mask = torch.cat((mask[:, :num_past], bias, mask[:, num_past:]), dim=1)
+        positions = [float(start + token) for token in range(num_tokens)]
+        out_TD, block_keys = self._run_layer(layer_idx, block_TD, positions, given, mask)
+        if num_tokens == config.block_size:
+            if has_fam:
+                assert memory.fam_keys is not None
+                seen = [memory.fam_keys, block_keys]
+                shown = torch.zeros(config.fam_length, config.fam_length + num_tokens)
+                updated, _ = self._run_layer(layer_idx, memory.fam, query_positions, seen, shown, sees_own=False)
+                if config.zero_first_residual and not memory.block_keys:
+                    updated = self._without_residual(layer_idx)
+                memory.fam = updated
+            memory.block_keys.append(block_keys)
+        return out_TD
+
+    def _run_layer(
+        self,
+        layer_idx: int,
+        rows_TD: Tensor,
+        positions: list[float],
+        given: list[KeysAndValues],
+        mask: Tensor,
+        sees_own: bool = True,
+    ) -> tuple[Tensor, KeysAndValues]:
+        """Return what a layer makes of rows that see given keys, and the keys and values that it made of them."""
+        layer, model_config = self.layers[layer_idx], self.model.config
+        cache = _GivenKeys(given, sees_own)
+        position_ids = torch.tensor(positions)[None]
+        kinds = [model_config.layer_types[layer_idx]] if hasattr(self.decoder.rotary_emb, "layer_types") else []
+        attention, mlp = _one_of(layer, ATTENTION), layer.mlp
+        behind = layer.post_attention_layernorm if self._has_norm_behind() else attention
+        handles = [
+            module.register_forward_hook(lambda _m, _a, output, to=to: to.append(self._clone(output)))
+            for module, to in ((behind, self.last_branch), (mlp, self.last_mlp))
+        ]
+        arguments: dict[str, Any] = {
+            CACHE_ARGUMENT.get(model_config.model_type, "past_key_values"): cache,
+            "attention_mask": mask.to(rows_TD.dtype)[None, None],
+            "position_ids": position_ids,
+            "position_embeddings": self.decoder.rotary_emb(rows_TD[None], position_ids, *kinds),
+        }
+        if model_config.model_type == "falcon":
+            arguments["alibi"] = None
+        try:
+            output = layer(rows_TD[None], **arguments)
+        finally:
+            for handle in handles:
+                handle.remove()
+        assert cache.made is not None
+        return (output[0] if isinstance(output, tuple) else output)[0], cache.made
+
+    @staticmethod
+    def _clone(output: Any) -> Tensor:
+        return (output[0] if isinstance(output, tuple) else output)[0].clone()
+
+    def _has_norm_behind(self) -> bool:
+        return self.model.config.model_type in ("gemma2", "gemma3_text", "olmo2")
+
+    def _without_residual(self, layer_idx: int) -> Tensor:
+        """Return what the last run layer would have made with nothing where its rows are added to the attention."""
+        config, layer = self.model.config, self.layers[layer_idx]
+        factor = getattr(config, "residual_multiplier", 1.0)
+        attended = self.last_branch[-1] * factor
+        is_parallel = {
+            "cohere2": True,
+            "phi": True,
+            "gpt_neox": getattr(config, "use_parallel_residual", False),
+            "stablelm": getattr(config, "use_parallel_residual", False),
+            "falcon": getattr(config, "parallel_attn", False) or getattr(config, "new_decoder_architecture", False),
+        }
+        if is_parallel.get(config.model_type, False):
+            return attended + self.last_mlp[-1]
+        if config.model_type in ("gemma2", "gemma3_text"):
+            return attended + layer.post_feedforward_layernorm(layer.mlp(layer.pre_feedforward_layernorm(attended)))
+        if config.model_type == "olmo2":
+            return attended + layer.post_feedforward_layernorm(layer.mlp(attended))
+        inner = layer.mlp(layer.post_attention_layernorm(attended)[None])
+        return attended + factor * (inner[0] if isinstance(inner, tuple) else inner)[0]

@@ -1,0 +1,106 @@
+"""A tiny random model of every served family, with what sets the family apart switched on."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import transformers
+from transformers import PreTrainedModel
+
+VOCABULARY = 61
+SHAPE: dict[str, Any] = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 512,
+    "tie_word_embeddings": False,
+    "bos_token_id": None,
+    "eos_token_id": None,
+    "pad_token_id": None,
+    "initializer_range": 0.2,
+}
+NO_GROUPS = {"num_key_value_heads": 4}
+EXPERTS = {"num_experts_per_tok": 2, "num_local_experts": 4}
+LATENT: dict[str, Any] = {
+    "kv_lora_rank": 16,
+    "q_lora_rank": 12,
+    "qk_rope_head_dim": 4,
+    "qk_nope_head_dim": 8,
+    "v_head_dim": 8,
+    "n_routed_experts": 4,
+    "num_experts_per_tok": 2,
+    "n_group": 2,
+    "topk_group": 1,
+    "n_shared_experts": 1,
+    "moe_intermediate_size": 16,
+    "first_k_dense_replace": 1,
+    **NO_GROUPS,
+}
+HYBRID = ["sliding_attention", "full_attention", "sliding_attention"]
+
+CASES: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama": ("Llama", {}),
+    "mistral": ("Mistral", {"sliding_window": 7}),
+    "mistral without window": ("Mistral", {"sliding_window": None}),
+    "mixtral": ("Mixtral", EXPERTS | {"sliding_window": None}),
+    "qwen2": ("Qwen2", {}),
+    "qwen2 with windows": ("Qwen2", {"use_sliding_window": True, "sliding_window": 6, "max_window_layers": 2}),
+    "qwen3": ("Qwen3", {"head_dim": 8}),
+    "qwen3_moe": (
+        "Qwen3Moe",
+        {"head_dim": 8, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16},
+    ),
+    "gemma2": ("Gemma2", {"head_dim": 8, "sliding_window": 6, "layer_types": HYBRID, "query_pre_attn_scalar": 8}),
+    "gemma3_text": (
+        "Gemma3",
+        {"head_dim": 8, "sliding_window": 6, "layer_types": HYBRID, "query_pre_attn_scalar": 8},
+    ),
+    "phi3": ("Phi3", {}),
+    "olmo2": ("Olmo2", {}),
+    "smollm3": ("SmolLM3", {"no_rope_layers": [1, 1, 0]}),
+    "granite": (
+        "Granite",
+        {
+            "residual_multiplier": 0.6,
+            "embedding_multiplier": 3.0,
+            "attention_multiplier": 0.3,
+            "logits_scaling": 2.0,
+        },
+    ),
+    "cohere2": ("Cohere2", {"sliding_window": 6, "layer_types": HYBRID, "logit_scale": 1.0}),
+    "gpt_neox": ("GPTNeoX", {"rotary_pct": 0.5}),
+    "gpt_neox in sequence": ("GPTNeoX", {"rotary_pct": 0.5, "use_parallel_residual": False}),
+    "phi": ("Phi", {"partial_rotary_factor": 0.5}),
+    "stablelm": ("StableLm", {"partial_rotary_factor": 0.5}),
+    "stablelm in parallel": ("StableLm", {"partial_rotary_factor": 0.5, "use_parallel_residual": True}),
+    "falcon": ("Falcon", {"multi_query": True, "alibi": False}),
+    "falcon in sequence": ("Falcon", {"multi_query": False, "alibi": False, "parallel_attn": False}),
+    "falcon of the new kind": ("Falcon", {"new_decoder_architecture": True, "num_kv_heads": 2, "alibi": False}),
+    "gpt_oss": ("GptOss", EXPERTS | {"head_dim": 8, "sliding_window": 6, "layer_types": HYBRID}),
+    "deepseek_v2": ("DeepseekV2", LATENT),
+    "deepseek_v3": ("DeepseekV3", LATENT),
+    "deepseek_v3 in halves": ("DeepseekV3", LATENT | {"rope_interleave": False}),
+}
+"""By a name that begins with the model type: the name of its classes in transformers, and its configuration."""
+
+OWN_CLASSES = {"Gemma3": ("Gemma3TextConfig", "Gemma3ForCausalLM")}
+
+
+def make_tiny(case: str, **changes: Any) -> PreTrainedModel:
+    """Make a random model of width 32 and three layers whose attention is sharp, so that a wrong key shows."""
+    stem, options = CASES[case]
+    config_name, model_name = OWN_CLASSES.get(stem, (f"{stem}Config", f"{stem}ForCausalLM"))
+    config_class: Callable[..., Any] = getattr(transformers, config_name)
+    config = config_class(**SHAPE | options | changes)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model: PreTrainedModel = getattr(transformers, model_name)(config).eval()
+        for name, parameter in model.named_parameters():
+            if "norm" in name or name.endswith("ln_f.weight"):
+                torch.nn.init.uniform_(parameter, 0.5, 1.5)
+            elif "sinks" in name or name.endswith(("bias", "router.weight")):
+                torch.nn.init.normal_(parameter, std=0.2)
+    return model
