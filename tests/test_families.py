@@ -208,7 +208,8 @@ def back_ends(case: str) -> list[str]:
     """Return the attention back ends that run here and that the family's class takes."""
     model: Any = make_tiny(case)
     sdpa = ["sdpa", "fam"] if FAMILIES[case.split()[0]].has_attention_interface else ["sdpa"]
-    return ["eager", *(sdpa if model._supports_sdpa else [])]
+    takes_sdpa = model._supports_sdpa and getattr(model.config, "attn_logit_softcapping", None) is None
+    return ["eager", *(sdpa if takes_sdpa else [])]
 
 
 def describe_families() -> str:
@@ -288,6 +289,14 @@ REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
     "no RoPE": ("falcon", {"alibi": True}, "has no rotary position embedding"),
     "later tokens": ("gemma3_text", {"use_bidirectional_attention": True}, "sees later tokens"),
 }
+
+
+def test_soft_caps_that_would_be_left_out_are_refused() -> None:
+    """Catches a Gemma 2 that goes on without its soft caps, as it does in transformers before 5.18."""
+    model = make_tiny("gemma2")
+    model.config._attn_implementation = "sdpa"
+    with pytest.raises(UnsupportedModelError, match="soft caps on its attention"):
+        convert(model, CONFIG)
 
 
 @pytest.mark.parametrize("name", REFUSED)

@@ -53,7 +53,16 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
         "Qwen3Moe",
         {"head_dim": 8, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16},
     ),
-    "gemma2": ("Gemma2", {"head_dim": 8, "sliding_window": 6, "layer_types": HYBRID, "query_pre_attn_scalar": 8}),
+    "gemma2": (
+        "Gemma2",
+        {
+            "head_dim": 8,
+            "sliding_window": 6,
+            "layer_types": HYBRID,
+            "query_pre_attn_scalar": 8,
+            "attn_implementation": "eager",  # the newest transformers takes it unasked
+        },
+    ),
     "gemma3_text": (
         "Gemma3",
         {"head_dim": 8, "sliding_window": 6, "layer_types": HYBRID, "query_pre_attn_scalar": 8},

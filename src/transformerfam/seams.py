@@ -60,6 +60,14 @@ def check_structure(model: Any, config: FamConfig) -> None:
             f"attention back end is {model.config._attn_implementation!r}, required is one of "
             f"{', '.join(ATTENTION_BACK_ENDS)}; call model.set_attn_implementation('sdpa') first"
         )
+    if getattr(model.config, "attn_logit_softcapping", None) and model.config._attn_implementation in (
+        "sdpa",
+        BACK_END,
+    ):
+        raise UnsupportedModelError(
+            f"{name} has soft caps on its attention, which attention back end 'sdpa' leaves out; load it with "
+            "attn_implementation='eager'"
+        )
     rope_types = rotary.rope_type.values() if isinstance(rotary.rope_type, dict) else (rotary.rope_type,)
     for rope_type in rope_types:
         if rope_type in ("dynamic", "longrope"):
