@@ -292,7 +292,7 @@ REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
 
 
 def test_soft_caps_that_would_be_left_out_are_refused() -> None:
-    """Catches a Gemma 2 that goes on without its soft caps, as it does in transformers before 5.18."""
+    """Catches a Gemma 2 that goes on without its soft caps, as older transformers load it."""
     model = make_tiny("gemma2")
     model.config._attn_implementation = "sdpa"
     with pytest.raises(UnsupportedModelError, match="soft caps on its attention"):

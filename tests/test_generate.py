@@ -123,6 +123,72 @@ def test_cache_of_another_kind_is_refused(model: Any) -> None:
         model.generate(random_ids(1, 5), cache_implementation="static", max_new_tokens=2)
 
 
-def test_strategy_that_crops_is_refused(model: Any) -> None:
-    with pytest.raises(TransformerFamError, match=r"cannot take back \d+ tokens"):
-        model.generate(random_ids(1, 25), prompt_lookup_num_tokens=4, max_new_tokens=NUM_NEW)
+ASSISTED: dict[str, dict[str, Any]] = {
+    "prompt lookup": {"prompt_lookup_num_tokens": 4},
+    "another model": {"assistant_model": make_tiny_llama(1, seed=1)},
+    "the base model": {"assistant_model": make_tiny_llama()},
+}
+
+
+@pytest.mark.parametrize("name", ASSISTED)
+@pytest.mark.parametrize("num_read", [0, 30])
+def test_assisted_decoding_takes_back_what_was_not_accepted(model: Any, name: str, num_read: int) -> None:
+    """Catches candidates that stay in the memory, at any place in a block, and a reading that is not gone on from."""
+    ids = random_ids(1, 5).repeat(1, 4)  # for prompt lookup to find something
+    states = [model.read(random_ids(num_read)) if num_read else model.init_state() for _ in range(2)]
+    greedy = {"do_sample": False, "max_new_tokens": NUM_NEW}
+    expected = model.generate(ids, past_key_values=states[0], **greedy)
+    found = model.generate(ids, past_key_values=states[1], **greedy, **ASSISTED[name])
+    assert torch.equal(found, expected)
+    assert states[1].num_tokens_read >= num_read + ids.shape[1] + NUM_NEW - 1
+    lengths = [state.num_tokens_read for state in states]
+    if lengths[0] == lengths[1]:
+        torch.testing.assert_close(states[1].fams, states[0].fams)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("num_removed", [1, 3, 8, 11])
+def test_crop_reads_what_is_left_again(model: Any, num_removed: int) -> None:
+    """Catches a fork that is not taken, and tokens that are read twice."""
+    ids, more = random_ids(2, 13), random_ids(2, 11, seed=1)
+    state = model.read(ids)
+    state.activate_past_recording()
+    model.read(more[:, :2], state)
+    model(input_ids=more, past_key_values=state)
+    state.crop(-num_removed)
+    expected = model.read(torch.cat((ids, more[:, :2], more[:, : 11 - num_removed]), dim=1))
+    assert state.row_lengths == expected.row_lengths
+    for found, required in zip(state.layers, expected.layers, strict=True):
+        torch.testing.assert_close(found.fam, required.fam)
+        kept = required.sections.block + expected.block_fill[0]
+        torch.testing.assert_close(found.keys[:, :, :kept], required.keys[:, :, :kept])
+
+
+def test_crop_without_a_recording_is_refused(model: Any) -> None:
+    state = model.read(random_ids(20))
+    with pytest.raises(TransformerFamError, match="cannot take back 3 tokens"):
+        state.crop(-3)
+    state.activate_past_recording()
+    model.read(random_ids(2), state)
+    with pytest.raises(TransformerFamError, match="cannot take back 3 tokens"):
+        state.crop(-3)
+
+
+STRATEGIES: dict[str, dict[str, Any]] = {
+    "sampling from the likeliest": {"do_sample": True, "top_k": 5, "top_p": 0.9, "temperature": 0.7},
+    "beams that sample": {"do_sample": True, "num_beams": 3},
+    "no repeats": {"do_sample": False, "no_repeat_ngram_size": 2, "repetition_penalty": 1.3},
+    "beams with early stopping": {"num_beams": 2, "early_stopping": True, "do_sample": False},
+    "bad words": {"do_sample": False, "bad_words_ids": [[3], [4, 5]]},
+}
+
+
+@pytest.mark.parametrize("name", STRATEGIES)
+def test_strategy_equals_that_of_a_model_that_reads_all_again(model: Any, name: str) -> None:
+    """Catches a strategy whose sequences lose their state, or get each other's."""
+    ids = random_ids(1, 11)
+    outputs = []
+    for use_cache in (True, False):  # without one every step reads the whole text anew
+        torch.manual_seed(0)
+        outputs.append(model.generate(ids, max_new_tokens=NUM_NEW, use_cache=use_cache, **STRATEGIES[name]))
+    assert torch.equal(outputs[0], outputs[1])

@@ -91,6 +91,7 @@ def read_pieces(
     batch_size, length = inputs_embeds.shape[:2]
     state = _own_state(self, past_key_values, batch_size)
     valid = _check_mask(attention_mask, batch_size, length)
+    state.note_input(inputs_embeds, attention_mask)
     lengths = [length] * batch_size if valid is None else valid.sum(1).tolist()
     if valid is not None:  # move padding behind the tokens
         order = torch.argsort(~valid, dim=1, stable=True)

@@ -63,6 +63,8 @@ class FamState(Cache):
         self.position_offset = position_offset
         self.step: Step | None = None
         self.num_blocks_until_steady = max(layer.plan.num_blocks_until_steady(config) for layer in layers)
+        self._records = False
+        self._before: tuple[Any, torch.Tensor, torch.Tensor | None] | None = None  # a fork, and the input after it
 
     # What it holds
 
@@ -117,6 +119,7 @@ class FamState(Cache):
         twin.block_fill = list(self.block_fill)
         twin.num_blocks_per_row = list(self.num_blocks_per_row)
         twin.starts_from_saved_fam = list(self.starts_from_saved_fam)
+        twin._records, twin._before = False, None
         return twin
 
     def map(self, function: Callable[[torch.Tensor], torch.Tensor]) -> "FamState":
@@ -186,16 +189,48 @@ class FamState(Cache):
         """Repeat every batch row `repeats` times."""
         self.batch_select_indices(torch.arange(self.batch_size).repeat_interleave(repeats))
 
+    @property
+    def is_croppable(self) -> bool:
+        """False: taking tokens back costs a fork before every step, so `generate` shall not do it without need."""
+        return False
+
+    def activate_past_recording(self) -> None:
+        """Keep a fork from before the last input from now on, so that `crop` can go back (assisted decoding)."""
+        self._records = True
+
+    def note_input(self, inputs_BTD: torch.Tensor, attention_mask: torch.Tensor | None) -> None:
+        """Note what is about to be read, if `crop` shall be able to take it back."""
+        if self._records:
+            self._before = self.fork(), inputs_BTD, attention_mask
+
+    @torch.no_grad()
     def crop(self, tokens_to_remove: int) -> None:
-        """Refuse: what a memory has read cannot be taken back.
+        """Take back the last tokens: a fork from before the last input reads the others again.
+
+        Args:
+            tokens_to_remove: minus their number; 0 keeps all.
 
         Raises:
-            TransformerFamError: always.
+            TransformerFamError: `activate_past_recording` was not called before that input, or it was shorter.
         """
-        raise TransformerFamError(
-            f"a FamState cannot take back {abs(tokens_to_remove)} tokens, since its memory holds no single tokens; "
-            "fork() the state before reading on, or use a generation strategy that does not crop its cache"
-        )
+        before, self._before = self._before, None
+        if tokens_to_remove == 0:
+            return
+        num_kept = 0 if before is None else before[1].shape[1] + tokens_to_remove
+        if before is None or tokens_to_remove > 0 or num_kept < 0:
+            raise TransformerFamError(
+                f"a FamState cannot take back {abs(tokens_to_remove)} tokens, since its memory holds no single tokens; "
+                "fork() the state before reading on, or call activate_past_recording() before the input"
+            )
+        fork, inputs_BTD, mask = before
+        self.layers = fork.layers
+        self.block_fill, self.num_blocks_per_row = fork.block_fill, fork.num_blocks_per_row
+        if num_kept:
+            self._records = False
+            mask = None if mask is None else mask[:, -inputs_BTD.shape[1] :][:, :num_kept]
+            decoder = self.identity.model.get_decoder()
+            decoder(inputs_embeds=inputs_BTD[:, :num_kept], attention_mask=mask, past_key_values=self)
+            self._records = True
 
     def reset(self) -> None:
         """Refuse: the initial FAM comes from the model.
