@@ -149,7 +149,8 @@ class Piece:
         else:
             self._put_tokens(layer, key, value)
         seen = self.phase.window_of_slots(self.config, layer.plan, sections)
-        return layer.keys[:, :, seen], layer.values[:, :, seen]
+        # Under autocast queries have another type than what is kept.
+        return layer.keys[:, :, seen].to(key_BGTK.dtype), layer.values[:, :, seen].to(value_BGTK.dtype)
 
     def _put_tokens(self, layer: FamLayer, key_BGTK: torch.Tensor, value_BGTK: torch.Tensor) -> None:
         """Write the tokens' keys and values behind those of the block so far."""

@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
+from torch import nn
 from transformers.cache_utils import CacheLayerMixin
 
 from transformerfam.config import FamConfig
@@ -146,6 +147,17 @@ class FamLayer(CacheLayerMixin):
         """Write keys and values `(B, G, n, K)` at slot `start`."""
         self.keys = place(self.keys, start, key)
         self.values = place(self.values, start, value)
+
+    def drop_block(self) -> None:
+        """Let go of the keys and values of a complete block: what is seen of it later has been copied from there."""
+        kept = self.sections.block
+        self.keys, self.values = self.keys[..., :kept, :].clone(), self.values[..., :kept, :].clone()
+
+    def make_room(self) -> None:
+        """Give the block that begins its slots back, where `drop_block` took them."""
+        missing = self.sections.num_slots - self.keys.shape[-2]
+        if missing:
+            self.keys, self.values = (nn.functional.pad(t, (0, 0, 0, missing)) for t in (self.keys, self.values))
 
     def keep_fam(self) -> None:
         """Make the FAM that the piece wrote the layer's FAM."""

@@ -36,6 +36,14 @@ from transformerfam.seams import check_seams, check_structure
 __all__ = ["convert", "fam_parameters", "memory_of", "set_block_size", "set_key_bias"]
 
 
+METHODS: dict[str, Callable[..., Any]] = {
+    "init_state": init_state,
+    "read": read,
+    "_prepare_cache_for_generation": prepare_cache_for_generation,
+}
+"""What a converted model has beside its class's methods, or in their place; modules above this one add theirs."""
+
+
 def convert(model: PreTrainedModel, config: FamConfig) -> PreTrainedModel:
     """Give `model` a working memory, in place; its class and weights stay as they are.
 
@@ -78,9 +86,8 @@ def convert(model: PreTrainedModel, config: FamConfig) -> PreTrainedModel:
     for layer_idx, layer in enumerate(decoder_layers(model)):
         handles += LayerSeam(layer_idx, family, family.branch_factor(model.config)).attach(layer)
     _bind(decoder, "forward", read_pieces)
-    _bind(model, "init_state", init_state)
-    _bind(model, "read", read)
-    _bind(model, "_prepare_cache_for_generation", prepare_cache_for_generation)
+    for name, function in METHODS.items():
+        _bind(model, name, function)
     type_of_model = type(model)
     model.fam_config = config
     try:
@@ -107,8 +114,9 @@ def revert(model: PreTrainedModel, handles: Sequence[Any]) -> None:
     decoder = model.get_decoder()
     for handle in handles:
         handle.remove()
-    del decoder.fam, decoder.forward, model.init_state, model.read, model.fam_config
-    del model._prepare_cache_for_generation
+    del decoder.fam, decoder.forward, model.fam_config
+    for name in METHODS:
+        delattr(model, name)
 
 
 def _with_fam_layers(config: FamConfig, layouts: Sequence[LayerLayout]) -> FamConfig:
@@ -159,7 +167,9 @@ class LayerSeam:
         back_end = attention.config._attn_implementation
         mask: Any = step.sight(layer) if back_end == BACK_END else None
         if mask is None:
-            mask = step.mask(layer, hidden_BTD.dtype, hidden_BTD.device)
+            kind = hidden_BTD.device.type
+            dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden_BTD.dtype
+            mask = step.mask(layer, dtype, hidden_BTD.device)
         if back_end == "flex_attention":  # it looks every sequence's mask up
             mask = mask.expand(len(hidden_BTD), -1, -1, -1)
         return (hidden_BTD, *args[1:]), kwargs | {"attention_mask": mask}

@@ -4,10 +4,12 @@ The class's own forward runs once per piece, and a piece never crosses a block b
 its own place in its block, so that padding and decoding never mix them up.
 """
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
+from torch.utils.checkpoint import checkpoint
 from transformers.modeling_outputs import MoeModelOutputWithPast
 
 from transformerfam.attention import Piece
@@ -74,11 +76,6 @@ def read_pieces(
     """
     if (input_ids is None) == (inputs_embeds is None):
         raise TransformerFamError("exactly one of input_ids and inputs_embeds is required")
-    if self.gradient_checkpointing and self.training:
-        raise TransformerFamError(
-            "gradient checkpointing of single layers drops the state that a converted model needs; call "
-            "model.gradient_checkpointing_disable(), and checkpoint whole blocks as transformerfam.training does"
-        )
     if kwargs.get("output_attentions"):
         raise TransformerFamError(
             "output_attentions is not available on a converted model, since every piece sees another number of keys; "
@@ -100,14 +97,18 @@ def read_pieces(
     columns: list[list[int]] = [[] for _ in lengths]  # where each token's result stands in the joined pieces
     pieces: list[MoeModelOutputWithPast] = []
     width = 0
+    is_checkpointed = self.gradient_checkpointing and self.training and torch.is_grad_enabled()
+    run_piece = _run_checkpointed_piece if is_checkpointed else _run_piece
     while any(d < n for d, n in zip(done, lengths, strict=True)):
         block_size = state.config.block_size
         counts = [min(n - d, block_size - f) for n, d, f in zip(lengths, done, state.block_fill, strict=True)]
-        pieces.append(_run_piece(self, state, _slice_rows(inputs_embeds, done, counts), counts, kwargs))
+        pieces.append(run_piece(self, state, _slice_rows(inputs_embeds, done, counts), counts, kwargs))
         for row, count in enumerate(counts):
             columns[row] += range(width, width + count)
             done[row] += count
         width += max(counts)
+    for layer in state.layers if is_checkpointed else ():
+        layer.make_room()
     return _join(pieces, columns, valid, inputs_embeds, state if use_cache is not False else None)
 
 
@@ -161,7 +162,8 @@ def _run_piece(
         if step is not None:
             output = MoeModelOutputWithPast(last_hidden_state=step.run(piece, tokens_BTD))
         else:
-            output = run_decoder(decoder, tokens_BTD, piece.position_ids(tokens_BTD.device), state, **kwargs)
+            with _layers_keep_their_cache(decoder):
+                output = run_decoder(decoder, tokens_BTD, piece.position_ids(tokens_BTD.device), state, **kwargs)
         piece.advance()
     finally:
         state.step = None
@@ -173,6 +175,46 @@ def _run_piece(
         router_logits=router_logits
         and tuple(logits.unflatten(0, (len(counts), -1))[:, piece.num_rows :] for logits in router_logits),
     )
+
+
+@contextlib.contextmanager
+def _layers_keep_their_cache(decoder: Any) -> Iterator[None]:
+    """Switch the checkpoints of single layers off for a piece: they leave a layer's cache out."""
+    flagged = []
+    if decoder.gradient_checkpointing and decoder.training:
+        flagged = [module for module in decoder.modules() if getattr(module, "gradient_checkpointing", False)]
+    for module in flagged:
+        module.gradient_checkpointing = False
+    try:
+        yield
+    finally:
+        for module in flagged:
+            module.gradient_checkpointing = True
+
+
+def _run_checkpointed_piece(
+    decoder: Any, state: FamState, tokens_BTD: torch.Tensor, counts: list[int], kwargs: dict[str, Any]
+) -> MoeModelOutputWithPast:
+    """Send one piece through the layers, and again in the backward pass instead of keeping its activations.
+
+    A layer alone cannot be computed again, since it has written its cache; a piece can, from the state in front of it.
+
+    Source: section 2.1, "gradient checkpointing" block after block.
+    """
+
+    def run(before: FamState, tokens_BTD: torch.Tensor) -> tuple[MoeModelOutputWithPast, FamState]:
+        after = before.shallow_copy()
+        for layer in after.layers:
+            layer.make_room()
+        output = _run_piece(decoder, after, tokens_BTD, counts, kwargs)
+        if not any(after.block_fill):
+            for layer in after.layers:
+                layer.drop_block()
+        return output, after
+
+    output, after = checkpoint(run, state.shallow_copy(), tokens_BTD, use_reentrant=False)
+    state.go_on_from(after)
+    return output
 
 
 def _join(

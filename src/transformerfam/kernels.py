@@ -167,6 +167,9 @@ def attend_piece(
     Returns:
         `(B, R + T, H, K)`, and None for the weights.
     """
+    if torch.is_autocast_enabled(query.device.type):  # which knows torch's attention, and not the kernels in it
+        dtype = torch.get_autocast_dtype(query.device.type)
+        query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
     if isinstance(attention_mask, torch.Tensor) and query.shape[2] == 1:
         return _attend(query, key, value, False, dropout, scaling, attention_mask), None
     if not isinstance(attention_mask, Sight):

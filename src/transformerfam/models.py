@@ -15,6 +15,7 @@ from transformerfam.adapter import FAM_FILE, FamAdapter
 from transformerfam.config import FamConfig
 from transformerfam.convert import convert
 from transformerfam.errors import CorruptFileError, TransformerFamError
+from transformerfam.loading import plain_loading
 from transformerfam.smollm2 import load_smollm2
 
 __all__ = ["NAMED_MODELS", "find_device", "load_base", "load_model", "load_smollm2", "save_model"]
@@ -95,7 +96,8 @@ def save_model(
 ) -> None:
     """Write a converted model so that `load_model(folder)` gives it back: base weights, tokenizer and memory.
 
-    transformers loads the same folder as the plain base model. For a memory with LoRA use `FamAdapter.save_pretrained`.
+    transformers' `from_pretrained` loads the same folder, too (see `loading`). For a memory with LoRA use
+    `FamAdapter.save_pretrained`.
 
     Args:
         model: converted, trained in full (no LoRA).
@@ -115,7 +117,7 @@ def save_model(
     own = {f"{name}." for name, module in model.named_modules() if module is model.get_decoder().fam}
     weights = {name: value for name, value in model.state_dict().items() if not name.startswith(tuple(own))}
     try:
-        model.save_pretrained(folder, state_dict=weights)
+        model.save_pretrained(folder, state_dict=weights)  # with the memory, which is written again with its notes
         tokenizer.save_pretrained(folder)
     except (OSError, SafetensorError) as error:
         raise TransformerFamError(f"could not write the model to {folder}: {error}; free space there") from error
@@ -154,7 +156,8 @@ def load_base(
             )
         return load_smollm2() if base == "smollm2" else load_base(base)
     try:
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, local_files_only=True)
+        with plain_loading():
+            model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, local_files_only=True)
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
     except (OSError, SafetensorError, ValueError, KeyError) as error:
         raise CorruptFileError(f"{folder} holds no model that can be read ({error}); copy it again") from error

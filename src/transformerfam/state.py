@@ -44,6 +44,8 @@ class FamState(Cache):
             first update on.
     """
 
+    layers: list[Any]
+
     def __init__(
         self,
         layers: Sequence[FamLayer],
@@ -127,6 +129,11 @@ class FamState(Cache):
         for layer in self.layers:
             layer.map(function)
         return self
+
+    def go_on_from(self, other: "FamState") -> None:
+        """Take over the tensors and the place of a state of the same reading, which is not used any more."""
+        self.layers = list(other.layers)
+        self.block_fill, self.num_blocks_per_row = other.block_fill, other.num_blocks_per_row
 
     def fork(self) -> "FamState":
         """Return an independent copy; this one stays as it is."""
@@ -223,8 +230,7 @@ class FamState(Cache):
                 "fork() the state before reading on, or call activate_past_recording() before the input"
             )
         fork, inputs_BTD, mask = before
-        self.layers = fork.layers
-        self.block_fill, self.num_blocks_per_row = fork.block_fill, fork.num_blocks_per_row
+        self.go_on_from(fork)
         if num_kept:
             self._records = False
             mask = None if mask is None else mask[:, -inputs_BTD.shape[1] :][:, :num_kept]

@@ -121,7 +121,8 @@ def _run_block(
         The new state, the scores of the block, and the change of the FAM, which should not change in rows `holds_B`.
     """
     before, state = state, state.shallow_copy()
-    _make_room(state)
+    for layer in state.layers:
+        layer.make_room()
     columns = torch.arange(start, stop)
     asks_teacher = lesson is not None and bool(lesson.is_taught_BT[:, columns].any())
     output = model.get_decoder()(
@@ -132,7 +133,8 @@ def _run_block(
     scores = score(model, batch, columns, output.last_hidden_state, output.hidden_states, lesson)
     change = _fam_change(before, state, holds_B)
     if drops_block and not any(state.block_fill):
-        _drop_block(state)
+        for layer in state.layers:
+            layer.drop_block()
     return state, scores, change
 
 
@@ -153,21 +155,6 @@ def _return_freed_memory(state: FamState) -> None:
     carried = layer.keys if layer.fam is None else layer.fam
     if carried.requires_grad:
         carried.register_hook(trim)
-
-
-def _drop_block(state: FamState) -> None:
-    """Let go of the keys and values of a complete block: what is seen of it later has been copied from there."""
-    for layer in state.layers:
-        kept = layer.sections.block
-        layer.keys, layer.values = layer.keys[..., :kept, :].clone(), layer.values[..., :kept, :].clone()
-
-
-def _make_room(state: FamState) -> None:
-    """Give the block that begins its slots back, where `_drop_block` took them."""
-    for layer in state.layers:
-        missing = layer.sections.num_slots - layer.keys.shape[-2]
-        if missing:
-            layer.keys, layer.values = (nn.functional.pad(t, (0, 0, 0, missing)) for t in (layer.keys, layer.values))
 
 
 def _fam_change(before: FamState, after: FamState, holds_B: torch.Tensor) -> torch.Tensor:
@@ -196,7 +183,8 @@ def _read_without_gradient(model: PreTrainedModel, state: FamState, ids_BT: torc
     has_read = any(state.num_blocks_per_row) or any(state.block_fill) or any(state.starts_from_saved_fam)
     are_alike = not has_read and bool((ids_BT == ids_BT[:1]).all())
     after = state.select([0]) if are_alike else state.fork()
-    _make_room(after)
+    for layer in after.layers:
+        layer.make_room()
     model.get_decoder()(input_ids=(ids_BT[:1] if are_alike else ids_BT).to(model.device), past_key_values=after)
     if are_alike:
         after = after.select([0] * len(ids_BT))
