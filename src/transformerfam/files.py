@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from transformerfam.errors import CorruptFileError, TransformerFamError
 
@@ -21,8 +22,14 @@ CHECKSUM_KEY = "sha256"
 def digest_tensors(tensors: Mapping[str, torch.Tensor], salt: str = "") -> str:
     """Return the SHA-256 of names, types, shapes and values, as a hexadecimal string."""
     digest = hashlib.sha256(salt.encode())
-    for name in sorted(tensors):
-        tensor = tensors[name].detach().cpu().contiguous()
+    plain: dict[str, torch.Tensor] = {}
+    for name, tensor in tensors.items():
+        if is_traceable_wrapper_subclass(tensor):  # quantized: values, scales and the like
+            plain |= {f"{name}.{part}": getattr(tensor, part) for part in tensor.__tensor_flatten__()[0]}
+        else:
+            plain[name] = tensor
+    for name in sorted(plain):
+        tensor = plain[name].detach().cpu().contiguous()
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         digest.update(tensor.flatten().view(torch.uint8).numpy().data)
     return digest.hexdigest()
