@@ -27,13 +27,14 @@ from transformerfam.memory import (
     LayerLayout,
     fam_parameters,
     memory_of,
+    personal_memory,
     set_block_size,
     set_key_bias,
 )
 from transformerfam.reading import init_state, prepare_cache_for_generation, read
 from transformerfam.seams import check_seams, check_structure
 
-__all__ = ["convert", "fam_parameters", "memory_of", "set_block_size", "set_key_bias"]
+__all__ = ["convert", "fam_parameters", "memory_of", "personal_memory", "set_block_size", "set_key_bias"]
 
 
 METHODS: dict[str, Callable[..., Any]] = {

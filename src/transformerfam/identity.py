@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 import warnings
 from typing import Any
 
@@ -40,6 +41,11 @@ def describe_architecture(model: Any) -> dict[str, Any]:
     return json.loads(json.dumps(chosen))
 
 
+def _plain_name(name: str) -> str:
+    """Return a parameter's name without what PEFT puts around it."""
+    return re.sub(r"\.modules_to_save\.[^.]+", "", name.replace(".base_layer", ""))
+
+
 @dataclasses.dataclass
 class ModelIdentity:
     """Tell one converted model from another.
@@ -55,6 +61,10 @@ class ModelIdentity:
     """Digest of prompt and LoRA, kept when LoRA was merged."""
     _cache: dict[bool, tuple[tuple[Any, ...], str]] = dataclasses.field(default_factory=dict)
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> "ModelIdentity":
+        """Go with a copy of the model; a copy of the memory alone, as PEFT makes it, stays with the model."""
+        return dataclasses.replace(self, model=memo.get(id(self.model), self.model), _cache={})
+
     def base_digest(self) -> str:
         """Return the SHA-256 of the base model's weights, without prompt and LoRA."""
         return self.base_digest_before_merge or self._digest(of_memory=False)
@@ -65,9 +75,9 @@ class ModelIdentity:
 
     def _digest(self, of_memory: bool) -> str:
         chosen = {
-            name.replace(".base_layer", ""): parameter
+            _plain_name(name): parameter
             for name, parameter in self.model.named_parameters()
-            if is_memory_parameter(name) == of_memory
+            if is_memory_parameter(name) == of_memory and ".original_module." not in name
         }
         versions = tuple((name, value.data_ptr(), value._version) for name, value in chosen.items())
         cached = self._cache.get(of_memory)

@@ -77,7 +77,7 @@ def initial_prompt(embedding: nn.Embedding, fam_length: int) -> torch.Tensor:
 
 
 def memory_of(model: PreTrainedModel) -> FamMemory:
-    """Return the converted model's `FamMemory`.
+    """Return the converted model's `FamMemory`; of several, as PEFT keeps them per adapter, the active one's.
 
     Raises:
         TransformerFamError: the model is not converted.
@@ -85,7 +85,9 @@ def memory_of(model: PreTrainedModel) -> FamMemory:
     memory = getattr(model.get_decoder(), "fam", None)
     if memory is None:
         raise TransformerFamError("the model has no memory yet; call convert(model, FamConfig(...)) first")
-    return memory
+    if isinstance(memory, FamMemory):
+        return memory
+    return memory.modules_to_save[memory.active_adapter]
 
 
 def fam_parameters(model: PreTrainedModel) -> list[nn.Parameter]:
@@ -104,9 +106,11 @@ def set_block_size(model: PreTrainedModel, block_size: int) -> None:
 
 
 def _change_config(model: PreTrainedModel, **changes: Any) -> None:
-    memory = memory_of(model)
-    memory.config = memory.config.replace(**changes)
-    model.fam_config = memory.config
+    config = memory_of(model).config.replace(**changes)
+    for module in model.get_decoder().modules():
+        if isinstance(module, FamMemory):
+            module.config = config
+    model.fam_config = config
 
 
 @torch.no_grad()
@@ -154,6 +158,41 @@ def set_prompt(model: PreTrainedModel, token_ids: Sequence[int]) -> None:
         )
     rows = torch.tensor(list(token_ids)[-length:], device=memory.prompt.device)
     memory.prompt.copy_(model.get_input_embeddings()(rows))
+
+
+@torch.no_grad()
+def personal_memory(model: PreTrainedModel, fam_LFD: torch.Tensor) -> list[nn.Parameter]:
+    """Let a converted model start every reading from a saved FAM, and train that alone, in place.
+
+    The saved FAM becomes the prefix, whose residual counts from the first update on, since it holds context. All other
+    weights are frozen. What a task or a person needs can so be trained into `L * F * D` numbers.
+
+    Args:
+        model: converted.
+        fam_LFD: `(L, F, D)`, as `state.fams[:, 0]`.
+
+    Returns:
+        The only trained parameters.
+
+    Raises:
+        TransformerFamError: `fam_LFD` has another shape.
+
+    Source: B.2.3, "the saved FAM can also be used as a trained prefix for a task or a person".
+    """
+    memory = memory_of(model)
+    shape = (len(memory.layouts), memory.config.fam_length, model.get_input_embeddings().weight.shape[1])
+    if tuple(fam_LFD.shape) != shape:
+        raise TransformerFamError(
+            f"the saved FAM has shape {tuple(fam_LFD.shape)}, required is (layers, fam_length, hidden_size) {shape}; "
+            "take state.fams[:, 0] of the same model"
+        )
+    for name in [name for name, _ in memory.named_parameters()]:
+        delattr(memory, name)
+    model.requires_grad_(False)
+    weight = model.get_input_embeddings().weight
+    memory.prefix = nn.Parameter(fam_LFD.to(weight.device, weight.dtype, copy=True))
+    _change_config(model, fam_init="prefix", zero_first_residual=False)
+    return [memory.prefix]
 
 
 class PassingStep:

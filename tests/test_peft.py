@@ -1,0 +1,136 @@
+"""PEFT's own calls on a converted model: LoRA, DoRA, prompt alone; load, switch, merge; and a FAM trained alone."""
+
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import torch
+from tiny_llama import make_tiny_llama, random_ids, random_rows
+
+from transformerfam import FamConfig, FamState, convert
+from transformerfam.convert import fam_parameters, memory_of, personal_memory, set_block_size
+from transformerfam.errors import TransformerFamError
+
+CONFIG = FamConfig(fam_key_bias=0.0, block_size=8, fam_length=3, num_memory_segments=1)
+KINDS: dict[str, dict[str, Any]] = {
+    "lora": {"target_modules": ["q_proj", "v_proj", "down_proj"]},
+    "dora": {"target_modules": ["q_proj", "v_proj", "down_proj"], "use_dora": True},
+}
+IDS = random_ids(2, 30)
+
+
+def make_peft_model(kind: str, seed: int = 0) -> Any:
+    """Wrap a converted model by PEFT, the initial FAM trained and saved beside the adapters, and train it a little."""
+    torch.manual_seed(seed)
+    config = peft.LoraConfig(r=4, modules_to_save=["fam"], init_lora_weights=False, **KINDS[kind])
+    model = peft.get_peft_model(convert(make_tiny_llama(), CONFIG), config)
+    train(model, [p for p in model.parameters() if p.requires_grad])
+    return model
+
+
+def train(model: Any, parameters: list[Any]) -> list[float]:
+    optimizer = torch.optim.Adam(parameters, lr=3e-3)
+    losses = []
+    for _ in range(4):
+        loss = model(input_ids=IDS, labels=IDS).loss
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    return losses
+
+
+@torch.no_grad()
+def logits_of(model: Any) -> torch.Tensor:
+    return model(input_ids=IDS).logits
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_adapter_and_prompt_are_trained_saved_loaded_and_merged(kind: str, tmp_path: Path) -> None:
+    """Catches a prompt that PEFT freezes, forgets or copies together with a whole model."""
+    model = make_peft_model(kind)
+    trained = [name for name, p in model.named_parameters() if p.grad is not None]
+    prompt = "base_model.model.model.fam.modules_to_save.default.prompt"
+    assert [name for name in trained if "lora_" not in name] == [prompt]
+    assert len(trained) > 2
+    untrained = logits_of(convert(make_tiny_llama(), CONFIG))
+    found = logits_of(model)
+    assert not torch.allclose(found, untrained, atol=1e-2)
+    with model.disable_adapter():
+        assert torch.equal(logits_of(model), untrained)
+    model.save_pretrained(tmp_path)
+    loaded = peft.PeftModel.from_pretrained(convert(make_tiny_llama(), CONFIG), tmp_path)
+    assert torch.equal(logits_of(loaded), found)
+    merged = loaded.merge_and_unload()
+    assert type(merged) is type(make_tiny_llama())
+    torch.testing.assert_close(logits_of(merged), found, atol=1e-4, rtol=1e-4)
+    assert torch.equal(fam_parameters(merged)[0], fam_parameters(model)[0])
+
+
+def test_adapters_are_switched_with_their_prompts(tmp_path: Path) -> None:
+    """Catches one adapter's LoRA beside another's prompt."""
+    models = {name: make_peft_model("lora", seed) for seed, name in enumerate(("one", "two"))}
+    expected = {name: logits_of(model) for name, model in models.items()}
+    for name, model in models.items():
+        model.save_pretrained(tmp_path / name)
+    both = peft.PeftModel.from_pretrained(convert(make_tiny_llama(), CONFIG), tmp_path / "one", adapter_name="one")
+    both.load_adapter(tmp_path / "two", adapter_name="two")
+    for name in ("two", "one", "two"):
+        both.set_adapter(name)
+        assert torch.equal(logits_of(both), expected[name]), name
+        assert torch.equal(fam_parameters(both)[0], fam_parameters(models[name])[0])
+
+
+def test_wrapped_model_reads_generates_and_keeps_states(tmp_path: Path) -> None:
+    """Catches methods and settings that stay with the model inside, and states that are taken for another model's."""
+    model = make_peft_model("lora")
+    state = model.read(IDS[:1])
+    answer = model.generate(input_ids=IDS[:1, :4], past_key_values=state.fork(), max_new_tokens=9, do_sample=False)
+    state.save(tmp_path / "state.safetensors")
+    model.save_pretrained(tmp_path / "adapter")
+    again = peft.PeftModel.from_pretrained(convert(make_tiny_llama(), CONFIG), tmp_path / "adapter")
+    loaded = FamState.load(tmp_path / "state.safetensors", again)  # a warning would be an error
+    assert torch.equal(
+        again.generate(input_ids=IDS[:1, :4], past_key_values=loaded, max_new_tokens=9, do_sample=False), answer
+    )
+    set_block_size(model, 5)
+    assert memory_of(model).config.block_size == model.init_state().config.block_size == 5
+
+
+def test_adapter_for_another_base_is_refused(tmp_path: Path) -> None:
+    make_peft_model("lora").save_pretrained(tmp_path)
+    with pytest.raises(RuntimeError, match="size mismatch"):
+        peft.PeftModel.from_pretrained(convert(make_tiny_llama(num_key_value_heads=4), CONFIG), tmp_path)
+
+
+def test_prompt_alone_is_trained() -> None:
+    """Catches a frozen base that moves, and a prompt that learns nothing."""
+    model = convert(make_tiny_llama(), CONFIG)
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    model.requires_grad_(False)
+    prompt = fam_parameters(model)[0].requires_grad_(True)
+    losses = train(model, [prompt])
+    assert losses[-1] < losses[0]
+    changed = [name for name, p in model.named_parameters() if not torch.equal(p, before[name])]
+    assert changed == ["model.fam.prompt"]
+
+
+def test_personal_memory_starts_from_a_saved_fam_and_is_trained_alone(tmp_path: Path) -> None:
+    """Catches a saved FAM whose residual is left out, or a prefix that a loaded model does not start from."""
+    model: Any = convert(make_tiny_llama(), CONFIG)
+    read = model.read(IDS[:1])
+    state = model.init_state(2, fam=read.fams[:, 0])
+    expected = model(input_ids=IDS, past_key_values=state).logits.detach()
+    parameters = personal_memory(model, read.fams[:, 0])
+    assert [tuple(p.shape) for p in parameters] == [(2, 3, 32)]
+    torch.testing.assert_close(logits_of(model), expected)
+    base = {name: p.detach().clone() for name, p in model.named_parameters() if ".fam." not in name}
+    losses = train(model, parameters)
+    assert losses[-1] < losses[0]
+    assert all(torch.equal(dict(model.named_parameters())[name], value) for name, value in base.items())
+    model.save_pretrained(tmp_path)
+    loaded = type(model).from_pretrained(tmp_path)
+    assert torch.equal(logits_of(loaded), logits_of(model))
+    with pytest.raises(TransformerFamError, match=r"has shape \(2, 4, 32\), required is"):
+        personal_memory(convert(make_tiny_llama(), CONFIG), random_rows(2, 4, 32))
