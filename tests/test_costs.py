@@ -10,6 +10,12 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformerfam import FamConfig, convert
 from transformerfam.costs import ModelShape, block_flops, full_attention_flops
 
+
+def angle_flops(shape: ModelShape, num_rows: int) -> tuple[int, int]:
+    """Return what the angles of RoPE may count for: nothing, or in older transformers one matrix product."""
+    return 0, num_rows * shape.head_dim
+
+
 SMOLLM2 = ModelShape(
     num_layers=30,
     hidden_size=576,
@@ -44,7 +50,8 @@ def test_block_flops_are_those_that_torch_counts(config: dict[str, Any]) -> None
     length = fam_config.num_rows if fam_config.fam_length else 0
     masked = block_size * (block_size - 1) // 2  # eager attention computes what lies behind a token too
     masked += length * block_size  # and the memory segment for FAM rows
-    assert counter.get_total_flops() == block_flops(shape, fam_config) + masked * shape.flops_per_pair
+    expected = block_flops(shape, fam_config) + masked * shape.flops_per_pair
+    assert counter.get_total_flops() - expected in angle_flops(shape, block_size + length)
 
 
 @torch.no_grad()
@@ -55,4 +62,5 @@ def test_full_attention_flops_are_those_that_torch_counts() -> None:
     with FlopCounterMode(display=False) as counter:
         model(input_ids=random_ids(1, 12), logits_to_keep=1)
     masked = 12 * 11 // 2 * shape.flops_per_pair
-    assert counter.get_total_flops() == full_attention_flops(shape, 12) + masked + shape.flops_per_logits
+    expected = full_attention_flops(shape, 12) + masked + shape.flops_per_logits
+    assert counter.get_total_flops() - expected in angle_flops(shape, 12)

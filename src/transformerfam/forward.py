@@ -4,8 +4,7 @@ The class's own forward runs once per piece, and a piece never crosses a block b
 its own place in its block, so that padding and decoding never mix them up.
 """
 
-import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -162,8 +161,7 @@ def _run_piece(
         if step is not None:
             output = MoeModelOutputWithPast(last_hidden_state=step.run(piece, tokens_BTD))
         else:
-            with _layers_keep_their_cache(decoder):
-                output = run_decoder(decoder, tokens_BTD, piece.position_ids(tokens_BTD.device), state, **kwargs)
+            output = run_decoder(decoder, tokens_BTD, piece.position_ids(tokens_BTD.device), state, **kwargs)
         piece.advance()
     finally:
         state.step = None
@@ -175,21 +173,6 @@ def _run_piece(
         router_logits=router_logits
         and tuple(logits.unflatten(0, (len(counts), -1))[:, piece.num_rows :] for logits in router_logits),
     )
-
-
-@contextlib.contextmanager
-def _layers_keep_their_cache(decoder: Any) -> Iterator[None]:
-    """Switch the checkpoints of single layers off for a piece: they leave a layer's cache out."""
-    flagged = []
-    if decoder.gradient_checkpointing and decoder.training:
-        flagged = [module for module in decoder.modules() if getattr(module, "gradient_checkpointing", False)]
-    for module in flagged:
-        module.gradient_checkpointing = False
-    try:
-        yield
-    finally:
-        for module in flagged:
-            module.gradient_checkpointing = True
 
 
 def _run_checkpointed_piece(

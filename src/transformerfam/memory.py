@@ -1,7 +1,8 @@
 """What conversion adds to a decoder: the parameters of the memory, and the initial FAM made from them."""
 
+import contextlib
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -255,19 +256,35 @@ class StepCache(Cache):
         return seen
 
 
+@contextlib.contextmanager
+def _layers_keep_their_cache(decoder: Any) -> Iterator[None]:
+    """Switch the checkpoints of single layers off for a pass: they leave a layer's cache out."""
+    flagged = []
+    if decoder.gradient_checkpointing and decoder.training:
+        flagged = [module for module in decoder.modules() if getattr(module, "gradient_checkpointing", False)]
+    for module in flagged:
+        module.gradient_checkpointing = False
+    try:
+        yield
+    finally:
+        for module in flagged:
+            module.gradient_checkpointing = True
+
+
 def run_decoder(
     decoder: nn.Module, embeddings_BTD: torch.Tensor, positions: torch.Tensor, cache: Cache, **kwargs: Any
 ) -> BaseModelOutputWithPast:
     """Run the class's own forward over one piece; every layer gets its mask from the piece."""
-    return type(decoder).forward(
-        decoder,
-        inputs_embeds=embeddings_BTD,
-        attention_mask=torch.zeros(1, 1, 1, 1, dtype=embeddings_BTD.dtype, device=embeddings_BTD.device),
-        position_ids=positions,
-        past_key_values=cache,
-        use_cache=True,
-        **kwargs,
-    )
+    with _layers_keep_their_cache(decoder):
+        return type(decoder).forward(
+            decoder,
+            inputs_embeds=embeddings_BTD,
+            attention_mask=torch.zeros(1, 1, 1, 1, dtype=embeddings_BTD.dtype, device=embeddings_BTD.device),
+            position_ids=positions,
+            past_key_values=cache,
+            use_cache=True,
+            **kwargs,
+        )
 
 
 def initial_fam(decoder: Any) -> list[torch.Tensor]:

@@ -1,0 +1,262 @@
+"""Converted models in EleutherAI's lm-evaluation-harness: model `fam`, with prompts of any length in constant memory.
+
+`python -m transformerfam.harness run --model fam --model_args pretrained=FOLDER --tasks hellaswag` is the harness's own
+command line, where this model is known; `import transformerfam.harness` makes it known to a script.
+"""
+
+import logging
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+from lm_eval.api.instance import Instance
+from lm_eval.api.model import TemplateLM
+from lm_eval.api.registry import register_model
+from torch.nn.utils.rnn import pad_sequence
+from tqdm import tqdm
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, StoppingCriteria
+
+from transformerfam.config import FamConfig
+from transformerfam.errors import TransformerFamError
+from transformerfam.models import find_device, load_model
+from transformerfam.state import FamState
+
+logger = logging.getLogger(__name__)
+
+DEFAULT_NEW_TOKENS = 256
+LOGITS_AT_ONCE = 512
+
+
+@register_model("fam")
+class FamLM(TemplateLM):
+    """Score and continue prompts of any length with a converted model.
+
+    A context is read once for all continuations that are asked of it, in constant memory, and nothing is cut off.
+    """
+
+    def __init__(
+        self,
+        pretrained: str | PreTrainedModel,
+        system: str = "fam",
+        device: str | None = None,
+        dtype: str = "float32",
+        batch_size: int | str = 1,
+        max_batch_size: int | None = None,
+        tokenizer: str | PreTrainedTokenizerBase | None = None,
+        **fields: Any,
+    ) -> None:
+        """Load a model.
+
+        Args:
+            pretrained: "tiny", "smollm2" or a folder, as for `transformerfam.models.load_model`; or a converted model.
+            system: "fam", "bswa" or "fam_untrained".
+            device: where to; the CPU if none is given, and for "cuda:0", the harness's own default, where there is no
+                CUDA.
+            dtype: "float32", "bfloat16" or "float16".
+            batch_size: continuations of one context that are scored together.
+            max_batch_size: ignored; the harness hands it over.
+            tokenizer: of a converted model; else it is ignored here, and read by tasks that generate text by length.
+            **fields: of `FamConfig`, in place of the trained ones, as in `fam_key_bias=-8`.
+
+        Raises:
+            TransformerFamError: no such model, system, device or field, or a batch size that is no number.
+        """
+        super().__init__()
+        if not str(batch_size).isdigit() or int(batch_size) < 1:
+            raise TransformerFamError(
+                f"batch_size is {batch_size!r}, required is a number of at least 1; give --batch_size 8"
+            )
+        self.batch_size = int(batch_size)
+        if device == "cuda:0" and not torch.cuda.is_available():
+            logger.warning("there is no CUDA here, so the model goes to the CPU")
+            device = None
+        self._device = find_device(device or "cpu")
+        self.model: Any = pretrained
+        self.tokenizer: Any = tokenizer
+        if isinstance(pretrained, str):
+            self.model, self.tokenizer = load_model(pretrained, system, fields)  # type: ignore[arg-type]
+        self.model.to(self._device, getattr(torch, dtype))
+        self.name = str(pretrained) if isinstance(pretrained, str) else type(pretrained).__name__
+
+    @property
+    def fam_config(self) -> FamConfig:
+        """The configuration that the model reads with."""
+        return self.model.fam_config
+
+    # Text and tokens
+
+    @property
+    def eot_token_id(self) -> int:
+        """The token that ends a text."""
+        return int(self.tokenizer.eos_token_id)
+
+    @property
+    def prefix_token_id(self) -> int:
+        """The token in front of a text without context."""
+        bos = self.tokenizer.bos_token_id
+        return self.eot_token_id if bos is None else int(bos)
+
+    @property
+    def tokenizer_name(self) -> str:
+        """The name under which requests are cached."""
+        return self.name.replace("/", "__")
+
+    @property
+    def max_length(self) -> int:
+        """No limit: the largest number that tasks compare lengths with."""
+        return 1 << 30
+
+    def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
+        """Return the token ids of a text."""
+        ids = self.tokenizer(string, add_special_tokens=bool(add_special_tokens), verbose=False)["input_ids"]
+        return list(ids)
+
+    def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
+        """Return a conversation as the model's own template writes it."""
+        return self.tokenizer.apply_chat_template(
+            chat_history,
+            tokenize=False,
+            add_generation_prompt=add_generation_prompt,
+            continue_final_message=not add_generation_prompt,
+        )
+
+    def chat_template(self, chat_template: bool | str = False) -> str | None:
+        """Return the template, or none where none was asked for."""
+        return self.tokenizer.chat_template if chat_template else None
+
+    # Scores
+
+    @torch.no_grad()
+    def _loglikelihood_tokens(
+        self,
+        requests: Sequence[tuple[tuple[str, str] | None, list[int], list[int]]],
+        disable_tqdm: bool = False,
+        **kwargs: Any,
+    ) -> list[tuple[float, bool]]:
+        """Score continuations; those of one context, which stand side by side, share its reading."""
+        results: list[tuple[float, bool]] = []
+        with tqdm(total=len(requests), desc="log-likelihoods", disable=disable_tqdm) as bar:
+            while len(results) < len(requests):
+                first = requests[len(results)][1]
+                alike = 1
+                while len(results) + alike < len(requests) and requests[len(results) + alike][1] == first:
+                    alike += 1
+                context = first or [self.prefix_token_id]
+                state = self.model.init_state()
+                if len(context) > 1:
+                    self.model.read(context[:-1], state)
+                targets = [targets for _, _, targets in requests[len(results) : len(results) + alike]]
+                for start in range(0, alike, self.batch_size):
+                    part = targets[start : start + self.batch_size]
+                    scored = self._score(state.select([0] * len(part)), context[-1], part)
+                    for result in scored:
+                        request, _, _ = requests[len(results)]
+                        if request is not None:
+                            self.cache_hook.add_partial("loglikelihood", request, result)
+                        results.append(result)
+                bar.update(alike)
+        return results
+
+    def _score(self, state: FamState, last: int, targets: Sequence[list[int]]) -> list[tuple[float, bool]]:
+        """Return the log-probability of each continuation behind `last`, and whether it is the likeliest."""
+        inputs = pad_sequence([torch.tensor([last, *row[:-1]]) for row in targets], batch_first=True)
+        wanted = pad_sequence([torch.tensor(row) for row in targets], batch_first=True)
+        mask = pad_sequence([torch.ones(len(row), dtype=torch.long) for row in targets], batch_first=True)
+        totals, are_likeliest = (
+            torch.zeros(len(targets), dtype=torch.float64),
+            torch.ones(len(targets), dtype=torch.bool),
+        )
+        for start in range(0, inputs.shape[1], LOGITS_AT_ONCE):
+            columns = slice(start, start + LOGITS_AT_ONCE)
+            is_real = mask[:, columns].bool()
+            logits = self.model(
+                input_ids=inputs[:, columns].to(self._device),
+                attention_mask=mask[:, columns].to(self._device),
+                past_key_values=state,
+            ).logits.float()
+            log_probs = logits.log_softmax(-1).cpu()
+            own = log_probs.gather(-1, wanted[:, columns, None])[..., 0]
+            totals += own.masked_fill(~is_real, 0).sum(-1, dtype=torch.float64)
+            are_likeliest &= ((log_probs.argmax(-1) == wanted[:, columns]) | ~is_real).all(-1)
+        return list(zip(totals.tolist(), are_likeliest.tolist(), strict=True))
+
+    def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
+        """Score whole texts, each read once from its beginning to its end: no window, nothing cut off."""
+        results = []
+        for request in tqdm(requests, desc="rolling log-likelihoods", disable=disable_tqdm):
+            (text,) = request.args
+            ids = self.tok_encode(text)
+            total = self._score(self.model.init_state(), self.prefix_token_id, [ids])[0][0] if ids else 0.0
+            self.cache_hook.add_partial("loglikelihood_rolling", (text,), total)
+            results.append(total)
+        return results
+
+    # Generation
+
+    @torch.no_grad()
+    def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
+        """Continue each context until one of its stop texts."""
+        results = []
+        for request in tqdm(requests, desc="generating", disable=disable_tqdm):
+            context, options = request.args
+            text = self._continue(context, dict(options))
+            self.cache_hook.add_partial("generate_until", request.args, text)
+            results.append(text)
+        return results
+
+    def _continue(self, context: str, options: dict[str, Any]) -> str:
+        until = options.pop("until", None) or []
+        until = [until] if isinstance(until, str) else [stop for stop in until if stop]
+        num_new = int(options.pop("max_gen_toks", DEFAULT_NEW_TOKENS))
+        if not options.get("do_sample"):
+            options = {"do_sample": False}  # a temperature of 0 is greedy, and warns
+        ids = self.tok_encode(context) or [self.prefix_token_id]
+        state = self.model.init_state()
+        if len(ids) > 1:
+            self.model.read(ids[:-1], state)
+        last = torch.tensor([ids[-1:]], device=self._device)
+        pad = self.tokenizer.pad_token_id
+        output = self.model.generate(
+            last,
+            attention_mask=torch.ones_like(last),
+            past_key_values=state,
+            max_new_tokens=num_new,
+            pad_token_id=self.eot_token_id if pad is None else pad,
+            eos_token_id=self.eot_token_id,
+            stopping_criteria=[_StopTexts(self.tokenizer, until)],
+            **options,
+        )
+        return _cut(self.tokenizer.decode(output[0, 1:], skip_special_tokens=True), until)
+
+
+class _StopTexts(StoppingCriteria):
+    """Stop when the text behind the context holds one of some texts.
+
+    transformers' own criterion also looks at the context, and stops where a text begins there.
+    """
+
+    def __init__(self, tokenizer: Any, until: Sequence[str]) -> None:
+        self.tokenizer = tokenizer
+        self.until = until
+
+    def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
+        texts = self.tokenizer.batch_decode(input_ids[:, 1:]) if self.until else [""] * len(input_ids)
+        return torch.tensor([any(stop in text for stop in self.until) for text in texts], device=input_ids.device)
+
+
+def _cut(text: str, until: Iterable[str]) -> str:
+    """Return a text as far as the first stop text."""
+    for stop in until:
+        text = text.split(stop)[0]
+    return text
+
+
+def main() -> None:
+    """Run the harness's own command line, where model `fam` is known."""
+    from lm_eval.__main__ import cli_evaluate
+
+    cli_evaluate()
+
+
+if __name__ == "__main__":
+    main()
