@@ -53,12 +53,12 @@ def convert(model: PreTrainedModel, config: FamConfig) -> PreTrainedModel:
     attention back end `sdpa` goes on with back end `fam`, which computes the same without a dense mask;
     `model.set_attn_implementation("sdpa")` switches that off.
 
+    A hybrid model, where some layers have a sliding window of their own, keeps those as they are and carries FAM on
+    the others, unless `fam_layers` says otherwise; the layers are then named in `model.fam_config`.
+
     Args:
         model: a decoder with a language-model head of a served family.
         config: block size, FAM length and every other choice.
-
-    A hybrid model, where some layers have a sliding window of their own, keeps those as they are and carries FAM on
-    the others, unless `fam_layers` says otherwise; the layers are then named in `model.fam_config`.
 
     Returns:
         The same object.
@@ -69,28 +69,12 @@ def convert(model: PreTrainedModel, config: FamConfig) -> PreTrainedModel:
     Source: DESIGN, "How FAM enters a model"; Algorithms 1 and 2.
     """
     check_structure(model, config)
-    decoder, family = model.get_decoder(), family_of(model)
-    if hasattr(decoder, "fam"):
+    if hasattr(model.get_decoder(), "fam"):
         raise UnsupportedModelError(
             "the model is converted already; load it again to convert it with another configuration"
         )
-    embedding = model.get_input_embeddings()
-    layouts = find_layouts(model)
-    config = _with_fam_layers(config, layouts)
-    memory = FamMemory(config, embedding, layouts).to(embedding.weight.device)
-    memory.identity = ModelIdentity(model, describe_architecture(model))
-    decoder.fam = memory
-    back_end = model.config._attn_implementation
-    if back_end == "sdpa" and family.has_attention_interface:
-        model.set_attn_implementation(BACK_END)
-    handles = []
-    for layer_idx, layer in enumerate(decoder_layers(model)):
-        handles += LayerSeam(layer_idx, family, family.branch_factor(model.config)).attach(layer)
-    _bind(decoder, "forward", read_pieces)
-    for name, function in METHODS.items():
-        _bind(model, name, function)
-    type_of_model = type(model)
-    model.fam_config = config
+    back_end, type_of_model = model.config._attn_implementation, type(model)
+    handles = attach(model, config, find_layouts(model))
     try:
         check_seams(model)
     except UnsupportedModelError:
@@ -99,6 +83,31 @@ def convert(model: PreTrainedModel, config: FamConfig) -> PreTrainedModel:
         raise
     assert type(model) is type_of_model
     return model
+
+
+def attach(model: PreTrainedModel, config: FamConfig, layouts: Sequence[LayerLayout]) -> list[Any]:
+    """Do what `convert` does, without looking whether it fits the model; return the handles of the hooks.
+
+    Args:
+        model: as for `convert`, not converted yet.
+        config: as for `convert`.
+        layouts: what every layer hands to its cache.
+    """
+    decoder, family, embedding = model.get_decoder(), family_of(model), model.get_input_embeddings()
+    config = _with_fam_layers(config, layouts)
+    memory = FamMemory(config, embedding, layouts)
+    memory.identity = ModelIdentity(model, describe_architecture(model))
+    decoder.fam = memory
+    if model.config._attn_implementation == "sdpa" and family.has_attention_interface:
+        model.set_attn_implementation(BACK_END)
+    handles = []
+    for layer_idx, layer in enumerate(decoder_layers(model)):
+        handles += LayerSeam(layer_idx, family, family.branch_factor(model.config)).attach(layer)
+    _bind(decoder, "forward", read_pieces)
+    for name, function in METHODS.items():
+        _bind(model, name, function)
+    model.fam_config = config
+    return handles
 
 
 def _bind(target: nn.Module, name: str, function: Callable[..., Any]) -> None:
