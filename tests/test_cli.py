@@ -14,7 +14,7 @@ from transformerfam.adapter import FamAdapter
 from transformerfam.models import load_model
 from transformerfam.reports.rows import read_rows
 from transformerfam.tasks import provenance
-from transformerfam.training.recipe import ModelSection
+from transformerfam.training.sections import ModelSection
 from transformerfam.training.tiny import build_tiny_model
 
 TEXT = "The grass is green. The sky is blue. The pass key is 12345. Remember it. Here we go. " * 20

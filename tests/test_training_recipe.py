@@ -8,8 +8,8 @@ from training_recipes import small_recipe, small_values
 
 from transformerfam.errors import RecipeError
 from transformerfam.training.optimizer import key_bias_at, lr_factor
-from transformerfam.training.recipe import KeyBiasSection, OptimizerSection
 from transformerfam.training.recipe_file import apply_override, build_recipe, load_recipe
+from transformerfam.training.sections import KeyBiasSection, OptimizerSection
 
 RECIPES = sorted((Path(__file__).parents[1] / "recipes").glob("*.toml"))
 

@@ -5,7 +5,7 @@ import torch
 from training_recipes import small_recipe
 
 from transformerfam.errors import RecipeError
-from transformerfam.training.recipe import StatePassingSection
+from transformerfam.training.sections import StatePassingSection
 from transformerfam.training.sequences import SequenceBuilder
 from transformerfam.training.state_passing import SavedFam, StatePassing, held_keys
 from transformerfam.training.tiny import build_tiny_tokenizer

@@ -20,8 +20,8 @@ from transformerfam.models import load_model
 from transformerfam.tasks.provenance import memory_notes
 from transformerfam.training import trainer as trainer_module
 from transformerfam.training.checkpoint import recipe_of_run
-from transformerfam.training.recipe import StatePassingSection
 from transformerfam.training.recipe_file import build_recipe
+from transformerfam.training.sections import StatePassingSection
 from transformerfam.training.state_passing import StatePassing
 from transformerfam.training.step import run_step
 from transformerfam.training.trainer import Trainer

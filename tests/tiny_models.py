@@ -7,7 +7,7 @@ from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 from transformerfam import FamConfig, convert
 from transformerfam.models import save_model
-from transformerfam.training.recipe import ModelSection
+from transformerfam.training.sections import ModelSection
 from transformerfam.training.tiny import build_tiny_model, build_tiny_tokenizer
 
 BLOCK_SIZE = 8

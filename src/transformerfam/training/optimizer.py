@@ -1,17 +1,18 @@
-"""AdamW with a learning rate for each group of weights, its schedule, and the average of the weights."""
+"""The optimizer with a learning rate for each group of weights, its schedule, and the average of the weights."""
 
 import math
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import Adafactor, PreTrainedModel
 
 from transformerfam.convert import fam_parameters
-from transformerfam.training.recipe import KeyBiasSection, OptimizerSection, Recipe
+from transformerfam.training.recipe import Recipe
+from transformerfam.training.sections import KeyBiasSection, OptimizerSection
 
 
-def build_optimizer(model: PreTrainedModel, recipe: Recipe) -> torch.optim.AdamW:
-    """Return AdamW over all trainable weights: the initial FAM in one group, the rest (LoRA or all) in another."""
+def build_optimizer(model: PreTrainedModel, recipe: Recipe) -> torch.optim.Optimizer:
+    """Return the optimizer of all trained weights: the initial FAM in one group, the rest (LoRA or all) in another."""
     section = recipe.optimizer
     prompt = fam_parameters(model)
     own = {id(parameter) for parameter in prompt}
@@ -21,6 +22,16 @@ def build_optimizer(model: PreTrainedModel, recipe: Recipe) -> torch.optim.AdamW
     groups = [{"params": rest, "lr": rest_lr, "base_lr": rest_lr}]
     if prompt:
         groups.append({"params": prompt, "lr": prompt_lr, "base_lr": prompt_lr, "weight_decay": 0.0})
+    if section.kind == "adafactor":
+        return Adafactor(
+            groups,
+            lr=section.lr,
+            beta1=section.betas[0],
+            weight_decay=section.weight_decay,
+            scale_parameter=False,
+            relative_step=False,
+            warmup_init=False,
+        )
     return torch.optim.AdamW(groups, lr=section.lr, betas=section.betas, weight_decay=section.weight_decay)
 
 

@@ -1,6 +1,6 @@
 """The batch of a training step, as a pure function of seed, step and stage.
 
-Another kind of sequence (packed pieces, a repeated random segment) is one more function that returns a `Row`.
+Packed instructions stand in `instructions`.
 """
 
 import dataclasses
@@ -15,7 +15,8 @@ import torch
 from transformerfam.errors import RecipeError
 from transformerfam.tasks.passkey import BEFORE_KEY, SHORT_BEFORE_KEY, FillerStream, PasskeyText
 from transformerfam.tasks.text import encode, read_text
-from transformerfam.training.recipe import DataSection, LossSection, Recipe, Stage
+from transformerfam.training.recipe import Recipe
+from transformerfam.training.sections import DataSection, LossSection, Stage
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import torch
 
-from transformerfam.training.recipe import StatePassingSection
+from transformerfam.training.sections import StatePassingSection
 
 
 @dataclass

@@ -1,16 +1,49 @@
 """What a training step reads, and what its FAM reads on until the next, as a recipe asks for it."""
 
+import math
+import random
+
 import torch
 from transformers import PreTrainedModel
 
+from transformerfam.layouts import inverse_frequencies
 from transformerfam.state import FamState
 from transformerfam.training.blocks import run_batch
 from transformerfam.training.packed import run_packed_batch, update_by_stored
 from transformerfam.training.recipe import Recipe
 from transformerfam.training.scores import StepOutput
 from transformerfam.training.sequences import Batch, SequenceBuilder
+from transformerfam.training.state_passing import SavedFam, StatePassing
 from transformerfam.training.stored_filler import StoredFiller
 from transformerfam.training.teacher import Lesson
+
+
+def position_offset(model: PreTrainedModel, seed: int, step: int) -> int:
+    """Draw the position offset of a step: 0 half of the time, else up to the longest wavelength of RoPE (B.2.2)."""
+    draw = random.Random(f"{seed}/offset/{step}")
+    slowest = min(float(table.min()) for table in inverse_frequencies(model.get_decoder().rotary_emb))
+    return 0 if draw.random() < 0.5 else draw.randint(0, int(2 * math.pi / slowest))
+
+
+def start_state(
+    model: PreTrainedModel, recipe: Recipe, passing: StatePassing, step: int, batch: Batch, saved: SavedFam | None
+) -> FamState:
+    """Return the state that a step starts from.
+
+    Args:
+        model: the converted model.
+        recipe: for the position offset.
+        passing: which rows start from a saved FAM.
+        step: number of the step.
+        batch: what will be read.
+        saved: the saved FAM, None where the step starts from the initial one.
+    """
+    is_moved = recipe.schedule.random_position_offset
+    offset = position_offset(model, recipe.schedule.seed, step) if is_moved else 0
+    if saved is None:
+        return model.init_state(len(batch.keys), position_offset=offset)
+    is_saved = passing.rows_from_saved(step, batch.is_told_B)
+    return model.init_state(len(batch.keys), fam=saved.fam_LBFD, is_saved=is_saved, position_offset=offset)
 
 
 def run_step(

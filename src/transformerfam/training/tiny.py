@@ -8,7 +8,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from transformerfam.convert import fam_parameters
 from transformerfam.tasks.passkey import AFTER_KEY, BEFORE_KEY, BETWEEN_KEYS, FILLER_SENTENCES, QUESTION
-from transformerfam.training.recipe import ModelSection
+from transformerfam.training.sections import ModelSection
 
 EMBEDDING_STD, LINEAR_STD = 1.0, 0.05
 """Standard deviations of the random weights, those of torch's own layers. With transformers' 0.02 for both, learning

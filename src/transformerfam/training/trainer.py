@@ -20,7 +20,6 @@ from transformerfam.convert import set_block_size, set_key_bias
 from transformerfam.errors import NonFiniteLossError, RecipeError
 from transformerfam.files import write_text
 from transformerfam.models import BASE_NOTE, save_model
-from transformerfam.state import FamState
 from transformerfam.tasks.provenance import memory_notes
 from transformerfam.training.blocks import find_non_finite, find_non_finite_gradient
 from transformerfam.training.checkpoint import (
@@ -31,13 +30,15 @@ from transformerfam.training.checkpoint import (
     recipe_of_run,
     save_checkpoint,
 )
+from transformerfam.training.instructions import PackedInstructions
 from transformerfam.training.optimizer import AverageOfWeights, build_optimizer, key_bias_at, lr_factor
 from transformerfam.training.recipe import Recipe
 from transformerfam.training.scores import StepOutput
+from transformerfam.training.sections import Stage
 from transformerfam.training.sequences import Batch, SequenceBuilder
 from transformerfam.training.setup import build_trainee
 from transformerfam.training.state_passing import SavedFam, StatePassing, held_keys
-from transformerfam.training.step import read_on, run_step
+from transformerfam.training.step import read_on, run_step, start_state
 from transformerfam.training.stored_filler import StoredFiller, keep_filler
 from transformerfam.training.teacher import Teacher
 
@@ -91,7 +92,9 @@ class Trainer:
         self.model.to(device)
         self.started_from = None if recipe.model.memory is None else memory_notes(recipe.model.memory)
         self.teacher = Teacher(recipe.model.base, device) if recipe.loss.teacher > 0 else None
-        self.sequences = SequenceBuilder(recipe, self.tokenizer)
+        self.sequences: Any = (SequenceBuilder if recipe.instructions is None else PackedInstructions)(
+            recipe, self.tokenizer
+        )
         self.optimizer = build_optimizer(self.model, recipe)
         self.average = AverageOfWeights(self.model, recipe.optimizer.average_decay)
         self.passing = StatePassing(recipe.state_passing, recipe.schedule.seed)
@@ -99,7 +102,8 @@ class Trainer:
         self.step = 0
         self.stage_idx = 0
         self.steps_in_stage = 0
-        self.accuracies: deque[float] = deque(maxlen=recipe.schedule.curriculum[0].window)
+        self.stages = recipe.schedule.curriculum or (Stage(filler_tokens=(0, 0)),)
+        self.accuracies: deque[float] = deque(maxlen=self.stages[0].window)
         self.seconds = 0.0
         self.cpu_seconds = 0.0
         self.num_tokens = 0
@@ -184,7 +188,7 @@ class Trainer:
         batch = self.sequences.batch(step, self.stage_idx, None if saved is None else saved.keys, stored_ids_NT)
         lesson = None if self.teacher is None else self.teacher.read(batch)
         num_repeats = self.sequences.num_repeats(step)
-        state = self._start_state(batch, saved)
+        state = start_state(self.model, recipe, self.passing, step, batch, saved)
         output = run_step(self.model, batch, state, recipe, self.stored, lesson, num_repeats)
         self._require_finite(output.loss, batch, saved)
         self.optimizer.zero_grad()
@@ -212,7 +216,7 @@ class Trainer:
         self.steps_in_stage += 1
         if key_accuracy is not None:
             self.accuracies.append(key_accuracy)
-        stages = self.recipe.schedule.curriculum
+        stages = self.stages
         stage = stages[self.stage_idx]
         is_full = len(self.accuracies) == self.accuracies.maxlen
         is_solved = (
@@ -260,17 +264,11 @@ class Trainer:
             return
         saved.fam_LBFD = read_on(self.model, saved.fam_LBFD, self.sequences, step, num_blocks, self.stored)
 
-    def _start_state(self, batch: Batch, saved: SavedFam | None) -> FamState:
-        if saved is None:
-            return self.model.init_state(len(batch.keys))
-        is_saved = self.passing.rows_from_saved(self.step, batch.is_told_B)
-        return self.model.init_state(len(batch.keys), fam=saved.fam_LBFD, is_saved=is_saved)
-
     def _require_finite(self, loss: torch.Tensor, batch: Batch, saved: SavedFam | None) -> None:
         if bool(torch.isfinite(loss)):
             return
         with torch.no_grad():
-            state = self._start_state(batch, saved)
+            state = start_state(self.model, self.recipe, self.passing, self.step, batch, saved)
         place = find_non_finite(self.model, batch, state)
         raise NonFiniteLossError(
             f"loss is {loss.item()} at step {self.step}; hidden states are first not finite in {place}; lower "
@@ -313,7 +311,7 @@ class Trainer:
         progress, self.stored = load_checkpoint(self.folder, self.model, self.optimizer, self.average, self.passing)
         self.step, self.stage_idx = progress["step"], progress["stage_idx"]
         self.steps_in_stage = progress["steps_in_stage"]
-        window = self.recipe.schedule.curriculum[self.stage_idx].window
+        window = self.stages[self.stage_idx].window
         self.accuracies = deque(progress["accuracies"], maxlen=window)
         self.seconds, self.cpu_seconds = progress["seconds"], progress["cpu_seconds"]
         self.num_tokens = progress["num_tokens"]
