@@ -12,6 +12,7 @@ from rich.markup import escape
 from transformers.utils import logging as transformers_logging
 from typer.core import TyperGroup
 
+from transformerfam.cli_plan import plan_command
 from transformerfam.demo import draw_seed, prepare_demo, run_demo
 from transformerfam.errors import ReadInterrupted, TransformerFamError
 from transformerfam.models import find_device, load_model, save_model
@@ -26,7 +27,7 @@ from transformerfam.tasks.provenance import memory_notes
 from transformerfam.tasks.reading import count_tokens, generate_text, read_text_stream
 from transformerfam.tasks.text import decode_utf8, open_bytes, read_pieces
 from transformerfam.training.averaging import average_memories
-from transformerfam.training.recipe_file import apply_override, load_recipe
+from transformerfam.training.recipe_file import load_recipe, parse_overrides
 from transformerfam.training.trainer import Trainer
 
 FAILED = 2
@@ -49,6 +50,7 @@ class ErrorsInOneLine(TyperGroup):
 app = typer.Typer(cls=ErrorsInOneLine, no_args_is_help=True, pretty_exceptions_show_locals=False, add_completion=False)
 evaluate_app = typer.Typer(no_args_is_help=True)
 app.add_typer(evaluate_app, name="evaluate", help="Measure a model; rows go to a JSON lines file.")
+app.command("plan")(plan_command)
 
 ModelOption = Annotated[str, typer.Option("--model", help="tiny, smollm2, or a folder.")]
 SystemOption = Annotated[
@@ -100,7 +102,7 @@ def evaluate_passkey_command(
                 )
                 evaluation.finished = finished_questions(rows.rows, evaluation)
                 try:
-                    for row in evaluation.rows(*_load(model, loaded, _config_overrides(overrides), device)):
+                    for row in evaluation.rows(*_load(model, loaded, parse_overrides(overrides), device)):
                         rows.append(row)
                 except KeyboardInterrupt as interrupt:
                     _say(f"interrupted; {output} keeps {len(rows.rows)} rows; run the same command again to go on")
@@ -127,7 +129,7 @@ def evaluate_next_token_command(
         for loaded, systems in _systems_by_model(system).items():
             if loaded not in systems:
                 raise TransformerFamError(f"system {systems[0]!r} belongs to the passkey task; take fam or bswa")
-            loaded_model, tokenizer = _load(model, loaded, _config_overrides(overrides), device)
+            loaded_model, tokenizer = _load(model, loaded, parse_overrides(overrides), device)
             with tokens_bar(f"next token, {loaded}") as update:
                 measured = evaluate_next_token(
                     loaded_model,
@@ -153,7 +155,7 @@ def convert_command(
     overrides: SetOption = None,
 ) -> None:
     """Give a model a memory that nobody trained yet, and save it with its weights."""
-    converted, tokenizer = _load(model, "fam_untrained", _config_overrides(overrides))
+    converted, tokenizer = _load(model, "fam_untrained", parse_overrides(overrides))
     save_model(converted, tokenizer, output)
     config = converted.fam_config
     _say(
@@ -243,7 +245,7 @@ def average_command(
     overrides: SetOption = None,
 ) -> None:
     """Average the weights of memories; --set changes what the mean is read with."""
-    average_memories(memories, output, _config_overrides(overrides))
+    average_memories(memories, output, parse_overrides(overrides))
     _say(f"the mean of {len(memories)} memories is in {output}")
 
 
@@ -315,13 +317,6 @@ def _systems_by_model(systems: str) -> dict[str, list[str]]:
     for name in dict.fromkeys(part.strip() for part in systems.split(",")):
         groups.setdefault("fam" if name == MEMORY_ZEROED else name, []).append(name)
     return groups
-
-
-def _config_overrides(overrides: list[str] | None) -> dict[str, Any]:
-    values: dict[str, Any] = {}
-    for override in overrides or []:
-        apply_override(values, override)
-    return values
 
 
 def _named_with(model: str, overrides: list[str] | None) -> str:

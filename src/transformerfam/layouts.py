@@ -1,13 +1,15 @@
 """Find out, with numbers, what every layer of a model hands to its cache, and how it turns with the position."""
 
+import functools
 from collections.abc import Iterator
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import Cache, PreTrainedModel
 
 from transformerfam.errors import UnsupportedModelError
-from transformerfam.families import own_windows
+from transformerfam.families import decoder_layers, own_windows
 from transformerfam.memory import LayerLayout
 from transformerfam.positions import Turner
 
@@ -55,6 +57,14 @@ def find_layouts(model: PreTrainedModel) -> list[LayerLayout]:
     generator = torch.Generator().manual_seed(0)
     vocab_size = model.get_input_embeddings().num_embeddings
     ids = torch.randint(vocab_size, (1, PROBE_LENGTH), generator=generator).to(model.device)
+    inputs: dict[int, torch.Tensor] = {}
+
+    def same_input(layer_idx: int, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        """Give a layer at both places what it got at the first, so that its keys differ by the position alone."""
+        return inputs.setdefault(layer_idx, args[0]), *args[1:]
+
+    layers = decoder_layers(model)
+    handles = [layer.register_forward_pre_hook(functools.partial(same_input, i)) for i, layer in enumerate(layers)]
     recorders = []
     model.eval()
     try:
@@ -69,6 +79,8 @@ def find_layouts(model: PreTrainedModel) -> list[LayerLayout]:
             recorders.append(recorder.handed_over)
     finally:
         model.train(was_training)
+        for handle in handles:
+            handle.remove()
     turners = list(_known_turners(decoder.rotary_emb))
     layouts = []
     for layer_idx, window in enumerate(own_windows(model.config)):

@@ -59,6 +59,14 @@ def apply_override(values: dict[str, Any], override: str) -> None:
     values[name] = value
 
 
+def parse_overrides(overrides: Sequence[str] | None) -> dict[str, Any]:
+    """Return the values of overrides, each `key=value`."""
+    values: dict[str, Any] = {}
+    for override in overrides or ():
+        apply_override(values, override)
+    return values
+
+
 def build_recipe(values: dict[str, Any]) -> Recipe:
     """Build a recipe from plain values.
 
