@@ -14,6 +14,7 @@ from transformerfam.adapter import FamAdapter
 from transformerfam.models import load_model
 from transformerfam.reports.rows import read_rows
 from transformerfam.tasks import provenance
+from transformerfam.tasks.reading import generate_text
 from transformerfam.training.sections import ModelSection
 from transformerfam.training.tiny import build_tiny_model
 
@@ -143,6 +144,45 @@ def test_read_from_standard_input_equals_read_from_file(folder, tmp_path, book):
     first, second = (FamState.load(tmp_path / name, model) for name in ("a.safetensors", "b.safetensors"))
     assert first.row_lengths == second.row_lengths
     assert first.fams.equal(second.fams)
+
+
+def test_folder_is_read_file_after_file(folder, tmp_path):
+    """Would catch files out of order, hidden ones, or words that are joined over the end of a file."""
+    texts = {"a/1.txt": "The grass is green.", "a/2.txt": "The sky is blue.", "b.txt": "The sun is yellow."}
+    for name, text in texts.items():
+        path = tmp_path / "texts" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+    (tmp_path / "texts" / ".hidden").write_bytes(b"\xff")
+    (tmp_path / "joined.txt").write_text("\n\n".join(texts.values()))
+    run("read", tmp_path / "texts", "--model", folder, "--save", tmp_path / "a.safetensors")
+    run("read", tmp_path / "joined.txt", "--model", folder, "--save", tmp_path / "b.safetensors")
+    model, _ = load_model(folder)
+    first, second = (FamState.load(tmp_path / name, model) for name in ("a.safetensors", "b.safetensors"))
+    assert first.row_lengths == second.row_lengths
+    assert all(one.keys.equal(two.keys) for one, two in zip(first.layers, second.layers, strict=True))
+    (tmp_path / "texts" / "c.txt").write_bytes(b"good \xff")
+    error = run("read", tmp_path / "texts", "--model", folder, "--save", tmp_path / "c.safetensors", status=2)
+    assert "c.txt is not UTF-8" in error
+    (tmp_path / "empty").mkdir()
+    error = run("read", tmp_path / "empty", "--model", folder, "--save", tmp_path / "c.safetensors", status=2)
+    assert "holds no file" in error
+
+
+def test_generate_asks_in_the_chat_template(folder, tmp_path, book):
+    """Would catch a template that is not used, or a missing one that is passed over."""
+    state = tmp_path / "state.safetensors"
+    run("read", book, "--model", folder, "--save", state)
+    error = run("generate", "sky", "--model", folder, "--state", state, "--chat", status=2)
+    assert "the tokenizer has no chat template" in error
+    model, tokenizer = load_model(folder)
+    tokenizer.chat_template = (
+        "{% for m in messages %}What is the {{ m['content'] }}? The {{ m['content'] }} is{% endfor %}"
+    )
+    question = "What is the pass key? The pass key is"
+    states = [FamState.load(state, model) for _ in range(2)]
+    in_chat = generate_text(model, tokenizer, "pass key", states[0], 8, chat=True)
+    assert in_chat == generate_text(model, tokenizer, question, states[1], 8)
 
 
 def test_read_stopped_by_ctrl_c_is_kept_and_goes_on(folder, tmp_path, book, monkeypatch):

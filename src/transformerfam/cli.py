@@ -4,7 +4,7 @@ import contextlib
 import shlex
 import sys
 from pathlib import Path
-from typing import IO, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
@@ -25,7 +25,7 @@ from transformerfam.tasks.next_token import evaluate_next_token
 from transformerfam.tasks.passkey_evaluation import MEMORY_ZEROED, PasskeyEvaluation, finished_questions
 from transformerfam.tasks.provenance import memory_notes
 from transformerfam.tasks.reading import count_tokens, generate_text, read_text_stream
-from transformerfam.tasks.text import decode_utf8, open_bytes, read_pieces
+from transformerfam.tasks.text import decode_utf8, list_files, read_pieces, stream_text
 from transformerfam.training.averaging import average_memories
 from transformerfam.training.recipe_file import load_recipe, parse_overrides
 from transformerfam.training.trainer import Trainer
@@ -166,7 +166,7 @@ def convert_command(
 
 @app.command("read")
 def read_command(
-    file: Annotated[str, typer.Argument(help="UTF-8 text, or - for standard input.")],
+    file: Annotated[str, typer.Argument(help="UTF-8 text, a folder of them, or - for standard input.")],
     save: Annotated[Path, typer.Option("--save", help="Where the state goes.")],
     model: ModelOption = "tiny",
     state: Annotated[Path | None, typer.Option("--state", help="Go on from this state.")] = None,
@@ -174,30 +174,31 @@ def read_command(
     device: DeviceOption = "cpu",
 ) -> None:
     """Read a text of any length and save the state; Ctrl-C saves what was read and says how to go on."""
-    with _open_input(file) as source:
-        loaded_model, tokenizer = _load(model, device=device)
-        start = None if state is None else FamState.load(state, loaded_model, batch_size=1)
-        num_tokens = None if file == "-" else count_tokens(file, tokenizer)
-        texts = decode_utf8(read_pieces(source), "standard input" if file == "-" else file)
-        try:
-            with tokens_bar("reading") as update:
-                done = read_text_stream(
-                    loaded_model,
-                    tokenizer,
-                    texts,
-                    start,
-                    skip_tokens=skip_tokens,
-                    progress=lambda n, moved: update(n, num_tokens, moved),
-                )
-        except ReadInterrupted as interrupt:
-            interrupt.state.save(save)
-            again = shlex.join(["fam", "read", file, "--model", model, "--state", str(save), "--save", str(save)])
-            again += _device_argument(device)
-            _say(
-                f"interrupted after {interrupt.num_tokens_done:,} tokens, which are kept in {save}; go on with: "
-                f"{again} --skip-tokens {interrupt.num_tokens_done}"
+    if file != "-":
+        list_files(file)  # before the model is loaded
+    loaded_model, tokenizer = _load(model, device=device)
+    start = None if state is None else FamState.load(state, loaded_model, batch_size=1)
+    num_tokens = None if file == "-" else count_tokens(file, tokenizer)
+    texts = decode_utf8(read_pieces(sys.stdin.buffer), "standard input") if file == "-" else stream_text(file)
+    try:
+        with tokens_bar("reading") as update:
+            done = read_text_stream(
+                loaded_model,
+                tokenizer,
+                texts,
+                start,
+                skip_tokens=skip_tokens,
+                progress=lambda n, moved: update(n, num_tokens, moved),
             )
-            raise typer.Exit(INTERRUPTED) from interrupt
+    except ReadInterrupted as interrupt:
+        interrupt.state.save(save)
+        again = shlex.join(["fam", "read", file, "--model", model, "--state", str(save), "--save", str(save)])
+        again += _device_argument(device)
+        _say(
+            f"interrupted after {interrupt.num_tokens_done:,} tokens, which are kept in {save}; go on with: "
+            f"{again} --skip-tokens {interrupt.num_tokens_done}"
+        )
+        raise typer.Exit(INTERRUPTED) from interrupt
     done.save(save)
     _say(f"read {done.num_tokens_read:,} tokens; state of {done.num_bytes:,} bytes in {save}")
 
@@ -208,12 +209,13 @@ def generate_command(
     state: Annotated[Path, typer.Option("--state", help="A state that `fam read` saved; it stays as it is.")],
     model: ModelOption = "tiny",
     max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", min=1)] = 32,
+    chat: Annotated[bool, typer.Option("--chat", help="Ask in the model's chat template.")] = False,
     device: DeviceOption = "cpu",
 ) -> None:
     """Answer a question on a saved reading with the likeliest tokens."""
     loaded_model, tokenizer = _load(model, device=device)
     loaded_state = FamState.load(state, loaded_model, batch_size=1)
-    typer.echo(generate_text(loaded_model, tokenizer, question, loaded_state, max_new_tokens))
+    typer.echo(generate_text(loaded_model, tokenizer, question, loaded_state, max_new_tokens, chat))
 
 
 @app.command("train")
@@ -329,10 +331,6 @@ def _whole_number(text: str, name: str) -> int:
         return int(text)
     except ValueError as error:
         raise TransformerFamError(f"{name} has {text!r}, required are whole numbers, for example 512,1024") from error
-
-
-def _open_input(file: str) -> contextlib.AbstractContextManager[IO[bytes]]:
-    return contextlib.nullcontext(sys.stdin.buffer) if file == "-" else open_bytes(file)
 
 
 def _print_table(table: Any) -> None:

@@ -9,7 +9,7 @@ import torch
 from transformerfam.errors import ReadInterrupted, TransformerFamError
 from transformerfam.state import FamState
 from transformerfam.tasks.next_token import rechunk
-from transformerfam.tasks.text import decode_utf8, encode, open_bytes, read_pieces, stream_token_ids
+from transformerfam.tasks.text import encode, stream_text, stream_token_ids
 
 PIECE_TOKENS = 4096
 
@@ -67,17 +67,18 @@ def read_text_stream(
 
 
 def count_tokens(path: str | Path, tokenizer: Any) -> int:
-    """Return the number of tokens in a UTF-8 file.
+    """Return the number of tokens in a UTF-8 file, or in all files of a folder.
 
     Raises:
-        TransformerFamError: the file cannot be read, or is not UTF-8.
+        TransformerFamError: a file cannot be read, or is not UTF-8.
     """
-    with open_bytes(path) as file:
-        return sum(map(len, stream_token_ids(decode_utf8(read_pieces(file), str(path)), tokenizer)))
+    return sum(map(len, stream_token_ids(stream_text(path), tokenizer)))
 
 
 @torch.no_grad()
-def generate_text(model: Any, tokenizer: Any, question: str, state: FamState, max_new_tokens: int) -> str:
+def generate_text(
+    model: Any, tokenizer: Any, question: str, state: FamState, max_new_tokens: int, chat: bool = False
+) -> str:
     """Return the likeliest continuation of what was read and `question`; the state advances.
 
     Args:
@@ -86,13 +87,19 @@ def generate_text(model: Any, tokenizer: Any, question: str, state: FamState, ma
         question: text that follows what the state has read.
         state: a reading of one sequence.
         max_new_tokens: tokens at most; an end-of-text token ends it earlier.
+        chat: put the question as a user does, in the tokenizer's chat template.
 
     Raises:
-        TransformerFamError: the question is empty.
+        TransformerFamError: the question is empty, or there is no chat template.
     """
-    ids = encode(tokenizer, question)
-    if not ids:
+    if not encode(tokenizer, question):
         raise TransformerFamError("the question is empty, at least one token is required; give a question")
+    if chat:
+        if not tokenizer.chat_template:
+            raise TransformerFamError("the tokenizer has no chat template; ask without --chat")
+        asked = [{"role": "user", "content": question}]
+        question = tokenizer.apply_chat_template(asked, tokenize=False, add_generation_prompt=True)
+    ids = encode(tokenizer, question)
     ids_BT = torch.tensor([ids], device=model.device)
     output_BT = model.generate(
         ids_BT,

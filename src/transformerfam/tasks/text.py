@@ -21,6 +21,40 @@ def read_text(path: str | Path) -> str:
         return "".join(decode_utf8(read_pieces(file), str(path)))
 
 
+def list_files(path: str | Path) -> list[Path | str]:
+    """Return a file, a novel's name, or all files of a folder and its folders by name, without hidden ones.
+
+    Raises:
+        TransformerFamError: there is no such file, it cannot be opened, or the folder holds none.
+    """
+    if not Path(path).is_dir():
+        open_bytes(path).close()
+        return [path]
+    files: list[Path | str] = [
+        file
+        for file in sorted(Path(path).rglob("*"))
+        if file.is_file() and not any(part.startswith(".") for part in file.relative_to(path).parts)
+    ]
+    if not files:
+        raise TransformerFamError(
+            f"{str(path)!r} holds no file, required is at least one UTF-8 text; give another folder"
+        )
+    return files
+
+
+def stream_text(path: str | Path) -> Iterator[str]:
+    """Yield the text of a file, or of all files of a folder with an empty line between two of them, piece by piece.
+
+    Raises:
+        TransformerFamError: a file cannot be read, or is not UTF-8; the message names it.
+    """
+    for number, file in enumerate(list_files(path)):
+        if number:
+            yield "\n\n"
+        with open_bytes(file) as opened:
+            yield from decode_utf8(read_pieces(opened), str(file))
+
+
 def open_bytes(path: str | Path) -> IO[bytes]:
     """Open a file, or a novel of the package by its name ("persuasion", "northanger_abbey"), for reading bytes.
 
