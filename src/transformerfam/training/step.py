@@ -26,7 +26,13 @@ def position_offset(model: PreTrainedModel, seed: int, step: int) -> int:
 
 
 def start_state(
-    model: PreTrainedModel, recipe: Recipe, passing: StatePassing, step: int, batch: Batch, saved: SavedFam | None
+    model: PreTrainedModel,
+    recipe: Recipe,
+    passing: StatePassing,
+    step: int,
+    batch: Batch,
+    saved: SavedFam | None,
+    rows: slice = slice(None),
 ) -> FamState:
     """Return the state that a step starts from.
 
@@ -36,14 +42,16 @@ def start_state(
         passing: which rows start from a saved FAM.
         step: number of the step.
         batch: what will be read.
-        saved: the saved FAM, None where the step starts from the initial one.
+        saved: the saved FAM of these rows, None where the step starts from the initial one.
+        rows: rows of the batch that are read here; all of them if not given.
     """
     is_moved = recipe.schedule.random_position_offset
     offset = position_offset(model, recipe.schedule.seed, step) if is_moved else 0
+    num_rows = len(batch.keys[rows])
     if saved is None:
-        return model.init_state(len(batch.keys), position_offset=offset)
-    is_saved = passing.rows_from_saved(step, batch.is_told_B)
-    return model.init_state(len(batch.keys), fam=saved.fam_LBFD, is_saved=is_saved, position_offset=offset)
+        return model.init_state(num_rows, position_offset=offset)
+    is_saved = passing.rows_from_saved(step, batch.is_told_B)[rows]
+    return model.init_state(num_rows, fam=saved.fam_LBFD, is_saved=is_saved, position_offset=offset)
 
 
 def run_step(

@@ -1,6 +1,7 @@
 """Train a memory by a recipe: the loop, its log, its checkpoints, and what is kept at the end."""
 
 import contextlib
+import copy
 import json
 import signal
 import threading
@@ -17,28 +18,25 @@ from torch import nn
 
 from transformerfam.adapter import FamAdapter
 from transformerfam.convert import set_block_size, set_key_bias
-from transformerfam.errors import NonFiniteLossError, RecipeError
-from transformerfam.files import write_text
+from transformerfam.errors import NonFiniteLossError
 from transformerfam.models import BASE_NOTE, save_model
 from transformerfam.tasks.provenance import memory_notes
 from transformerfam.training.blocks import find_non_finite, find_non_finite_gradient
 from transformerfam.training.checkpoint import (
-    CHECKPOINT_FILE,
-    RECIPE_FILE,
     cut_log,
     load_checkpoint,
-    recipe_of_run,
     save_checkpoint,
 )
 from transformerfam.training.instructions import PackedInstructions
 from transformerfam.training.optimizer import AverageOfWeights, build_optimizer, key_bias_at, lr_factor
+from transformerfam.training.ranks import Ranks, claim_folder
 from transformerfam.training.recipe import Recipe
 from transformerfam.training.scores import StepOutput
 from transformerfam.training.sections import Stage
 from transformerfam.training.sequences import Batch, SequenceBuilder
 from transformerfam.training.setup import build_trainee
 from transformerfam.training.state_passing import SavedFam, StatePassing, held_keys
-from transformerfam.training.step import read_on, run_step, start_state
+from transformerfam.training.step import read_on, start_state
 from transformerfam.training.stored_filler import StoredFiller, keep_filler
 from transformerfam.training.teacher import Teacher
 
@@ -87,9 +85,13 @@ class Trainer:
             torch.set_num_threads(recipe.schedule.threads)
         torch.set_flush_denormal(True)
         torch.manual_seed(recipe.schedule.seed)
-        self._check_folder(resume)
+        self.ranks = Ranks(recipe)
+        self.ranks.require_alike(recipe.to_dict(), "recipe")
+        device = device if self.ranks.accelerator is None else self.ranks.accelerator.device
+        claim_folder(self.folder, recipe, resume, self.ranks)
         self.model, self.tokenizer = build_trainee(recipe)
         self.model.to(device)
+        self.step_module = self.ranks.wrap(self.model)
         self.started_from = None if recipe.model.memory is None else memory_notes(recipe.model.memory)
         self.teacher = Teacher(recipe.model.base, device) if recipe.loss.teacher > 0 else None
         self.sequences: Any = (SequenceBuilder if recipe.instructions is None else PackedInstructions)(
@@ -111,24 +113,6 @@ class Trainer:
         if resume:
             self._restore()
 
-    def _check_folder(self, resume: bool) -> None:
-        self.folder.mkdir(parents=True, exist_ok=True)
-        path = self.folder / RECIPE_FILE
-        values = self.recipe.to_dict()
-        if resume and path.exists():
-            before = recipe_of_run(self.folder).to_dict()
-            different = [name for name in values if values[name] != before[name] and name != "schedule"]
-            if different:
-                raise RecipeError(
-                    f"{self.folder} was trained with another recipe: section {different[0]} differs; resume with the "
-                    "same recipe, or train into another folder"
-                )
-        elif not resume and (self.folder / CHECKPOINT_FILE).exists():
-            raise RecipeError(
-                f"{self.folder} holds a run already; go on with it by --resume, or train into another folder"
-            )
-        write_text(path, json.dumps(values, indent=2) + "\n")
-
     # The loop
 
     def run(self, on_step: Callable[["Trainer", dict[str, Any]], None] | None = None) -> TrainingResult:
@@ -145,7 +129,7 @@ class Trainer:
         begin, seconds_before = time.monotonic(), self.seconds
         last_save, cpu = begin, time.process_time()
         with self._interrupts(), (self.folder / LOG_FILE).open("a", encoding="utf-8") as log:
-            while self.step < schedule.steps and not self._is_interrupted:
+            while self.step < schedule.steps and not self.ranks.any(self._is_interrupted):
                 row = self._train_step()
                 now = time.monotonic()
                 self.seconds = seconds_before + now - begin
@@ -156,21 +140,22 @@ class Trainer:
                     "seconds": round(self.seconds, 2),
                     "tokens_per_second": round(self.num_tokens / self.seconds, 1),
                 }
-                if row["step"] % schedule.log_every == 0:
+                if row["step"] % schedule.log_every == 0 and self.ranks.is_main:
                     log.write(json.dumps(row) + "\n")
                     log.flush()
-                if on_step is not None:
+                if on_step is not None and self.ranks.is_main:
                     on_step(self, row)
-                if now - last_save >= schedule.checkpoint_seconds:
+                if self.ranks.any(now - last_save >= schedule.checkpoint_seconds):
                     self.save_checkpoint()
                     last_save = time.monotonic()
-                if schedule.max_seconds is not None and self.seconds >= schedule.max_seconds:
+                if schedule.max_seconds is not None and self.ranks.any(self.seconds >= schedule.max_seconds):
                     break
         self.save_checkpoint()
-        if self._is_interrupted:
+        if self.ranks.any(self._is_interrupted):
             text = f"stopped after step {self.step} of {schedule.steps}; go on with: fam train RECIPE --resume"
             return TrainingResult(self.folder, self.step, self.seconds, False, text)
-        self.save_memory()
+        if self.ranks.is_main:
+            self.save_memory()
         text = f"{self.step} steps in {self.seconds:.0f} s; the memory is in {self.folder}"
         return TrainingResult(self.folder, self.step, self.seconds, True, text)
 
@@ -186,13 +171,16 @@ class Trainer:
             group["lr"] = group["base_lr"] * factor
         stored_ids_NT = None if self.stored is None else self.stored.ids_NT
         batch = self.sequences.batch(step, self.stage_idx, None if saved is None else saved.keys, stored_ids_NT)
-        lesson = None if self.teacher is None else self.teacher.read(batch)
+        own = self.ranks.own_batch(batch)
+        lesson = None if self.teacher is None else self.teacher.read(own)
         num_repeats = self.sequences.num_repeats(step)
-        state = start_state(self.model, recipe, self.passing, step, batch, saved)
-        output = run_step(self.model, batch, state, recipe, self.stored, lesson, num_repeats)
-        self._require_finite(output.loss, batch, saved)
+        rows = self.ranks.own_rows(len(batch.keys))
+        state = start_state(self.model, recipe, self.passing, step, batch, saved, rows)
+        output = self.step_module(own, state, recipe, self.stored, lesson, num_repeats)
         self.optimizer.zero_grad()
-        output.loss.backward()
+        (output.loss * self.ranks.world).backward()  # the processes' gradients are averaged
+        output = self.ranks.whole_output(output, own, batch)
+        self._require_finite(output.loss, batch, saved)
         trained = [p for group in self.optimizer.param_groups for p in group["params"]]
         grad_norm = nn.utils.clip_grad_norm_(trained, recipe.optimizer.clip_norm)
         if not bool(torch.isfinite(grad_norm)):
@@ -204,7 +192,7 @@ class Trainer:
         self.average.update(self.model, step)
         is_held_B = output.is_right_B & (~batch.is_told_B | (output.num_passed_blocks > 0))
         held = held_keys(saved, batch.keys, is_held_B.tolist())
-        self.passing.keep(step, output.passed_fam_LBFD, held)
+        self.passing.keep(step, self.ranks.passed_fam(output.passed_fam_LBFD, recipe.state_passing.rows), held)
         self._read_between(step)
         row = self._describe(output, batch, float(grad_norm), saved is not None)
         self._advance(row["key_accuracy"])
@@ -254,6 +242,7 @@ class Trainer:
             "lr": self.optimizer.param_groups[0]["lr"],
             "fam_key_bias": self.model.fam_config.fam_key_bias,
             "tokens": self.num_tokens,
+            "processes": self.ranks.world,
         }
 
     def _read_between(self, step: int) -> None:
@@ -267,9 +256,10 @@ class Trainer:
     def _require_finite(self, loss: torch.Tensor, batch: Batch, saved: SavedFam | None) -> None:
         if bool(torch.isfinite(loss)):
             return
+        rows = self.ranks.own_rows(len(batch.keys))
         with torch.no_grad():
-            state = start_state(self.model, self.recipe, self.passing, self.step, batch, saved)
-        place = find_non_finite(self.model, batch, state)
+            state = start_state(self.model, self.recipe, self.passing, self.step, batch, saved, rows)
+        place = find_non_finite(self.model, self.ranks.own_batch(batch), state)
         raise NonFiniteLossError(
             f"loss is {loss.item()} at step {self.step}; hidden states are first not finite in {place}; lower "
             "optimizer.lr or optimizer.clip_norm, or set fam.fam_norm_bound, and resume from the last checkpoint"
@@ -305,17 +295,23 @@ class Trainer:
             "cpu_seconds": self.cpu_seconds,
             "num_tokens": self.num_tokens,
         }
-        save_checkpoint(self.folder, self.model, self.optimizer, self.average, self.passing, progress, self.stored)
+        passing = copy.copy(self.passing)
+        passing.saved = self.ranks.whole_saved(passing.saved)
+        if self.ranks.is_main:
+            save_checkpoint(self.folder, self.model, self.optimizer, self.average, passing, progress, self.stored)
+        self.ranks.wait()
 
     def _restore(self) -> None:
         progress, self.stored = load_checkpoint(self.folder, self.model, self.optimizer, self.average, self.passing)
+        self.passing.saved = self.ranks.own_saved(self.passing.saved)
         self.step, self.stage_idx = progress["step"], progress["stage_idx"]
         self.steps_in_stage = progress["steps_in_stage"]
         window = self.stages[self.stage_idx].window
         self.accuracies = deque(progress["accuracies"], maxlen=window)
         self.seconds, self.cpu_seconds = progress["seconds"], progress["cpu_seconds"]
         self.num_tokens = progress["num_tokens"]
-        cut_log(self.folder / LOG_FILE, self.step)
+        if self.ranks.is_main:
+            cut_log(self.folder / LOG_FILE, self.step)
 
     def save_memory(self) -> None:
         """Write the trained memory into the folder, with the averaged weights where the recipe asks for them."""

@@ -1,0 +1,202 @@
+"""The processes of one training run, as `accelerate launch` starts them: who reads what, and what they share.
+
+Every process builds the whole batch of a step, which is cheap, and reads its own share of the rows; gradients are
+averaged by DistributedDataParallel through accelerate. Losses, keys and accuracies are those of the whole batch, so
+that the curriculum goes on in all processes alike. State passing: with `rows = "first"` the FAM of the whole batch's
+first sequence, which rank 0 reads, goes to all; with `rows = "all"` each sequence's FAM stays with the process that
+reads it.
+"""
+
+import dataclasses
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from transformerfam.errors import MissingPackageError, RecipeError
+from transformerfam.files import write_text
+from transformerfam.training.checkpoint import CHECKPOINT_FILE, RECIPE_FILE, recipe_of_run
+from transformerfam.training.recipe import Recipe
+from transformerfam.training.scores import StepOutput
+from transformerfam.training.sequences import Batch
+from transformerfam.training.state_passing import SavedFam
+from transformerfam.training.step import run_step
+
+
+class StepModule(nn.Module):
+    """A training step as a module's forward, which is what DistributedDataParallel wraps."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, *arguments: Any) -> StepOutput:
+        """Run `run_step` on this model."""
+        return run_step(self.model, *arguments)
+
+
+class Ranks:
+    """One process alone, or one of several that `accelerate launch` started."""
+
+    def __init__(self, recipe: Recipe) -> None:
+        """Join the other processes.
+
+        Raises:
+            RecipeError: the batch cannot be shared out evenly, or the processes have different recipes.
+            MissingPackageError: several processes without the package accelerate.
+        """
+        self.accelerator: Any = None
+        self.rank, self.world = 0, int(os.environ.get("WORLD_SIZE", "1"))
+        if self.world == 1:
+            return
+        try:
+            from accelerate import Accelerator, DistributedDataParallelKwargs
+        except ImportError as error:
+            raise MissingPackageError(
+                "training in several processes needs the package accelerate; run pip install accelerate"
+            ) from error
+        # A prompt has no gradient in a step that starts from saved FAMs alone.
+        self.accelerator = Accelerator(kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)])
+        self.rank = self.accelerator.process_index
+        if recipe.schedule.batch_size % self.world:
+            raise RecipeError(
+                f"schedule.batch_size is {recipe.schedule.batch_size}, required for {self.world} processes is a "
+                "multiple of their number"
+            )
+        alone = {
+            "schedule.stored_blocks": recipe.schedule.stored_blocks,
+            "state_passing.noise": recipe.state_passing.noise,
+            "loss.teacher": recipe.loss.teacher,
+            "loss.fam_change": recipe.loss.fam_change,
+        }
+        for name, value in alone.items():
+            if value:
+                raise RecipeError(
+                    f"{name} is {value}, required for {self.world} processes is 0, since it is not shared out; set it "
+                    "to 0, or train in one process"
+                )
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this process writes files and shows progress."""
+        return self.rank == 0
+
+    def require_alike(self, values: Any, what: str) -> None:
+        """Refuse processes that disagree.
+
+        Raises:
+            RecipeError: another process has other values.
+        """
+        if self.accelerator is None:
+            return
+        everyone = self.gather_objects(values)
+        if any(other != everyone[0] for other in everyone):
+            different = next(rank for rank, other in enumerate(everyone) if other != everyone[0])
+            raise RecipeError(f"process {different} has another {what} than process 0; start all with the same")
+
+    def wrap(self, model: PreTrainedModel) -> nn.Module:
+        """Return the module whose forward is a training step, its gradients averaged over the processes."""
+        module: nn.Module = StepModule(model)
+        if self.accelerator is not None:
+            module = self.accelerator.prepare_model(module)
+        return module
+
+    def own_rows(self, num_rows: int) -> slice:
+        """Return the rows of a batch that this process reads."""
+        share = num_rows // self.world
+        return slice(self.rank * share, (self.rank + 1) * share)
+
+    def own_batch(self, batch: Batch) -> Batch:
+        """Return this process's share of a batch; its weights stay those of the whole batch."""
+        if self.world == 1:
+            return batch
+        rows = self.own_rows(len(batch.keys))
+        fields = ("input_ids_BT", "labels_BT", "weights_BT", "is_key_BT", "keys", "is_told_B", "is_taught_BT")
+        own: dict[str, Any] = {name: getattr(batch, name) for name in fields}
+        own = {name: None if value is None else value[rows] for name, value in own.items()}
+        return dataclasses.replace(batch, **own)
+
+    def whole_output(self, output: StepOutput, own: Batch, whole: Batch) -> StepOutput:
+        """Return the output of the whole batch; the FAM that is passed on stays that of this process's rows."""
+        if self.world == 1:
+            return output
+        share = own.is_key_BT.sum() / whole.is_key_BT.sum().clamp(min=1)
+        return dataclasses.replace(
+            output,
+            loss=self._sum(output.loss),
+            key_loss=self._sum(output.key_loss * share.to(output.key_loss)),
+            is_right_B=self.accelerator.gather(output.is_right_B.to(self.accelerator.device)).cpu(),
+        )
+
+    def _sum(self, value: torch.Tensor) -> torch.Tensor:
+        total: torch.Tensor = self.accelerator.reduce(value.detach().to(self.accelerator.device), reduction="sum")
+        return total
+
+    def passed_fam(self, fam_LBFD: torch.Tensor | None, rows: str) -> torch.Tensor | None:
+        """Return the FAM that this process's rows start from next."""
+        if self.world == 1 or fam_LBFD is None or rows == "all":
+            return fam_LBFD
+        from accelerate.utils import broadcast
+
+        first: torch.Tensor = broadcast(fam_LBFD[:, :1].contiguous())
+        return first.expand_as(fam_LBFD)
+
+    def any(self, flag: bool) -> bool:
+        """Say whether it holds in any process."""
+        if self.world == 1:
+            return flag
+        return bool(self._sum(torch.tensor(float(flag))) > 0)
+
+    def gather_objects(self, value: Any) -> list[Any]:
+        """Return the value of every process."""
+        if self.world == 1:
+            return [value]
+        from accelerate.utils import gather_object
+
+        everyone: list[Any] = gather_object([value])
+        return everyone
+
+    def whole_saved(self, saved: SavedFam | None) -> SavedFam | None:
+        """Return a saved FAM with the rows of all processes, as one process would keep it."""
+        if self.world == 1 or saved is None:
+            return saved
+        fam_BLFD = saved.fam_LBFD.transpose(0, 1).contiguous()
+        return SavedFam(self.accelerator.gather(fam_BLFD).transpose(0, 1).contiguous(), saved.keys)
+
+    def own_saved(self, saved: SavedFam | None) -> SavedFam | None:
+        """Return this process's rows of a saved FAM."""
+        if self.world == 1 or saved is None:
+            return saved
+        return SavedFam(saved.fam_LBFD[:, self.own_rows(saved.fam_LBFD.shape[1])], saved.keys)
+
+    def wait(self) -> None:
+        """Wait for the other processes."""
+        if self.accelerator is not None:
+            self.accelerator.wait_for_everyone()
+
+
+def claim_folder(folder: Path, recipe: Recipe, resume: bool, ranks: Ranks) -> None:
+    """Make the folder of a run and write its recipe there.
+
+    Raises:
+        RecipeError: the folder holds a run already and `resume` is False, or another recipe's and it is True.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    path, values = folder / RECIPE_FILE, recipe.to_dict()
+    if resume and path.exists():
+        before = recipe_of_run(folder).to_dict()
+        different = [name for name in values if values[name] != before[name] and name != "schedule"]
+        if different:
+            raise RecipeError(
+                f"{folder} was trained with another recipe: section {different[0]} differs; resume with the same "
+                "recipe, or train into another folder"
+            )
+    elif not resume and (folder / CHECKPOINT_FILE).exists():
+        raise RecipeError(f"{folder} holds a run already; go on with it by --resume, or train into another folder")
+    ranks.wait()
+    if ranks.is_main:
+        write_text(path, json.dumps(values, indent=2) + "\n")

@@ -1,0 +1,89 @@
+"""Several processes train as one does: `accelerate launch` with two of them on the CPU."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from training_recipes import small_values
+
+from transformerfam.models import load_model
+from transformerfam.training.recipe_file import build_recipe
+from transformerfam.training.trainer import Trainer
+
+RECIPES: dict[str, dict[str, Any]] = {
+    "first": {"state_passing": {"probability": 0.8, "rows": "first"}},
+    "all": {"state_passing": {"probability": 0.8, "rows": "all", "ask_later": 0.5, "overwrite": 0.5}},
+    "later": {"state_passing": {"probability": 0.9, "start_step": 2}, "optimizer": {"average_decay": 0.9}},
+}
+
+
+def values_of(name: str) -> dict[str, Any]:
+    return small_values(schedule={"steps": 6, "batch_size": 4}, **RECIPES[name])
+
+
+def write_toml(path: Path, values: dict[str, Any]) -> None:
+    """Write a recipe's sections; curricula are lists of tables."""
+    lines = []
+    for section, fields in values.items():
+        tables = {name: value for name, value in fields.items() if name == "curriculum"}
+        lines += [f"[{section}]"] + [f"{k} = {json.dumps(v)}" for k, v in fields.items() if k not in tables]
+        for name, rows in tables.items():
+            for row in rows:
+                lines += [f"[[{section}.{name}]]"] + [f"{k} = {json.dumps(v)}" for k, v in row.items()]
+    path.write_text("\n".join(lines) + "\n")
+
+
+def launch(recipe: Path, output: Path, *options: str, num_processes: int = 2) -> subprocess.CompletedProcess[str]:
+    # With --cpu accelerate starts one process, or several through MPI; as for GPUs it starts them by torch.
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", str(num_processes)]
+    command += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
+    command += ["-m", "transformerfam", "train", str(recipe), "--output", str(output), *options]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "ACCELERATE_USE_CPU": "true"}
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=280, check=False)
+
+
+def losses_of(folder: Path) -> list[list[float]]:
+    rows = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    assert {row["processes"] for row in rows} == {1 if folder.name == "one" else 2}
+    return [[row["loss"], row["key_loss"], row["key_accuracy"], row["grad_norm"]] for row in rows]
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_two_processes_train_as_one(name: str, tmp_path: Path) -> None:
+    """Catches gradients that are not shared, rows that are read twice, and states that go to the wrong process."""
+    values = values_of(name)
+    Trainer(build_recipe(values), tmp_path / "one").run()
+    write_toml(tmp_path / "recipe.toml", values)
+    done = launch(tmp_path / "recipe.toml", tmp_path / "two")
+    assert done.returncode == 0, done.stderr[-3000:]
+    expected, found = losses_of(tmp_path / "one"), losses_of(tmp_path / "two")
+    assert len(found) == 6
+    for row, required in zip(found, expected, strict=True):
+        assert row == pytest.approx(required, rel=1e-5, abs=1e-5)
+    models = [load_model(tmp_path / folder)[0] for folder in ("one", "two")]
+    for parameter, other in zip(*(model.parameters() for model in models), strict=True):
+        torch.testing.assert_close(other, parameter, atol=1e-5, rtol=1e-4)
+
+
+def test_two_processes_go_on_where_they_stopped(tmp_path: Path) -> None:
+    """Catches passed states of one process that a checkpoint leaves out, or gives to both."""
+    values = values_of("all")
+    write_toml(tmp_path / "recipe.toml", values)
+    assert launch(tmp_path / "recipe.toml", tmp_path / "whole").returncode == 0
+    first = launch(tmp_path / "recipe.toml", tmp_path / "parts", "--set", "schedule.max_seconds=0.0")
+    assert first.returncode == 0, first.stderr[-3000:]
+    second = launch(tmp_path / "recipe.toml", tmp_path / "parts", "--resume")
+    assert second.returncode == 0, second.stderr[-3000:]
+    assert losses_of(tmp_path / "parts") == losses_of(tmp_path / "whole")
+
+
+def test_what_cannot_be_shared_is_refused(tmp_path: Path) -> None:
+    write_toml(tmp_path / "odd.toml", small_values(schedule={"steps": 2, "batch_size": 3}))
+    done = launch(tmp_path / "odd.toml", tmp_path / "odd")
+    assert done.returncode != 0
+    assert "required for 2 processes is a multiple of their number" in done.stderr
