@@ -11,6 +11,7 @@ import torch
 from tiny_families import CASES, make_tiny
 from tiny_llama import make_tiny_llama, random_ids, random_rows
 from training_recipes import small_recipe
+from transformers import LlamaConfig, LlamaForCausalLM
 from typer.testing import CliRunner
 
 from transformerfam import FamConfig, FamState, convert
@@ -19,6 +20,9 @@ from transformerfam.compiled import compile_decoding, compile_reading
 from transformerfam.errors import TransformerFamError
 from transformerfam.kernels import Sight, attend_piece
 from transformerfam.models import find_device
+from transformerfam.plan import make_plan
+from transformerfam.training.blocks import run_batch
+from transformerfam.training.instructions import weighed_batch
 from transformerfam.training.trainer import Trainer
 
 needs_cuda = pytest.mark.skipif(
@@ -223,3 +227,29 @@ def test_flex_attention_reads_the_same(case: str) -> None:
     ids = random_ids(2, 33)
     (expected, _), (found, _) = (read_in_chunks(model, ids, (23, 1, 9)) for model in (plain, flex))
     assert (found - expected).norm() / expected.norm() < 1e-2
+
+
+@needs_cuda
+@pytest.mark.parametrize("num_tokens", [1024, 3072])
+def test_planned_training_memory_is_within_a_tenth_of_the_allocators(num_tokens: int) -> None:
+    """Catches a plan that counts what the device's kernels do not take, or leaves out what they do."""
+    shape = LlamaConfig(
+        vocab_size=8192,
+        hidden_size=512,
+        intermediate_size=1376,
+        num_hidden_layers=6,
+        num_attention_heads=8,
+        num_key_value_heads=4,
+    )
+    fam = FamConfig(block_size=512, fam_length=32, num_memory_segments=0, fam_key_bias=0.0)
+    plan = make_plan("x", fam, context_tokens=num_tokens, config=shape, training="full", dtype=torch.bfloat16)
+    torch.cuda.empty_cache()
+    before = torch.cuda.memory_allocated()
+    model: Any = convert(LlamaForCausalLM(shape).to("cuda", torch.bfloat16), fam).train()
+    optimizer = torch.optim.AdamW(model.parameters(), foreach=False)
+    ids = torch.zeros(1, num_tokens, dtype=torch.long)
+    for _ in range(2):
+        torch.cuda.reset_peak_memory_stats()
+        run_batch(model, weighed_batch(ids, torch.ones(1, num_tokens)), model.init_state(1)).loss.backward()
+        optimizer.step()
+    assert plan.bytes_training == pytest.approx(torch.cuda.max_memory_allocated() - before, rel=0.1)

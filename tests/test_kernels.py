@@ -25,7 +25,8 @@ def mask_of(sight: Sight, num_tokens: int, num_keys: int) -> Tensor:
     """Say in a mask `(R + T, S)` what a `Sight` says."""
     keys = torch.arange(num_keys)
     rows = (keys >= sight.first_row_key).expand(sight.num_rows, -1)
-    tokens = keys[None] <= torch.arange(num_tokens)[:, None] + num_keys - num_tokens
+    distance = torch.arange(num_tokens)[:, None] + num_keys - num_tokens - keys
+    tokens = (distance >= 0) & (distance < (sight.window or num_keys + 1))
     return torch.cat((rows, tokens))
 
 

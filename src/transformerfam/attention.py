@@ -92,8 +92,8 @@ class Piece:
     def sight(self, layer: FamLayer) -> Sight | None:
         """Return what the rows see, for the back end that needs no mask; None where a mask is needed.
 
-        It is when sequences stand at different places, when a window ends within what the layer keeps, when the FAM
-        keys have a bias, and when a slot in sight is still empty.
+        It is when sequences stand at different places, when the window of a layer with FAM or sinks ends within what
+        it keeps, when the FAM keys have a bias, and when a slot in sight is still empty.
         """
         if layer.kind not in self._sights:
             self._sights[layer.kind] = self._sight(layer)
@@ -104,12 +104,15 @@ class Piece:
         if not phase.is_uniform or (plan.has_fam and config.fam_key_bias != 0):
             return None
         num_tokens = phase.num_memory_tokens(config, plan)[0] + phase.fills[0] + phase.counts[0]
-        if plan.window is not None and plan.window < num_tokens:
-            return None
+        cuts = plan.window is not None and plan.window < num_tokens
+        if cuts and (plan.has_fam or plan.num_sink_tokens):
+            return None  # FAM and sinks stay in sight behind the window
         seen = phase.window_of_slots(config, plan, sections)
         num_filled = num_tokens + phase.has_sinks(config, plan)[0] * plan.num_sink_tokens
         num_filled += plan.has_fam * (phase.num_older_fams(config)[0] + 1) * config.fam_length
-        return Sight(self.num_rows, sections.fam - seen.start) if num_filled == seen.stop - seen.start else None
+        if num_filled != seen.stop - seen.start:
+            return None
+        return Sight(self.num_rows, sections.fam - seen.start, plan.window if cuts else None)
 
     def enter_layer(self, layer: FamLayer, hidden_BTD: torch.Tensor) -> torch.Tensor:
         """Replace the FAM rows in front of a layer by that layer's own FAM.

@@ -140,7 +140,8 @@ class CompiledBlock(CompiledStep):
             `(B, num_rows + block_size, D)` after the last norm.
         """
         for layer in piece.state.layers:  # made here, outside of the graph
-            if piece.sight(layer) is None or self._decoder.config._attn_implementation != BACK_END:
+            sight = piece.sight(layer)
+            if sight is None or sight.window or self._decoder.config._attn_implementation != BACK_END:
                 piece.mask(layer, hidden_BTD.dtype, hidden_BTD.device)
         positions = piece.position_ids(hidden_BTD.device)
         return self._function(self._decoder, hidden_BTD.contiguous(), positions, piece.state)

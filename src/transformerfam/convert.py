@@ -16,8 +16,9 @@ from torch import nn
 from transformers import Cache, PreTrainedModel
 
 from transformerfam.config import FamConfig
-from transformerfam.errors import UnsupportedModelError
+from transformerfam.errors import TransformerFamError, UnsupportedModelError
 from transformerfam.families import Family, decoder_layers, family_of, part_of
+from transformerfam.flash import FLASH_BACK_ENDS
 from transformerfam.forward import read_pieces
 from transformerfam.identity import ModelIdentity, describe_architecture
 from transformerfam.kernels import BACK_END
@@ -77,7 +78,7 @@ def convert(model: PreTrainedModel, config: FamConfig) -> PreTrainedModel:
     handles = attach(model, config, find_layouts(model))
     try:
         check_seams(model)
-    except UnsupportedModelError:
+    except TransformerFamError:
         revert(model, handles)
         model.set_attn_implementation(back_end)
         raise
@@ -98,8 +99,9 @@ def attach(model: PreTrainedModel, config: FamConfig, layouts: Sequence[LayerLay
     memory = FamMemory(config, embedding, layouts)
     memory.identity = ModelIdentity(model, describe_architecture(model))
     decoder.fam = memory
-    if model.config._attn_implementation == "sdpa" and family.has_attention_interface:
-        model.set_attn_implementation(BACK_END)
+    if family.has_attention_interface:
+        own = FLASH_BACK_ENDS | {"sdpa": BACK_END}
+        model.set_attn_implementation(own.get(model.config._attn_implementation, model.config._attn_implementation))
     handles = []
     for layer_idx, layer in enumerate(decoder_layers(model)):
         handles += LayerSeam(layer_idx, family, family.branch_factor(model.config)).attach(layer)
@@ -175,8 +177,8 @@ class LayerSeam:
         hidden_BTD = step.enter_layer(layer, args[0])
         attention: Any = module.get_submodule(self.family.attention)
         back_end = attention.config._attn_implementation
-        mask: Any = step.sight(layer) if back_end == BACK_END else None
-        if mask is None:
+        mask: Any = step.sight(layer) if back_end in (BACK_END, *FLASH_BACK_ENDS.values()) else None
+        if mask is None or (back_end == BACK_END and mask.window is not None):
             kind = hidden_BTD.device.type
             dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden_BTD.dtype
             mask = step.mask(layer, dtype, hidden_BTD.device)

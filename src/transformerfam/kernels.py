@@ -26,10 +26,12 @@ class Sight:
     Attributes:
         num_rows: FAM rows in front of the tokens; each sees the keys from `first_row_key` on.
         first_row_key: index of the first of those keys.
+        window: last keys that a token sees, itself included; None is all. Only back ends that know windows take it.
     """
 
     num_rows: int
     first_row_key: int
+    window: int | None = None
 
 
 def _full_and_causal(

@@ -10,6 +10,7 @@ from transformers import Cache, PreTrainedModel
 
 from transformerfam.errors import UnsupportedModelError
 from transformerfam.families import decoder_layers, own_windows
+from transformerfam.flash import FLASH_BACK_ENDS
 from transformerfam.memory import LayerLayout
 from transformerfam.positions import Turner
 
@@ -43,6 +44,14 @@ class _Recorder(Cache):
         self.handed_over[layer_idx] = (key_states, value_states)
         return key_states, value_states
 
+    def get_query_offset(self, layer_idx: int = 0) -> int:
+        """Return 0: nothing was read before."""
+        return 0
+
+    def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
+        """Return what a first input has."""
+        return query_length, 0
+
 
 @torch.no_grad()
 def find_layouts(model: PreTrainedModel) -> list[LayerLayout]:
@@ -63,6 +72,8 @@ def find_layouts(model: PreTrainedModel) -> list[LayerLayout]:
         """Give a layer at both places what it got at the first, so that its keys differ by the position alone."""
         return inputs.setdefault(layer_idx, args[0]), *args[1:]
 
+    mask = torch.zeros(1, 1, *ids.shape[1:] * 2, dtype=model.dtype, device=ids.device)
+    takes_no_mask = model.config._attn_implementation in FLASH_BACK_ENDS
     layers = decoder_layers(model)
     handles = [layer.register_forward_pre_hook(functools.partial(same_input, i)) for i, layer in enumerate(layers)]
     recorders = []
@@ -72,7 +83,7 @@ def find_layouts(model: PreTrainedModel) -> list[LayerLayout]:
             recorder = _Recorder()
             decoder(
                 input_ids=ids,
-                attention_mask=torch.zeros(1, 1, *ids.shape[1:] * 2, dtype=model.dtype, device=ids.device),
+                attention_mask=None if takes_no_mask else mask,
                 position_ids=torch.arange(start, start + PROBE_LENGTH, device=ids.device)[None],
                 past_key_values=recorder,
             )

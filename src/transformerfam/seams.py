@@ -13,13 +13,14 @@ from transformers import PreTrainedModel
 from transformerfam.config import FamConfig
 from transformerfam.errors import UnsupportedModelError
 from transformerfam.families import FAMILIES, decoder_layers, family_of, own_windows, part_of
+from transformerfam.flash import FLASH_BACK_ENDS
 from transformerfam.kernels import BACK_END
 from transformerfam.layouts import RELATIVE_TOLERANCE, inverse_frequencies, relative_error
 
 PROBE_BLOCK_SIZE = 4
 PROBE_FAM_LENGTH = 2
 PROBE_WINDOW = 3
-ATTENTION_BACK_ENDS = ("eager", "sdpa", "flex_attention", BACK_END)
+ATTENTION_BACK_ENDS = ("eager", "sdpa", "flex_attention", BACK_END, *FLASH_BACK_ENDS)
 
 
 def check_structure(model: Any, config: FamConfig) -> None:
@@ -110,7 +111,11 @@ def _short_windows(decoder: Any) -> Iterator[None]:
     if not any(layout.window for layout in layouts):
         yield
         return
+    sliding: list[Any] = [module for module in decoder.modules() if getattr(module, "sliding_window", None)]
+    own = [module.sliding_window for module in sliding]  # which flash attention is handed
     decoder.config.sliding_window = PROBE_WINDOW
+    for module in sliding:
+        module.sliding_window = PROBE_WINDOW
     memory.layouts = [
         dataclasses.replace(layout, window=None if layout.window is None else PROBE_WINDOW) for layout in layouts
     ]
@@ -118,6 +123,8 @@ def _short_windows(decoder: Any) -> Iterator[None]:
         yield
     finally:
         decoder.config.sliding_window = window
+        for module, value in zip(sliding, own, strict=True):
+            module.sliding_window = value
         memory.layouts = layouts
 
 
