@@ -118,6 +118,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "passing": {"state_passing": {"probability": 0.8}},
     "offset": {"schedule": {"random_position_offset": True}, "fam": {"fam_position": "zero"}},
     "prefix": {"fam": {"fam_init": "prefix"}},
+    "auxiliary losses": {"loss": {"diversity": 0.1, "reconstruction": 0.5}},
     "adafactor": {"optimizer": {"kind": "adafactor"}},
 }
 

@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 
 from transformerfam.families import decoder_layers
 from transformerfam.state import FamState
+from transformerfam.training.auxiliary import AuxiliaryLosses
 from transformerfam.training.scores import Scores, StepOutput, score
 from transformerfam.training.sequences import Batch
 from transformerfam.training.teacher import Lesson
@@ -34,6 +35,7 @@ def run_batch(
     lesson: Lesson | None = None,
     teacher_weight: float = 0.0,
     num_repeats: int = 0,
+    auxiliary: AuxiliaryLosses | None = None,
 ) -> StepOutput:
     """Read a batch block after block and sum up its loss, the graph kept from the first block to the last.
 
@@ -51,6 +53,7 @@ def run_batch(
         teacher_weight: weight of the distance to it.
         num_repeats: further updates of the FAM behind every whole block in front of the question, by blocks that the
             rows without a key of their own have just read; see `_update_again`.
+        auxiliary: further losses, each the mean over the blocks; None is none.
 
     Returns:
         The loss with its graph, and what the log shows.
@@ -61,7 +64,7 @@ def run_batch(
     block_size = model.fam_config.block_size
     has_fam = model.fam_config.fam_length > 0
     passed = state.fams.detach() if has_fam and pass_before_question else None
-    num_passed_blocks = 0
+    num_passed_blocks, num_blocks = 0, -(-batch.input_ids_BT.shape[1] // block_size)
     for block_idx, (start, stop) in enumerate(block_spans(batch.input_ids_BT.shape[1], block_size)):
         is_whole = stop - start == block_size
         is_before_question = is_whole and stop <= batch.question_start
@@ -73,8 +76,8 @@ def run_batch(
         if has_fam and is_before_question and fam_change_weight > 0:
             begun = zip(state.num_blocks_per_row, state.starts_from_saved_fam, batch.is_told_B.tolist(), strict=True)
             holds_B = [not is_told and (saved or num_blocks > 0) for num_blocks, saved, is_told in begun]
-        arguments = (model, state, batch, first, stop, torch.tensor(holds_B), lesson, num_repeats == 0)
-        state, piece_scores, change = (
+        arguments = (model, state, batch, first, stop, torch.tensor(holds_B), lesson, num_repeats == 0, auxiliary)
+        state, piece_scores, change, added = (
             checkpoint(_run_block, *arguments, use_reentrant=False, preserve_rng_state=_drops(model))
             if checkpoint_blocks
             else _run_block(*arguments)
@@ -82,6 +85,7 @@ def run_batch(
         if checkpoint_blocks and model.device.type == "cpu" and block_idx % BLOCKS_PER_TRIM == BLOCKS_PER_TRIM - 1:
             _return_freed_memory(state)
         scores = scores + piece_scores
+        scores.loss = scores.loss + added / num_blocks
         total_change, num_changes = total_change + change, num_changes + sum(holds_B)
         if has_fam and is_before_question and num_repeats > 0:
             fillers = (~batch.is_told_B).nonzero()[:, 0].tolist()
@@ -111,15 +115,19 @@ def _run_block(
     holds_B: torch.Tensor,
     lesson: Lesson | None,
     drops_block: bool,
-) -> tuple[FamState, Scores, torch.Tensor]:
+    auxiliary: AuxiliaryLosses | None,
+) -> tuple[FamState, Scores, torch.Tensor, torch.Tensor]:
     """Read one block; the state that comes in stays as it is.
 
     With `drops_block` the new state of a complete block does not hold its keys and values: most of what would be kept
     between two blocks.
 
     Returns:
-        The new state, the scores of the block, and the change of the FAM, which should not change in rows `holds_B`.
+        The new state, the scores of the block, the change of the FAM, which should not change in rows `holds_B`, and
+        what the auxiliary losses add.
     """
+    if auxiliary is not None:
+        auxiliary.begin()
     before, state = state, state.shallow_copy()
     for layer in state.layers:
         layer.make_room()
@@ -135,7 +143,9 @@ def _run_block(
     if drops_block and not any(state.block_fill):
         for layer in state.layers:
             layer.drop_block()
-    return state, scores, change
+    hidden = output.last_hidden_state
+    added = hidden.new_zeros(()) if auxiliary is None else auxiliary.take(hidden)
+    return state, scores, change, added
 
 
 def _return_freed_memory(state: FamState) -> None:

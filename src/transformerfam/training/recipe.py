@@ -72,6 +72,7 @@ class Recipe:
         low, high = self.data.key_digits
         _require(1 <= low <= high, f"data.key_digits is [{low}, {high}], required is 1 <= low <= high")
         self._require_updates()
+        self._require_auxiliary()
         self._require_passable()
         _require(
             self.data.books is not None or self.data.passkey_book == self.data.book == 0,
@@ -108,6 +109,21 @@ class Recipe:
             self.loss.teacher == 0 and self.state_passing.ask_later == 0 and not self.state_passing.before_question,
             "loss.teacher, state_passing.ask_later or state_passing.before_question is given beside instructions, "
             "which have no key to ask for; leave it out",
+        )
+
+    def _require_auxiliary(self) -> None:
+        """Refuse auxiliary losses where there is nothing to compute them from."""
+        wanted = self.loss.diversity or self.loss.reconstruction
+        _require(
+            not wanted or (self.fam.fam_length > 0 and self.schedule.stored_blocks == 0),
+            "loss.diversity or loss.reconstruction is above 0, required is fam.fam_length above 0 and no "
+            "schedule.stored_blocks",
+        )
+        _require(
+            not self.loss.reconstruction
+            or (self.fam.fam_copy and self.fam.fam_query_position == "current" and self.fam.fam_position != "zero"),
+            "loss.reconstruction is above 0, required is fam.fam_copy, fam.fam_query_position = 'current' and a "
+            "fam.fam_position other than 'zero', so that the updated FAM stands where its query stood",
         )
 
     def _require_updates(self) -> None:

@@ -212,6 +212,10 @@ class LossSection:
     do. It says at every layer what is to be read from the FAM, where the key alone says it at the last."""
     teacher_filler_tokens: tuple[int, int] = (0, 64)
     """Least and most tokens of filler between the sentences and the question that the teacher reads."""
+    diversity: float = 0.0
+    """Weight of the paper's diversity loss (C.4): the negative entropy of the tokens' attention over the FAM's rows."""
+    reconstruction: float = 0.0
+    """Weight of the paper's reconstruction loss (C.5): a block's attention from its queries and the updated FAM."""
     fam_change: float = 0.0
     """Weight of the change of the FAM, relative to its length and before `fam.fam_norm_bound`, in the updates by blocks
     that tell no key: changes in one constant direction drown what was written, bound or not."""

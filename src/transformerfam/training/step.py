@@ -8,6 +8,7 @@ from transformers import PreTrainedModel
 
 from transformerfam.layouts import inverse_frequencies
 from transformerfam.state import FamState
+from transformerfam.training.auxiliary import AuxiliaryLosses
 from transformerfam.training.blocks import run_batch
 from transformerfam.training.packed import run_packed_batch, update_by_stored
 from transformerfam.training.recipe import Recipe
@@ -62,6 +63,7 @@ def run_step(
     stored: StoredFiller | None,
     lesson: Lesson | None,
     num_repeats: int,
+    auxiliary: AuxiliaryLosses | None = None,
 ) -> StepOutput:
     """Read a batch, packed where it was written on stored filler, else block after block.
 
@@ -73,6 +75,7 @@ def run_step(
         stored: the filler on which the batch was written; None where it has its own.
         lesson: what the teacher had in mind; None without a teacher.
         num_repeats: repeated updates of a batch with its own filler.
+        auxiliary: further losses; None is none.
     """
     if stored is not None:
         return run_packed_batch(
@@ -95,6 +98,7 @@ def run_step(
         lesson=lesson,
         teacher_weight=recipe.loss.teacher,
         num_repeats=num_repeats,
+        auxiliary=auxiliary,
     )
 
 

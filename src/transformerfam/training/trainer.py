@@ -21,6 +21,7 @@ from transformerfam.convert import set_block_size, set_key_bias
 from transformerfam.errors import NonFiniteLossError
 from transformerfam.models import BASE_NOTE, save_model
 from transformerfam.tasks.provenance import memory_notes
+from transformerfam.training.auxiliary import auxiliary_losses
 from transformerfam.training.blocks import find_non_finite, find_non_finite_gradient
 from transformerfam.training.checkpoint import (
     cut_log,
@@ -92,6 +93,7 @@ class Trainer:
         self.model, self.tokenizer = build_trainee(recipe)
         self.model.to(device)
         self.step_module = self.ranks.wrap(self.model)
+        self.auxiliary = auxiliary_losses(self.model, recipe)
         self.started_from = None if recipe.model.memory is None else memory_notes(recipe.model.memory)
         self.teacher = Teacher(recipe.model.base, device) if recipe.loss.teacher > 0 else None
         self.sequences: Any = (SequenceBuilder if recipe.instructions is None else PackedInstructions)(
@@ -176,7 +178,7 @@ class Trainer:
         num_repeats = self.sequences.num_repeats(step)
         rows = self.ranks.own_rows(len(batch.keys))
         state = start_state(self.model, recipe, self.passing, step, batch, saved, rows)
-        output = self.step_module(own, state, recipe, self.stored, lesson, num_repeats)
+        output = self.step_module(own, state, recipe, self.stored, lesson, num_repeats, self.auxiliary)
         self.optimizer.zero_grad()
         (output.loss * self.ranks.world).backward()  # the processes' gradients are averaged
         output = self.ranks.whole_output(output, own, batch)

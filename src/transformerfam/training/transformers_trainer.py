@@ -8,6 +8,7 @@ from torch.utils.data import Dataset, SequentialSampler
 from transformers import Trainer
 
 from transformerfam.errors import RecipeError
+from transformerfam.training.auxiliary import auxiliary_losses
 from transformerfam.training.instructions import PackedInstructions, weighed_batch
 from transformerfam.training.recipe import Recipe
 from transformerfam.training.setup import build_trainee
@@ -59,6 +60,7 @@ class MemoryTrainer(Trainer):
             raise RecipeError("args.remove_unused_columns is True, which drops the weights; set it to False")
         self.recipe = recipe
         model, tokenizer = build_trainee(recipe)
+        self.auxiliary = auxiliary_losses(model, recipe)
         self.passing = StatePassing(recipe.state_passing, recipe.schedule.seed)
         self.passing.update_start(0, 0, is_solved=False)
         num_sequences = recipe.schedule.steps * recipe.schedule.batch_size
@@ -79,7 +81,7 @@ class MemoryTrainer(Trainer):
         batch = weighed_batch(inputs["input_ids"].cpu(), inputs["weights"].cpu())
         saved = self.passing.draw(step)
         state = start_state(inner, self.recipe, self.passing, step, batch, saved)
-        output = run_step(inner, batch, state, self.recipe, None, None, 0)
+        output = run_step(inner, batch, state, self.recipe, None, None, 0, self.auxiliary)
         self.passing.keep(step, output.passed_fam_LBFD, (None,) * len(batch.keys))
         self.passing.update_start(step + 1, 0, is_solved=False)
         return (output.loss, {}) if return_outputs else output.loss
