@@ -64,8 +64,8 @@ def test_diversity_is_the_negative_entropy_of_attention_over_the_fam(num_tokens:
         logits[..., LENGTH:] = logits[..., LENGTH:].masked_fill(later[:, None], -torch.inf)
         share_F = logits.softmax(-1)[..., :LENGTH].mean((0, 1))
         share_F = share_F / share_F.sum()
-        total += float((share_F * share_F.log()).sum()) / (num_tokens // SIZE)
-    plain = float(loss_of(model, ids, None))
+        total += float((share_F * share_F.log()).sum().detach()) / (num_tokens // SIZE)
+    plain = float(loss_of(model, ids, None).detach())
     auxiliary = AuxiliaryLosses(model, LossSection(diversity=0.7))
     assert float(loss_of(model, ids, auxiliary).detach()) - plain == pytest.approx(0.7 * total, rel=1e-4)
 

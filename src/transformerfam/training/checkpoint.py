@@ -12,6 +12,7 @@ from transformerfam.files import load_tensors, save_tensors, write_text
 from transformerfam.training.optimizer import AverageOfWeights
 from transformerfam.training.recipe import Recipe
 from transformerfam.training.recipe_file import build_recipe
+from transformerfam.training.sharding import shared_like, whole
 from transformerfam.training.state_passing import SavedFam, StatePassing
 from transformerfam.training.stored_filler import StoredFiller
 
@@ -28,6 +29,7 @@ def save_checkpoint(
     passing: StatePassing,
     progress: dict[str, Any],
     stored: StoredFiller | None = None,
+    writes: bool = True,
 ) -> None:
     """Write `folder/checkpoint.safetensors`.
 
@@ -39,11 +41,13 @@ def save_checkpoint(
         passing: the saved FAM.
         progress: JSON values: step, stage, recipe and what else the trainer needs.
         stored: the stored filler, None where the recipe has none.
+        writes: False in all processes but one, which only hand their shares of the weights over.
 
     Raises:
         TransformerFamError: the disk is full; an old checkpoint is left as it was.
     """
-    tensors: dict[str, torch.Tensor] = {f"model.{n}": p for n, p in model.named_parameters() if p.requires_grad}
+    trained = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
+    tensors: dict[str, torch.Tensor] = {f"model.{name}": value for name, value in trained.items()}
     tensors |= {f"average.{name}": value for name, value in average.values.items()}
     for index, values in optimizer.state_dict()["state"].items():
         tensors |= {f"optimizer.{index}.{name}": torch.as_tensor(value) for name, value in values.items()}
@@ -59,7 +63,9 @@ def save_checkpoint(
         "passing_started": passing.started,
         "passed_keys": None if passing.saved is None else list(passing.saved.keys),
     }
-    save_tensors(folder / CHECKPOINT_FILE, tensors, metadata)
+    tensors = {name: whole(tensor) for name, tensor in tensors.items()}
+    if writes:
+        save_tensors(folder / CHECKPOINT_FILE, tensors, metadata)
 
 
 def load_checkpoint(
@@ -86,15 +92,16 @@ def load_checkpoint(
         raise CorruptFileError(f"{path} holds the weights of another model; resume with the recipe that it was made by")
     with torch.no_grad():
         for name, parameter in parameters.items():
-            parameter.copy_(tensors[name])
-        for name in average.values:
-            average.values[name].copy_(tensors[f"average.{name}"])
+            parameter.copy_(shared_like(tensors[name], parameter))
+        for name, value in average.values.items():
+            value.copy_(shared_like(tensors[f"average.{name}"], value))
+    trained = [p for group in optimizer.param_groups for p in group["params"]]
     moments: dict[int, dict[str, torch.Tensor]] = {}
     for full_name, tensor in tensors.items():
         part, _, rest = full_name.partition(".")
         if part == "optimizer":
             index, _, name = rest.partition(".")
-            moments.setdefault(int(index), {})[name] = tensor
+            moments.setdefault(int(index), {})[name] = shared_like(tensor, trained[int(index)])
     optimizer.load_state_dict(optimizer.state_dict() | {"state": moments})
     keys = metadata["passed_keys"]
     passing.saved = None if keys is None else SavedFam(tensors["passed_fam"].to(device), tuple(keys))

@@ -32,7 +32,10 @@ def build_optimizer(model: PreTrainedModel, recipe: Recipe) -> torch.optim.Optim
             relative_step=False,
             warmup_init=False,
         )
-    return torch.optim.AdamW(groups, lr=section.lr, betas=section.betas, weight_decay=section.weight_decay)
+    foreach = False if recipe.schedule.shard else None  # which takes no weights that are shared out beside others
+    return torch.optim.AdamW(
+        groups, lr=section.lr, betas=section.betas, weight_decay=section.weight_decay, foreach=foreach
+    )
 
 
 def lr_factor(section: OptimizerSection, step: int, num_steps: int) -> float:

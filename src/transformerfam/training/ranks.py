@@ -1,7 +1,8 @@
 """The processes of one training run, as `accelerate launch` starts them: who reads what, and what they share.
 
 Every process builds the whole batch of a step, which is cheap, and reads its own share of the rows; gradients are
-averaged by DistributedDataParallel through accelerate. Losses, keys and accuracies are those of the whole batch, so
+averaged by DistributedDataParallel through accelerate, or by torch's `fully_shard`, which accelerate starts on
+accelerators alone, with the layers' weights shared out. Losses, keys and accuracies are those of the whole batch, so
 that the curriculum goes on in all processes alike. State passing: with `rows = "first"` the FAM of the whole batch's
 first sequence, which rank 0 reads, goes to all; with `rows = "all"` each sequence's FAM stays with the process that
 reads it.
@@ -15,14 +16,19 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
 from transformerfam.errors import MissingPackageError, RecipeError
+from transformerfam.families import decoder_layers
 from transformerfam.files import write_text
 from transformerfam.training.checkpoint import CHECKPOINT_FILE, RECIPE_FILE, recipe_of_run
 from transformerfam.training.recipe import Recipe
 from transformerfam.training.scores import StepOutput
 from transformerfam.training.sequences import Batch
+from transformerfam.training.sharding import whole
 from transformerfam.training.state_passing import SavedFam
 from transformerfam.training.step import run_step
 
@@ -51,6 +57,7 @@ class Ranks:
         """
         self.accelerator: Any = None
         self.rank, self.world = 0, int(os.environ.get("WORLD_SIZE", "1"))
+        self.is_sharded = recipe.schedule.shard and self.world > 1
         if self.world == 1:
             return
         try:
@@ -101,9 +108,35 @@ class Ranks:
     def wrap(self, model: PreTrainedModel) -> nn.Module:
         """Return the module whose forward is a training step, its gradients averaged over the processes."""
         module: nn.Module = StepModule(model)
-        if self.accelerator is not None:
-            module = self.accelerator.prepare_model(module)
+        if self.world == 1:
+            return module
+        if not self.is_sharded:
+            wrapped: nn.Module = self.accelerator.prepare_model(module)
+            return wrapped
+        mesh = init_device_mesh(self.accelerator.device.type, (self.world,))
+        for layer in decoder_layers(model):
+            fully_shard(layer, mesh=mesh)
         return module
+
+    def share_gradients(self, parameters: list[nn.Parameter]) -> None:
+        """Average the gradients of what is whole in every process; layers that are shared out have done so."""
+        if not self.is_sharded:
+            return
+        for parameter in parameters:
+            if not isinstance(parameter, DTensor):
+                if parameter.grad is None:  # in this process, perhaps not in others
+                    parameter.grad = torch.zeros_like(parameter)
+                parameter.grad.copy_(self.accelerator.reduce(parameter.grad, reduction="mean"))
+
+    def clip(self, parameters: list[nn.Parameter], largest_norm: float) -> torch.Tensor:
+        """Scale all gradients together to a norm of at most `largest_norm`, and return what it was."""
+        if not self.is_sharded:
+            return nn.utils.clip_grad_norm_(parameters, largest_norm)
+        gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+        total = torch.stack([whole(gradient.norm()) for gradient in gradients]).norm()
+        for gradient in gradients:
+            gradient.mul_((largest_norm / (total + 1e-6)).clamp(max=1.0))
+        return total
 
     def own_rows(self, num_rows: int) -> slice:
         """Return the rows of a batch that this process reads."""

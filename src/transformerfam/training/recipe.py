@@ -71,6 +71,11 @@ class Recipe:
         )
         low, high = self.data.key_digits
         _require(1 <= low <= high, f"data.key_digits is [{low}, {high}], required is 1 <= low <= high")
+        _require(
+            not self.schedule.shard or self.optimizer.kind == "adamw",
+            "schedule.shard is true and optimizer.kind is 'adafactor', whose row and column sums are not shared out; "
+            "set optimizer.kind = 'adamw'",
+        )
         self._require_updates()
         self._require_auxiliary()
         self._require_passable()

@@ -108,6 +108,9 @@ class ScheduleSection:
     of any size cost nearly the same. Needs `fam.num_memory_segments = 0`. 0 reads all filler in every step."""
     steps_per_stored_block: int = 2
     """Steps from one stored block that is read anew to the next."""
+    shard: bool = False
+    """With several processes: share the layers' weights, gradients and optimizer averages out among them (FSDP2, by
+    torch's `fully_shard`), where by default every process has all. Embeddings, norms and the initial FAM stay whole."""
     random_position_offset: bool = False
     """Random position offset, RPO (B.2.2): every second step on average moves all positions by one number up to the
     longest wavelength of RoPE. Only `fam.fam_position = "zero"` feels it; elsewhere positions are differences alone."""

@@ -8,13 +8,11 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
 import torch
-from torch import nn
 
 from transformerfam.adapter import FamAdapter
 from transformerfam.convert import set_block_size, set_key_bias
@@ -32,30 +30,18 @@ from transformerfam.training.instructions import PackedInstructions
 from transformerfam.training.optimizer import AverageOfWeights, build_optimizer, key_bias_at, lr_factor
 from transformerfam.training.ranks import Ranks, claim_folder
 from transformerfam.training.recipe import Recipe
+from transformerfam.training.result import TrainingResult
 from transformerfam.training.scores import StepOutput
 from transformerfam.training.sections import Stage
 from transformerfam.training.sequences import Batch, SequenceBuilder
 from transformerfam.training.setup import build_trainee
+from transformerfam.training.sharding import whole
 from transformerfam.training.state_passing import SavedFam, StatePassing, held_keys
 from transformerfam.training.step import read_on, start_state
 from transformerfam.training.stored_filler import StoredFiller, keep_filler
 from transformerfam.training.teacher import Teacher
 
 LOG_FILE = "log.jsonl"
-
-
-@dataclass(frozen=True)
-class TrainingResult:
-    """How a run ended."""
-
-    folder: Path
-    steps: int
-    """Steps that were done, all runs together."""
-    seconds: float
-    is_complete: bool
-    """False when it was interrupted; a checkpoint is there, and no memory yet."""
-    message: str
-    """What to tell the user."""
 
 
 class Trainer:
@@ -156,8 +142,10 @@ class Trainer:
         if self.ranks.any(self._is_interrupted):
             text = f"stopped after step {self.step} of {schedule.steps}; go on with: fam train RECIPE --resume"
             return TrainingResult(self.folder, self.step, self.seconds, False, text)
+        self.average.copy_to(self.model)
+        trained = {name: whole(p.detach()) for name, p in self.model.named_parameters() if p.requires_grad}
         if self.ranks.is_main:
-            self.save_memory()
+            self.save_memory(trained)
         text = f"{self.step} steps in {self.seconds:.0f} s; the memory is in {self.folder}"
         return TrainingResult(self.folder, self.step, self.seconds, True, text)
 
@@ -184,7 +172,8 @@ class Trainer:
         output = self.ranks.whole_output(output, own, batch)
         self._require_finite(output.loss, batch, saved)
         trained = [p for group in self.optimizer.param_groups for p in group["params"]]
-        grad_norm = nn.utils.clip_grad_norm_(trained, recipe.optimizer.clip_norm)
+        self.ranks.share_gradients(trained)
+        grad_norm = self.ranks.clip(trained, recipe.optimizer.clip_norm)
         if not bool(torch.isfinite(grad_norm)):
             raise NonFiniteLossError(
                 f"the gradient of {find_non_finite_gradient(self.model)} is not finite at step {self.step}, though the "
@@ -299,8 +288,8 @@ class Trainer:
         }
         passing = copy.copy(self.passing)
         passing.saved = self.ranks.whole_saved(passing.saved)
-        if self.ranks.is_main:
-            save_checkpoint(self.folder, self.model, self.optimizer, self.average, passing, progress, self.stored)
+        parts = (self.folder, self.model, self.optimizer, self.average, passing, progress, self.stored)
+        save_checkpoint(*parts, writes=self.ranks.is_main)
         self.ranks.wait()
 
     def _restore(self) -> None:
@@ -315,9 +304,15 @@ class Trainer:
         if self.ranks.is_main:
             cut_log(self.folder / LOG_FILE, self.step)
 
-    def save_memory(self) -> None:
-        """Write the trained memory into the folder, with the averaged weights where the recipe asks for them."""
-        self.average.copy_to(self.model)
+    def save_memory(self, trained: dict[str, torch.Tensor]) -> None:
+        """Write the trained memory into the folder.
+
+        Args:
+            trained: the trained weights, whole, averaged where the recipe asks for that.
+        """
+        if self.ranks.is_sharded:  # this model holds a share of its weights alone
+            self.model, _ = build_trainee(self.recipe)
+            self.model.load_state_dict(trained, strict=False)
         if self.recipe.key_bias is not None:
             set_key_bias(self.model, 0.0)
         self.model.eval()
