@@ -122,11 +122,14 @@ class Ranks:
         """Average the gradients of what is whole in every process; layers that are shared out have done so."""
         if not self.is_sharded:
             return
-        for parameter in parameters:
-            if not isinstance(parameter, DTensor):
-                if parameter.grad is None:  # in this process, perhaps not in others
-                    parameter.grad = torch.zeros_like(parameter)
-                parameter.grad.copy_(self.accelerator.reduce(parameter.grad, reduction="mean"))
+        kept = [parameter for parameter in parameters if not isinstance(parameter, DTensor)]
+        num_with_gradient = self._sum(torch.tensor([float(parameter.grad is not None) for parameter in kept]))
+        for parameter, num_processes in zip(kept, num_with_gradient.tolist(), strict=True):
+            if num_processes == 0:
+                continue  # AdamW leaves it as it is, as in one process
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+            parameter.grad.copy_(self.accelerator.reduce(parameter.grad, reduction="mean"))
 
     def clip(self, parameters: list[nn.Parameter], largest_norm: float) -> torch.Tensor:
         """Scale all gradients together to a norm of at most `largest_norm`, and return what it was."""
