@@ -8,9 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tiny_models import save_passkey_model
 from training_recipes import small_values
 
+from transformerfam.errors import RecipeError
 from transformerfam.models import load_model
+from transformerfam.reports.rows import read_rows
 from transformerfam.training.recipe_file import build_recipe
 from transformerfam.training.trainer import Trainer
 
@@ -21,6 +24,10 @@ RECIPES: dict[str, dict[str, Any]] = {
         "state_passing": {"probability": 0.8, "rows": "first"},
         "optimizer": {"average_decay": 0.9},
         "schedule": {"shard": True},
+    },
+    "in parts": {
+        "state_passing": {"probability": 0.8, "rows": "all", "ask_later": 0.5, "overwrite": 0.5},
+        "schedule": {"accumulate": 2},
     },
     "later": {"state_passing": {"probability": 0.9, "start_step": 2}, "optimizer": {"average_decay": 0.9}},
 }
@@ -44,11 +51,16 @@ def write_toml(path: Path, values: dict[str, Any]) -> None:
     path.write_text("\n".join(lines) + "\n")
 
 
-def launch(recipe: Path, output: Path, *options: str, num_processes: int = 2) -> subprocess.CompletedProcess[str]:
+def launch(recipe: Path, output: Path, *options: str) -> subprocess.CompletedProcess[str]:
+    return launch_command(["train", str(recipe), "--output", str(output), *options])
+
+
+def launch_command(arguments: list[str]) -> subprocess.CompletedProcess[str]:
+    """Run a command of this package in two processes on the CPU."""
     # With --cpu accelerate starts one process, or several through MPI; as for GPUs it starts them by torch.
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", str(num_processes)]
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
     command += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
-    command += ["-m", "transformerfam", "train", str(recipe), "--output", str(output), *options]
+    command += ["-m", "transformerfam", *arguments]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "ACCELERATE_USE_CPU": "true"}
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=280, check=False)
 
@@ -74,6 +86,42 @@ def test_two_processes_train_as_one(name: str, tmp_path: Path) -> None:
     models = [load_model(tmp_path / folder)[0] for folder in ("one", "two")]
     for parameter, other in zip(*(model.parameters() for model in models), strict=True):
         assert (other - parameter).norm() < 1e-5 * parameter.norm()
+
+
+def test_batch_read_in_parts_trains_as_a_whole_one(tmp_path: Path) -> None:
+    """Catches parts whose gradients are averaged instead of added up, and rows that start from another's state."""
+    for parts in (1, 2, 4):
+        values = values_of("in parts")
+        values["schedule"]["accumulate"] = parts
+        Trainer(build_recipe(values), tmp_path / str(parts)).run()
+    logs = [[json.loads(line) for line in (tmp_path / n / "log.jsonl").read_text().splitlines()] for n in "124"]
+    for whole, *in_parts in zip(*logs, strict=True):
+        for row in in_parts:
+            for name in ("loss", "key_loss", "key_accuracy", "key_accuracy_asked_later", "grad_norm", "fam_norm"):
+                expected = whole[name] if whole[name] is None else pytest.approx(whole[name], rel=1e-4, abs=1e-5)
+                assert row[name] == expected, name
+    with pytest.raises(RecipeError, match="schedule.accumulate is 3, required is at least 1 and a divisor"):
+        build_recipe(small_values(schedule={"batch_size": 4, "accumulate": 3}))
+
+
+def test_evaluation_is_spread_over_processes(tmp_path: Path) -> None:
+    """Catches keys that are asked twice or not at all, and rows of one process that another cuts off."""
+    save_passkey_model(tmp_path / "model")
+    command = ["evaluate", "passkey", "--model", str(tmp_path / "model"), "--filler-tokens", "20,60", "--num-keys", "5"]
+    alone = subprocess.run(
+        [sys.executable, "-m", "transformerfam", *command, "--output", str(tmp_path / "alone.jsonl")],
+        capture_output=True,
+        check=True,
+    )
+    assert alone.returncode == 0
+    done = launch_command([*command, "--output", str(tmp_path / "shared.jsonl")])
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = [
+        sorted((row["key"], row["filler_tokens"], row["answer"]) for row in read_rows([tmp_path / name]))
+        for name in ("alone.jsonl", "shared.jsonl")
+    ]
+    assert len(found[0]) == 10
+    assert found[0] == found[1]
 
 
 @pytest.mark.parametrize("name", ["all", "sharded"])

@@ -18,7 +18,7 @@ from transformerfam.errors import CorruptFileError, RecipeError, TransformerFamE
 from transformerfam.files import load_tensors
 from transformerfam.models import load_model
 from transformerfam.tasks.provenance import memory_notes
-from transformerfam.training import trainer as trainer_module
+from transformerfam.training import ranks as ranks_module
 from transformerfam.training.checkpoint import recipe_of_run
 from transformerfam.training.recipe_file import build_recipe
 from transformerfam.training.sections import StatePassingSection
@@ -280,7 +280,7 @@ def test_key_that_the_passed_fam_never_read_is_not_asked(tmp_path, monkeypatch, 
         right = torch.ones_like(output.is_right_B)
         return dataclasses.replace(output, is_right_B=right, num_passed_blocks=num_passed_blocks)
 
-    monkeypatch.setattr(trainer_module, "run_step", run_and_be_right)
+    monkeypatch.setattr(ranks_module, "run_step", run_and_be_right)
     passing = {"probability": 1.0, "rows": "all", "ask_later": 1.0, "before_question": True}
     trainer = Trainer(small_recipe(schedule={"steps": 1}, state_passing=passing), tmp_path)
     trainer.run()

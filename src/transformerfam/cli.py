@@ -16,6 +16,7 @@ from transformerfam.cli_plan import plan_command
 from transformerfam.demo import draw_seed, prepare_demo, run_demo
 from transformerfam.errors import ReadInterrupted, TransformerFamError
 from transformerfam.models import find_device, load_model, save_model
+from transformerfam.processes import own_device, process_share
 from transformerfam.progress import tokens_bar, training_bar
 from transformerfam.reports.next_token import next_token_table
 from transformerfam.reports.passkey import passkey_table, plot_passkey
@@ -97,6 +98,7 @@ def evaluate_passkey_command(
                     batch_size=batch_size,
                     prefix_tokens=prefix_tokens,
                     model_name=_named_with(model, overrides),
+                    process=process_share(),
                     max_training_filler_tokens=memory_notes(model, loaded).get("max_training_filler_tokens"),
                     progress=update,
                 )
@@ -107,7 +109,8 @@ def evaluate_passkey_command(
                 except KeyboardInterrupt as interrupt:
                     _say(f"interrupted; {output} keeps {len(rows.rows)} rows; run the same command again to go on")
                     raise typer.Exit(INTERRUPTED) from interrupt
-        _print_table(passkey_table(rows.rows))
+        if process_share()[0] == 0:  # of several the first shows the rows of all that are done
+            _print_table(passkey_table(read_rows([output])))
 
 
 @evaluate_app.command("next-token")
@@ -308,7 +311,7 @@ def _load(
     model: str, system: str = "fam", overrides: dict[str, Any] | None = None, device: str = "cpu"
 ) -> tuple[Any, Any]:
     _hide_loading_bars()
-    place = find_device(device)
+    place = find_device(own_device(device))
     loaded, tokenizer = load_model(model, system, overrides)  # type: ignore[arg-type]
     return loaded.to(place), tokenizer
 

@@ -8,6 +8,7 @@ from rich.console import Console
 from rich.filesize import decimal
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from transformerfam.processes import process_share
 from transformerfam.state import FamState
 
 
@@ -34,7 +35,7 @@ def reading_bar(
         TextColumn("ETA"),
         TimeRemainingColumn(),
     )
-    with Progress(*columns) as progress:
+    with Progress(*columns, disable=process_share()[0] > 0) as progress:
         task = progress.add_task(description, total=num_tokens, rate="", size="")
 
         def update(done: int, total: int | None, state: FamState) -> None:
@@ -78,7 +79,8 @@ def training_bar(num_steps: int) -> Iterator[Callable[[Mapping[str, Any]], None]
         A function of a step's row of the log.
     """
     columns = (BarColumn(), MofNCompleteColumn(), TextColumn("steps {task.description} ETA"))
-    with Progress(*columns, TimeRemainingColumn(), console=Console(stderr=True)) as progress:
+    console, is_silent = Console(stderr=True), process_share()[0] > 0
+    with Progress(*columns, TimeRemainingColumn(), console=console, disable=is_silent) as progress:
         task = progress.add_task("", total=num_steps)
 
         def update(row: Mapping[str, Any]) -> None:

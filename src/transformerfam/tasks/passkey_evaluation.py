@@ -63,6 +63,9 @@ class PasskeyEvaluation:
     finished: Collection[Question] = field(default_factory=frozenset)
     """Questions that were answered before; they are left out."""
 
+    process: tuple[int, int] = (0, 1)
+    """Number of this process and how many there are: each asks for its share of the keys."""
+
     progress: Callable[[int, int, FamState], None] | None = None
     """Called after every block with the tokens of filler done, those to do (of all keys together), and the state."""
 
@@ -89,7 +92,8 @@ class PasskeyEvaluation:
         """
         text = PasskeyText(tokenizer, self.filler)
         keys = draw_keys(self.num_keys, self.seed)
-        missing = [key for key in keys if any(self._systems_missing(key, n) for n in self.filler_lengths)]
+        own = keys[self.process[0] :: self.process[1]]
+        missing = [key for key in own if any(self._systems_missing(key, n) for n in self.filler_lengths)]
         block_size = model.fam_config.block_size
         batches = [missing[start : start + self.batch_size] for start in range(0, len(missing), self.batch_size)]
         for batch_idx, batch in enumerate(batches):

@@ -8,6 +8,7 @@ first sequence, which rank 0 reads, goes to all; with `rows = "all"` each sequen
 reads it.
 """
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -24,6 +25,7 @@ from transformers import PreTrainedModel
 from transformerfam.errors import MissingPackageError, RecipeError
 from transformerfam.families import decoder_layers
 from transformerfam.files import write_text
+from transformerfam.state import FamState
 from transformerfam.training.checkpoint import CHECKPOINT_FILE, RECIPE_FILE, recipe_of_run
 from transformerfam.training.recipe import Recipe
 from transformerfam.training.scores import StepOutput
@@ -69,10 +71,10 @@ class Ranks:
         # A prompt has no gradient in a step that starts from saved FAMs alone.
         self.accelerator = Accelerator(kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)])
         self.rank = self.accelerator.process_index
-        if recipe.schedule.batch_size % self.world:
+        if recipe.schedule.batch_size % (self.world * recipe.schedule.accumulate):
             raise RecipeError(
                 f"schedule.batch_size is {recipe.schedule.batch_size}, required for {self.world} processes is a "
-                "multiple of their number"
+                "multiple of their number, times schedule.accumulate"
             )
         alone = {
             "schedule.stored_blocks": recipe.schedule.stored_blocks,
@@ -118,6 +120,33 @@ class Ranks:
             fully_shard(layer, mesh=mesh)
         return module
 
+    def read_in_parts(self, module: nn.Module, recipe: Recipe, own: Batch, state: FamState, *rest: Any) -> StepOutput:
+        """Run a step and its backward pass on this process's rows, part by part.
+
+        Args:
+            module: what `wrap` gave.
+            recipe: how many parts.
+            own: this process's rows.
+            state: where they start.
+            *rest: go on to `run_step`, after the recipe.
+
+        Returns:
+            The output of all parts; its loss has lost its graph.
+        """
+        num_rows, num_parts = len(own.keys), recipe.schedule.accumulate
+        share, outputs = num_rows // num_parts, []
+        for part in range(num_parts):
+            rows = slice(part * share, (part + 1) * share)
+            is_last = part == num_parts - 1
+            no_sync: Any = getattr(module, "no_sync", contextlib.nullcontext)  # of DistributedDataParallel
+            with contextlib.nullcontext() if is_last else no_sync():
+                piece = state if num_parts == 1 else state.select(list(range(rows.start, rows.stop)))
+                output = module(_rows_of(own, rows) if num_parts > 1 else own, piece, recipe, *rest)
+                # The processes' gradients are averaged; the parts share the state's graph, to the initial FAM.
+                (output.loss * self.world).backward(retain_graph=not is_last)
+            outputs.append(dataclasses.replace(output, loss=output.loss.detach()))
+        return outputs[0] if num_parts == 1 else _joined(own, outputs, share)
+
     def share_gradients(self, parameters: list[nn.Parameter]) -> None:
         """Average the gradients of what is whole in every process; layers that are shared out have done so."""
         if not self.is_sharded:
@@ -150,11 +179,7 @@ class Ranks:
         """Return this process's share of a batch; its weights stay those of the whole batch."""
         if self.world == 1:
             return batch
-        rows = self.own_rows(len(batch.keys))
-        fields = ("input_ids_BT", "labels_BT", "weights_BT", "is_key_BT", "keys", "is_told_B", "is_taught_BT")
-        own: dict[str, Any] = {name: getattr(batch, name) for name in fields}
-        own = {name: None if value is None else value[rows] for name, value in own.items()}
-        return dataclasses.replace(batch, **own)
+        return _rows_of(batch, self.own_rows(len(batch.keys)))
 
     def whole_output(self, output: StepOutput, own: Batch, whole: Batch) -> StepOutput:
         """Return the output of the whole batch; the FAM that is passed on stays that of this process's rows."""
@@ -213,6 +238,29 @@ class Ranks:
         """Wait for the other processes."""
         if self.accelerator is not None:
             self.accelerator.wait_for_everyone()
+
+
+def _rows_of(batch: Batch, rows: slice) -> Batch:
+    """Return some rows of a batch; their weights stay those of the whole batch."""
+    fields = ("input_ids_BT", "labels_BT", "weights_BT", "is_key_BT", "keys", "is_told_B", "is_taught_BT")
+    chosen: dict[str, Any] = {name: getattr(batch, name) for name in fields}
+    chosen = {name: None if value is None else value[rows] for name, value in chosen.items()}
+    return dataclasses.replace(batch, **chosen)
+
+
+def _joined(own: Batch, outputs: list[StepOutput], share: int) -> StepOutput:
+    """Return the output of several parts of `share` rows each as that of all rows."""
+    num_asked = own.is_key_BT.sum().clamp(min=1)
+    asked = [own.is_key_BT[part * share : (part + 1) * share].sum() for part in range(len(outputs))]
+    key_loss = sum(output.key_loss * n.to(output.key_loss) for output, n in zip(outputs, asked, strict=True))
+    fams = [output.passed_fam_LBFD for output in outputs if output.passed_fam_LBFD is not None]
+    return dataclasses.replace(
+        outputs[0],
+        loss=torch.stack([output.loss for output in outputs]).sum(),
+        key_loss=torch.as_tensor(key_loss / num_asked),
+        is_right_B=torch.cat([output.is_right_B for output in outputs]),
+        passed_fam_LBFD=torch.cat(fams, dim=1) if fams else None,
+    )
 
 
 def claim_folder(folder: Path, recipe: Recipe, resume: bool, ranks: Ranks) -> None:

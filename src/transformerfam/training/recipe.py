@@ -76,6 +76,17 @@ class Recipe:
             "schedule.shard is true and optimizer.kind is 'adafactor', whose row and column sums are not shared out; "
             "set optimizer.kind = 'adamw'",
         )
+        parts = self.schedule.accumulate
+        _require(
+            parts >= 1 and self.schedule.batch_size % parts == 0,
+            f"schedule.accumulate is {parts}, required is at least 1 and a divisor of schedule.batch_size "
+            f"({self.schedule.batch_size})",
+        )
+        _require(
+            parts == 1 or not (self.schedule.stored_blocks or self.loss.teacher or self.loss.fam_change),
+            "schedule.accumulate is above 1 beside schedule.stored_blocks, loss.teacher or loss.fam_change, whose "
+            "means are over the whole batch; set them to 0, or schedule.accumulate to 1",
+        )
         self._require_updates()
         self._require_auxiliary()
         self._require_passable()

@@ -82,6 +82,8 @@ class ScheduleSection:
     curriculum: tuple[Stage, ...] = ()
     """Required for passkeys, not used with instructions."""
     batch_size: int = 16
+    accumulate: int = 1
+    """Parts that a batch is read in, one after the other, their gradients added up: the same step in less memory."""
     max_seconds: float | None = None
     """Stop after so many seconds of training, all resumed runs together, even before the last step."""
     checkpoint_seconds: float = 120.0

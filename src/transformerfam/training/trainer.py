@@ -166,9 +166,9 @@ class Trainer:
         num_repeats = self.sequences.num_repeats(step)
         rows = self.ranks.own_rows(len(batch.keys))
         state = start_state(self.model, recipe, self.passing, step, batch, saved, rows)
-        output = self.step_module(own, state, recipe, self.stored, lesson, num_repeats, self.auxiliary)
         self.optimizer.zero_grad()
-        (output.loss * self.ranks.world).backward()  # the processes' gradients are averaged
+        rest = (self.stored, lesson, num_repeats, self.auxiliary)
+        output = self.ranks.read_in_parts(self.step_module, recipe, own, state, *rest)
         output = self.ranks.whole_output(output, own, batch)
         self._require_finite(output.loss, batch, saved)
         trained = [p for group in self.optimizer.param_groups for p in group["params"]]
