@@ -41,6 +41,7 @@ def load_gemma(folder: Path) -> tuple[Any, Any]:
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")  # torch's own, while it compiles
 @pytest.mark.parametrize("name", ["smollm2", "gemma"])
 @torch.no_grad()
 def test_real_model_reads_a_novel(name: str, tmp_path: Path) -> None:
