@@ -14,6 +14,7 @@ from training_recipes import small_values
 from transformerfam.errors import RecipeError
 from transformerfam.models import load_model
 from transformerfam.reports.rows import read_rows
+from transformerfam.training.ranks import Ranks
 from transformerfam.training.recipe_file import build_recipe
 from transformerfam.training.trainer import Trainer
 
@@ -142,3 +143,13 @@ def test_what_cannot_be_shared_is_refused(tmp_path: Path) -> None:
     done = launch(tmp_path / "odd.toml", tmp_path / "odd")
     assert done.returncode != 0
     assert "required for 2 processes is a multiple of their number" in done.stderr
+
+
+def test_processes_that_disagree_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches a process with another recipe, which would wait for the others for ever or train another model."""
+    recipe = build_recipe(small_values())
+    ranks = Ranks(recipe)
+    monkeypatch.setattr(ranks, "accelerator", object())
+    monkeypatch.setattr(ranks, "gather_objects", lambda value: [value, value, {"other": 1}])
+    with pytest.raises(RecipeError, match="process 2 has another recipe than process 0; start all with the same"):
+        ranks.require_alike(recipe.to_dict(), "recipe")

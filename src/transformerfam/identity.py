@@ -22,6 +22,8 @@ ARCHITECTURE_KEYS = (
     "hidden_act",
     "rms_norm_eps",
     "rope_parameters",
+    "layer_types",
+    "sliding_window",
     "tie_word_embeddings",
 )
 
