@@ -138,6 +138,44 @@ def make_plan(
         raise UnsupportedModelError(
             f"model type {config.model_type!r} is not served, required is one of {', '.join(FAMILIES)}"
         )
+    converted, peak = _fake_run(config, fam, dtype, training, lora_rank, batch_size, optimizer, context_tokens)
+    hours = None
+    reading, training_flops = _flops(converted, training)
+    if training_tokens is not None:
+        hours = training_tokens * training_flops / (gpus * tflops * 1e12) / 3600
+    parameters = list(converted.parameters())
+    trained = [parameter for parameter in parameters if parameter.requires_grad]
+    largest = max(_bytes(layer.parameters()) for layer in decoder_layers(converted))
+    return Plan(
+        model=model,
+        parameters=sum(parameter.numel() for parameter in parameters),
+        trained_parameters=sum(parameter.numel() for parameter in trained),
+        context_tokens=context_tokens,
+        gpus=gpus,
+        bytes_state=peak["state"] // batch_size,
+        bytes_full_cache=_full_cache_bytes(converted, dtype, context_tokens),
+        bytes_weights=_bytes(parameters) // gpus + (2 * largest if gpus > 1 else 0),
+        bytes_gradients=_bytes(trained) // gpus,
+        bytes_optimizer=peak["optimizer"] // gpus,
+        bytes_activations=peak["activations"],
+        bytes_reading=peak["reading"],
+        flops_per_token_reading=reading,
+        flops_per_token_training=training_flops,
+        hours=hours,
+    )
+
+
+def _fake_run(
+    config: Any,
+    fam: FamConfig,
+    dtype: torch.dtype,
+    training: Training,
+    lora_rank: int,
+    batch_size: int,
+    optimizer: OptimizerKind,
+    context_tokens: int,
+) -> tuple[PreTrainedModel, dict[str, int]]:
+    """Return a converted model of fake tensors, and the bytes that its steps take."""
     fam = fam.replace(fam_key_bias=0.0)  # as training ends, and without a dense mask
     converted = build_on_meta(config, dtype, training, lora_rank)
     piece_mask.cache_clear()
@@ -155,28 +193,7 @@ def make_plan(
         ) from error
     finally:
         piece_mask.cache_clear()  # which holds fake masks now
-    parameters = list(converted.parameters())
-    trained = [parameter for parameter in parameters if parameter.requires_grad]
-    weights, gradients = _bytes(parameters), _bytes(trained)
-    largest = max(_bytes(layer.parameters()) for layer in decoder_layers(converted))
-    reading, training_flops = _flops(converted, training)
-    return Plan(
-        model=model,
-        parameters=sum(parameter.numel() for parameter in parameters),
-        trained_parameters=sum(parameter.numel() for parameter in trained),
-        context_tokens=context_tokens,
-        gpus=gpus,
-        bytes_state=peak["state"] // batch_size,
-        bytes_full_cache=_full_cache_bytes(converted, dtype, context_tokens),
-        bytes_weights=weights // gpus + (2 * largest if gpus > 1 else 0),
-        bytes_gradients=gradients // gpus,
-        bytes_optimizer=peak["optimizer"] // gpus,
-        bytes_activations=peak["activations"],
-        bytes_reading=peak["reading"],
-        flops_per_token_reading=reading,
-        flops_per_token_training=training_flops,
-        hours=None if training_tokens is None else training_tokens * training_flops / (gpus * tflops * 1e12) / 3600,
-    )
+    return converted, peak
 
 
 def _bytes(parameters: Any) -> int:

@@ -71,22 +71,7 @@ class Recipe:
         )
         low, high = self.data.key_digits
         _require(1 <= low <= high, f"data.key_digits is [{low}, {high}], required is 1 <= low <= high")
-        _require(
-            not self.schedule.shard or self.optimizer.kind == "adamw",
-            "schedule.shard is true and optimizer.kind is 'adafactor', whose row and column sums are not shared out; "
-            "set optimizer.kind = 'adamw'",
-        )
-        parts = self.schedule.accumulate
-        _require(
-            parts >= 1 and self.schedule.batch_size % parts == 0,
-            f"schedule.accumulate is {parts}, required is at least 1 and a divisor of schedule.batch_size "
-            f"({self.schedule.batch_size})",
-        )
-        _require(
-            parts == 1 or not (self.schedule.stored_blocks or self.loss.teacher or self.loss.fam_change),
-            "schedule.accumulate is above 1 beside schedule.stored_blocks, loss.teacher or loss.fam_change, whose "
-            "means are over the whole batch; set them to 0, or schedule.accumulate to 1",
-        )
+        self._require_parts()
         self._require_updates()
         self._require_auxiliary()
         self._require_passable()
@@ -125,6 +110,25 @@ class Recipe:
             self.loss.teacher == 0 and self.state_passing.ask_later == 0 and not self.state_passing.before_question,
             "loss.teacher, state_passing.ask_later or state_passing.before_question is given beside instructions, "
             "which have no key to ask for; leave it out",
+        )
+
+    def _require_parts(self) -> None:
+        """Refuse batches and weights that cannot be parted as the recipe says."""
+        _require(
+            not self.schedule.shard or self.optimizer.kind == "adamw",
+            "schedule.shard is true and optimizer.kind is 'adafactor', whose row and column sums are not shared out; "
+            "set optimizer.kind = 'adamw'",
+        )
+        parts = self.schedule.accumulate
+        _require(
+            parts >= 1 and self.schedule.batch_size % parts == 0,
+            f"schedule.accumulate is {parts}, required is at least 1 and a divisor of schedule.batch_size "
+            f"({self.schedule.batch_size})",
+        )
+        _require(
+            parts == 1 or not (self.schedule.stored_blocks or self.loss.teacher or self.loss.fam_change),
+            "schedule.accumulate is above 1 beside schedule.stored_blocks, loss.teacher or loss.fam_change, whose "
+            "means are over the whole batch; set them to 0, or schedule.accumulate to 1",
         )
 
     def _require_auxiliary(self) -> None:
