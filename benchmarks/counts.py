@@ -14,8 +14,8 @@ from torch.utils._pytree import tree_leaves
 
 from benchmarks.harness import Row, row
 from benchmarks.models import converted, random_tokens
-from benchmarks.training import language_batch
 from transformerfam.training.blocks import run_batch
+from transformerfam.training.instructions import weighed_batch
 
 
 class OperatorCount(TorchDispatchMode):
@@ -68,6 +68,7 @@ def run(model: str = "random_8m", quick: bool = False) -> Iterator[Row]:
                 side = functools.partial(reader, input_ids=ids, past_key_values=state, logits_to_keep=1)
                 yield counted_row(system, num_tokens, num_segments, side)
     trained = converted(model, is_shared=False, num_memory_segments=0, **fields).train()
-    batch = language_batch(random_tokens(model, 2 * block_size))
+    ids_BT = random_tokens(model, 2 * block_size)
+    batch = weighed_batch(ids_BT, torch.ones(ids_BT.shape))
     step = functools.partial(run_batch, trained, batch, trained.init_state())
     yield counted_row("training_step", 2 * block_size, 0, lambda: step().loss.backward())

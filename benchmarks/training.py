@@ -17,7 +17,7 @@ from benchmarks.placement import PLACEMENT
 from benchmarks.prefill import REPEATED_TO
 from transformerfam.costs import ModelShape, block_flops, full_attention_flops
 from transformerfam.training.blocks import run_batch
-from transformerfam.training.sequences import Batch
+from transformerfam.training.instructions import weighed_batch
 
 BLOCK_SIZE, FAM_LENGTH = 1024, 64
 LENGTHS = (2048, 8192, 32768)
@@ -26,27 +26,13 @@ PASSES = 4
 """Forward, forward again for the gradient, and backward, which costs two."""
 
 
-def language_batch(ids_BT: torch.Tensor) -> Batch:
-    """Return a batch in which every token but the first is predicted."""
-    weights = torch.full(ids_BT.shape, 1.0 / (ids_BT.numel() - len(ids_BT)))
-    weights[:, -1] = 0
-    return Batch(
-        input_ids_BT=ids_BT,
-        labels_BT=ids_BT.roll(-1, dims=1),
-        weights_BT=weights,
-        is_key_BT=torch.zeros(ids_BT.shape, dtype=torch.bool),
-        question_start=ids_BT.shape[1],
-        keys=(None,) * len(ids_BT),
-        is_told_B=torch.zeros(len(ids_BT), dtype=torch.bool),
-    )
-
-
 def fam_steps(model: str, num_tokens: int) -> Callable[[], Any]:
     """Return what trains FAM for one step."""
     reader = converted(model, is_shared=False, block_size=BLOCK_SIZE, fam_length=FAM_LENGTH, num_memory_segments=0)
     reader.train()
     optimizer = torch.optim.AdamW(reader.parameters(), lr=1e-6)
-    batch = language_batch(random_tokens(model, num_tokens))
+    ids_BT = random_tokens(model, num_tokens)
+    batch = weighed_batch(ids_BT, torch.ones(ids_BT.shape))
 
     def step() -> None:
         run_batch(reader, batch, reader.init_state()).loss.backward()

@@ -106,8 +106,8 @@ def read_pieces(
             columns[row] += range(width, width + count)
             done[row] += count
         width += max(counts)
-    for layer in state.layers if is_checkpointed else ():
-        layer.make_room()
+    if is_checkpointed:
+        state.make_room()
     return _join(pieces, columns, valid, inputs_embeds, state if use_cache is not False else None)
 
 
@@ -187,12 +187,9 @@ def _run_checkpointed_piece(
 
     def run(before: FamState, tokens_BTD: torch.Tensor) -> tuple[MoeModelOutputWithPast, FamState]:
         after = before.shallow_copy()
-        for layer in after.layers:
-            layer.make_room()
+        after.make_room()
         output = _run_piece(decoder, after, tokens_BTD, counts, kwargs)
-        if not any(after.block_fill):
-            for layer in after.layers:
-                layer.drop_block()
+        after.drop_complete_block()
         return output, after
 
     output, after = checkpoint(run, state.shallow_copy(), tokens_BTD, use_reentrant=False)

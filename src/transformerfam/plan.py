@@ -243,11 +243,9 @@ def _training_peak(model: Any, batch_size: int, trained: Any, averages: Any, num
 
     def run(before: FamState) -> tuple[torch.Tensor, FamState]:
         after = before.shallow_copy()
-        for layer in after.layers:
-            layer.make_room()
+        after.make_room()
         logits_NV = head(_hidden(model, after, batch_size)).flatten(0, 1)
-        for layer in after.layers:
-            layer.drop_block()
+        after.drop_complete_block()
         return cross_entropy(logits_NV.float(), labels_N), after
 
     with AllocatedBytes() as counter:

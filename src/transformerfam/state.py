@@ -130,6 +130,17 @@ class FamState(Cache):
             layer.map(function)
         return self
 
+    def make_room(self) -> None:
+        """Give every layer's block its slots back, where `drop_complete_block` took them."""
+        for layer in self.layers:
+            layer.make_room()
+
+    def drop_complete_block(self) -> None:
+        """Let go of the block's keys and values if all rows have completed theirs: no backward pass needs them."""
+        if not any(self.block_fill):
+            for layer in self.layers:
+                layer.drop_block()
+
     def go_on_from(self, other: "FamState") -> None:
         """Take over the tensors and the place of a state of the same reading, which is not used any more."""
         self.layers = list(other.layers)

@@ -129,8 +129,7 @@ def _run_block(
     if auxiliary is not None:
         auxiliary.begin()
     before, state = state, state.shallow_copy()
-    for layer in state.layers:
-        layer.make_room()
+    state.make_room()
     columns = torch.arange(start, stop)
     asks_teacher = lesson is not None and bool(lesson.is_taught_BT[:, columns].any())
     output = model.get_decoder()(
@@ -140,9 +139,8 @@ def _run_block(
     )
     scores = score(model, batch, columns, output.last_hidden_state, output.hidden_states, lesson)
     change = _fam_change(before, state, holds_B)
-    if drops_block and not any(state.block_fill):
-        for layer in state.layers:
-            layer.drop_block()
+    if drops_block:
+        state.drop_complete_block()
     hidden = output.last_hidden_state
     added = hidden.new_zeros(()) if auxiliary is None else auxiliary.take(hidden)
     return state, scores, change, added
@@ -193,8 +191,7 @@ def _read_without_gradient(model: PreTrainedModel, state: FamState, ids_BT: torc
     has_read = any(state.num_blocks_per_row) or any(state.block_fill) or any(state.starts_from_saved_fam)
     are_alike = not has_read and bool((ids_BT == ids_BT[:1]).all())
     after = state.select([0]) if are_alike else state.fork()
-    for layer in after.layers:
-        layer.make_room()
+    after.make_room()
     model.get_decoder()(input_ids=(ids_BT[:1] if are_alike else ids_BT).to(model.device), past_key_values=after)
     if are_alike:
         after = after.select([0] * len(ids_BT))

@@ -16,7 +16,7 @@ from transformerfam.errors import RecipeError
 from transformerfam.tasks.text import encode
 from transformerfam.training.recipe import Recipe
 from transformerfam.training.sections import InstructionSection
-from transformerfam.training.sequences import Batch
+from transformerfam.training.sequences import Batch, draw_block_size
 
 
 @dataclass(frozen=True)
@@ -152,7 +152,7 @@ class PackedInstructions:
 
     def block_size(self, step: int) -> int:
         """Draw the block of a step."""
-        return random.Random(f"{self.seed}/{step}/block").choice(self.block_sizes)
+        return draw_block_size(self.seed, step, self.block_sizes)
 
     def num_repeats(self, step: int) -> int:
         """Return 0: no update is repeated."""

@@ -66,6 +66,11 @@ class Batch:
         return num_rows * (length if self.is_read_T is None else int(self.is_read_T.sum()))
 
 
+def draw_block_size(seed: int, step: int, block_sizes: Sequence[int]) -> int:
+    """Draw the block of a step."""
+    return random.Random(f"{seed}/{step}/block").choice(block_sizes)
+
+
 class SequenceBuilder:
     """Write the batches of a recipe.
 
@@ -107,7 +112,7 @@ class SequenceBuilder:
 
     def block_size(self, step: int) -> int:
         """Draw the block of a step."""
-        return random.Random(f"{self.seed}/{step}/block").choice(self.block_sizes)
+        return draw_block_size(self.seed, step, self.block_sizes)
 
     def num_repeats(self, step: int) -> int:
         """Draw the repeated updates of a step."""
