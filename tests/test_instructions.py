@@ -212,3 +212,17 @@ def test_recipe_refuses_passkey_sections_beside_instructions(files: tuple[str, .
     del values["schedule"]["curriculum"]
     with pytest.raises(RecipeError, match="schedule.curriculum is empty"):
         build_recipe(values)
+
+
+def test_trainer_of_transformers_refuses_what_it_would_do_wrongly(files: tuple[str, ...], tmp_path: Path) -> None:
+    """Catches weights that are dropped, and processes whose gradients nobody averages."""
+    arguments = TrainingArguments(output_dir=str(tmp_path), use_cpu=True, report_to=[])
+    with pytest.raises(RecipeError, match="remove_unused_columns is True, which drops the weights"):
+        MemoryTrainer(make_recipe(files), arguments)
+
+    class OfTwo:
+        remove_unused_columns = False
+        world_size = 2
+
+    with pytest.raises(RecipeError, match="there are 2 processes, whose gradients MemoryTrainer would not average"):
+        MemoryTrainer(make_recipe(files), OfTwo())

@@ -50,7 +50,7 @@ class MemoryTrainer(Trainer):
             **options: go on to the Trainer; `model` takes the place of the recipe's.
 
         Raises:
-            RecipeError: the recipe has no instructions, or `args` would drop the weights.
+            RecipeError: the recipe has no instructions, `args` would drop the weights, or there are several processes.
         """
         if recipe.instructions is None:
             raise RecipeError(
@@ -58,8 +58,14 @@ class MemoryTrainer(Trainer):
             )
         if args.remove_unused_columns:
             raise RecipeError("args.remove_unused_columns is True, which drops the weights; set it to False")
+        if args.world_size > 1:
+            raise RecipeError(
+                f"there are {args.world_size} processes, whose gradients MemoryTrainer would not average: it reads "
+                "block after block and not through the Trainer's wrapped model; use accelerate launch with fam train"
+            )
         self.recipe = recipe
         model, tokenizer = build_trainee(recipe)
+        model = options.pop("model", model)
         self.auxiliary = auxiliary_losses(model, recipe)
         self.passing = StatePassing(recipe.state_passing, recipe.schedule.seed)
         self.passing.update_start(0, 0, is_solved=False)
