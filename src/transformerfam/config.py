@@ -89,30 +89,31 @@ class FamConfig:
             object.__setattr__(self, "fam_layers", tuple(self.fam_layers))
         if self.fam_norm_bound == math.inf:  # TOML has no null
             object.__setattr__(self, "fam_norm_bound", None)
-        self._require("block_size", self.block_size >= 1, "at least 1")
-        self._require("fam_length", 0 <= self.fam_length <= self.block_size, f"0 to block_size ({self.block_size})")
-        self._require("num_memory_segments", self.num_memory_segments >= 0, "at least 0")
-        self._require("window", self.window is None or self.window >= 1, "None or at least 1")
-        self._require("num_previous_fams", self.num_previous_fams >= 1, "at least 1")
-        self._require(
-            "num_sink_tokens", 0 <= self.num_sink_tokens <= self.block_size, f"0 to block_size ({self.block_size})"
+        require_field(self, "block_size", self.block_size >= 1, "at least 1")
+        require_field(
+            self, "fam_length", 0 <= self.fam_length <= self.block_size, f"0 to block_size ({self.block_size})"
         )
-        self._require("fam_norm_bound", self.fam_norm_bound is None or self.fam_norm_bound > 0, "None or above 0")
+        require_field(self, "num_memory_segments", self.num_memory_segments >= 0, "at least 0")
+        require_field(self, "window", self.window is None or self.window >= 1, "None or at least 1")
+        require_field(self, "num_previous_fams", self.num_previous_fams >= 1, "at least 1")
+        require_field(
+            self,
+            "num_sink_tokens",
+            0 <= self.num_sink_tokens <= self.block_size,
+            f"0 to block_size ({self.block_size})",
+        )
+        require_field(self, "fam_norm_bound", self.fam_norm_bound is None or self.fam_norm_bound > 0, "None or above 0")
         for name, allowed in (
             ("fam_position", ("last", "fractional", "zero")),
             ("fam_query_position", ("written", "current")),
             ("fam_init", ("prompt", "prefix")),
             ("fam_dtype", FAM_DTYPES),
         ):
-            self._require(name, getattr(self, name) in allowed, f"one of {', '.join(allowed)}")
+            require_field(self, name, getattr(self, name) in allowed, f"one of {', '.join(allowed)}")
         if self.fam_layers is not None:
             layers = self.fam_layers
             valid = len(layers) > 0 and min(layers) >= 0 and len(set(layers)) == len(layers)
-            self._require("fam_layers", valid, "None or distinct layer indices, at least one")
-
-    def _require(self, name: str, holds: bool, required: str) -> None:
-        if not holds:
-            raise TransformerFamError(f"{name} is {getattr(self, name)!r}, required is {required}; change {name}")
+            require_field(self, "fam_layers", valid, "None or distinct layer indices, at least one")
 
     @property
     def num_fam_slots(self) -> int:
@@ -148,10 +149,29 @@ class FamConfig:
         Raises:
             TransformerFamError: `values` has a key that is no field, or a value out of range.
         """
-        known = [field.name for field in dataclasses.fields(cls)]
-        for name in values:
-            if name not in known:
-                nearest = difflib.get_close_matches(name, known, n=1)
-                hint = f"; did you mean {nearest[0]}?" if nearest else f"; known fields are {', '.join(known)}"
-                raise TransformerFamError(f"FamConfig has no field {name!r}{hint}")
-        return cls(**values)
+        return cls(**values_to_fields(cls, values))
+
+
+def require_field(config: Any, name: str, holds: bool, required: str) -> None:
+    """Refuse a field of a configuration.
+
+    Raises:
+        TransformerFamError: `holds` is False; the message names the field, its value, and what is required.
+    """
+    if not holds:
+        raise TransformerFamError(f"{name} is {getattr(config, name)!r}, required is {required}; change {name}")
+
+
+def values_to_fields(cls: type, values: dict[str, Any]) -> dict[str, Any]:
+    """Return plain values, once all of them are fields of the configuration `cls`.
+
+    Raises:
+        TransformerFamError: one is not; the message has the nearest field.
+    """
+    known = [field.name for field in dataclasses.fields(cls)]
+    for name in values:
+        if name not in known:
+            nearest = difflib.get_close_matches(name, known, n=1)
+            hint = f"; did you mean {nearest[0]}?" if nearest else f"; known fields are {', '.join(known)}"
+            raise TransformerFamError(f"{cls.__name__} has no field {name!r}{hint}")
+    return values

@@ -21,7 +21,7 @@ from transformerfam.families import Family, decoder_layers, family_of, part_of
 from transformerfam.flash import FLASH_BACK_ENDS
 from transformerfam.forward import read_pieces
 from transformerfam.identity import ModelIdentity, describe_architecture
-from transformerfam.kernels import BACK_END
+from transformerfam.kernels import BACK_END, MIXED_BACK_END
 from transformerfam.layouts import find_layouts
 from transformerfam.memory import (
     FamMemory,
@@ -105,14 +105,14 @@ def attach(model: PreTrainedModel, config: FamConfig, layouts: Sequence[LayerLay
     handles = []
     for layer_idx, layer in enumerate(decoder_layers(model)):
         handles += LayerSeam(layer_idx, family, family.branch_factor(model.config)).attach(layer)
-    _bind(decoder, "forward", read_pieces)
+    bind_method(decoder, "forward", read_pieces)
     for name, function in METHODS.items():
-        _bind(model, name, function)
+        bind_method(model, name, function)
     model.fam_config = config
     return handles
 
 
-def _bind(target: nn.Module, name: str, function: Callable[..., Any]) -> None:
+def bind_method(target: nn.Module, name: str, function: Callable[..., Any]) -> None:
     """Make `function` a method of this one object, with the signature of the method it stands in for."""
     original = getattr(type(target), name, None)
     if original is not None:
@@ -177,7 +177,8 @@ class LayerSeam:
         hidden_BTD = step.enter_layer(layer, args[0])
         attention: Any = module.get_submodule(self.family.attention)
         back_end = attention.config._attn_implementation
-        mask: Any = step.sight(layer) if back_end in (BACK_END, *FLASH_BACK_ENDS.values()) else None
+        takes_sight = back_end in (BACK_END, MIXED_BACK_END, *FLASH_BACK_ENDS.values())
+        mask: Any = step.sight(layer) if takes_sight else None
         if mask is None or (back_end == BACK_END and mask.window is not None):
             kind = hidden_BTD.device.type
             dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden_BTD.dtype

@@ -4,8 +4,9 @@ The class's own forward runs once per piece, and a piece never crosses a block b
 its own place in its block, so that padding and decoding never mix them up.
 """
 
-from collections.abc import Sequence
-from typing import Any
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
 
 import torch
 from torch.utils.checkpoint import checkpoint
@@ -14,7 +15,13 @@ from transformers.modeling_outputs import MoeModelOutputWithPast
 from transformerfam.attention import Piece
 from transformerfam.errors import StateMismatchError, TransformerFamError
 from transformerfam.memory import FamMemory, run_decoder
+from transformerfam.reading_state import ReadingState
 from transformerfam.state import FamState
+
+State = TypeVar("State", bound=ReadingState)
+RunPiece = Callable[[Any, State, torch.Tensor, list[int], dict[str, Any]], MoeModelOutputWithPast]
+"""Send one piece through a decoder's layers and move the state on: decoder, state, `(B, T, D)`, tokens of every row,
+further arguments of the model's forward."""
 
 
 def check_ids(input_ids: torch.Tensor | None, vocab_size: int) -> None:
@@ -73,6 +80,19 @@ def read_pieces(
     Returns:
         Hidden states `(B, T, D)` after the last norm (of padding: any finite values), and the state.
     """
+    inputs_embeds = embedded(self, input_ids, inputs_embeds, kwargs)
+    state = _own_state(self, past_key_values, len(inputs_embeds))
+    return read_in_pieces(self, state, inputs_embeds, attention_mask, _run_piece, use_cache is not False, kwargs)
+
+
+def embedded(
+    decoder: Any, input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor | None, kwargs: dict[str, Any]
+) -> torch.Tensor:
+    """Return the embeddings `(B, T, D)` that a decoder's forward is to read.
+
+    Raises:
+        TransformerFamError: there are none, token ids are out of range, or attention weights are asked for.
+    """
     if (input_ids is None) == (inputs_embeds is None):
         raise TransformerFamError("exactly one of input_ids and inputs_embeds is required")
     if kwargs.get("output_attentions"):
@@ -80,35 +100,61 @@ def read_pieces(
             "output_attentions is not available on a converted model, since every piece sees another number of keys; "
             "call it with output_attentions=False"
         )
-    if inputs_embeds is None:
-        embedding = self.get_input_embeddings()
-        check_ids(input_ids, embedding.num_embeddings)
-        inputs_embeds = embedding(input_ids)
-    batch_size, length = inputs_embeds.shape[:2]
-    state = _own_state(self, past_key_values, batch_size)
+    if inputs_embeds is not None:
+        return inputs_embeds
+    embedding = decoder.get_input_embeddings()
+    check_ids(input_ids, embedding.num_embeddings)
+    looked_up: torch.Tensor = embedding(input_ids)
+    return looked_up
+
+
+def read_in_pieces(
+    decoder: Any,
+    state: State,
+    inputs_BTD: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    run_piece: RunPiece[State],
+    gives_state: bool,
+    kwargs: dict[str, Any],
+) -> MoeModelOutputWithPast:
+    """Cut an input of any length into pieces that cross no block boundary, and run one after the other.
+
+    Args:
+        decoder: whose layers they go through.
+        state: what is advanced.
+        inputs_BTD: embeddings.
+        attention_mask: `(B, T)`, 1 for tokens and 0 for padding.
+        run_piece: sends one piece through the layers and moves the state on.
+        gives_state: whether the state is in the output.
+        kwargs: go on to the model's own forward.
+
+    Returns:
+        As `read_pieces`.
+    """
+    batch_size, length = inputs_BTD.shape[:2]
     valid = _check_mask(attention_mask, batch_size, length)
-    state.note_input(inputs_embeds, attention_mask)
+    state.note_input(inputs_BTD, attention_mask)
     lengths = [length] * batch_size if valid is None else valid.sum(1).tolist()
     if valid is not None:  # move padding behind the tokens
         order = torch.argsort(~valid, dim=1, stable=True)
-        inputs_embeds = inputs_embeds.take_along_dim(order[..., None], dim=1)
+        inputs_BTD = inputs_BTD.take_along_dim(order[..., None], dim=1)
     done = [0] * batch_size
     columns: list[list[int]] = [[] for _ in lengths]  # where each token's result stands in the joined pieces
     pieces: list[MoeModelOutputWithPast] = []
     width = 0
-    is_checkpointed = self.gradient_checkpointing and self.training and torch.is_grad_enabled()
-    run_piece = _run_checkpointed_piece if is_checkpointed else _run_piece
+    is_checkpointed = decoder.gradient_checkpointing and decoder.training and torch.is_grad_enabled()
+    run = functools.partial(_run_checkpointed_piece, run_piece) if is_checkpointed else run_piece
     while any(d < n for d, n in zip(done, lengths, strict=True)):
         block_size = state.config.block_size
         counts = [min(n - d, block_size - f) for n, d, f in zip(lengths, done, state.block_fill, strict=True)]
-        pieces.append(run_piece(self, state, _slice_rows(inputs_embeds, done, counts), counts, kwargs))
+        pieces.append(run(decoder, state, _slice_rows(inputs_BTD, done, counts), counts, kwargs))
         for row, count in enumerate(counts):
             columns[row] += range(width, width + count)
             done[row] += count
         width += max(counts)
     if is_checkpointed:
         state.make_room()
-    return _join(pieces, columns, valid, inputs_embeds, state if use_cache is not False else None)
+    return _join(pieces, columns, valid, inputs_BTD, state if gives_state else None)
 
 
 def _own_state(decoder: Any, cache: Any, batch_size: int) -> FamState:
@@ -176,7 +222,12 @@ def _run_piece(
 
 
 def _run_checkpointed_piece(
-    decoder: Any, state: FamState, tokens_BTD: torch.Tensor, counts: list[int], kwargs: dict[str, Any]
+    run_piece: RunPiece[State],
+    decoder: Any,
+    state: State,
+    tokens_BTD: torch.Tensor,
+    counts: list[int],
+    kwargs: dict[str, Any],
 ) -> MoeModelOutputWithPast:
     """Send one piece through the layers, and again in the backward pass instead of keeping its activations.
 
@@ -185,10 +236,10 @@ def _run_checkpointed_piece(
     Source: section 2.1, "gradient checkpointing" block after block.
     """
 
-    def run(before: FamState, tokens_BTD: torch.Tensor) -> tuple[MoeModelOutputWithPast, FamState]:
+    def run(before: State, tokens_BTD: torch.Tensor) -> tuple[MoeModelOutputWithPast, State]:
         after = before.shallow_copy()
         after.make_room()
-        output = _run_piece(decoder, after, tokens_BTD, counts, kwargs)
+        output = run_piece(decoder, after, tokens_BTD, counts, kwargs)
         after.drop_complete_block()
         return output, after
 
@@ -202,7 +253,7 @@ def _join(
     columns: list[list[int]],
     valid: torch.Tensor | None,
     inputs_BTD: torch.Tensor,
-    state: FamState | None,
+    state: ReadingState | None,
 ) -> MoeModelOutputWithPast:
     """Join the pieces' hidden states and put every token's back where the caller had it."""
     if not pieces:  # a chunk of padding alone

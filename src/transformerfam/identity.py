@@ -27,13 +27,13 @@ ARCHITECTURE_KEYS = (
     "tie_word_embeddings",
 )
 
-FAM_PREFIX = "fam."
+MEMORY_PREFIXES = ("fam.", "rival.")
 LORA_MARK = "lora_"
 
 
 def is_memory_parameter(name: str) -> bool:
-    """Say whether a parameter belongs to the memory (prompt, prefix, LoRA) and not to the base model."""
-    return LORA_MARK in name or FAM_PREFIX in name
+    """Say whether a parameter belongs to the memory (prompt, prefix, a rival's, LoRA) and not to the base model."""
+    return LORA_MARK in name or any(prefix in name for prefix in MEMORY_PREFIXES)
 
 
 def describe_architecture(model: Any) -> dict[str, Any]:

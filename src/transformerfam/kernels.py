@@ -17,6 +17,8 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 BACK_END = "fam"
+MIXED_BACK_END = "fam_mixed"
+"""Of rivals that add their memory to what an attention gives; see `rivals.piece`."""
 
 
 @dataclasses.dataclass(frozen=True)

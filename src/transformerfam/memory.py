@@ -96,6 +96,14 @@ def fam_parameters(model: PreTrainedModel) -> list[nn.Parameter]:
     return list(memory_of(model).parameters())
 
 
+def initial_rows(model: PreTrainedModel) -> list[nn.Parameter]:
+    """Return the learned rows that stand among the tokens: prompt or prefix, or those of a rival; none for BSWA."""
+    rival = getattr(model.get_decoder(), "rival", None)
+    if rival is None:
+        return fam_parameters(model)
+    return [parameter for name, parameter in rival.named_parameters() if name in rival.learned_rows]
+
+
 def set_key_bias(model: PreTrainedModel, value: float) -> None:
     """Set `fam_key_bias` of a converted model; states that exist keep theirs."""
     _change_config(model, fam_key_bias=float(value))

@@ -57,21 +57,29 @@ class Turner:
         self.is_interleaved = is_interleaved
         self.is_at_end = is_at_end
         self.is_in_values = is_in_values
-        self._tables: dict[tuple[float, torch.dtype, torch.device], tuple[torch.Tensor, torch.Tensor]] = {}
+        self._tables: dict[tuple[float | range, torch.dtype, torch.device], tuple[torch.Tensor, torch.Tensor]] = {}
 
     @torch.inference_mode(mode=False)
-    def _table(self, distance: float, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def _table(self, distance: float | range, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         name = (distance, like.dtype, like.device)
         if name not in self._tables:
             assert self.inverse_frequencies is not None
-            angles = distance * self.inverse_frequencies
-            self._tables[name] = (angles.cos().to(like), angles.sin().to(like))
+            if isinstance(distance, range):
+                angles = torch.tensor(distance, dtype=torch.float64)[:, None] * self.inverse_frequencies
+            else:
+                angles = distance * self.inverse_frequencies
+            table = (angles.cos().to(like), angles.sin().to(like))
+            if isinstance(distance, range):  # of which there are many
+                return table
+            self._tables[name] = table
         return self._tables[name]
 
     def turn(
-        self, key_BGTK: torch.Tensor, value_BGTK: torch.Tensor, distance: float
+        self, key_BGTK: torch.Tensor, value_BGTK: torch.Tensor, distance: float | range
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Return keys and values as they would be `distance` positions further on; what carries none comes as it is.
+
+        A range has one distance for every token.
 
         Source: RoPE; R(p + d) = R(d) R(p).
         """
@@ -81,9 +89,9 @@ class Turner:
             return key_BGTK, self._turned(value_BGTK, distance)
         return self._turned(key_BGTK, distance), value_BGTK
 
-    def _turned(self, rows_BGTK: torch.Tensor, distance: float) -> torch.Tensor:
+    def _turned(self, rows_BGTK: torch.Tensor, distance: float | range) -> torch.Tensor:
         cos, sin = self._table(distance, rows_BGTK)
-        num_rotary, rest = 2 * len(cos), rows_BGTK.shape[-1] - 2 * len(cos)
+        num_rotary, rest = 2 * cos.shape[-1], rows_BGTK.shape[-1] - 2 * cos.shape[-1]
         if self.is_at_end:
             still, rotary = rows_BGTK.split((rest, num_rotary), dim=-1)
         else:

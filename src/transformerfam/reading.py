@@ -11,6 +11,7 @@ from transformerfam.errors import ReadInterrupted, StateMismatchError, Transform
 from transformerfam.forward import check_ids
 from transformerfam.memory import initial_fam, memory_of
 from transformerfam.progress import reading_bar
+from transformerfam.reading_state import ReadingState
 from transformerfam.state import FamState
 
 Progress = Callable[[int, int, FamState], None]
@@ -154,5 +155,5 @@ def prepare_cache_for_generation(
         if generation_config.use_cache is not False:
             model_kwargs["past_key_values"] = self.init_state(batch_size * expand)
         return
-    if isinstance(given, FamState) and expand > 1 and given.batch_size == batch_size:
+    if isinstance(given, ReadingState) and expand > 1 and given.batch_size == batch_size:
         given.batch_repeat_interleave(expand)

@@ -10,13 +10,13 @@ from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import torch
-from transformers import Cache
 
 from transformerfam.cache_layer import FamLayer
 from transformerfam.config import FamConfig
 from transformerfam.errors import StateMismatchError, TransformerFamError
 from transformerfam.files import load_tensors, save_tensors
 from transformerfam.identity import ModelIdentity
+from transformerfam.reading_state import ReadingState
 
 STATE_FORMAT_VERSION = 1
 
@@ -30,11 +30,8 @@ class Step(Protocol):
         """Write a piece's keys and values and return all that the piece sees."""
 
 
-class FamState(Cache):
-    """Carry a reading of any length in constant memory: a transformers cache that `model.init_state` makes.
-
-    Under `torch.no_grad` it advances in place; `fork()` first to keep a reading for a second question. While
-    gradients are recorded its tensors are replaced, so that the graph reaches back through all blocks.
+class FamState(ReadingState):
+    """Carry a reading of any length in constant memory; see `ReadingState`.
 
     Attributes:
         config: the `FamConfig` that it was made with.
@@ -71,30 +68,14 @@ class FamState(Cache):
     # What it holds
 
     @property
-    def batch_size(self) -> int:
-        """Number of sequences."""
-        return len(self.block_fill)
-
-    @property
-    def row_lengths(self) -> tuple[int, ...]:
-        """Tokens that each sequence has read."""
-        size = self.config.block_size
-        return tuple(n * size + fill for n, fill in zip(self.num_blocks_per_row, self.block_fill, strict=True))
-
-    @property
-    def num_tokens_read(self) -> int:
-        """Tokens that the longest sequence has read."""
-        return max(self.row_lengths)
-
-    @property
-    def num_blocks(self) -> int:
-        """Whole blocks that the longest sequence has read."""
-        return max(self.num_blocks_per_row)
-
-    @property
     def num_bytes(self) -> int:
         """Bytes of all tensors; constant from `init_state` on."""
         return sum(t.numel() * t.element_size() for layer in self.layers for t in layer.tensors().values())
+
+    @property
+    def has_memory(self) -> bool:
+        """Whether there is FAM, which random state passing can hand on."""
+        return self.config.fam_length > 0
 
     @property
     def fams(self) -> torch.Tensor:
@@ -108,6 +89,12 @@ class FamState(Cache):
             raise TransformerFamError("fam_length is 0, so there is no FAM; convert with fam_length of at least 1")
         empty = torch.zeros_like(present[0])
         return torch.stack([empty if layer.fam is None else layer.fam for layer in self.layers])
+
+    @property
+    def first_carried(self) -> torch.Tensor | None:
+        """The first layer's FAM, or its keys."""
+        layer = self.layers[0]
+        return layer.keys if layer.fam is None else layer.fam
 
     # Copies
 
@@ -146,20 +133,6 @@ class FamState(Cache):
         self.layers = list(other.layers)
         self.block_fill, self.num_blocks_per_row = other.block_fill, other.num_blocks_per_row
 
-    def fork(self) -> "FamState":
-        """Return an independent copy; this one stays as it is."""
-        return self.shallow_copy().map(torch.clone)
-
-    def detach(self) -> "FamState":
-        """Cut the graph and return the state."""
-        return self.map(torch.Tensor.detach)
-
-    def select(self, rows: Sequence[int] | torch.Tensor) -> "FamState":
-        """Return a new state of the batch rows `rows`, in that order; a row may appear more than once."""
-        twin = self.shallow_copy()
-        twin.batch_select_indices(torch.as_tensor(rows))
-        return twin
-
     def zero_memory(self) -> "FamState":
         """Set every FAM, and the keys and values made from it, to zero: the control `fam_memory_zeroed`."""
         for layer in self.layers:
@@ -171,11 +144,6 @@ class FamState(Cache):
 
     # The contract of a transformers cache
 
-    @property
-    def is_compileable(self) -> bool:
-        """False: generation shall not compile around this cache."""
-        return False
-
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -184,17 +152,6 @@ class FamState(Cache):
             raise TransformerFamError("a FamState serves converted models alone; call convert(model, config) first")
         return self.step.attend(self.layers[layer_idx], key_states, value_states)
 
-    def get_seq_length(self, layer_idx: int = 0) -> int:
-        """Return 0: `generate` would cut so many tokens from its input, and a FamState is given new tokens alone.
-
-        `num_tokens_read` says how much was read.
-        """
-        return 0
-
-    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
-        """Choose and order batch rows, for beam search."""
-        self.batch_select_indices(beam_idx)
-
     def batch_select_indices(self, indices: torch.Tensor) -> None:
         """Keep the batch rows `indices`, in that order."""
         rows = indices.tolist()
@@ -202,15 +159,6 @@ class FamState(Cache):
         self.num_blocks_per_row = [self.num_blocks_per_row[row] for row in rows]
         self.starts_from_saved_fam = [self.starts_from_saved_fam[row] for row in rows]
         self.map(lambda tensor: tensor.index_select(0, indices.to(tensor.device)))
-
-    def batch_repeat_interleave(self, repeats: int) -> None:
-        """Repeat every batch row `repeats` times."""
-        self.batch_select_indices(torch.arange(self.batch_size).repeat_interleave(repeats))
-
-    @property
-    def is_croppable(self) -> bool:
-        """False: taking tokens back costs a fork before every step, so `generate` shall not do it without need."""
-        return False
 
     def activate_past_recording(self) -> None:
         """Keep a fork from before the last input from now on, so that `crop` can go back (assisted decoding)."""
@@ -248,14 +196,6 @@ class FamState(Cache):
             decoder = self.identity.model.get_decoder()
             decoder(inputs_embeds=inputs_BTD[:, :num_kept], attention_mask=mask, past_key_values=self)
             self._records = True
-
-    def reset(self) -> None:
-        """Refuse: the initial FAM comes from the model.
-
-        Raises:
-            TransformerFamError: always.
-        """
-        raise TransformerFamError("a FamState cannot be reset; start a new one with model.init_state()")
 
     # Files
 

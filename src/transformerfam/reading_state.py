@@ -1,0 +1,158 @@
+"""What every reading carries, whatever its memory is: sequences, their places in their blocks, and copies of it all.
+
+`FamState` is the reading of a converted model, `rivals.RivalState` that of the systems it is compared with. Models,
+training and tasks ask of a state what stands here.
+"""
+
+import abc
+from collections.abc import Callable, Sequence
+from typing import Any, Self
+
+import torch
+from transformers import Cache
+
+from transformerfam.errors import TransformerFamError
+
+
+class ReadingState(Cache, abc.ABC):
+    """Carry a reading: a transformers cache that `model.init_state` makes.
+
+    Under `torch.no_grad` it advances in place; `fork()` first to keep a reading for a second question. While
+    gradients are recorded its tensors are replaced, so that the graph reaches back through all blocks.
+
+    Attributes:
+        config: the configuration that it was made with.
+        identity: the model that it was made on.
+    """
+
+    config: Any
+    identity: Any
+    block_fill: list[int]
+    num_blocks_per_row: list[int]
+
+    # What it holds
+
+    @property
+    def batch_size(self) -> int:
+        """Number of sequences."""
+        return len(self.block_fill)
+
+    @property
+    def row_lengths(self) -> tuple[int, ...]:
+        """Tokens that each sequence has read."""
+        size = self.config.block_size
+        return tuple(n * size + fill for n, fill in zip(self.num_blocks_per_row, self.block_fill, strict=True))
+
+    @property
+    def num_tokens_read(self) -> int:
+        """Tokens that the longest sequence has read."""
+        return max(self.row_lengths)
+
+    @property
+    def num_blocks(self) -> int:
+        """Whole blocks that the longest sequence has read."""
+        return max(self.num_blocks_per_row)
+
+    @property
+    @abc.abstractmethod
+    def num_bytes(self) -> int:
+        """Bytes of all tensors."""
+
+    @property
+    @abc.abstractmethod
+    def has_memory(self) -> bool:
+        """Whether there is a memory of fixed size, which random state passing can hand on."""
+
+    @property
+    @abc.abstractmethod
+    def fams(self) -> torch.Tensor:
+        """The memory that random state passing hands on, `(L, B, F, D)`."""
+
+    @property
+    @abc.abstractmethod
+    def first_carried(self) -> torch.Tensor | None:
+        """What the lowest layer carries from block to block; None where nothing is."""
+
+    # Copies
+
+    @abc.abstractmethod
+    def shallow_copy(self) -> Self:
+        """Return a new state that shares the tensors: the input of a pure block step while gradients are recorded.
+
+        Under `torch.no_grad` use `fork()`, since the tensors are then written in place.
+        """
+
+    @abc.abstractmethod
+    def map(self, function: Callable[[torch.Tensor], torch.Tensor]) -> Self:
+        """Replace every tensor by `function(tensor)` and return the state."""
+
+    @abc.abstractmethod
+    def go_on_from(self, other: Self) -> None:
+        """Take over the tensors and the place of a state of the same reading, which is not used any more."""
+
+    @abc.abstractmethod
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        """Keep the batch rows `indices`, in that order."""
+
+    @abc.abstractmethod
+    def zero_memory(self) -> Self:
+        """Set what was remembered to zero: the control `..._memory_zeroed`."""
+
+    def fork(self) -> Self:
+        """Return an independent copy; this one stays as it is."""
+        return self.shallow_copy().map(torch.clone)
+
+    def detach(self) -> Self:
+        """Cut the graph and return the state."""
+        return self.map(torch.Tensor.detach)
+
+    def select(self, rows: Sequence[int] | torch.Tensor) -> Self:
+        """Return a new state of the batch rows `rows`, in that order; a row may appear more than once."""
+        twin = self.shallow_copy()
+        twin.batch_select_indices(torch.as_tensor(rows))
+        return twin
+
+    def make_room(self) -> None:
+        """Give back what `drop_complete_block` took."""
+
+    def drop_complete_block(self) -> None:
+        """Let go of a complete block's keys and values: no backward pass needs them."""
+
+    def note_input(self, inputs_BTD: torch.Tensor, attention_mask: torch.Tensor | None) -> None:
+        """Note what is about to be read, if it shall be possible to take it back."""
+
+    # The contract of a transformers cache
+
+    @property
+    def is_compileable(self) -> bool:
+        """False: generation shall not compile around this cache."""
+        return False
+
+    @property
+    def is_croppable(self) -> bool:
+        """False: taking tokens back costs a fork before every step, so `generate` shall not do it without need."""
+        return False
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """Return 0: `generate` would cut so many tokens from its input, and a state is given new tokens alone.
+
+        `num_tokens_read` says how much was read.
+        """
+        return 0
+
+    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
+        """Choose and order batch rows, for beam search."""
+        self.batch_select_indices(beam_idx)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeat every batch row `repeats` times."""
+        self.batch_select_indices(torch.arange(self.batch_size).repeat_interleave(repeats))
+
+    def reset(self) -> None:
+        """Refuse: how a reading starts is the model's affair.
+
+        Raises:
+            TransformerFamError: always.
+        """
+        name = type(self).__name__
+        raise TransformerFamError(f"a {name} cannot be reset; start a new one with model.init_state()")

@@ -1,0 +1,13 @@
+"""The systems that TransformerFAM is compared with, each right, small and tested.
+
+Every rival is one module of the same shape: what it puts in front of and behind a segment, what it does to a layer, and
+what it carries. `attach(model, RivalConfig(system=...))` gives it to any model that `convert` serves; the model then
+reads, trains, generates and is asked like a converted one. Those rivals that are choices of `FamConfig` are `presets`.
+"""
+
+from transformerfam.rivals.attach import attach, rival_class
+from transformerfam.rivals.config import RIVAL_NAMES, RivalConfig
+from transformerfam.rivals.presets import PRESETS, preset
+from transformerfam.rivals.state import RivalState
+
+__all__ = ["PRESETS", "RIVAL_NAMES", "RivalConfig", "RivalState", "attach", "preset", "rival_class"]

@@ -1,0 +1,249 @@
+"""What a rival carries from piece to piece.
+
+The sequences of a batch are kept in *lanes*: those of one lane have read equally many tokens and stand at the same
+place of their segment, so that a rival never meets a ragged batch. Lanes split when their sequences part.
+"""
+
+import dataclasses
+import os
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+from transformerfam.errors import StateMismatchError, TransformerFamError
+from transformerfam.files import load_tensors, save_tensors
+from transformerfam.identity import ModelIdentity
+from transformerfam.reading_state import ReadingState
+from transformerfam.rivals.config import RivalConfig
+
+STATE_FORMAT_VERSION = 1
+PLACES = ("fill", "num_blocks", "num_remembered", "num_front")
+
+
+@dataclasses.dataclass
+class Lane:
+    """Sequences that stand at the same place.
+
+    Attributes:
+        rows: which sequences of the batch they are.
+        memory: what outlives the segment, by name, `(B, ...)` each.
+        scratch: what is collected during the segment and forgotten behind it, by name.
+        keys: of every layer `(B, G, S, K)`, the segment so far with the rows in front of it; empty before its first.
+        values: likewise.
+        fill: tokens in the segment.
+        num_blocks: whole segments that were read.
+        num_remembered: segments that the memory holds, those of a memory that was handed on included.
+        num_front: rows in front of the segment.
+    """
+
+    rows: list[int]
+    memory: dict[str, torch.Tensor]
+    scratch: dict[str, torch.Tensor] = dataclasses.field(default_factory=dict)
+    keys: list[torch.Tensor] = dataclasses.field(default_factory=list)
+    values: list[torch.Tensor] = dataclasses.field(default_factory=list)
+    fill: int = 0
+    num_blocks: int = 0
+    num_remembered: int = 0
+    num_front: int = 0
+
+    @property
+    def num_slots(self) -> int:
+        """Keys of the segment so far."""
+        return self.keys[0].shape[2] if self.keys else 0
+
+    def copy(self) -> "Lane":
+        """Return a lane that shares the tensors."""
+        return dataclasses.replace(
+            self,
+            rows=list(self.rows),
+            keys=list(self.keys),
+            values=list(self.values),
+            memory=dict(self.memory),
+            scratch=dict(self.scratch),
+        )
+
+    def map(self, function: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        """Replace every tensor."""
+        self.keys, self.values = [function(t) for t in self.keys], [function(t) for t in self.values]
+        self.memory = {name: function(tensor) for name, tensor in self.memory.items()}
+        self.scratch = {name: function(tensor) for name, tensor in self.scratch.items()}
+
+    def select(self, indices: Sequence[int]) -> "Lane":
+        """Return some of the lane's sequences as a lane of their own."""
+        lane = self.copy()
+        if list(indices) != list(range(len(self.rows))):
+            index = torch.as_tensor(indices)
+            lane.map(lambda tensor: tensor.index_select(0, index.to(tensor.device)))
+        lane.rows = [self.rows[i] for i in indices]
+        return lane
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """Return what the lane carries, by name."""
+        named = {f"memory.{name}": tensor for name, tensor in self.memory.items()}
+        named |= {f"scratch.{name}": tensor for name, tensor in self.scratch.items()}
+        for part in ("keys", "values"):
+            named |= {f"{part}.{i}": tensor for i, tensor in enumerate(getattr(self, part))}
+        return named
+
+
+class RivalState(ReadingState):
+    """Carry a rival's reading; see `ReadingState`.
+
+    Its bytes grow within a segment, and with the text where the system says so.
+
+    Attributes:
+        config: the `RivalConfig` that it was made with.
+        has_memory: whether the rival has a memory of fixed size.
+    """
+
+    def __init__(self, lanes: Sequence[Lane], config: RivalConfig, identity: ModelIdentity, has_memory: bool) -> None:
+        super().__init__(layers=[])
+        self.config: RivalConfig = config
+        self.identity = identity
+        self._has_memory = has_memory
+        self.set_lanes(lanes)
+
+    def set_lanes(self, lanes: Sequence[Lane]) -> None:
+        """Put other lanes in the place of those that there are; together they hold every sequence once."""
+        self.lanes = list(lanes)
+        placed = {row: lane for lane in lanes for row in lane.rows}
+        assert sorted(placed) == list(range(sum(len(lane.rows) for lane in lanes))), "a sequence is missing or twice"
+        self.block_fill = [placed[row].fill for row in range(len(placed))]
+        self.num_blocks_per_row = [placed[row].num_blocks for row in range(len(placed))]
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of all tensors."""
+        return sum(t.numel() * t.element_size() for lane in self.lanes for t in lane.tensors().values())
+
+    @property
+    def has_memory(self) -> bool:
+        """Whether there is a memory of fixed size, which random state passing can hand on."""
+        return self._has_memory
+
+    @property
+    def fams(self) -> torch.Tensor:
+        """The memory of every sequence as one row of numbers, `(1, B, 1, N)`: what random state passing hands on.
+
+        Raises:
+            TransformerFamError: there is no memory, or it grows with the text.
+        """
+        if not self.has_memory:
+            raise TransformerFamError(f"{self.config.system} has no memory of fixed size that could be handed on")
+        flat: dict[int, torch.Tensor] = {}
+        for lane in self.lanes:
+            parts = [lane.memory[name].flatten(1) for name in sorted(lane.memory)]
+            flat |= dict(zip(lane.rows, torch.cat(parts, dim=1), strict=True))
+        return torch.stack([flat[row] for row in range(self.batch_size)])[None, :, None]
+
+    @property
+    def first_carried(self) -> torch.Tensor | None:
+        """The first part of the memory."""
+        return next(iter(self.lanes[0].memory.values()), None)
+
+    def shallow_copy(self) -> "RivalState":
+        """Return a new state that shares the tensors."""
+        return RivalState([lane.copy() for lane in self.lanes], self.config, self.identity, self._has_memory)
+
+    def map(self, function: Callable[[torch.Tensor], torch.Tensor]) -> "RivalState":
+        """Replace every tensor by `function(tensor)` and return the state."""
+        for lane in self.lanes:
+            lane.map(function)
+        return self
+
+    def go_on_from(self, other: "RivalState") -> None:
+        """Take over the tensors and the place of a state of the same reading, which is not used any more."""
+        self.set_lanes(other.lanes)
+
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        """Keep the batch rows `indices`, in that order."""
+        wanted = indices.tolist()
+        lanes = []
+        for lane in self.lanes:
+            chosen = [(new, lane.rows.index(old)) for new, old in enumerate(wanted) if old in lane.rows]
+            if chosen:
+                part = lane.select([i for _, i in chosen])
+                part.rows = [new for new, _ in chosen]
+                lanes.append(part)
+        self.set_lanes(lanes)
+
+    def zero_memory(self) -> "RivalState":
+        """Set the memory to zero; what stands in the segment at hand stays."""
+        for lane in self.lanes:
+            lane.memory = {name: torch.zeros_like(tensor) for name, tensor in lane.memory.items()}
+        return self
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Refuse: a rival's keys go through its pieces.
+
+        Raises:
+            TransformerFamError: always.
+        """
+        raise TransformerFamError("a RivalState serves models with a rival alone; call rivals.attach(model, config)")
+
+    # Files
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the state to a safetensors file, atomically.
+
+        Raises:
+            TransformerFamError: the folder does not exist or the disk is full; an old file is left as it was.
+        """
+        lanes = [{"rows": lane.rows} | {name: getattr(lane, name) for name in PLACES} for lane in self.lanes]
+        metadata = {
+            "kind": "rival state",
+            "format_version": STATE_FORMAT_VERSION,
+            "identity": self.identity.to_metadata(self.config),
+            "lanes": lanes,
+        }
+        tensors = {
+            f"{number}.{name}": tensor
+            for number, lane in enumerate(self.lanes)
+            for name, tensor in lane.tensors().items()
+        }
+        save_tensors(path, tensors, metadata)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str], model: Any) -> "RivalState":
+        """Read a state that was saved on the same model.
+
+        Args:
+            path: a file that `save` wrote.
+            model: the model, with its rival, that goes on with it.
+
+        Raises:
+            CorruptFileError: the file is missing, foreign, damaged or of another version.
+            StateMismatchError: it was made on another architecture, rival or dtype.
+
+        Warns:
+            UserWarning: it was made on other weights of the same architecture.
+        """
+        tensors, metadata = load_tensors(path, "rival state", STATE_FORMAT_VERSION)
+        with torch.no_grad():
+            state: RivalState = model.init_state(1)
+        state.identity.check(metadata["identity"], state.config, str(path))
+        dtype, device = model.get_input_embeddings().weight.dtype, model.device
+        stored = {tensor.dtype for name, tensor in tensors.items() if ".keys." in name}
+        if stored - {dtype}:
+            raise StateMismatchError(
+                f"{path} holds keys of type {stored.pop()}, the model has {dtype}; load it into a model of the dtype "
+                "that it was made on"
+            )
+        lanes = []
+        for number, places in enumerate(metadata["lanes"]):
+            own = {n.partition(".")[2]: t.to(device) for n, t in tensors.items() if n.startswith(f"{number}.")}
+            lane = Lane(memory=_named(own, "memory"), scratch=_named(own, "scratch"), **places)
+            for part in ("keys", "values"):
+                by_layer = _named(own, part)
+                setattr(lane, part, [by_layer[str(i)] for i in range(len(by_layer))])
+            lanes.append(lane)
+        state.set_lanes(lanes)
+        return state
+
+
+def _named(tensors: dict[str, torch.Tensor], part: str) -> dict[str, torch.Tensor]:
+    """Return the tensors of one part, by the rest of their names."""
+    return {name.removeprefix(f"{part}."): t for name, t in tensors.items() if name.startswith(f"{part}.")}
