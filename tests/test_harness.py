@@ -101,7 +101,7 @@ def test_generating_stops_at_stop_texts(folder: Path) -> None:
 def test_bad_arguments_are_refused(folder: Path) -> None:
     for options, match in (
         ({"batch_size": "auto"}, "batch_size is 'auto', required is a number"),
-        ({"system": "rmt"}, "there is no system 'rmt'"),
+        ({"system": "titans"}, "there is no system 'titans'"),
         ({"device": "cuda:99"}, "device 'cuda:99' cannot be used here"),
         ({"block_sizes": 3}, "FamConfig has no field 'block_sizes'; did you mean block_size?"),
     ):

@@ -116,7 +116,8 @@ def test_adapter_folder_finds_its_base_by_note(folder: Path, tmp_path: Path) -> 
         ("smolm2", "fam", "no model 'smolm2'; did you mean smollm2"),
         ("nowhere/at/all", "fam", "no model 'nowhere/at/all'; take one of tiny, smollm2"),
         ("tiny", "bsw", "no system 'bsw' to load; did you mean bswa"),
-        ("tiny", "infini", "no system 'infini' to load; take one of fam, bswa, fam_untrained"),
+        ("tiny", "titans", "no system 'titans' to load; take one of fam, bswa, fam_untrained"),
+        ("tiny", "infini", "tiny has no trained infini"),
     ],
 )
 def test_load_model_refuses_unknown_names_with_the_nearest(name: str, system: Any, message: str) -> None:

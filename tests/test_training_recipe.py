@@ -56,7 +56,7 @@ def test_recipe_survives_json():
         ({"schedule": {"stored_blocks": 2, "gradient_tokens": 60}}, "no schedule.gradient_tokens"),
         ({"schedule": {"repeat_updates": [0, 1]}, "fam": {"num_memory_segments": 1}}, "num_memory_segments is 1"),
         ({"schedule": {"repeat_updates": [0, 1]}, "fam": {"fam_length": 0}}, "there is no FAM to update"),
-        ({"fam": {"fam_length": 0}, "state_passing": {"probability": 0.8}}, r"there is no state to pass"),
+        ({"fam": {"fam_length": 0}, "state_passing": {"probability": 0.8}}, r"no memory of fixed size to pass"),
         ({"data": {"book": 0.5}}, r"set data.books"),
         ({"loss": {"teacher": 1.0}}, r"required is a base model that was trained before"),
         ({"loss": {"teacher_filler_tokens": [3, 1]}}, r"loss.teacher_filler_tokens is \[3, 1\]"),

@@ -12,14 +12,16 @@ from rich.markup import escape
 from transformers.utils import logging as transformers_logging
 from typer.core import TyperGroup
 
+from transformerfam.cli_compare import compare_command
 from transformerfam.cli_plan import plan_command
+from transformerfam.cli_report import report_app
 from transformerfam.demo import draw_seed, prepare_demo, run_demo
 from transformerfam.errors import ReadInterrupted, TransformerFamError
 from transformerfam.models import find_device, load_model, save_model
 from transformerfam.processes import own_device, process_share
 from transformerfam.progress import tokens_bar, training_bar
 from transformerfam.reports.next_token import next_token_table
-from transformerfam.reports.passkey import passkey_table, plot_passkey
+from transformerfam.reports.passkey import passkey_table
 from transformerfam.reports.rows import RowFile, read_rows
 from transformerfam.state import FamState
 from transformerfam.tasks.next_token import evaluate_next_token
@@ -51,7 +53,9 @@ class ErrorsInOneLine(TyperGroup):
 app = typer.Typer(cls=ErrorsInOneLine, no_args_is_help=True, pretty_exceptions_show_locals=False, add_completion=False)
 evaluate_app = typer.Typer(no_args_is_help=True)
 app.add_typer(evaluate_app, name="evaluate", help="Measure a model; rows go to a JSON lines file.")
+app.add_typer(report_app, name="report", help="Tables and figures of result rows, and pictures of attention.")
 app.command("plan")(plan_command)
+app.command("compare")(compare_command)
 
 ModelOption = Annotated[str, typer.Option("--model", help="tiny, smollm2, or a folder.")]
 SystemOption = Annotated[
@@ -254,25 +258,6 @@ def average_command(
     _say(f"the mean of {len(memories)} memories is in {output}")
 
 
-@app.command("report")
-def report_command(
-    rows: Annotated[list[Path], typer.Argument(help="JSON lines files of rows.")],
-    figures: Annotated[list[Path] | None, typer.Option("--figure", help="Passkey figure: .svg, .png or .pdf.")] = None,
-) -> None:
-    """Print tables of result rows, and draw the passkey figure."""
-    loaded = read_rows(rows)
-    tables = [table for table in (passkey_table(loaded), next_token_table(loaded)) if table is not None]
-    if not tables:
-        raise TransformerFamError(
-            f"the {len(rows)} files hold {len(loaded)} rows and none is of a task that is reported; required are rows "
-            "of passkey or next-token"
-        )
-    for table in tables:
-        _print_table(table)
-    for figure in figures or []:
-        plot_passkey(loaded, figure)
-
-
 @app.command("demo")
 def demo_command(
     seed: Annotated[int | None, typer.Option("--seed", help="Seed of the key; drawn if not given.")] = None,
@@ -312,7 +297,7 @@ def _load(
 ) -> tuple[Any, Any]:
     _hide_loading_bars()
     place = find_device(own_device(device))
-    loaded, tokenizer = load_model(model, system, overrides)  # type: ignore[arg-type]
+    loaded, tokenizer = load_model(model, system, overrides)
     return loaded.to(place), tokenizer
 
 

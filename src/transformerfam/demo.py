@@ -187,7 +187,7 @@ def run_demo(demo: Demo, bar: Bar) -> dict[str, DemoResult]:
 
 @torch.no_grad()
 def _run_system(demo: Demo, system: str, update: Callable[[int, int | None, FamState], None]) -> DemoResult:
-    model, tokenizer = load_model(demo.model_name, system)  # type: ignore[arg-type]
+    model, tokenizer = load_model(demo.model_name, system)
     state = model.init_state()
     begin = time.monotonic()
     for start in range(0, demo.num_tokens, READ_TOKENS):

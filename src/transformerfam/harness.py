@@ -74,7 +74,7 @@ class FamLM(TemplateLM):
         self.model: Any = pretrained
         self.tokenizer: Any = tokenizer
         if isinstance(pretrained, str):
-            self.model, self.tokenizer = load_model(pretrained, system, fields)  # type: ignore[arg-type]
+            self.model, self.tokenizer = load_model(pretrained, system, fields)
         self.model.to(self._device, getattr(torch, dtype))
         self.name = str(pretrained) if isinstance(pretrained, str) else type(pretrained).__name__
 

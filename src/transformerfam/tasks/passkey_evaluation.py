@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from transformerfam.errors import TransformerFamError
-from transformerfam.state import FamState
+from transformerfam.reading_state import ReadingState
 from transformerfam.tasks.passkey import FillerStream, PasskeyText, draw_keys
 from transformerfam.tasks.provenance import provenance
 
@@ -66,7 +66,7 @@ class PasskeyEvaluation:
     process: tuple[int, int] = (0, 1)
     """Number of this process and how many there are: each asks for its share of the keys."""
 
-    progress: Callable[[int, int, FamState], None] | None = None
+    progress: Callable[[int, int, ReadingState], None] | None = None
     """Called after every block with the tokens of filler done, those to do (of all keys together), and the state."""
 
     def __post_init__(self) -> None:
@@ -172,12 +172,12 @@ class _Batch:
                 num_read += num_tokens
             yield from self._ask(state, length, starts_B + num_read)
 
-    def _progress(self, num_read: int, length: int) -> Callable[[int, int, FamState], None] | bool:
+    def _progress(self, num_read: int, length: int) -> Callable[[int, int, ReadingState], None] | bool:
         report, (num_before, num_keys) = self.options.progress, self.share
         if report is None:
             return False
 
-        def update(done: int, total: int, state: FamState) -> None:
+        def update(done: int, total: int, state: ReadingState) -> None:
             report(num_before * length + len(self.keys) * (num_read + done), num_keys * length, state)
 
         return update
@@ -193,30 +193,17 @@ class _Batch:
         starts = torch.randint(len(self.text.filler), (self.options.num_keys,), generator=generator)
         return starts[self.key_indices]
 
-    def _read_intros(self, prefix_starts_B: Tensor) -> FamState:
+    def _read_intros(self, prefix_starts_B: Tensor) -> ReadingState:
         prefix_BT = self.text.filler.rows(prefix_starts_B, self.options.prefix_tokens)
         intros = [torch.tensor(self.text.intro_ids(key)) for key in self.keys]
-        return self._read_ragged([torch.cat(pieces) for pieces in zip(prefix_BT, intros, strict=True)], None)
+        return read_ragged(self.model, [torch.cat(pieces) for pieces in zip(prefix_BT, intros, strict=True)])
 
-    def _read_ragged(self, rows: list[Tensor], state: FamState | None) -> FamState:
-        """Read rows of different lengths, padded on the left."""
-        longest = max(len(row) for row in rows)
-        if longest == 0 and state is not None:
-            return state
-        ids_BT = torch.zeros(len(rows), longest, dtype=torch.long)
-        mask_BT = torch.zeros(len(rows), longest, dtype=torch.long)
-        for row_idx, row in enumerate(rows):
-            ids_BT[row_idx, longest - len(row) :] = row
-            mask_BT[row_idx, longest - len(row) :] = 1
-        mask = None if bool(mask_BT.all()) else mask_BT
-        return self.model.read(ids_BT, state, attention_mask=mask, progress=False)
-
-    def _ask(self, state: FamState, length: int, filler_starts_B: Tensor) -> Iterator[dict[str, Any]]:
+    def _ask(self, state: ReadingState, length: int, filler_starts_B: Tensor) -> Iterator[dict[str, Any]]:
         missing = self._missing(length)
         jitters = [self.options.jitters(length, self.block_size)[i] for i in self.key_indices]
         ready = state.fork()
         tails = [self.text.filler.slice(int(start), j) for start, j in zip(filler_starts_B, jitters, strict=True)]
-        ready = self._read_ragged(tails, ready)
+        ready = read_ragged(self.model, tails, ready)
         for system in self.options.systems:
             if not any(system in names for names in missing):
                 continue
@@ -245,7 +232,7 @@ class _Batch:
                     }
 
     @torch.no_grad()
-    def _answers(self, state: FamState) -> list[tuple[str, bool]]:
+    def _answers(self, state: ReadingState) -> list[tuple[str, bool]]:
         """Ask, and return each row's answer and whether it is the whole key."""
         wanted = [self.text.key_ids(key) for key in self.keys]
         question_BT = torch.tensor(self.text.question_ids).expand(len(self.keys), -1)
@@ -254,16 +241,40 @@ class _Batch:
         return [(self.text.decode(ids), ids == key_ids) for ids, key_ids in zip(said, wanted, strict=True)]
 
 
+def padded(rows: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """Return rows of different lengths as `(B, T)`, padded on the left, and the mask of their tokens."""
+    longest = max(len(row) for row in rows)
+    ids_BT = torch.zeros(len(rows), longest, dtype=torch.long)
+    mask_BT = torch.zeros(len(rows), longest, dtype=torch.long)
+    for row_idx, row in enumerate(rows):
+        ids_BT[row_idx, longest - len(row) :] = row
+        mask_BT[row_idx, longest - len(row) :] = 1
+    return ids_BT, mask_BT
+
+
+def read_ragged(model: Any, rows: Sequence[Tensor], state: ReadingState | None = None) -> ReadingState:
+    """Read rows of different lengths into a state."""
+    ids_BT, mask_BT = padded(rows)
+    if ids_BT.shape[1] == 0 and state is not None:
+        return state
+    mask = None if bool(mask_BT.all()) else mask_BT
+    read: ReadingState = model.read(ids_BT, state, attention_mask=mask, progress=False)
+    return read
+
+
 @torch.no_grad()
-def greedy_tokens(model: Any, ids_BT: Tensor, state: FamState, num_tokens: int) -> Tensor:
+def greedy_tokens(
+    model: Any, ids_BT: Tensor, state: ReadingState, num_tokens: int, attention_mask: Tensor | None = None
+) -> Tensor:
     """Feed `ids_BT` and return the `num_tokens` likeliest next tokens, one after the other, (B, num_tokens).
 
-    The state advances over the input and all tokens but the last.
+    The state advances over the input and all tokens but the last. `attention_mask` is of an input padded on the left.
     """
     said = []
     for _ in range(num_tokens):
         device = next(model.parameters()).device
-        logits_BTV = model(input_ids=ids_BT.to(device), past_key_values=state, logits_to_keep=1).logits
-        ids_BT = logits_BTV[:, -1:].argmax(dim=-1)
+        mask = None if attention_mask is None else attention_mask.to(device)
+        output = model(input_ids=ids_BT.to(device), attention_mask=mask, past_key_values=state, logits_to_keep=1)
+        ids_BT, attention_mask = output.logits[:, -1:].argmax(dim=-1), None
         said.append(ids_BT.cpu())
     return torch.cat(said, dim=1)

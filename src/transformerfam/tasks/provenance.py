@@ -12,7 +12,8 @@ from typing import Any
 
 from transformerfam.adapter import FAM_FILE, FamAdapter
 from transformerfam.errors import CorruptFileError
-from transformerfam.models import BSWA_FOLDER, NAMED_MODELS
+from transformerfam.files import load_tensors
+from transformerfam.models import BSWA_FOLDER, NAMED_MODELS, RIVAL_FILE, RIVAL_FORMAT_VERSION
 
 UNKNOWN = "unknown"
 CARD_FILE = "card.json"
@@ -83,6 +84,8 @@ def memory_notes(name_or_folder: str | Path, system: str = "fam") -> dict[str, A
     if system == "bswa":
         folder = folder / BSWA_FOLDER
     notes = FamAdapter.from_pretrained(folder).notes if (folder / FAM_FILE).is_file() else {}
+    if (folder / RIVAL_FILE).is_file():
+        notes = load_tensors(folder / RIVAL_FILE, "rival", RIVAL_FORMAT_VERSION)[1]["notes"]
     card = folder / CARD_FILE
     if card.is_file():
         try:

@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
 from transformerfam.families import decoder_layers
-from transformerfam.state import FamState
+from transformerfam.reading_state import ReadingState
 from transformerfam.training.auxiliary import AuxiliaryLosses
 from transformerfam.training.scores import Scores, StepOutput, score
 from transformerfam.training.sequences import Batch
@@ -26,7 +26,7 @@ BLOCKS_PER_TRIM = 4
 def run_batch(
     model: PreTrainedModel,
     batch: Batch,
-    state: FamState,
+    state: ReadingState,
     *,
     checkpoint_blocks: bool = True,
     pass_before_question: bool = False,
@@ -62,7 +62,7 @@ def run_batch(
     """
     scores, total_change, num_changes = Scores.zero(len(batch.keys), model.device), torch.zeros(()), 0
     block_size = model.fam_config.block_size
-    has_fam = model.fam_config.fam_length > 0
+    has_fam = state.has_memory
     passed = state.fams.detach() if has_fam and pass_before_question else None
     num_passed_blocks, num_blocks = 0, -(-batch.input_ids_BT.shape[1] // block_size)
     for block_idx, (start, stop) in enumerate(block_spans(batch.input_ids_BT.shape[1], block_size)):
@@ -108,7 +108,7 @@ def block_spans(length: int, block_size: int) -> Iterator[tuple[int, int]]:
 
 def _run_block(
     model: PreTrainedModel,
-    state: FamState,
+    state: ReadingState,
     batch: Batch,
     start: int,
     stop: int,
@@ -116,7 +116,7 @@ def _run_block(
     lesson: Lesson | None,
     drops_block: bool,
     auxiliary: AuxiliaryLosses | None,
-) -> tuple[FamState, Scores, torch.Tensor, torch.Tensor]:
+) -> tuple[ReadingState, Scores, torch.Tensor, torch.Tensor]:
     """Read one block; the state that comes in stays as it is.
 
     With `drops_block` the new state of a complete block does not hold its keys and values: most of what would be kept
@@ -146,7 +146,7 @@ def _run_block(
     return state, scores, change, added
 
 
-def _return_freed_memory(state: FamState) -> None:
+def _return_freed_memory(state: ReadingState) -> None:
     """Let the allocator return freed memory to the system, now and again when the gradient has come back to here.
 
     The small tensors that are kept for every block lie between large ones that were freed. Without this glibc grows by
@@ -159,13 +159,12 @@ def _return_freed_memory(state: FamState) -> None:
         psutil.heap_trim()
 
     psutil.heap_trim()
-    layer = state.layers[0]  # the last to get its gradient
-    carried = layer.keys if layer.fam is None else layer.fam
-    if carried.requires_grad:
+    carried = state.first_carried  # the last to get its gradient
+    if carried is not None and carried.requires_grad:
         carried.register_hook(trim)
 
 
-def _fam_change(before: FamState, after: FamState, holds_B: torch.Tensor) -> torch.Tensor:
+def _fam_change(before: ReadingState, after: ReadingState, holds_B: torch.Tensor) -> torch.Tensor:
     """Return the length of the FAM's change, relative to its own: mean over layers and rows, sum over `holds_B`."""
     changes = []
     for old, new in zip(before.layers, after.layers, strict=True):
@@ -180,7 +179,7 @@ def _fam_change(before: FamState, after: FamState, holds_B: torch.Tensor) -> tor
 
 
 @torch.no_grad()
-def _read_without_gradient(model: PreTrainedModel, state: FamState, ids_BT: torch.Tensor) -> FamState:
+def _read_without_gradient(model: PreTrainedModel, state: ReadingState, ids_BT: torch.Tensor) -> ReadingState:
     """Read the first tokens of a block; keys and values are cut off the graph, the FAM is not.
 
     Where all rows are alike, as in front of the first key, one is read for all.
@@ -200,7 +199,9 @@ def _read_without_gradient(model: PreTrainedModel, state: FamState, ids_BT: torc
     return after
 
 
-def _update_again(model: PreTrainedModel, state: FamState, last_ids_B1: torch.Tensor, sources: list[int]) -> FamState:
+def _update_again(
+    model: PreTrainedModel, state: ReadingState, last_ids_B1: torch.Tensor, sources: list[int]
+) -> ReadingState:
     """Let every row's FAM compress the block that another row has just read, for the cost of one token.
 
     The block's keys and values are still there and are taken as they are, without their graph; the block's last token
@@ -228,7 +229,7 @@ def _drops(model: nn.Module) -> bool:
 
 
 @torch.no_grad()
-def find_non_finite(model: PreTrainedModel, batch: Batch, state: FamState) -> str:
+def find_non_finite(model: PreTrainedModel, batch: Batch, state: ReadingState) -> str:
     """Read a batch again and say where a hidden state first was not finite.
 
     Args:

@@ -1,5 +1,6 @@
 """What a run keeps: its recipe, and in one safetensors file, replaced atomically, all that the next step depends on."""
 
+import contextlib
 import json
 from pathlib import Path
 from typing import Any
@@ -124,6 +125,17 @@ def cut_log(path: Path, num_steps: int) -> None:
         if row["step"] < num_steps:
             kept.append(line + "\n")
     write_text(path, "".join(kept))
+
+
+def last_log_row(path: Path) -> dict[str, Any] | None:
+    """Return the last whole line of a log, None where there is none."""
+    if not path.exists():
+        return None
+    for line in reversed(path.read_text(encoding="utf-8").splitlines()):
+        with contextlib.suppress(json.JSONDecodeError):
+            row: dict[str, Any] = json.loads(line)
+            return row
+    return None
 
 
 def recipe_of_run(folder: str | Path) -> Recipe:

@@ -6,15 +6,18 @@ import torch
 from torch import nn
 from transformers import Adafactor, PreTrainedModel
 
-from transformerfam.convert import fam_parameters
+from transformerfam.memory import initial_rows
 from transformerfam.training.recipe import Recipe
 from transformerfam.training.sections import KeyBiasSection, OptimizerSection
 
 
 def build_optimizer(model: PreTrainedModel, recipe: Recipe) -> torch.optim.Optimizer:
-    """Return the optimizer of all trained weights: the initial FAM in one group, the rest (LoRA or all) in another."""
+    """Return the optimizer of all trained weights.
+
+    The initial FAM, or a rival's learned rows, stand in one group, the rest (LoRA or all) in another.
+    """
     section = recipe.optimizer
-    prompt = fam_parameters(model)
+    prompt = initial_rows(model)
     own = {id(parameter) for parameter in prompt}
     rest = [p for p in model.parameters() if p.requires_grad and id(p) not in own]
     rest_lr = recipe.lora.lr if recipe.lora is not None and recipe.lora.lr is not None else section.lr

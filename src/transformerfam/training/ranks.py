@@ -25,7 +25,7 @@ from transformers import PreTrainedModel
 from transformerfam.errors import MissingPackageError, RecipeError
 from transformerfam.families import decoder_layers
 from transformerfam.files import write_text
-from transformerfam.state import FamState
+from transformerfam.reading_state import ReadingState
 from transformerfam.training.checkpoint import CHECKPOINT_FILE, RECIPE_FILE, recipe_of_run
 from transformerfam.training.recipe import Recipe
 from transformerfam.training.scores import StepOutput
@@ -120,7 +120,9 @@ class Ranks:
             fully_shard(layer, mesh=mesh)
         return module
 
-    def read_in_parts(self, module: nn.Module, recipe: Recipe, own: Batch, state: FamState, *rest: Any) -> StepOutput:
+    def read_in_parts(
+        self, module: nn.Module, recipe: Recipe, own: Batch, state: ReadingState, *rest: Any
+    ) -> StepOutput:
         """Run a step and its backward pass on this process's rows, part by part.
 
         Args:

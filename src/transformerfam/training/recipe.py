@@ -7,6 +7,8 @@ from typing import Any
 
 from transformerfam.config import FamConfig
 from transformerfam.errors import RecipeError, TransformerFamError
+from transformerfam.rivals import RivalConfig, rival_class
+from transformerfam.tasks.named_keys import NAMES
 from transformerfam.training.sections import (
     DataSection,
     InstructionSection,
@@ -32,6 +34,8 @@ class Recipe:
     model: ModelSection
     schedule: ScheduleSection
     fam: FamConfig = field(default_factory=lambda: FamConfig(fam_key_bias=0.0))
+    rival: RivalConfig | None = None
+    """A system that FAM is compared with, in its place; segments are blocks of `fam.block_size`."""
     lora: LoraSection | None = None
     optimizer: OptimizerSection = field(default_factory=OptimizerSection)
     state_passing: StatePassingSection = field(default_factory=StatePassingSection)
@@ -72,6 +76,8 @@ class Recipe:
         low, high = self.data.key_digits
         _require(1 <= low <= high, f"data.key_digits is [{low}, {high}], required is 1 <= low <= high")
         self._require_parts()
+        self._require_named()
+        self._require_rival()
         self._require_updates()
         self._require_auxiliary()
         self._require_passable()
@@ -111,6 +117,61 @@ class Recipe:
             "loss.teacher, state_passing.ask_later or state_passing.before_question is given beside instructions, "
             "which have no key to ask for; leave it out",
         )
+
+    def _require_named(self) -> None:
+        """Refuse named keys and facts beside what knows one key without a name."""
+        for name in ("named_keys", "retold_keys", "keys_apart", "facts"):
+            _require_range(f"data.{name}", *getattr(self.data, name))
+        _require(
+            self.data.named_keys[1] > 0 or self.data.retold_keys[1] == 0,
+            "data.retold_keys is above 0 and data.named_keys is not",
+        )
+        for name, most in (("named_keys", len(NAMES)), ("facts", 3)):
+            low, high = getattr(self.data, name)
+            _require(
+                high == 0 or (low >= 1 and high <= most), f"data.{name} is [{low}, {high}], required is 1 to {most}"
+            )
+        _require_range("data.fact_sentences", *self.data.fact_sentences)
+        if self.data.named_keys[1] == self.data.facts[1] == 0:
+            return
+        _require(
+            self.data.named_keys[1] == 0 or self.data.facts[1] == 0,
+            "data.named_keys and data.facts are both above 0, required is one of them",
+        )
+        _require(
+            self.state_passing.ask_later == self.loss.teacher == self.schedule.stored_blocks == 0
+            and self.data.boundary_share == self.data.passkey_book == self.data.book == 0,
+            "state_passing.ask_later, loss.teacher, schedule.stored_blocks, data.boundary_share, data.passkey_book or "
+            "data.book is given beside data.named_keys or data.facts, which have no single key; leave it out",
+        )
+
+    def _require_rival(self) -> None:
+        """Refuse a rival beside FAM, or beside what only FAM has."""
+        if self.rival is None:
+            return
+        fam = self.fam
+        is_plain = fam.fam_length == fam.num_memory_segments == fam.num_sink_tokens == 0 and fam.window is None
+        _require(
+            is_plain and self.rival.block_size == fam.block_size,
+            f"rival.block_size is {self.rival.block_size}, required is fam.block_size ({fam.block_size}), and a fam "
+            "section without FAM, memory segments, sink tokens or window, since the rival stands in their place; set "
+            "fam.fam_length = 0",
+        )
+        _require(
+            self.lora is None and self.model.memory is None and self.key_bias is None and not self.schedule.block_sizes,
+            "lora, model.memory, key_bias or schedule.block_sizes is given beside rival, which is trained in full, "
+            "from its own start, in segments of one size; leave it out",
+        )
+        _require(
+            self.schedule.gradient_tokens is None and self.loss.fam_change == 0,
+            "schedule.gradient_tokens or loss.fam_change is given beside rival, and they know the FAM alone; leave it "
+            "out",
+        )
+
+    @property
+    def has_passable_memory(self) -> bool:
+        """Whether there is a memory of fixed size, which state passing can hand on."""
+        return self.fam.fam_length > 0 if self.rival is None else rival_class(self.rival.system).has_memory
 
     def _require_parts(self) -> None:
         """Refuse batches and weights that cannot be parted as the recipe says."""
@@ -175,8 +236,8 @@ class Recipe:
             'state_passing.ask_later needs state_passing.rows = "all", since every sequence asks for its own key',
         )
         _require(
-            self.state_passing.probability == 0 or self.fam.fam_length > 0,
-            "state_passing.probability is above 0 but fam.fam_length is 0: there is no state to pass; "
+            self.state_passing.probability == 0 or self.has_passable_memory,
+            f"state_passing.probability is above 0 but {self._system} has no memory of fixed size to pass; "
             "set state_passing.probability = 0",
         )
         _require(self.state_passing.noise >= 0, f"state_passing.noise is {self.state_passing.noise}, required is >= 0")
@@ -194,6 +255,10 @@ class Recipe:
             self.loss.fam_change == 0 and self.schedule.gradient_tokens is None,
             f"{why} loss.fam_change = 0 and no schedule.gradient_tokens: stored filler has no gradient",
         )
+
+    @property
+    def _system(self) -> str:
+        return "fam.fam_length = 0" if self.rival is None else f"rival.system = {self.rival.system!r}"
 
     @property
     def reading_config(self) -> FamConfig:

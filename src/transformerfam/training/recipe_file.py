@@ -50,11 +50,20 @@ def apply_override(values: dict[str, Any], override: str) -> None:
         value = tomllib.loads(f"value = {text}")["value"]
     except tomllib.TOMLDecodeError:
         value = text.strip()
-    *sections, name = dotted.strip().split(".")
+    set_value(values, dotted.strip(), value)
+
+
+def set_value(values: dict[str, Any], dotted: str, value: Any) -> None:
+    """Set `section.key` in plain values; sections that are missing are made.
+
+    Raises:
+        RecipeError: the key runs through something that is no section.
+    """
+    *sections, name = dotted.split(".")
     for section in sections:
         inner = values[int(section)] if isinstance(values, list) else values.setdefault(section, {})
         if not isinstance(inner, dict | list):
-            raise RecipeError(f"override {override!r} goes into {section}, which is a value and no section")
+            raise RecipeError(f"override {dotted!r} goes into {section}, which is a value and no section")
         values = inner  # type: ignore[assignment]
     values[name] = value
 
@@ -73,10 +82,20 @@ def build_recipe(values: dict[str, Any]) -> Recipe:
     Raises:
         RecipeError: an unknown, missing or wrong key; the message names it, and the nearest known one.
     """
-    return _build(Recipe, values, "")
+    return build_dataclass(Recipe, values, "")
 
 
-def _build(cls: type, values: Any, where: str) -> Any:
+def build_dataclass(cls: type, values: Any, where: str) -> Any:
+    """Build a section, and the sections in it, from plain values.
+
+    Args:
+        cls: its dataclass.
+        values: plain values.
+        where: its name, for messages.
+
+    Raises:
+        RecipeError: as `build_recipe`.
+    """
     if not isinstance(values, dict):
         raise RecipeError(f"{where or 'recipe'} is {values!r}, required is a section with keys")
     if cls is FamConfig:  # training begins with an open memory; the key_bias section may close it at first
@@ -112,7 +131,13 @@ def _convert(kind: Any, value: Any, where: str) -> Any:
             return None
         return _convert(next(a for a in arguments if a is not type(None)), value, where)
     if dataclasses.is_dataclass(kind):
-        return _build(typing.cast(type, kind), value, where)
+        return build_dataclass(typing.cast(type, kind), value, where)
+    if kind is Any:
+        return value
+    if origin is dict:
+        if not isinstance(value, dict):
+            raise RecipeError(f"{where} is {value!r}, required is a section")
+        return {name: _convert(arguments[1], item, _join(where, name)) for name, item in value.items()}
     if origin is tuple:
         if not isinstance(value, list | tuple):
             raise RecipeError(f"{where} is {value!r}, required is a list")

@@ -19,6 +19,8 @@ class ModelSection:
     num_attention_heads: int = 4
     num_key_value_heads: int = 4
     intermediate_size: int = 384
+    rope_theta: float = 10000.0
+    """Base of RoPE's wavelengths."""
     seed: int = 0
     """Seed of the random weights."""
 
@@ -182,6 +184,18 @@ class DataSection:
     allows it. There FAM alone can tell the second block that a question was asked."""
     prefix_tokens: tuple[int, int] = (0, 0)
     """Least and most tokens of filler in front of the sentences that tell the key; every step draws one number."""
+    named_keys: tuple[int, int] = (0, 0)
+    """Least and most keys that a sequence tells, each by a name; every step draws one number, and the question is for
+    one of them. 0: the paper's one key without a name."""
+    retold_keys: tuple[int, int] = (0, 0)
+    """Least and most of the names that are told a second key, which counts."""
+    keys_apart: tuple[int, int] = (0, 0)
+    """Least and most tokens of filler between two keys that are told."""
+    facts: tuple[int, int] = (0, 0)
+    """Least and most sentences from which the answer to a question on a hidden story follows, 1 to 3; every step draws
+    one number. 0: no stories."""
+    fact_sentences: tuple[int, int] = (4, 10)
+    """Least and most sentences of a story."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -17,19 +17,7 @@ from transformerfam.tasks.passkey import BEFORE_KEY, SHORT_BEFORE_KEY, FillerStr
 from transformerfam.tasks.text import encode, read_text
 from transformerfam.training.recipe import Recipe
 from transformerfam.training.sections import DataSection, LossSection, Stage
-
-
-@dataclass(frozen=True)
-class Row:
-    """One sequence before it is weighed: its tokens, and where an answer stands at its end."""
-
-    ids: list[int]
-    num_answer_tokens: int
-    """Tokens at the end that must be predicted whole; 0 for plain text."""
-    key: int | None
-    """The key that it asks for."""
-    is_told: bool
-    """Whether it tells that key; if not, it asks for the key of the passed state."""
+from transformerfam.training.told_rows import Row, told_rows_of
 
 
 @dataclass(frozen=True)
@@ -101,6 +89,7 @@ class SequenceBuilder:
         self.texts = {"passkey_sentences": in_sentences, "passkey_book": in_book, "book": in_book}
         text = self.texts["passkey_sentences"]
         assert text is not None
+        self.told = told_rows_of(recipe, tokenizer)
         self.num_question_tokens = len(text.question_ids)
         _, num_longest_answer = self._num_key_tokens(recipe.data.key_digits[1])
         asked, tokens = self.num_question_tokens + num_longest_answer, recipe.schedule.gradient_tokens
@@ -141,6 +130,9 @@ class SequenceBuilder:
         longer = self.block_size(step) - self.least_block_size
         low, high = self.stages[stage_idx].filler_tokens
         num_filler = self._draw_filler(draw, step, num_prefix, num_digits, (low + longer, high + longer))
+        if self.told is not None:
+            told_rows, question_start = self.told.rows(step, num_filler)
+            return self._weigh(told_rows, draw, question_start, None)
         carried = carried_keys or [None] * self.batch_size
         rows = [self._row(draw, num_prefix, num_digits, num_filler, key) for key in carried]
         length = len(rows[0].ids)

@@ -10,6 +10,8 @@ from transformerfam.convert import convert
 from transformerfam.errors import RecipeError
 from transformerfam.memory import prefix_from_prompt, set_prompt
 from transformerfam.models import BASE_NOTE, load_base, load_model
+from transformerfam.rivals import attach
+from transformerfam.tasks.facts import words
 from transformerfam.tasks.provenance import memory_notes
 from transformerfam.tasks.text import encode
 from transformerfam.training.lora import fuse_lora
@@ -32,13 +34,13 @@ def build_trainee(recipe: Recipe) -> tuple[PreTrainedModel, PreTrainedTokenizerB
         _require_same_base(section.memory, section.base)
         model, tokenizer = _load_memory(section.memory, recipe.fam)
     elif section.base == "tiny-random":
-        tokenizer = build_tiny_tokenizer()
+        tokenizer = build_tiny_tokenizer(words() if recipe.data.facts[1] else ())
         model = build_tiny_model(section, len(tokenizer))
-        convert(model, recipe.fam)
+        _give_memory(model, recipe)
         draw_prompt(model, section.seed)
     else:
         model, tokenizer = load_base(section.base)
-        convert(model, recipe.fam)
+        _give_memory(model, recipe)
     if section.prompt_text is not None:
         set_prompt(model, encode(tokenizer, section.prompt_text))
     if getattr(model, "peft_config", None):
@@ -52,6 +54,14 @@ def build_trainee(recipe: Recipe) -> tuple[PreTrainedModel, PreTrainedTokenizerB
     if recipe.lora is not None and recipe.lora.fused:
         fuse_lora(model)
     return model, tokenizer
+
+
+def _give_memory(model: PreTrainedModel, recipe: Recipe) -> None:
+    """Convert the base, or give it the rival of the recipe."""
+    if recipe.rival is None:
+        convert(model, recipe.fam)
+    else:
+        attach(model, recipe.rival)
 
 
 def _load_memory(memory: str, config: FamConfig) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:

@@ -7,7 +7,7 @@ import torch
 from transformers import PreTrainedModel
 
 from transformerfam.layouts import inverse_frequencies
-from transformerfam.state import FamState
+from transformerfam.reading_state import ReadingState
 from transformerfam.training.auxiliary import AuxiliaryLosses
 from transformerfam.training.blocks import run_batch
 from transformerfam.training.packed import run_packed_batch, update_by_stored
@@ -34,7 +34,7 @@ def start_state(
     batch: Batch,
     saved: SavedFam | None,
     rows: slice = slice(None),
-) -> FamState:
+) -> ReadingState:
     """Return the state that a step starts from.
 
     Args:
@@ -58,7 +58,7 @@ def start_state(
 def run_step(
     model: PreTrainedModel,
     batch: Batch,
-    state: FamState,
+    state: ReadingState,
     recipe: Recipe,
     stored: StoredFiller | None,
     lesson: Lesson | None,

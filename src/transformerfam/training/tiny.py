@@ -1,12 +1,13 @@
 """The tiny model: a word-level tokenizer for the passkey text, and a small Llama with random weights."""
 
 import re
+from collections.abc import Iterable
 
 import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from transformerfam.convert import fam_parameters
+from transformerfam.memory import initial_rows
 from transformerfam.tasks.passkey import AFTER_KEY, BEFORE_KEY, BETWEEN_KEYS, FILLER_SENTENCES, QUESTION
 from transformerfam.training.sections import ModelSection
 
@@ -18,10 +19,11 @@ UNKNOWN, BEGIN, END = "<unk>", "<s>", "</s>"
 SPACE = "▁"
 
 
-def build_tiny_tokenizer() -> PreTrainedTokenizerFast:
-    """Return a tokenizer whose words are those of the passkey text; every digit is one token."""
+def build_tiny_tokenizer(more_words: Iterable[str] = ()) -> PreTrainedTokenizerFast:
+    """Return a tokenizer whose words are those of the passkey text, and `more_words`; every digit is one token."""
     text = " ".join((BEFORE_KEY, BETWEEN_KEYS, AFTER_KEY, FILLER_SENTENCES, QUESTION))
-    words = [f"{SPACE}{word}" for word in sorted(set(re.findall(r"[A-Za-z]+", text)))]
+    known = set(re.findall(r"[A-Za-z]+", text))
+    words = [f"{SPACE}{word}" for word in [*sorted(known), *sorted(set(more_words) - known)]]
     first_word = BEFORE_KEY.split()[0]  # stands without a space in front of it
     vocabulary = [UNKNOWN, BEGIN, END, SPACE, *"0123456789", ".", "?", first_word, *words]
     tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(vocabulary)}, unk_token=UNKNOWN))
@@ -56,6 +58,7 @@ def build_tiny_model(section: ModelSection, vocab_size: int) -> LlamaForCausalLM
         pad_token_id=2,
         tie_word_embeddings=False,
         initializer_range=LINEAR_STD,
+        rope_parameters={"rope_type": "default", "rope_theta": section.rope_theta},
         attn_implementation="sdpa",
     )
     with torch.random.fork_rng(devices=[]):
@@ -66,12 +69,12 @@ def build_tiny_model(section: ModelSection, vocab_size: int) -> LlamaForCausalLM
 
 
 def draw_prompt(model: LlamaForCausalLM, seed: int) -> None:
-    """Draw prompt or prefix of a converted random model like its embeddings, in place.
+    """Draw prompt or prefix of a converted random model, or a rival's rows, like its embeddings, in place.
 
     The mean embedding, from which `convert` starts, says nothing in a model that was never trained, and rows that are
     nearly equal take long to part.
     """
     generator = torch.Generator().manual_seed(seed)
-    for rows in fam_parameters(model):
+    for rows in initial_rows(model):
         with torch.no_grad():
             rows.copy_(EMBEDDING_STD * torch.randn(rows.shape, generator=generator))

@@ -17,7 +17,7 @@ import torch
 from transformerfam.adapter import FamAdapter
 from transformerfam.convert import set_block_size, set_key_bias
 from transformerfam.errors import NonFiniteLossError
-from transformerfam.models import BASE_NOTE, save_model
+from transformerfam.models import BASE_NOTE, save_model, save_rival
 from transformerfam.tasks.provenance import memory_notes
 from transformerfam.training.auxiliary import auxiliary_losses
 from transformerfam.training.blocks import find_non_finite, find_non_finite_gradient
@@ -155,7 +155,8 @@ class Trainer:
             set_key_bias(self.model, key_bias_at(recipe.key_bias, step))
         saved = self.passing.draw(step)
         self.stored = keep_filler(self.stored, self.model, self.sequences, step, self.passing.saved)
-        set_block_size(self.model, self.sequences.block_size(step))
+        if recipe.schedule.block_sizes:
+            set_block_size(self.model, self.sequences.block_size(step))
         factor = lr_factor(recipe.optimizer, step, recipe.schedule.steps)
         for group in self.optimizer.param_groups:
             group["lr"] = group["base_lr"] * factor
@@ -316,7 +317,8 @@ class Trainer:
         if self.recipe.key_bias is not None:
             set_key_bias(self.model, 0.0)
         self.model.eval()
-        set_block_size(self.model, self.recipe.fam.block_size)
+        if self.recipe.schedule.block_sizes:
+            set_block_size(self.model, self.recipe.fam.block_size)
         longest_before = (self.started_from or {}).get("max_training_filler_tokens", 0)
         notes = {
             BASE_NOTE: self.recipe.model.base,
@@ -328,7 +330,9 @@ class Trainer:
             "max_training_filler_tokens": max(self.recipe.max_filler_tokens, longest_before),
             "started_from": self.started_from,
         }
-        if self.recipe.lora is None:
+        if self.recipe.rival is not None:
+            save_rival(self.model, self.tokenizer, self.folder, notes)
+        elif self.recipe.lora is None:
             save_model(self.model, self.tokenizer, self.folder, notes, self.recipe.reading_config)
         else:
             adapter = FamAdapter.from_model(self.model, notes=notes)

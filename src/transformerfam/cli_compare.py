@@ -1,0 +1,76 @@
+"""The subcommand `fam compare`."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+
+from transformerfam.comparison import Comparison, RunName, load_comparison, run_all, run_one
+from transformerfam.comparison.report import comparison_tables, plot_comparison
+from transformerfam.errors import TransformerFamError
+from transformerfam.reports.rows import read_rows
+
+INTERRUPTED = 130
+
+
+def compare_command(
+    recipe: Annotated[Path, typer.Argument(help="TOML file of a comparison.")],
+    output: Annotated[Path | None, typer.Option("--output", help="Folder of the runs; runs/NAME if not given.")] = None,
+    rows: Annotated[
+        Path | None, typer.Option("--rows", help="JSON lines of finished runs; rows.jsonl in the folder if not given.")
+    ] = None,
+    jobs: Annotated[int, typer.Option("--jobs", min=1, help="Runs at a time.")] = 2,
+    figures: Annotated[list[Path] | None, typer.Option("--figure", help="Figure: .svg, .png or .pdf.")] = None,
+    report_only: Annotated[bool, typer.Option("--report", help="Train nothing; show what is there.")] = False,
+    run: Annotated[str | None, typer.Option("--run", help="One run alone, SYSTEM-SEED, in this process.")] = None,
+    overrides: Annotated[
+        list[str] | None, typer.Option("--set", help="key=value; may be given more than once.")
+    ] = None,
+) -> None:
+    """Train and ask every system of a comparison alike; stop it at any time, and the same command goes on."""
+    comparison = load_comparison(recipe, overrides or ())
+    folder = output or Path("runs") / comparison.name
+    if run is not None:
+        _run_alone(comparison, RunName.parse(run), folder)
+        return
+    rows = rows or folder / "rows.jsonl"
+    failed = []
+    if not report_only:
+        try:
+            failed = run_all(comparison, recipe, folder, rows, overrides or (), jobs)
+        except KeyboardInterrupt as interrupt:
+            _say(
+                f"stopped; the runs have saved what they have, and {rows} keeps those that are done; run the same "
+                "command again to go on"
+            )
+            raise typer.Exit(INTERRUPTED) from interrupt
+    found = read_rows([rows]) if rows.exists() else []
+    for table in comparison_tables(comparison, found):
+        Console().print(table)
+    for figure in figures or []:
+        plot_comparison(comparison, found, figure)
+    if failed:
+        raise TransformerFamError(f"{len(failed)} runs failed: {', '.join(map(str, failed))}; see run.log in {folder}")
+
+
+def _run_alone(comparison: Comparison, run: RunName, folder: Path) -> None:
+    if run not in comparison.runs:
+        raise TransformerFamError(f"{run} is no run of this comparison, required is one of its systems and seeds")
+    last = [-1.0]
+
+    def update(what: str, done: int, total: int) -> None:
+        share = done / max(1, total)
+        if share - last[0] >= 0.05 or share < last[0]:
+            last[0] = share
+            _say(f"{run}: {what} {done:,} of {total:,}")
+
+    try:
+        run_one(comparison, run, folder, update)
+    except KeyboardInterrupt as interrupt:
+        raise typer.Exit(INTERRUPTED) from interrupt
+
+
+def _say(message: str) -> None:
+    Console(stderr=True, soft_wrap=True).print(escape(message), highlight=False)

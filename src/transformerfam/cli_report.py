@@ -1,0 +1,89 @@
+"""The subcommands of `fam report`: tables and figures of result rows, and pictures of attention."""
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from rich.console import Console
+from typer.core import TyperGroup
+
+from transformerfam.attention_record import record_attention
+from transformerfam.errors import TransformerFamError
+from transformerfam.models import load_model
+from transformerfam.reports.attention import memory_rows, plot_film, plot_maps, plot_memory
+from transformerfam.reports.next_token import next_token_table
+from transformerfam.reports.passkey import passkey_table, plot_passkey
+from transformerfam.reports.rows import RowFile, read_rows
+from transformerfam.tasks.passkey import FillerStream, load_filler
+from transformerfam.tasks.provenance import provenance
+
+
+class RowsUnlessNamed(TyperGroup):
+    """Take what is no subcommand for the files of `rows`."""
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        """Find the subcommand of a command line."""
+        if args and args[0] not in self.commands:
+            args = ["rows", *args]
+        return super().resolve_command(ctx, args)
+
+
+report_app = typer.Typer(cls=RowsUnlessNamed, no_args_is_help=True)
+
+
+@report_app.command("rows")
+def report_rows(
+    rows: Annotated[list[Path], typer.Argument(help="JSON lines files of rows.")],
+    figures: Annotated[list[Path] | None, typer.Option("--figure", help="Passkey figure: .svg, .png or .pdf.")] = None,
+) -> None:
+    """Print tables of result rows, and draw the passkey figure; `fam report ROWS...` is the same."""
+    loaded = read_rows(rows)
+    tables = [table for table in (passkey_table(loaded), next_token_table(loaded)) if table is not None]
+    if not tables:
+        raise TransformerFamError(
+            f"the {len(rows)} files hold {len(loaded)} rows and none is of a task that is reported; required are rows "
+            "of passkey or next-token"
+        )
+    for table in tables:
+        Console().print(table)
+    for figure in figures or []:
+        plot_passkey(loaded, figure)
+
+
+@report_app.command("attention")
+def report_attention(
+    output: Annotated[Path, typer.Option("--output", help="Folder for pictures and rows.")],
+    model: Annotated[str, typer.Option("--model", help="tiny, smollm2, or a folder.")] = "tiny",
+    text: Annotated[
+        str, typer.Option("--text", help="sentences (the paper's), persuasion, northanger_abbey, or a UTF-8 file.")
+    ] = "sentences",
+    blocks: Annotated[int, typer.Option("--blocks", min=1, help="Blocks to read.")] = 8,
+    layers: Annotated[str, typer.Option("--layers", help="Layers of the maps; the first of them is filmed.")] = "0",
+    heads: Annotated[str, typer.Option("--heads", help="Heads of the maps; the first of them is filmed.")] = "0",
+) -> None:
+    """Draw attention maps of the last block, a film over blocks, and the FAM's norm, change and share of attention."""
+    chosen_layers, chosen_heads = _numbers(layers, "--layers"), _numbers(heads, "--heads")
+    loaded, tokenizer = load_model(model)
+    filler: FillerStream = load_filler(tokenizer, text)
+    ids = filler.slice(0, blocks * loaded.fam_config.block_size)
+    records = list(record_attention(loaded, torch.as_tensor(ids), chosen_layers))
+    output.mkdir(parents=True, exist_ok=True)
+    last = [record for record in records if record.block_idx == blocks - 1]
+    plot_maps(last, chosen_heads, output / "maps.png")
+    filmed = [record for record in records if record.layer_idx == chosen_layers[0]]
+    plot_film(filmed, chosen_heads[0], output / "film.gif")
+    plot_film(filmed[-8:], chosen_heads[0], output / "film.png")
+    plot_memory(records, output / "memory.svg")
+    with RowFile(output / "attention.jsonl") as rows:
+        for row in memory_rows(records):
+            rows.append(row | {"system": "fam", "model": model, "text": text, **provenance()})
+    names = ", ".join(path.name for path in sorted(output.iterdir()))
+    Console(stderr=True).print(f"{output}: {names}", highlight=False)
+
+
+def _numbers(text: str, name: str) -> list[int]:
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError as error:
+        raise TransformerFamError(f"{name} has {text!r}, required are whole numbers, for example 0,3") from error

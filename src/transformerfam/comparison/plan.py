@@ -1,0 +1,231 @@
+"""What a comparison consists of: systems, seeds, and the recipe that each run trains by."""
+
+import copy
+import difflib
+import tomllib
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from transformerfam.config import FamConfig
+from transformerfam.errors import RecipeError, TransformerFamError
+from transformerfam.rivals import PRESETS, RIVAL_NAMES, preset
+from transformerfam.tasks.passkey_evaluation import MEMORY_ZEROED
+from transformerfam.training.recipe import Recipe
+from transformerfam.training.recipe_file import apply_override, build_dataclass, build_recipe, set_value
+
+UNTRAINED = "fam_untrained"
+CONTROLS = (MEMORY_ZEROED, UNTRAINED)
+SYSTEMS = (*PRESETS, *RIVAL_NAMES, *CONTROLS)
+BUDGET = ("steps", "batch_size", "accumulate", "max_seconds", "curriculum", "repeat_updates", "stored_blocks")
+"""Keys of the section `schedule` that say how much a system is trained; so does all of the section `data`."""
+
+
+@dataclass(frozen=True)
+class RunName:
+    """One training of one system."""
+
+    system: str
+    seed: int
+
+    def __str__(self) -> str:
+        return f"{self.system}-{self.seed}"
+
+    @classmethod
+    def parse(cls, text: str) -> "RunName":
+        """Read what `str` gave.
+
+        Raises:
+            RecipeError: it is no name of a run.
+        """
+        system, dash, seed = text.rpartition("-")
+        if not dash or not seed.isdigit():
+            raise RecipeError(f"{text!r} is no run, required is SYSTEM-SEED, for example fam-0")
+        return cls(system, int(seed))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Comparison:
+    """All of a comparison: every system trained by one recipe, with every seed, asked at every length.
+
+    Raises:
+        RecipeError: an unknown system, or systems that would get different budgets.
+
+    Source: sections 3.2 and 4 of arXiv 2404.09173.
+    """
+
+    name: str
+    """What the rows call the model."""
+
+    recipe: dict[str, Any]
+    """Plain values of the recipe that all systems are trained by; its section `fam` is that of FAM."""
+
+    systems: tuple[str, ...]
+    """Of `PRESETS`, of the rivals, of the controls `fam_memory_zeroed` and `fam_untrained`, and of `variants`."""
+
+    filler_tokens: tuple[int, ...]
+    """Lengths at which every run is asked."""
+
+    task: Literal["passkey", "named-keys", "facts"] = "passkey"
+    """What is asked: one key, several by their names, or questions on hidden stories."""
+
+    num_told: tuple[int, ...] = (1,)
+    """With named keys: how many a text tells; each number has texts of its own."""
+
+    num_retold: int = 0
+    """With named keys: names that are told a second key, which counts."""
+
+    keys_apart: tuple[int, int] = (0, 0)
+    """With named keys: least and most tokens of filler between two that are told."""
+
+    num_supports: tuple[int, ...] = (1, 2, 3)
+    """With facts: sentences from which an answer follows; each number has texts of its own."""
+
+    num_sentences: int = 10
+    """With facts: sentences of a story."""
+
+    seeds: tuple[int, ...] = (0,)
+    """Each trains every system anew, from other weights and on other data."""
+
+    num_keys: int = 25
+    """Keys per run and length, or texts; every seed has its own."""
+
+    batch_size: int = 25
+    """Keys that are read side by side."""
+
+    max_filler_tokens: dict[str, int] = field(default_factory=dict)
+    """Systems that are asked up to this length alone, full attention for example."""
+
+    changes: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """Of each system, what differs in its recipe: `section.key` and a value."""
+
+    variants: dict[str, str] = field(default_factory=dict)
+    """Further names of systems, each for a system whose `changes` differ: the ablations."""
+
+    allow_different_budgets: bool = False
+    """Let `changes` change what a system is trained on, and how long."""
+
+    def __post_init__(self) -> None:
+        for name in (*self.systems, *self.max_filler_tokens, *self.changes):
+            self.system_of(name)
+        for names in (self.max_filler_tokens, self.changes):
+            for name in names:
+                if name not in self.systems:
+                    raise RecipeError(f"{name} is not among systems ({', '.join(self.systems)}); add it there")
+        if not self.systems or not self.seeds or not self.filler_tokens:
+            raise RecipeError("systems, seeds or filler_tokens is empty, at least one of each is required")
+        if MEMORY_ZEROED in self.systems and (self.task != "passkey" or "fam" not in self.systems):
+            raise RecipeError(
+                f"{MEMORY_ZEROED} is asked for passkeys of the memory that fam trained; add fam to systems"
+            )
+        if self.allow_different_budgets:
+            return
+        for system, changes in self.changes.items():
+            different = [key for key in changes if key.startswith("data.") or key.partition("schedule.")[2] in BUDGET]
+            if different:
+                raise RecipeError(
+                    f"changes.{system} gives {different[0]}, so that {system} would be trained with another budget "
+                    "than the others; leave it out, or set allow_different_budgets = true"
+                )
+
+    @property
+    def runs(self) -> list[RunName]:
+        """All trainings; a control that needs none of its own goes with the run of FAM."""
+        systems = [system for system in self.systems if system != MEMORY_ZEROED]
+        return [RunName(system, seed) for seed in self.seeds for system in systems]
+
+    def system_of(self, name: str) -> str:
+        """Return the system that a name stands for: itself, or that of a variant.
+
+        Raises:
+            RecipeError: it is no system; the message has the nearest names.
+        """
+        system = self.variants.get(name, name)
+        if system not in SYSTEMS:
+            nearest = difflib.get_close_matches(system, (*SYSTEMS, *self.variants), n=3)
+            hint = f"did you mean {' or '.join(nearest)}?" if nearest else f"known are {', '.join(SYSTEMS)}"
+            raise RecipeError(f"there is no system {system!r}; {hint}")
+        return system
+
+    @property
+    def num_questions(self) -> int:
+        """Questions that a run is asked at every length."""
+        per_text = {"passkey": 1, "named-keys": sum(self.num_told), "facts": len(self.num_supports)}
+        return self.num_keys * per_text[self.task]
+
+    def rows_of(self, run: RunName) -> list[str]:
+        """Return the systems that a run's rows are of."""
+        zeroed = run.system == "fam" and MEMORY_ZEROED in self.systems
+        return [run.system, MEMORY_ZEROED] if zeroed else [run.system]
+
+    def lengths_of(self, system: str) -> list[int]:
+        """Return the lengths at which a system is asked."""
+        limit = self.max_filler_tokens.get(system)
+        return [length for length in self.filler_tokens if limit is None or length <= limit]
+
+    def recipe_of(self, run: RunName) -> Recipe:
+        """Return the recipe of a run.
+
+        Random state passing is left out where there is no memory of fixed size to pass, and what only FAM has where
+        the system is a rival.
+
+        Raises:
+            RecipeError: the recipe contradicts itself.
+        """
+        values = copy.deepcopy(self.recipe)
+        fam = FamConfig.from_dict({"fam_key_bias": 0.0} | values.get("fam", {}))
+        system = self.system_of(run.system)
+        system = "fam" if system == UNTRAINED else system
+        if system in RIVAL_NAMES:
+            values["fam"] = {"block_size": fam.block_size, "fam_length": 0, "num_memory_segments": 0}
+            rival = {"system": system, "block_size": fam.block_size}
+            values["rival"] = rival | ({"num_memory_tokens": fam.fam_length} if fam.fam_length else {})
+            values = {name: v for name, v in values.items() if name not in ("key_bias", "reading")}
+        else:
+            chosen = preset(system, fam).to_dict()
+            values["fam"] = {name: value for name, value in chosen.items() if value is not None}
+        for section in ("model", "schedule"):
+            values[section] = values.get(section, {}) | {"seed": run.seed}
+        for key, value in self.changes.get(run.system, {}).items():
+            set_value(values, key, value)
+        if build_recipe(values | {"state_passing": {}}).has_passable_memory:
+            return build_recipe(values)
+        return build_recipe(values | {"state_passing": {}})
+
+
+def load_comparison(path: str | Path, overrides: Sequence[str] = ()) -> Comparison:
+    """Read a comparison.
+
+    Args:
+        path: a TOML file with the fields of `Comparison`; `recipe` is the path of a recipe beside it, or its values.
+        overrides: each `key=value`, or `recipe.section.key=value`.
+
+    Raises:
+        RecipeError: the file cannot be read, is no TOML, or has an unknown, missing or wrong key.
+    """
+    path = Path(path)
+    values = _read_toml(path)
+    if isinstance(values.get("recipe"), str):
+        values["recipe"] = _read_toml(path.parent / values["recipe"])
+    for override in overrides:
+        apply_override(values, override)
+    values.setdefault("name", path.stem)
+    try:
+        comparison: Comparison = build_dataclass(Comparison, values, "")
+        for run in comparison.runs:
+            comparison.recipe_of(run)
+    except RecipeError:
+        raise
+    except TransformerFamError as error:
+        raise RecipeError(f"{path}: {error}") from error
+    return comparison
+
+
+def _read_toml(path: Path) -> dict[str, Any]:
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise RecipeError(f"cannot read {str(path)!r}: {error.strerror}; give the path of a TOML file") from error
+    except ValueError as error:
+        raise RecipeError(f"{path} is no valid TOML: {error}; correct the file") from error

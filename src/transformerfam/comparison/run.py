@@ -1,0 +1,240 @@
+"""One run of a comparison: train a system with one seed, ask it at every length, and describe it."""
+
+import hashlib
+import json
+import time
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from transformerfam.comparison.plan import UNTRAINED, Comparison, RunName
+from transformerfam.errors import RecipeError
+from transformerfam.models import load_model
+from transformerfam.reports.rows import Row, RowFile
+from transformerfam.rivals import RIVAL_NAMES
+from transformerfam.tasks.facts_evaluation import FactsEvaluation
+from transformerfam.tasks.named_keys_evaluation import NamedKeysEvaluation
+from transformerfam.tasks.passkey import BEFORE_KEY
+from transformerfam.tasks.passkey_evaluation import PasskeyEvaluation, finished_questions
+from transformerfam.tasks.provenance import memory_notes, provenance
+from transformerfam.tasks.text import encode
+from transformerfam.training.checkpoint import CHECKPOINT_FILE
+from transformerfam.training.setup import build_trainee
+from transformerfam.training.trainer import Trainer
+
+ROWS_FILE = "rows.jsonl"
+TRAINED_TASK, BYTES_TASK = "comparison-training", "comparison-bytes"
+BYTES_LENGTHS = (1024, 4096, 16384)
+"""Tokens after which the carried bytes are noted."""
+
+Progress = Callable[[str, int, int], None]
+
+
+def run_folder(folder: Path, run: RunName) -> Path:
+    """Return where a run stands in the folder of its comparison."""
+    return folder / str(run)
+
+
+def is_finished(comparison: Comparison, run: RunName, rows: list[Row]) -> bool:
+    """Say whether `rows` hold all answers of a run, and its description."""
+    own = [row for row in rows if row["seed"] == run.seed and row["model"] == comparison.name]
+    if not any(row["task"] == TRAINED_TASK and row["system"] == run.system for row in own):
+        return False
+    for system in comparison.rows_of(run):
+        for length in comparison.lengths_of(system):
+            asked = [
+                r
+                for r in own
+                if r["task"] == comparison.task and r["system"] == system and r["filler_tokens"] == length
+            ]
+            if len(asked) < comparison.num_questions:
+                return False
+    return True
+
+
+def recipe_digest(comparison: Comparison, run: RunName) -> str:
+    """Return the SHA-256 of a run's recipe."""
+    values = json.dumps(comparison.recipe_of(run).to_dict(), sort_keys=True)
+    return hashlib.sha256(values.encode()).hexdigest()
+
+
+def require_same_recipe(comparison: Comparison, rows: Iterable[Row]) -> None:
+    """Refuse rows of runs that were trained by another recipe.
+
+    Raises:
+        RecipeError: with the run.
+    """
+    known = set(comparison.runs)
+    for row in rows:
+        run = RunName(row["system"], row["seed"])
+        if row["task"] != TRAINED_TASK or row["model"] != comparison.name or run not in known:
+            continue
+        if row["recipe_digest"] != recipe_digest(comparison, run):
+            raise RecipeError(
+                f"the rows of {run} come from another recipe than the one at hand; give the comparison another name or "
+                "file of rows, or take the recipe by which they were made"
+            )
+
+
+def run_one(comparison: Comparison, run: RunName, folder: Path, progress: Progress | None = None) -> None:
+    """Train and ask; what was done before is not done again.
+
+    Args:
+        comparison: what the run is one of.
+        run: which system, and which seed.
+        folder: of the comparison; the run gets a folder in it, with the trained model, the log and `rows.jsonl`.
+        progress: called with what is being done, how much of it is, and how much there is to do.
+
+    Raises:
+        KeyboardInterrupt: Ctrl-C; the same call goes on.
+    """
+    own, recipe = run_folder(folder, run), comparison.recipe_of(run)
+    own.mkdir(parents=True, exist_ok=True)
+    if recipe.schedule.threads is not None:
+        torch.set_num_threads(recipe.schedule.threads)
+    system = comparison.system_of(run.system)
+    if system == UNTRAINED:
+        torch.manual_seed(recipe.schedule.seed)
+        model, tokenizer = build_trainee(recipe)
+        notes: dict[str, Any] = {}
+    else:
+        _train(recipe, own, progress)
+        loaded = system if system in RIVAL_NAMES else "fam"
+        model, tokenizer = load_model(own, loaded)
+        notes = memory_notes(own, loaded)
+    model.eval()
+    with RowFile(own / ROWS_FILE) as rows:
+
+        def update(done: int, total: int, state: Any) -> None:
+            if progress is not None:
+                progress("ask", done, total)
+
+        for row in ASK[comparison.task](comparison, run, model, tokenizer, rows.rows, notes, update):
+            rows.append(row)
+        if not any(row["task"] == TRAINED_TASK for row in rows.rows):
+            for row in _description(comparison, run, model, tokenizer, notes):
+                rows.append(row)
+
+
+def _ask_passkeys(
+    comparison: Comparison,
+    run: RunName,
+    model: Any,
+    tokenizer: Any,
+    rows: list[Row],
+    notes: dict[str, Any],
+    update: Callable[[int, int, Any], None],
+) -> Iterable[Row]:
+    evaluation = PasskeyEvaluation(
+        filler_lengths=comparison.lengths_of(run.system),
+        num_keys=comparison.num_keys,
+        seed=run.seed,
+        systems=comparison.rows_of(run),
+        batch_size=comparison.batch_size,
+        model_name=comparison.name,
+        max_training_filler_tokens=notes.get("max_training_filler_tokens"),
+        progress=update,
+    )
+    evaluation.finished = finished_questions(rows, evaluation)
+    return evaluation.rows(model, tokenizer)
+
+
+def _ask_named_keys(
+    comparison: Comparison,
+    run: RunName,
+    model: Any,
+    tokenizer: Any,
+    rows: list[Row],
+    notes: dict[str, Any],
+    update: Callable[[int, int, Any], None],
+) -> Iterable[Row]:
+    evaluation = NamedKeysEvaluation(
+        filler_lengths=comparison.lengths_of(run.system),
+        num_told=comparison.num_told,
+        num_retold=comparison.num_retold,
+        apart=comparison.keys_apart,
+        num_texts=comparison.num_keys,
+        seed=run.seed,
+        system=run.system,
+        model_name=comparison.name,
+        batch_size=comparison.batch_size,
+        progress=update,
+    )
+    return _new_ones(evaluation.rows(model, tokenizer), rows)
+
+
+def _ask_facts(
+    comparison: Comparison,
+    run: RunName,
+    model: Any,
+    tokenizer: Any,
+    rows: list[Row],
+    notes: dict[str, Any],
+    update: Callable[[int, int, Any], None],
+) -> Iterable[Row]:
+    evaluation = FactsEvaluation(
+        filler_lengths=comparison.lengths_of(run.system),
+        num_supports=comparison.num_supports,
+        num_sentences=comparison.num_sentences,
+        num_texts=comparison.num_keys,
+        seed=run.seed,
+        system=run.system,
+        model_name=comparison.name,
+        batch_size=comparison.batch_size,
+        progress=update,
+    )
+    return _new_ones(evaluation.rows(model, tokenizer), rows)
+
+
+ASK: dict[str, Callable[..., Iterable[Row]]] = {
+    "passkey": _ask_passkeys,
+    "named-keys": _ask_named_keys,
+    "facts": _ask_facts,
+}
+
+
+def _new_ones(answered: Iterable[Row], rows: list[Row]) -> Iterable[Row]:
+    """Leave out what stands among `rows` already."""
+
+    def question(row: Row) -> tuple[Any, ...]:
+        return tuple(row.get(name) for name in ("task", "num_told", "num_supports", "filler_tokens", "text", "order"))
+
+    asked = {question(row) for row in rows}
+    return (row for row in answered if question(row) not in asked)
+
+
+def _train(recipe: Any, folder: Path, progress: Progress | None) -> None:
+    """Train in the run's folder, or go on there."""
+
+    def update(trainer: Trainer, row: dict[str, Any]) -> None:
+        if progress is not None:
+            progress("train", row["step"] + 1, recipe.schedule.steps)
+
+    trainer = Trainer(recipe, folder, resume=(folder / CHECKPOINT_FILE).exists())
+    if not trainer.run(update).is_complete:
+        raise KeyboardInterrupt
+
+
+@torch.no_grad()
+def _description(
+    comparison: Comparison, run: RunName, model: Any, tokenizer: Any, notes: dict[str, Any]
+) -> list[dict[str, Any]]:
+    """Return rows of what the system is: parameters, tokens of training, and carried bytes by length."""
+    common = {"system": run.system, "model": comparison.name, "seed": run.seed, **provenance()}
+    rows = []
+    state, ids = model.init_state(1), encode(tokenizer, BEFORE_KEY)
+    for length in BYTES_LENGTHS:
+        missing = length - state.num_tokens_read
+        start = time.perf_counter()
+        model.read((ids * (missing // len(ids) + 1))[:missing], state)
+        speed = missing / (time.perf_counter() - start)
+        rows.append(
+            {"task": BYTES_TASK, **common, "num_tokens": length, "bytes_carried": state.num_bytes}
+            | {"tokens_per_second": round(speed)}
+        )
+    trained = {name: notes.get(name) for name in ("steps", "num_tokens", "cpu_seconds", "seconds")}
+    num_parameters = sum(parameter.numel() for parameter in model.parameters())
+    digest = {"recipe_digest": recipe_digest(comparison, run)}
+    return [*rows, {"task": TRAINED_TASK, **common, "num_parameters": num_parameters, **trained, **digest}]

@@ -1,0 +1,247 @@
+"""Run all of a comparison, some runs side by side, without supervision: doit decides what is left to do and does it.
+
+Every run is a process of its own with a log of its own. What is finished stands in one file of rows, by which a
+comparison that was stopped goes on.
+"""
+
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.live import Live
+from rich.table import Table
+
+from transformerfam.comparison.plan import UNTRAINED, Comparison, RunName
+from transformerfam.comparison.run import ROWS_FILE, is_finished, require_same_recipe, run_folder
+from transformerfam.errors import MissingPackageError, TransformerFamError
+from transformerfam.reports.rows import RowFile, read_rows
+from transformerfam.training.checkpoint import last_log_row
+from transformerfam.training.trainer import LOG_FILE
+
+RUN_LOG = "run.log"
+REFRESH_SECONDS = 2.0
+INTERRUPTED = 130
+WAITING, RUNNING, DONE, FAILED = "waiting", "running", "done", "failed"
+
+
+class Schedule:
+    """The runs of one comparison, and where each of them stands.
+
+    Args:
+        comparison: what is to be done.
+        folder: where the runs go.
+        rows: file of the finished runs' rows.
+        command: the command of one run, to which its name is added.
+        num_jobs: runs at a time.
+    """
+
+    def __init__(
+        self, comparison: Comparison, folder: Path, rows: Path, command: Sequence[str], num_jobs: int = 2
+    ) -> None:
+        self.comparison, self.folder, self.rows_path = comparison, folder, rows
+        self.command, self.num_jobs = list(command), num_jobs
+        self.states: dict[RunName, str] = dict.fromkeys(comparison.runs, WAITING)
+        self.begun: dict[RunName, float] = {}
+        self.processes: list[subprocess.Popen[bytes]] = []
+        self.seconds: list[float] = []  # of the runs that were finished here
+
+    def run(self) -> list[RunName]:
+        """Do what is not done yet, and return the runs that failed.
+
+        Raises:
+            MissingPackageError: doit is not installed.
+            RecipeError: the file of rows holds runs of another recipe.
+            KeyboardInterrupt: Ctrl-C; every run has saved what it has, and the same call goes on.
+        """
+        try:
+            from doit.cmd_base import ModuleTaskLoader
+            from doit.doit_cmd import DoitMain
+        except ImportError as error:
+            raise MissingPackageError(
+                "a comparison needs the package doit, which is not installed; install it with: "
+                "pip install 'transformerfam[compare]'"
+            ) from error
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with ExitStack() as stack:
+            self.rows = stack.enter_context(RowFile(self.rows_path))
+            require_same_recipe(self.comparison, self.rows.rows)
+            tasks = {"task_compare": self._tasks, "DOIT_CONFIG": self._doit_config()}
+            stack.enter_context(
+                Live(
+                    get_renderable=self.table,
+                    console=Console(stderr=True),
+                    refresh_per_second=1 / REFRESH_SECONDS,
+                    transient=False,
+                )
+            )
+            try:
+                code = DoitMain(ModuleTaskLoader(tasks)).run(["run"])
+            finally:
+                for process in self.processes:
+                    process.wait()
+        if RUNNING in self.states.values():
+            raise KeyboardInterrupt
+        if WAITING in self.states.values():
+            raise TransformerFamError(
+                f"the scheduler doit ended with code {code} before all was done; see what it said"
+            )
+        return [run for run, state in self.states.items() if state == FAILED]
+
+    def _doit_config(self) -> dict[str, Any]:
+        return {
+            "dep_file": str(self.folder / "doit.json"),
+            "backend": "json",
+            "num_process": self.num_jobs,
+            "par_type": "thread",
+            "continue": True,
+            "reporter": _SilentReporter,
+            "verbosity": 0,
+        }
+
+    def _tasks(self) -> Iterator[dict[str, Any]]:
+        for run in self.comparison.runs:
+            yield {
+                "name": str(run),
+                "actions": [(self._run, [run])],
+                "uptodate": [self._is_done(run)],
+                "io": {"capture": False},  # which would replace the streams of all threads
+            }
+
+    def _is_done(self, run: RunName) -> Callable[[], bool]:
+        def check() -> bool:
+            done = is_finished(self.comparison, run, self.rows.rows)
+            self.states[run] = DONE if done else self.states[run]
+            return done
+
+        return check
+
+    def _run(self, run: RunName) -> bool:
+        """Start a run's process, wait for it, and keep its rows."""
+        self.states[run], self.begun[run] = RUNNING, time.monotonic()
+        folder = run_folder(self.folder, run)
+        folder.mkdir(parents=True, exist_ok=True)
+        with (folder / RUN_LOG).open("ab") as log:
+            process = subprocess.Popen([*self.command, str(run)], stdout=log, stderr=log)
+            self.processes.append(process)
+            code = process.wait()
+        if code == INTERRUPTED:
+            return False
+        if code != 0:
+            self.states[run] = FAILED
+            return False
+        for row in read_rows([folder / ROWS_FILE]):
+            self.rows.append(row)
+        self.states[run] = DONE
+        self.seconds.append(time.monotonic() - self.begun[run])
+        return True
+
+    # What it shows
+
+    def table(self) -> Table:
+        """Return what is done, what runs and what is left, with the time that it will take."""
+        counts = {state: list(self.states.values()).count(state) for state in (DONE, RUNNING, WAITING, FAILED)}
+        caption = ", ".join(f"{number} {state}" for state, number in counts.items() if number)
+        left = self.seconds_left()
+        if left is not None:
+            caption += f"; about {left / 3600:.1f} h left"
+        table = Table(title=f"comparison {self.comparison.name}", caption=caption)
+        table.add_column("system")
+        for seed in self.comparison.seeds:
+            table.add_column(f"seed {seed}", justify="right")
+        for system in dict.fromkeys(run.system for run in self.comparison.runs):
+            table.add_row(system, *(self._cell(RunName(system, seed)) for seed in self.comparison.seeds))
+        return table
+
+    def seconds_left(self) -> float | None:
+        """Return how long the rest will take, going by the runs that were finished here; None before the first."""
+        if not self.seconds:
+            return None
+        mean = sum(self.seconds) / len(self.seconds)
+        running = sum(
+            max(0.0, mean - (time.monotonic() - self.begun[run])) for run, s in self.states.items() if s == RUNNING
+        )
+        waiting = sum(state == WAITING for state in self.states.values())
+        return (waiting * mean + running) / self.num_jobs
+
+    def _cell(self, run: RunName) -> str:
+        state = self.states[run]
+        if state == FAILED:
+            return f"failed, see {run}/{RUN_LOG}"
+        if state != RUNNING:
+            return state
+        folder = run_folder(self.folder, run)
+        if (folder / ROWS_FILE).exists():
+            asked = (folder / ROWS_FILE).read_text(encoding="utf-8").count("\n")
+            lengths = sum(len(self.comparison.lengths_of(system)) for system in self.comparison.rows_of(run))
+            return f"asked {asked} of {lengths * self.comparison.num_questions}"
+        row = last_log_row(folder / LOG_FILE)
+        if row is None:
+            return "asking" if self.comparison.system_of(run.system) == UNTRAINED else "starting"
+        steps = self.comparison.recipe_of(run).schedule.steps
+        keys = "-" if row["key_accuracy"] is None else f"{row['key_accuracy']:.2f}"
+        return f"step {row['step']} of {steps}, keys {keys}"
+
+
+class _SilentReporter:
+    """Say nothing, since the table says it; what a run says stands in its log."""
+
+    desc = "nothing"
+
+    def __init__(self, outstream: Any, options: Any) -> None:
+        self.errors: list[str] = []
+
+    def __getattr__(self, name: str) -> Callable[..., None]:
+        return lambda *arguments: None
+
+    def runtime_error(self, message: str) -> None:
+        """Hand an error of the scheduler itself on.
+
+        Raises:
+            TransformerFamError: always.
+        """
+        raise TransformerFamError(f"the scheduler failed: {message}")
+
+
+def run_all(
+    comparison: Comparison,
+    source: Path,
+    folder: Path,
+    rows: Path,
+    overrides: Sequence[str] = (),
+    num_jobs: int = 2,
+) -> list[RunName]:
+    """Do all runs of a comparison that are not done yet.
+
+    Args:
+        comparison: what is to be done.
+        source: its file, from which the processes of the runs read it again.
+        folder: where the runs go.
+        rows: file of the finished runs' rows; a run whose rows stand there is done.
+        overrides: what was changed of the file.
+        num_jobs: runs at a time.
+
+    Returns:
+        The runs that failed.
+
+    Raises:
+        TransformerFamError: as `Schedule.run`.
+        KeyboardInterrupt: Ctrl-C; the same call goes on.
+    """
+    changes = [part for override in overrides for part in ("--set", override)]
+    command = [
+        sys.executable,
+        "-m",
+        "transformerfam",
+        "compare",
+        str(source),
+        "--output",
+        str(folder),
+        *changes,
+        "--run",
+    ]
+    return Schedule(comparison, folder, rows, command, num_jobs).run()

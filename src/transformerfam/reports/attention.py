@@ -1,0 +1,194 @@
+"""Attention maps, a film of them over blocks, and what becomes of the FAM: pictures of `attention_record`.
+
+Source: figures 4 and 11 of arXiv 2404.09173.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from transformerfam.attention_record import BlockRecord
+from transformerfam.errors import MissingPackageError, TransformerFamError
+from transformerfam.reports.figure import LINES, MARKERS, new_figure, save_figure
+
+FILM_SUFFIXES = (".gif", ".png", ".svg", ".pdf")
+MAX_CELLS = 256
+"""Rows or keys of a map that are drawn; longer ones are drawn in steps, each the largest weight in it."""
+FRAME_MILLISECONDS = 600
+
+
+def plot_maps(records: Sequence[BlockRecord], heads: Sequence[int], path: str | Path) -> None:
+    """Draw the maps of chosen layers and heads in one block: dark where a row looks, FAM marked on both sides.
+
+    Args:
+        records: of the layers to draw, with weights, all of one block.
+        heads: numbers of the heads.
+        path: file to write.
+
+    Raises:
+        TransformerFamError: there are no weights, or no such head.
+        MissingPackageError: matplotlib is not installed.
+    """
+    records = _with_weights(records, heads)
+    size = (2.3 * len(heads) + 0.4, 2.2 * len(records) + 0.5)
+    with new_figure(path, size, len(records), len(heads)) as (figure, all_axes):
+        for number, axes in enumerate(all_axes):
+            record, head = records[number // len(heads)], heads[number % len(heads)]
+            draw_map(axes, record, head)
+            axes.set_title(f"layer {record.layer_idx}, head {head}", fontsize=8)
+        figure.suptitle(
+            f"attention in block {records[0].block_idx}: rows look at keys; FAM between the lines", fontsize=9
+        )
+        save_figure(figure, path)
+
+
+def plot_film(records: Sequence[BlockRecord], head: int, path: str | Path) -> None:
+    """Draw one head's maps block after block: a GIF, or a strip in one picture.
+
+    Args:
+        records: of one layer, with weights, in the order of blocks.
+        head: number of the head.
+        path: file to write, .gif for a film.
+
+    Raises:
+        TransformerFamError: there are no weights, no such head, or the suffix is another one.
+        MissingPackageError: matplotlib or Pillow is not installed.
+    """
+    path = Path(path)
+    if path.suffix not in FILM_SUFFIXES:
+        raise TransformerFamError(
+            f"film {str(path)!r} ends in {path.suffix!r}, required is one of {', '.join(FILM_SUFFIXES)}; rename it"
+        )
+    records = _with_weights(records, [head])
+    if path.suffix != ".gif":
+        with new_figure(path, (1.9 * len(records), 2.3), 1, len(records)) as (figure, all_axes):
+            for axes, record in zip(all_axes, records, strict=True):
+                draw_map(axes, record, head, labels=False)
+                axes.set_title(f"block {record.block_idx}", fontsize=8)
+            save_figure(figure, path)
+        return
+    with new_figure(path.with_suffix(".png"), (3.4, 3.4)) as (figure, (axes,)):
+        from matplotlib.animation import FuncAnimation
+
+        def frame(number: int) -> list[Any]:
+            axes.clear()
+            draw_map(axes, records[number], head)
+            axes.set_title(f"layer {records[0].layer_idx}, head {head}, block {records[number].block_idx}", fontsize=8)
+            return []
+
+        film = FuncAnimation(figure, frame, frames=len(records), interval=FRAME_MILLISECONDS)
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            film.save(path, writer="pillow", dpi=110)
+        except ImportError as error:
+            raise MissingPackageError("a film needs the package pillow: pip install pillow") from error
+        except OSError as error:
+            raise TransformerFamError(f"could not write {path}: {error.strerror}; choose another file") from error
+
+
+def draw_map(axes: Any, record: BlockRecord, head: int, labels: bool = True) -> None:
+    """Draw one map, keys from left to right, rows from top to bottom."""
+    assert record.weights_HRS is not None
+    weights_RS = record.weights_HRS[head].float().cpu()
+    num_rows, num_keys = weights_RS.shape
+    steps = [max(1, -(-length // MAX_CELLS)) for length in (num_rows, num_keys)]
+    for dim, step in enumerate(steps):  # the largest weight of each step, so that a single key stays in sight
+        weights_RS = torch.stack([part.amax(dim) for part in weights_RS.split(step, dim=dim)], dim=dim)
+    axes.imshow(
+        weights_RS.sqrt().numpy(),  # weights spread over many keys are seen too
+        cmap="Greys",
+        aspect="auto",
+        interpolation="nearest",
+        extent=(0, num_keys, num_rows, 0),
+        vmin=0,
+        vmax=1,
+    )
+    first, last = record.num_memory, record.num_memory + record.num_fam
+    for place in sorted({first, last} - {0}):
+        axes.axvline(place, color="black", linewidth=0.7, linestyle=":")
+    if record.num_fam_rows:
+        axes.axhline(record.num_fam_rows, color="black", linewidth=0.7, linestyle=":")
+    axes.set_xticks([])
+    axes.set_yticks([])
+    if labels:
+        names = [("memory", first / 2), ("FAM", (first + last) / 2), ("block", (last + num_keys) / 2)]
+        sizes = {"memory": first, "FAM": last - first, "block": num_keys - last}
+        shown = [(name, place) for name, place in names if sizes[name]]
+        axes.set_xticks([place for _, place in shown], [name for name, _ in shown], fontsize=6)
+        axes.tick_params(length=0)
+
+
+def plot_memory(records: Sequence[BlockRecord], path: str | Path) -> None:
+    """Draw, over blocks and for every layer: the FAM's norm, its change per block, and what tokens give to it.
+
+    Args:
+        records: of all blocks and layers.
+        path: file to write.
+
+    Raises:
+        MissingPackageError: matplotlib is not installed.
+    """
+    by_layer: dict[int, list[BlockRecord]] = {}
+    for record in records:
+        by_layer.setdefault(record.layer_idx, []).append(record)
+    panels: Sequence[tuple[str, str]] = (
+        ("norm of the FAM (RMS)", "fam_norm"),
+        ("change per block (of the FAM's length)", "fam_change"),
+        ("share of attention to the FAM", "to_fam"),
+        ("share of attention to memory segments", "to_memory"),
+        ("share of attention to the own block", "to_block"),
+    )
+    panels = [(title, name) for title, name in panels if any(getattr(record, name) for record in records)]
+    with new_figure(path, (6.4, 1.9 * len(panels)), len(panels)) as (figure, all_axes):
+        for axes, (title, name) in zip(all_axes, panels, strict=True):
+            for number, (layer_idx, own) in enumerate(by_layer.items()):
+                values = [(record.block_idx, getattr(record, name)) for record in own]
+                values = [(block, value) for block, value in values if value is not None]
+                if not values:
+                    continue
+                axes.plot(
+                    *zip(*values, strict=True),
+                    color="black",
+                    linewidth=0.9,
+                    linestyle=LINES[number % len(LINES)],
+                    marker=MARKERS[number % len(MARKERS)],
+                    markersize=3,
+                    markerfacecolor="white",
+                    markevery=max(1, len(values) // 12),
+                )
+                axes.annotate(
+                    f"layer {layer_idx}",
+                    xy=values[-1],
+                    xytext=(6, 0),
+                    textcoords="offset points",
+                    fontsize=6,
+                    verticalalignment="center",
+                    annotation_clip=False,
+                )
+            axes.set_title(title, loc="left", fontsize=8)
+            for side in ("top", "right"):
+                axes.spines[side].set_visible(False)
+        all_axes[-1].set_xlabel("block")
+        save_figure(figure, path)
+
+
+def memory_rows(records: Sequence[BlockRecord]) -> list[dict[str, Any]]:
+    """Return the numbers of all records as result rows."""
+    names = ("block_idx", "layer_idx", "to_memory", "to_fam", "to_block", "fam_norm", "fam_change")
+    return [{"task": "attention"} | {name: getattr(record, name) for name in names} for record in records]
+
+
+def _with_weights(records: Sequence[BlockRecord], heads: Sequence[int]) -> list[BlockRecord]:
+    kept = [record for record in records if record.weights_HRS is not None]
+    if not kept:
+        raise TransformerFamError(
+            "no record has weights, required is at least one; name layers, and blocks of the text"
+        )
+    assert kept[0].weights_HRS is not None
+    num_heads = kept[0].weights_HRS.shape[0]
+    for head in heads:
+        if not 0 <= head < num_heads:
+            raise TransformerFamError(f"there is no head {head}, the model has heads 0 to {num_heads - 1}")
+    return kept

@@ -1,0 +1,145 @@
+"""More than one key, told apart by names: how much does a memory hold, and does it keep the newest?
+
+Several keys are told one after the other, with filler between them; some names may be told a second key, which counts.
+Behind the last of them stands filler, and then the question for one name. With one key and one name it is the passkey
+task in other words.
+"""
+
+import random
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from transformerfam.errors import TransformerFamError
+from transformerfam.tasks.passkey import BETWEEN_KEYS, FIRST_KEY, LAST_KEY, FillerStream, PasskeyText
+from transformerfam.tasks.text import encode
+
+NAMES = (
+    *("grass", "sky", "sun", "text", "info", "information", "lot", "quiz"),
+    *("green", "blue", "yellow", "important", "irrelevant", "hidden", "back", "you"),
+)
+"""Words of the passkey text, so that the tiny model's vocabulary holds them."""
+
+BEFORE_NAME = " The pass key of"
+BEFORE_NAMED_KEY = " is"
+BEFORE_ASKED_NAME = " What is the pass key of"
+BEFORE_ANSWER = "? The pass key of"
+
+
+@dataclass(frozen=True)
+class Telling:
+    """One sentence pair that tells a key.
+
+    Attributes:
+        name: number of the name.
+        key: the key.
+        num_before: tokens of filler in front of it.
+    """
+
+    name: int
+    key: int
+    num_before: int
+
+
+@dataclass(frozen=True)
+class NamedKeys:
+    """What one text tells.
+
+    Attributes:
+        tellings: in the order in which they are told.
+    """
+
+    tellings: tuple[Telling, ...]
+
+    @property
+    def newest(self) -> dict[int, int]:
+        """Return the key of every name that was told last, in the order of the last telling."""
+        found: dict[int, int] = {}
+        for telling in self.tellings:
+            found.pop(telling.name, None)
+            found[telling.name] = telling.key
+        return found
+
+    @property
+    def outdated(self) -> dict[int, list[int]]:
+        """Return the keys of every name that were told before its last."""
+        newest = self.newest
+        old: dict[int, list[int]] = {}
+        for telling in self.tellings:
+            if telling.key != newest[telling.name]:
+                old.setdefault(telling.name, []).append(telling.key)
+        return old
+
+
+def draw_named_keys(
+    draw: random.Random, num_told: int, num_retold: int = 0, apart: tuple[int, int] = (0, 0), digits: int = 5
+) -> NamedKeys:
+    """Draw a text's keys.
+
+    Args:
+        draw: source of chance.
+        num_told: names, at most as many as `NAMES`.
+        num_retold: names that are told a second key, behind all others, and in another order.
+        apart: least and most tokens of filler in front of a telling; the first has none.
+        digits: of a key.
+
+    Raises:
+        TransformerFamError: there are not so many names.
+    """
+    if not 1 <= num_told <= len(NAMES) or not 0 <= num_retold <= num_told:
+        raise TransformerFamError(
+            f"num_told is {num_told} and num_retold {num_retold}, required is 1 to {len(NAMES)}, and 0 to num_told"
+        )
+    names = draw.sample(range(len(NAMES)), num_told)
+    names += draw.sample(names, num_retold)
+    first, last = (FIRST_KEY, LAST_KEY) if digits == 5 else (10 ** (digits - 1), 10**digits - 1)
+    keys = draw.sample(range(first, last + 1), len(names))
+    gaps = [0] + [draw.randint(*apart) for _ in names[1:]]
+    return NamedKeys(tuple(Telling(*parts) for parts in zip(names, keys, gaps, strict=True)))
+
+
+class NamedKeysText:
+    """Write texts of named keys for one tokenizer."""
+
+    def __init__(self, tokenizer: Any, filler: str | Path | FillerStream = "sentences") -> None:
+        """Tokenise the constant pieces.
+
+        Args:
+            tokenizer: a Hugging Face tokenizer.
+            filler: as for `PasskeyText`.
+
+        Raises:
+            TransformerFamError: the tokenizer has no tokens for digits, or the file cannot be read.
+        """
+        self.passkey = PasskeyText(tokenizer, filler)
+        self.filler = self.passkey.filler
+        self.key_ids, self.decode = self.passkey.key_ids, self.passkey.decode
+        self._names = [encode(tokenizer, f" {name}") for name in NAMES]
+        self._pieces = {
+            piece: encode(tokenizer, piece)
+            for piece in (BEFORE_NAME, BEFORE_NAMED_KEY, BETWEEN_KEYS, BEFORE_ASKED_NAME, BEFORE_ANSWER)
+        } | {"of": encode(tokenizer, " is the pass key of"), "end": encode(tokenizer, ".")}
+
+    def told_ids(self, telling: Telling) -> list[int]:
+        """Return the sentences that tell a key: the key, and once more the key."""
+        name_ids, key_ids, piece = self._names[telling.name], self.key_ids(telling.key), self._pieces
+        first = piece[BEFORE_NAME] + name_ids + piece[BEFORE_NAMED_KEY] + key_ids + piece[BETWEEN_KEYS]
+        return first + key_ids + piece["of"] + name_ids + piece["end"]
+
+    def question_ids(self, name: int) -> list[int]:
+        """Return the question for a name, up to the place where the key has to follow."""
+        name_ids, piece = self._names[name], self._pieces
+        return piece[BEFORE_ASKED_NAME] + name_ids + piece[BEFORE_ANSWER] + name_ids + piece[BEFORE_NAMED_KEY]
+
+    def intro_ids(self, keys: NamedKeys, filler_start: int = 0) -> list[int]:
+        """Return everything up to the end of the last telling.
+
+        Args:
+            keys: what is told.
+            filler_start: first token of the filler that is used.
+        """
+        ids: list[int] = []
+        for telling in keys.tellings:
+            ids += self.filler.slice(filler_start, telling.num_before).tolist() + self.told_ids(telling)
+            filler_start += telling.num_before
+        return ids

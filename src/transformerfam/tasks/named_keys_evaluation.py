@@ -1,0 +1,138 @@
+"""Named keys measured: how many of several keys come back, by their number, their order and the filler behind them."""
+
+import random
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from transformerfam.errors import TransformerFamError
+from transformerfam.reading_state import ReadingState
+from transformerfam.tasks.named_keys import NamedKeys, NamedKeysText, draw_named_keys
+from transformerfam.tasks.passkey_evaluation import READ_TOKENS, greedy_tokens, padded, read_ragged
+from transformerfam.tasks.provenance import provenance
+
+TASK = "named-keys"
+
+
+@dataclass(kw_only=True)
+class NamedKeysEvaluation:
+    """Tell several keys by their names, and ask for each of them behind filler of several lengths.
+
+    Raises:
+        TransformerFamError: a length or a number is out of its range.
+    """
+
+    filler_lengths: Sequence[int]
+    """Tokens of filler between the last key that is told and the question, each at least 0."""
+
+    num_told: Sequence[int] = (1,)
+    """Names in a text; each number has texts of its own."""
+
+    num_retold: int = 0
+    """Names that are told a second key, which counts; at most as many as are told."""
+
+    apart: tuple[int, int] = (0, 0)
+    """Least and most tokens of filler between two tellings."""
+
+    num_texts: int = 10
+    """Texts for every number of names."""
+
+    seed: int = 0
+    system: str = "fam"
+    model_name: str = "unnamed"
+    filler: str = "sentences"
+    batch_size: int = 10
+    """Texts that are read side by side."""
+
+    progress: Callable[[int, int, ReadingState], None] | None = None
+    """Called with the tokens of filler done, those to do, and the state."""
+
+    def __post_init__(self) -> None:
+        for name, values, least in (("filler_lengths", self.filler_lengths, 0), ("num_told", self.num_told, 1)):
+            if not values or min(values) < least:
+                raise TransformerFamError(
+                    f"{name} is {list(values)}, required are one or more numbers of at least {least}"
+                )
+        for name, least in (("num_texts", 1), ("batch_size", 1), ("num_retold", 0)):
+            if getattr(self, name) < least:
+                raise TransformerFamError(f"{name} is {getattr(self, name)}, required is at least {least}")
+        self.filler_lengths = sorted(set(self.filler_lengths))
+
+    def rows(self, model: Any, tokenizer: Any) -> Iterator[dict[str, Any]]:
+        """Read, ask, and yield one row per question.
+
+        Args:
+            model: a model with a memory.
+            tokenizer: its tokenizer.
+        """
+        text = NamedKeysText(tokenizer, self.filler)
+        total = len(self.num_told) * self.num_texts * self.filler_lengths[-1]
+        done = 0
+        for num_told in self.num_told:
+            draw = random.Random(f"{self.seed}/{num_told}/named keys")
+            texts = [
+                draw_named_keys(draw, num_told, min(self.num_retold, num_told), self.apart)
+                for _ in range(self.num_texts)
+            ]
+            for start in range(0, len(texts), self.batch_size):
+                batch = texts[start : start + self.batch_size]
+                yield from self._batch(model, text, batch, start, num_told, (done, total))
+                done += len(batch) * self.filler_lengths[-1]
+
+    def _batch(
+        self, model: Any, text: NamedKeysText, batch: list[NamedKeys], first: int, num_told: int, share: tuple[int, int]
+    ) -> Iterator[dict[str, Any]]:
+        starts_B = torch.arange(first, first + len(batch)) * 7919  # every text has its own place in the filler
+        state = read_ragged(
+            model, [torch.tensor(text.intro_ids(k, int(s))) for k, s in zip(batch, starts_B, strict=True)]
+        )
+        num_read = 0
+        for length in self.filler_lengths:
+            while num_read < length:
+                num_tokens = min(READ_TOKENS, length - num_read)
+                state = model.read(text.filler.rows(starts_B + num_read, num_tokens), state)
+                num_read += num_tokens
+                if self.progress is not None:
+                    self.progress(share[0] + len(batch) * num_read, share[1], state)
+            for order in range(num_told):
+                yield from self._ask(model, text, batch, first, state.fork(), length, order)
+
+    def _ask(
+        self,
+        model: Any,
+        text: NamedKeysText,
+        batch: list[NamedKeys],
+        first: int,
+        state: ReadingState,
+        length: int,
+        order: int,
+    ) -> Iterator[dict[str, Any]]:
+        """Ask every text for the name whose newest key was told as number `order`."""
+        asked = [list(keys.newest.items())[order] for keys in batch]
+        ids_BT, mask_BT = padded([torch.tensor(text.question_ids(name)) for name, _ in asked])
+        wanted = [text.key_ids(key) for _, key in asked]
+        mask: Tensor | None = None if bool(mask_BT.all()) else mask_BT
+        said_BT = greedy_tokens(model, ids_BT, state, max(map(len, wanted)), mask)
+        for row, ((name, key), key_ids) in enumerate(zip(asked, wanted, strict=True)):
+            said = said_BT[row, : len(key_ids)].tolist()
+            old = batch[row].outdated.get(name, [])
+            yield {
+                "task": TASK,
+                "system": self.system,
+                "model": self.model_name,
+                "seed": self.seed,
+                "filler": text.filler.name,
+                "filler_tokens": length,
+                "text": first + row,
+                "num_told": len(batch[row].newest),
+                "order": order,
+                "key": key,
+                "answer": text.decode(said),
+                "correct": said == key_ids,
+                "is_retold": bool(old),
+                "is_outdated": any(said == text.key_ids(other) for other in old),
+                **provenance(),
+            }

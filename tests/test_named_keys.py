@@ -1,0 +1,171 @@
+"""Several keys by their names: texts, training sequences, and what is measured."""
+
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from transformerfam import FamConfig, convert
+from transformerfam.comparison import Comparison, load_comparison, run_one
+from transformerfam.comparison.plan import RunName
+from transformerfam.comparison.report import capacities, comparison_tables, plot_comparison
+from transformerfam.comparison.run import is_finished
+from transformerfam.errors import RecipeError, TransformerFamError
+from transformerfam.reports.rows import read_rows
+from transformerfam.tasks.named_keys import NAMES, NamedKeysText, draw_named_keys
+from transformerfam.tasks.named_keys_evaluation import NamedKeysEvaluation
+from transformerfam.training.recipe_file import build_recipe
+from transformerfam.training.sections import ModelSection
+from transformerfam.training.sequences import SequenceBuilder
+from transformerfam.training.tiny import build_tiny_model, build_tiny_tokenizer
+
+SMALL_MODEL = {"base": "tiny-random", "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
+
+
+def recipe(**data: Any) -> Any:
+    values = {
+        "model": SMALL_MODEL,
+        "fam": {"block_size": 16, "fam_length": 2, "num_memory_segments": 0},
+        "schedule": {"steps": 2, "batch_size": 4, "curriculum": [{"filler_tokens": [8, 32]}]},
+        "data": {"named_keys": [1, 3]} | data,
+    }
+    return build_recipe(values)
+
+
+def test_text_tells_every_key_and_asks_for_the_newest() -> None:
+    """Catches a question whose answer is an outdated key, and words that the tiny model does not know."""
+    tokenizer = build_tiny_tokenizer()
+    text = NamedKeysText(tokenizer)
+    keys = draw_named_keys(random.Random(3), 4, 2, apart=(1, 9))
+    ids = text.intro_ids(keys)
+    told = tokenizer.decode(ids)
+    assert tokenizer.unk_token_id not in ids
+    assert len(keys.tellings) == 6
+    assert len(keys.newest) == 4
+    assert len(keys.outdated) == 2
+    for telling in keys.tellings:
+        assert f" The pass key of {NAMES[telling.name]} is {telling.key}. Remember it. {telling.key}" in " " + told
+    for name, old in keys.outdated.items():
+        assert keys.newest[name] not in old
+        assert told.rindex(str(keys.newest[name])) > told.rindex(str(old[0]))
+    assert list(keys.newest)[-1] == keys.tellings[-1].name
+    question = tokenizer.decode(text.question_ids(0))
+    assert question == " What is the pass key of grass? The pass key of grass is"
+    with pytest.raises(TransformerFamError, match="num_told is 17 and num_retold 0, required is 1 to 16"):
+        draw_named_keys(random.Random(0), 17)
+
+
+def test_training_rows_ask_for_one_of_their_keys() -> None:
+    """Catches rows of different length, an answer that the text does not tell last, and weights on other tokens."""
+    tokenizer = build_tiny_tokenizer()
+    own = recipe(retold_keys=[0, 2], keys_apart=[0, 5], prefix_tokens=[0, 4])
+    builder = SequenceBuilder(own, tokenizer)
+    for step in range(12):
+        batch = builder.batch(step, 0)
+        assert torch.equal(batch.input_ids_BT, builder.batch(step, 0).input_ids_BT)
+        for row, key in enumerate(batch.keys):
+            text = tokenizer.decode(batch.input_ids_BT[row].tolist())
+            assert text.endswith(f" is {key}")
+            name = text.rsplit("? The pass key of ", 1)[1].split(" is ")[0]
+            last = text.rsplit("What is the pass key of", 1)[0].rsplit(f"The pass key of {name} is ", 1)[1]
+            assert last.startswith(str(key))
+            (places,) = batch.is_key_BT[row].nonzero(as_tuple=True)
+            answer = tokenizer.decode(batch.labels_BT[row, places].tolist())
+            assert answer.strip() == str(key)
+        assert batch.question_start <= batch.input_ids_BT.shape[1] - len(["What", "is"])
+
+
+def test_recipes_that_cannot_tell_keys_apart_are_refused() -> None:
+    """Catches names beside what knows one key."""
+    with pytest.raises(RecipeError, match=r"data.named_keys is \[1, 17\], required is 1 to 16"):
+        recipe(named_keys=[1, 17])
+    with pytest.raises(RecipeError, match="boundary_share"):
+        recipe(boundary_share=0.1)
+    with pytest.raises(RecipeError, match="retold_keys is above 0 and data.named_keys is not"):
+        recipe(named_keys=[0, 0], retold_keys=[0, 1])
+
+
+def test_evaluation_scores_what_the_model_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches an outdated key that is taken for right, and rows whose name and key do not belong together."""
+    tokenizer = build_tiny_tokenizer()
+    model = build_tiny_model(ModelSection(**SMALL_MODEL), len(tokenizer)).eval()
+    convert(model, FamConfig(block_size=16, fam_length=2, num_memory_segments=0, fam_key_bias=0.0))
+    read: list[torch.Tensor] = []
+    original = type(model).forward
+
+    def forward(self: Any, input_ids: torch.Tensor, **kwargs: Any) -> Any:
+        output = original(self, input_ids=input_ids, **kwargs)
+        read.append(input_ids)
+        return output
+
+    monkeypatch.setattr(type(model), "forward", forward)
+    options: dict[str, Any] = {"filler_lengths": [0, 20], "num_told": [1, 3], "num_retold": 1, "apart": (0, 4)}
+    rows = list(NamedKeysEvaluation(**options, num_texts=3, batch_size=2).rows(model, tokenizer))
+    assert len(rows) == 2 * 3 * (1 + 3)
+    assert {row["order"] for row in rows if row["num_told"] == 3} == {0, 1, 2}
+    for text in range(3):
+        own = [row for row in rows if (row["text"], row["filler_tokens"], row["num_told"]) == (text, 20, 3)]
+        assert sum(row["is_retold"] for row in own) == 1
+    asked = [ids for ids in read if ids.shape[1] > 1]
+    assert len(asked) == 2 * 2 * (1 + 3)  # every name once per batch and length
+    same = list(NamedKeysEvaluation(**options, num_texts=3, batch_size=3).rows(model, tokenizer))
+    names = ("num_told", "filler_tokens", "text", "order", "key", "answer")
+    assert sorted([row[n] for n in names] for row in rows) == sorted([row[n] for n in names] for row in same)
+    with pytest.raises(TransformerFamError, match=r"num_told is \[0\], required are one or more numbers of at least 1"):
+        NamedKeysEvaluation(filler_lengths=[1], num_told=[0])
+
+
+TRAINING = """
+[model]
+base = "tiny-random"
+hidden_size = 32
+intermediate_size = 48
+num_hidden_layers = 2
+[fam]
+block_size = 16
+fam_length = 2
+num_memory_segments = 0
+[schedule]
+steps = 2
+batch_size = 2
+threads = 1
+[[schedule.curriculum]]
+filler_tokens = [8, 32]
+[data]
+named_keys = [1, 3]
+"""
+
+
+def small(folder: Path) -> Comparison:
+    (folder / "training.toml").write_text(TRAINING)
+    (folder / "small.toml").write_text(
+        'recipe = "training.toml"\nsystems = ["fam", "bswa"]\nnum_keys = 2\ntask = "named-keys"\nnum_told = [1, 3]\n'
+        "filler_tokens = [8, 24]\nnum_retold = 1\n"
+    )
+    return load_comparison(folder / "small.toml")
+
+
+def test_comparison_of_named_keys(tmp_path: Path) -> None:
+    """Catches a capacity that counts outdated keys, and questions that are asked twice after a stop."""
+    comparison = small(tmp_path)
+    run = RunName("fam", 0)
+    run_one(comparison, run, tmp_path / "runs")
+    path = tmp_path / "runs" / "fam-0" / "rows.jsonl"
+    rows = read_rows([path])
+    assert is_finished(comparison, run, rows)
+    lines = path.read_text().splitlines(keepends=True)
+    path.write_text("".join(lines[:5]))
+    run_one(comparison, run, tmp_path / "runs")
+    assert [row["key"] for row in read_rows([path]) if "key" in row] == [row["key"] for row in rows if "key" in row]
+    for row in rows:
+        if row["task"] == "named-keys":
+            row["correct"], row["is_outdated"] = row["order"] == 0, row["is_retold"]
+    found = capacities(comparison, rows)
+    assert found["fam"][8, 3].recalled == {0: 1.0}
+    assert found["fam"][8, 3].outdated == 1.0
+    assert found["bswa"][8, 3].recalled == {}
+    assert len(comparison_tables(comparison, rows)) == 2
+    plot_comparison(comparison, rows, tmp_path / "figure.svg")
+    assert "empty: bswa" in (tmp_path / "figure.svg").read_text()
