@@ -20,6 +20,7 @@ from transformerfam.tasks.facts_evaluation import FactsEvaluation
 from transformerfam.training.recipe_file import build_recipe
 from transformerfam.training.sections import ModelSection
 from transformerfam.training.sequences import SequenceBuilder
+from transformerfam.training.setup import build_trainee
 from transformerfam.training.tiny import build_tiny_model, build_tiny_tokenizer
 
 SMALL_MODEL = {"base": "tiny-random", "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
@@ -120,6 +121,23 @@ def test_training_rows_of_facts() -> None:
         build_recipe(values | {"data": {"facts": [1, 4]}})
     with pytest.raises(RecipeError, match="both above 0"):
         build_recipe(values | {"data": {"facts": [1, 2], "named_keys": [1, 2]}})
+
+
+def test_stories_are_hidden_in_a_novel() -> None:
+    """Catches a vocabulary without the novel's words, and filler that is not the novel."""
+    values: dict[str, Any] = {
+        "model": SMALL_MODEL | {"vocabulary_from": "northanger_abbey", "vocabulary_words": 300},
+        "fam": {"block_size": 16, "fam_length": 2, "num_memory_segments": 0},
+        "schedule": {"steps": 2, "batch_size": 4, "curriculum": [{"filler_tokens": [100, 100]}]},
+        "data": {"facts": [1, 3], "fact_sentences": [8, 10], "fact_filler": "northanger_abbey"},
+    }
+    recipe = build_recipe(values)
+    model, tokenizer = build_trainee(recipe)
+    assert "Catherine" in tokenizer.get_vocab() or "▁Catherine" in tokenizer.get_vocab()
+    assert model.get_input_embeddings().num_embeddings == len(tokenizer)
+    batch = SequenceBuilder(recipe, tokenizer).batch(0, 0)
+    known = (batch.input_ids_BT != tokenizer.unk_token_id).float().mean()
+    assert 0.6 < float(known) < 1
 
 
 def test_evaluation_gives_a_row_per_question() -> None:

@@ -79,6 +79,9 @@ class Comparison:
     keys_apart: tuple[int, int] = (0, 0)
     """With named keys: least and most tokens of filler between two that are told."""
 
+    filler: str = "sentences"
+    """What stands between telling and asking: the paper's sentences, a novel of the package, or a UTF-8 file."""
+
     num_supports: tuple[int, ...] = (1, 2, 3)
     """With facts: sentences from which an answer follows; each number has texts of its own."""
 

@@ -55,9 +55,9 @@ def is_finished(comparison: Comparison, run: RunName, rows: list[Row]) -> bool:
 
 
 def recipe_digest(comparison: Comparison, run: RunName) -> str:
-    """Return the SHA-256 of a run's recipe."""
-    values = json.dumps(comparison.recipe_of(run).to_dict(), sort_keys=True)
-    return hashlib.sha256(values.encode()).hexdigest()
+    """Return the SHA-256 of what a run's recipe is made of; a key that a later version adds does not change it."""
+    parts = [comparison.recipe, comparison.system_of(run.system), comparison.changes.get(run.system, {}), run.seed]
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 
 def require_same_recipe(comparison: Comparison, rows: Iterable[Row]) -> None:
@@ -134,6 +134,7 @@ def _ask_passkeys(
         systems=comparison.rows_of(run),
         batch_size=comparison.batch_size,
         model_name=comparison.name,
+        filler=comparison.filler,
         max_training_filler_tokens=notes.get("max_training_filler_tokens"),
         progress=update,
     )
@@ -159,6 +160,7 @@ def _ask_named_keys(
         seed=run.seed,
         system=run.system,
         model_name=comparison.name,
+        filler=comparison.filler,
         batch_size=comparison.batch_size,
         progress=update,
     )
@@ -182,6 +184,7 @@ def _ask_facts(
         seed=run.seed,
         system=run.system,
         model_name=comparison.name,
+        filler=comparison.filler,
         batch_size=comparison.batch_size,
         progress=update,
     )

@@ -19,6 +19,11 @@ class ModelSection:
     num_attention_heads: int = 4
     num_key_value_heads: int = 4
     intermediate_size: int = 384
+    vocabulary_from: str | None = None
+    """Novel of the package, or UTF-8 file, whose most frequent words `tiny-random` knows too; None: no other words than
+    those of its task."""
+    vocabulary_words: int = 2000
+    """How many of them."""
     rope_theta: float = 10000.0
     """Base of RoPE's wavelengths."""
     seed: int = 0
@@ -196,6 +201,8 @@ class DataSection:
     one number. 0: no stories."""
     fact_sentences: tuple[int, int] = (4, 10)
     """Least and most sentences of a story."""
+    fact_filler: str = "sentences"
+    """What stories are hidden in: the passkey's sentences, a novel of the package, or a UTF-8 file."""
 
 
 @dataclass(frozen=True, kw_only=True)

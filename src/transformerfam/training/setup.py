@@ -13,10 +13,10 @@ from transformerfam.models import BASE_NOTE, load_base, load_model
 from transformerfam.rivals import attach
 from transformerfam.tasks.facts import words
 from transformerfam.tasks.provenance import memory_notes
-from transformerfam.tasks.text import encode
+from transformerfam.tasks.text import encode, read_text
 from transformerfam.training.lora import fuse_lora
 from transformerfam.training.recipe import Recipe
-from transformerfam.training.tiny import build_tiny_model, build_tiny_tokenizer, draw_prompt
+from transformerfam.training.tiny import build_tiny_model, build_tiny_tokenizer, draw_prompt, frequent_words
 
 
 def build_trainee(recipe: Recipe) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
@@ -34,7 +34,7 @@ def build_trainee(recipe: Recipe) -> tuple[PreTrainedModel, PreTrainedTokenizerB
         _require_same_base(section.memory, section.base)
         model, tokenizer = _load_memory(section.memory, recipe.fam)
     elif section.base == "tiny-random":
-        tokenizer = build_tiny_tokenizer(words() if recipe.data.facts[1] else ())
+        tokenizer = build_tiny_tokenizer(_words_of(recipe))
         model = build_tiny_model(section, len(tokenizer))
         _give_memory(model, recipe)
         draw_prompt(model, section.seed)
@@ -54,6 +54,14 @@ def build_trainee(recipe: Recipe) -> tuple[PreTrainedModel, PreTrainedTokenizerB
     if recipe.lora is not None and recipe.lora.fused:
         fuse_lora(model)
     return model, tokenizer
+
+
+def _words_of(recipe: Recipe) -> list[str]:
+    """Return the words that the tiny model knows beside those of the passkey text."""
+    section, known = recipe.model, list(words() if recipe.data.facts[1] else ())
+    if section.vocabulary_from is not None:
+        known += frequent_words(read_text(section.vocabulary_from), section.vocabulary_words)
+    return known
 
 
 def _give_memory(model: PreTrainedModel, recipe: Recipe) -> None:

@@ -1,6 +1,7 @@
 """The tiny model: a word-level tokenizer for the passkey text, and a small Llama with random weights."""
 
 import re
+from collections import Counter
 from collections.abc import Iterable
 
 import torch
@@ -42,6 +43,12 @@ def build_tiny_tokenizer(more_words: Iterable[str] = ()) -> PreTrainedTokenizerF
         pad_token=END,
         clean_up_tokenization_spaces=False,
     )
+
+
+def frequent_words(text: str, number: int) -> list[str]:
+    """Return the most frequent words of a text, equally frequent ones by the alphabet."""
+    counts = Counter(re.findall(r"[A-Za-z]+", text))
+    return sorted(counts, key=lambda word: (-counts[word], word))[:number]
 
 
 def build_tiny_model(section: ModelSection, vocab_size: int) -> LlamaForCausalLM:

@@ -64,7 +64,7 @@ class NamedRows:
 class FactRows:
     """Hide a story in filler, and ask a question on it."""
 
-    def __init__(self, recipe: Recipe, tokenizer: Any, filler: Any) -> None:
+    def __init__(self, recipe: Recipe, tokenizer: Any, filler: str) -> None:
         self.data, self.schedule = recipe.data, recipe.schedule
         self.text = FactsText(tokenizer, filler)
 
@@ -101,5 +101,5 @@ def told_rows_of(recipe: Recipe, tokenizer: Any) -> NamedRows | FactRows | None:
     if recipe.data.named_keys[1]:
         return NamedRows(recipe, tokenizer)
     if recipe.data.facts[1]:
-        return FactRows(recipe, tokenizer, "sentences")
+        return FactRows(recipe, tokenizer, recipe.data.fact_filler)
     return None
