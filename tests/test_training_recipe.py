@@ -46,6 +46,7 @@ def test_recipe_survives_json():
         ({"optimizer": {"schedule": "step"}}, r"required is one of constant, cosine, linear"),
         ({"state_passing": {"ask_later": 0.5}}, r'needs state_passing.rows = "all"'),
         ({"state_passing": {"between_blocks": [3, 1]}}, r"state_passing.between_blocks is \[3, 1\]"),
+        ({"state_passing": {"between_steps": -1}}, r"state_passing.between_steps is -1, required is at least 0"),
         ({"schedule": {"repeat_updates": [3, 1]}}, r"schedule.repeat_updates is \[3, 1\]"),
         ({"schedule": {"stored_blocks": -1}}, "schedule.stored_blocks is -1"),
         ({"schedule": {"stored_blocks": 2, "steps_per_stored_block": 0}}, "steps_per_stored_block 0"),

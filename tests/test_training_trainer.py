@@ -312,6 +312,18 @@ def test_passed_fam_reads_on_between_steps(tmp_path):
     assert not read.fam_LBFD.requires_grad
 
 
+def test_blocks_between_steps_grow_to_their_most():
+    """Catches filler that is as long at the beginning as at the end, or never becomes as long as asked."""
+    passing = StatePassing(StatePassingSection(probability=1.0, between_blocks=(1, 21), between_steps=100), seed=0)
+    assert passing.blocks_between(50) == 0
+    passing.started = True
+    drawn = [passing.blocks_between(step) for step in range(400)]
+    assert min(drawn) == 1
+    assert max(drawn[:10]) <= 3
+    assert max(drawn[40:50]) <= 11
+    assert max(drawn[100:]) == 21
+
+
 def test_steps_read_in_the_blocks_they_draw_and_the_memory_is_kept_with_the_recipes(tmp_path):
     """A drawn block that changes the text alone, or the last one drawn that is kept as the memory's."""
     schedule = {"steps": 8, "block_sizes": [16, 32], "curriculum": [{"filler_tokens": [1, 30]}]}

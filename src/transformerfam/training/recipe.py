@@ -232,6 +232,10 @@ class Recipe:
         """Refuse a state passing that has nothing to pass or nobody to ask."""
         _require_range("state_passing.between_blocks", *self.state_passing.between_blocks)
         _require(
+            self.state_passing.between_steps >= 0,
+            f"state_passing.between_steps is {self.state_passing.between_steps}, required is at least 0",
+        )
+        _require(
             self.state_passing.ask_later == 0 or self.state_passing.rows == "all",
             'state_passing.ask_later needs state_passing.rows = "all", since every sequence asks for its own key',
         )

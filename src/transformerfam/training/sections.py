@@ -147,6 +147,9 @@ class StatePassingSection:
     between_blocks: tuple[int, int] = (0, 0)
     """Least and most blocks of filler, stored ones where there are any, that a passed FAM reads from one step to the
     next, without gradient: a cheap way to ask later still."""
+    between_steps: int = 0
+    """Steps, from the first of the run, over which the most of `between_blocks` grows to what it is, so that a memory
+    learns to write before it learns to hold for long. 0: from the beginning."""
     noise: float = 0.0
     """Standard deviation of the noise that is added to a passed FAM after every step, as a share of each row's root
     mean square: a memory that corrects errors is trained, not one in which they add up."""

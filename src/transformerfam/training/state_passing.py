@@ -76,7 +76,12 @@ class StatePassing:
 
     def blocks_between(self, step: int) -> int:
         """Return how many blocks a passed FAM reads after a step, without gradient; 0 before passing begins."""
-        return random.Random(f"{self.seed}/between/{step}").randint(*self.section.between_blocks) if self.started else 0
+        if not self.started:
+            return 0
+        least, most = self.section.between_blocks
+        if step < self.section.between_steps:
+            most = least + (most - least) * step // self.section.between_steps
+        return random.Random(f"{self.seed}/between/{step}").randint(least, most)
 
     def keep(self, step: int, fam_LBFD: torch.Tensor | None, keys: tuple[int | None, ...]) -> None:
         """Save a step's FAM, with noise; one that is not finite is dropped, so that it cannot poison later steps.
