@@ -11,7 +11,7 @@ import pytest
 from tiny_models import save_passkey_model
 from training_recipes import small_values
 
-from transformerfam.errors import RecipeError
+from transformerfam.errors import CorruptFileError, RecipeError
 from transformerfam.models import load_model
 from transformerfam.reports.rows import read_rows
 from transformerfam.training.ranks import Ranks
@@ -133,9 +133,34 @@ def test_two_processes_go_on_where_they_stopped(name: str, tmp_path: Path) -> No
     assert launch(tmp_path / "recipe.toml", tmp_path / "whole").returncode == 0
     first = launch(tmp_path / "recipe.toml", tmp_path / "parts", "--set", "schedule.max_seconds=0.0")
     assert first.returncode == 0, first.stderr[-3000:]
+    shares = sorted(path.name for path in (tmp_path / "parts").glob("checkpoint-*.safetensors"))
+    assert shares == (
+        ["checkpoint-1-1-of-2.safetensors", "checkpoint-1-2-of-2.safetensors"] if name == "sharded" else []
+    )
     second = launch(tmp_path / "recipe.toml", tmp_path / "parts", "--resume")
     assert second.returncode == 0, second.stderr[-3000:]
     assert losses_of(tmp_path / "parts") == losses_of(tmp_path / "whole")
+
+
+def test_one_process_goes_on_with_the_shares_of_two(tmp_path: Path) -> None:
+    """Catches shares that are joined in the wrong order, or that only as many processes can take up again."""
+    write_toml(tmp_path / "recipe.toml", values_of("sharded"))
+    whole = Trainer(build_recipe(values_of("sharded")), tmp_path / "whole")
+    assert whole.run().is_complete
+    first = launch(tmp_path / "recipe.toml", tmp_path / "parts", "--set", "schedule.max_seconds=0.0")
+    assert first.returncode == 0, first.stderr[-3000:]
+    (tmp_path / "copy").mkdir()
+    for path in (tmp_path / "parts").iterdir():
+        (tmp_path / "copy" / path.name).write_bytes(path.read_bytes())
+    Trainer(build_recipe(values_of("sharded")), tmp_path / "parts", resume=True).run()
+    found, required = (
+        [json.loads(line)["loss"] for line in (tmp_path / name / "log.jsonl").read_text().splitlines()]
+        for name in ("parts", "whole")
+    )
+    assert found == pytest.approx(required, abs=1e-5)
+    (tmp_path / "copy" / "checkpoint-1-2-of-2.safetensors").unlink()
+    with pytest.raises(CorruptFileError, match="checkpoint-1-2-of-2.safetensors does not exist"):
+        Trainer(build_recipe(values_of("sharded")), tmp_path / "copy", resume=True)
 
 
 def test_what_cannot_be_shared_is_refused(tmp_path: Path) -> None:

@@ -1,25 +1,51 @@
-"""What a run keeps: its recipe, and in one safetensors file, replaced atomically, all that the next step depends on."""
+"""What a run keeps: its recipe, and in safetensors files, replaced atomically, all that the next step depends on.
+
+Where several processes share the layers' weights out among them, each writes its own shares of weights, averages and
+moments; they are joined when the run goes on, in as many processes as one likes.
+"""
 
 import contextlib
+import dataclasses
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
 
 from transformerfam.errors import CorruptFileError, TransformerFamError
 from transformerfam.files import load_tensors, save_tensors, write_text
 from transformerfam.training.optimizer import AverageOfWeights
 from transformerfam.training.recipe import Recipe
 from transformerfam.training.recipe_file import build_recipe
-from transformerfam.training.sharding import shared_like, whole
+from transformerfam.training.sharding import shared_like
 from transformerfam.training.state_passing import SavedFam, StatePassing
 from transformerfam.training.stored_filler import StoredFiller
 
 CHECKPOINT_FILE = "checkpoint.safetensors"
 RECIPE_FILE = "recipe.json"
 CHECKPOINT_FORMAT_VERSION = 1
+
+
+def _share_file(step: int, rank: int, world: int) -> str:
+    return f"checkpoint-{step}-{rank + 1}-of-{world}.safetensors"
+
+
+@dataclasses.dataclass(frozen=True)
+class Place:
+    """Which of a run's processes this one is.
+
+    Attributes:
+        rank: its number.
+        world: how many there are.
+        wait: waits for the others.
+    """
+
+    rank: int = 0
+    world: int = 1
+    wait: Callable[[], None] = lambda: None
 
 
 def save_checkpoint(
@@ -30,9 +56,9 @@ def save_checkpoint(
     passing: StatePassing,
     progress: dict[str, Any],
     stored: StoredFiller | None = None,
-    writes: bool = True,
+    place: Place | None = None,
 ) -> None:
-    """Write `folder/checkpoint.safetensors`.
+    """Write `folder/checkpoint.safetensors`, and every process's shares of weights that are shared out beside it.
 
     Args:
         folder: where to.
@@ -42,7 +68,7 @@ def save_checkpoint(
         passing: the saved FAM.
         progress: JSON values: step, stage, recipe and what else the trainer needs.
         stored: the stored filler, None where the recipe has none.
-        writes: False in all processes but one, which only hand their shares of the weights over.
+        place: which process this is; None is the only one.
 
     Raises:
         TransformerFamError: the disk is full; an old checkpoint is left as it was.
@@ -64,9 +90,29 @@ def save_checkpoint(
         "passing_started": passing.started,
         "passed_keys": None if passing.saved is None else list(passing.saved.keys),
     }
-    tensors = {name: whole(tensor) for name, tensor in tensors.items()}
-    if writes:
-        save_tensors(folder / CHECKPOINT_FILE, tensors, metadata)
+    place, step = place or Place(), progress["step"]
+    shares = {name: tensor.to_local() for name, tensor in tensors.items() if isinstance(tensor, DTensor)}
+    metadata["num_shares"] = place.world if shares else 0
+    if shares:
+        kind = {"kind": "share of a checkpoint", "format_version": CHECKPOINT_FORMAT_VERSION}
+        save_tensors(folder / _share_file(step, place.rank, place.world), shares, kind)
+        place.wait()
+    if place.rank > 0:
+        return
+    save_tensors(folder / CHECKPOINT_FILE, {n: t for n, t in tensors.items() if n not in shares}, metadata)
+    current = {_share_file(step, rank, place.world) for rank in range(place.world)}
+    for old in folder.glob("checkpoint-*-of-*.safetensors"):
+        if old.name not in current:
+            old.unlink()
+
+
+def _joined_shares(folder: Path, step: int, world: int) -> dict[str, torch.Tensor]:
+    """Return the whole of what the processes wrote their shares of: rows of every tensor, process after process."""
+    by_rank = [
+        load_tensors(folder / _share_file(step, rank, world), "share of a checkpoint", CHECKPOINT_FORMAT_VERSION)[0]
+        for rank in range(world)
+    ]
+    return {name: torch.cat([shares[name] for shares in by_rank]) for name in by_rank[0]}
 
 
 def load_checkpoint(
@@ -86,6 +132,8 @@ def load_checkpoint(
     """
     path = folder / CHECKPOINT_FILE
     tensors, metadata = load_tensors(path, "checkpoint", CHECKPOINT_FORMAT_VERSION)
+    if metadata.get("num_shares"):
+        tensors |= _joined_shares(folder, metadata["progress"]["step"], metadata["num_shares"])
     parameters = {f"model.{n}": p for n, p in model.named_parameters() if p.requires_grad}
     device = next(model.parameters()).device
     stored = {name for name in tensors if name.startswith("model.")}

@@ -22,6 +22,7 @@ from transformerfam.tasks.provenance import memory_notes
 from transformerfam.training.auxiliary import auxiliary_losses
 from transformerfam.training.blocks import find_non_finite, find_non_finite_gradient
 from transformerfam.training.checkpoint import (
+    Place,
     cut_log,
     load_checkpoint,
     save_checkpoint,
@@ -290,7 +291,7 @@ class Trainer:
         passing = copy.copy(self.passing)
         passing.saved = self.ranks.whole_saved(passing.saved)
         parts = (self.folder, self.model, self.optimizer, self.average, passing, progress, self.stored)
-        save_checkpoint(*parts, writes=self.ranks.is_main)
+        save_checkpoint(*parts, place=Place(self.ranks.rank, self.ranks.world, self.ranks.wait))
         self.ranks.wait()
 
     def _restore(self) -> None:
