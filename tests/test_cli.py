@@ -146,6 +146,22 @@ def test_read_from_standard_input_equals_read_from_file(folder, tmp_path, book):
     assert first.fams.equal(second.fams)
 
 
+def test_next_token_takes_a_folder_and_standard_input_as_the_file(folder, tmp_path, book):
+    """Would catch texts that are measured in one way as a file and in another as a stream."""
+    (tmp_path / "texts").mkdir()
+    (tmp_path / "texts" / "a.txt").write_bytes(book.read_bytes())
+    output = tmp_path / "rows.jsonl"
+    options = ("--model", folder, "--system", "fam", "--output", output)
+    run("evaluate", "next-token", book, *options)
+    run("evaluate", "next-token", tmp_path / "texts", *options)
+    run("evaluate", "next-token", "-", *options, stdin=book.read_bytes())
+    rows = read_rows([output])
+    assert len(rows) == 3
+    assert len({(row["loss"], row["num_tokens"]) for row in rows}) == 1
+    again = run("evaluate", "next-token", "-", "--model", folder, "--system", "fam,bswa", status=2, stdin=b"text")
+    assert "standard input can be read once" in again
+
+
 def test_folder_is_read_file_after_file(folder, tmp_path):
     """Would catch files out of order, hidden ones, or words that are joined over the end of a file."""
     texts = {"a/1.txt": "The grass is green.", "a/2.txt": "The sky is blue.", "b.txt": "The sun is yellow."}

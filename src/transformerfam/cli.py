@@ -2,7 +2,6 @@
 
 import contextlib
 import shlex
-import sys
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -28,7 +27,7 @@ from transformerfam.tasks.next_token import evaluate_next_token
 from transformerfam.tasks.passkey_evaluation import MEMORY_ZEROED, PasskeyEvaluation, finished_questions
 from transformerfam.tasks.provenance import memory_notes
 from transformerfam.tasks.reading import count_tokens, generate_text, read_text_stream
-from transformerfam.tasks.text import decode_utf8, list_files, read_pieces, stream_text
+from transformerfam.tasks.text import STANDARD_INPUT, list_files, stream_text
 from transformerfam.training.averaging import average_memories
 from transformerfam.training.recipe_file import load_recipe, parse_overrides
 from transformerfam.training.trainer import Trainer
@@ -119,7 +118,7 @@ def evaluate_passkey_command(
 
 @evaluate_app.command("next-token")
 def evaluate_next_token_command(
-    file: Annotated[Path, typer.Argument(help="UTF-8 text, or persuasion or northanger_abbey, which come along.")],
+    file: Annotated[str, typer.Argument(help="UTF-8 text, a folder, persuasion, northanger_abbey, or - (stdin).")],
     model: ModelOption = "tiny",
     system: SystemOption = "fam",
     num_tokens: Annotated[int | None, typer.Option("--num-tokens", help="Tokens to read; all if not given.")] = None,
@@ -131,6 +130,8 @@ def evaluate_next_token_command(
     overrides: SetOption = None,
 ) -> None:
     """Measure loss and accuracy of predicting every token of a text."""
+    if file == STANDARD_INPUT and "," in system:
+        raise TransformerFamError("standard input can be read once; give one system, or a file")
     shown = []
     with RowFile(output) if output is not None else contextlib.nullcontext() as rows:
         for loaded, systems in _systems_by_model(system).items():
@@ -181,12 +182,12 @@ def read_command(
     device: DeviceOption = "cpu",
 ) -> None:
     """Read a text of any length and save the state; Ctrl-C saves what was read and says how to go on."""
-    if file != "-":
+    if file != STANDARD_INPUT:
         list_files(file)  # before the model is loaded
     loaded_model, tokenizer = _load(model, device=device)
     start = None if state is None else FamState.load(state, loaded_model, batch_size=1)
-    num_tokens = None if file == "-" else count_tokens(file, tokenizer)
-    texts = decode_utf8(read_pieces(sys.stdin.buffer), "standard input") if file == "-" else stream_text(file)
+    num_tokens = None if file == STANDARD_INPUT else count_tokens(file, tokenizer)
+    texts = stream_text(file)
     try:
         with tokens_bar("reading") as update:
             done = read_text_stream(

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from transformerfam.errors import TransformerFamError
 from transformerfam.reading_state import ReadingState
 from transformerfam.tasks.provenance import provenance
-from transformerfam.tasks.text import decode_utf8, open_bytes, read_pieces, stream_token_ids
+from transformerfam.tasks.text import stream_text, stream_token_ids
 
 PIECE_TOKENS = 256
 """Tokens whose logits are held at once; with 49,152 words they take 50 MB."""
@@ -36,7 +36,7 @@ def evaluate_next_token(
     Args:
         model: a converted model.
         tokenizer: its tokenizer.
-        path: UTF-8 text file, or the name of a held-out novel.
+        path: UTF-8 text file, folder of them, name of a held-out novel, or "-" for standard input.
         num_tokens: tokens to read at most; None is the whole file.
         segment_tokens: yield a row for every so many tokens besides the last row, which covers all of them.
         system: name for the rows.
@@ -67,17 +67,15 @@ def evaluate_next_token(
         }
 
     total, segment, segment_start = _Score(), _Score(), 0
-    with open_bytes(path) as file:
-        texts = decode_utf8(read_pieces(file), str(path))
-        pieces = rechunk(stream_token_ids(texts, tokenizer), PIECE_TOKENS, num_tokens, segment_tokens)
-        for score, state in _scores(model, pieces):
-            total.add(score)
-            segment.add(score)
-            if progress is not None:
-                progress(total.num_read, num_tokens, state)
-            if segment_tokens is not None and segment.num_read == segment_tokens:
-                yield row(segment, segment_start)
-                segment, segment_start = _Score(), total.num_read
+    pieces = rechunk(stream_token_ids(stream_text(path), tokenizer), PIECE_TOKENS, num_tokens, segment_tokens)
+    for score, state in _scores(model, pieces):
+        total.add(score)
+        segment.add(score)
+        if progress is not None:
+            progress(total.num_read, num_tokens, state)
+        if segment_tokens is not None and segment.num_read == segment_tokens:
+            yield row(segment, segment_start)
+            segment, segment_start = _Score(), total.num_read
     if total.num_predicted == 0:
         raise TransformerFamError(f"{path} holds {total.num_read} tokens, at least 2 are required; give a longer text")
     yield row(total, 0)

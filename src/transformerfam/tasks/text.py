@@ -1,6 +1,7 @@
 """Text of any length as token ids: UTF-8 decoded and tokenised piece by piece."""
 
 import codecs
+import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import IO, Any
@@ -9,6 +10,7 @@ from transformerfam.errors import TransformerFamError
 from transformerfam.novels import HELD_OUT_NOVELS, open_novel
 
 READ_BYTES = 1 << 16
+STANDARD_INPUT = "-"
 
 
 def read_text(path: str | Path) -> str:
@@ -45,9 +47,14 @@ def list_files(path: str | Path) -> list[Path | str]:
 def stream_text(path: str | Path) -> Iterator[str]:
     """Yield the text of a file, or of all files of a folder with an empty line between two of them, piece by piece.
 
+    "-" is standard input.
+
     Raises:
         TransformerFamError: a file cannot be read, or is not UTF-8; the message names it.
     """
+    if str(path) == STANDARD_INPUT:
+        yield from decode_utf8(read_pieces(sys.stdin.buffer), "standard input")
+        return
     for number, file in enumerate(list_files(path)):
         if number:
             yield "\n\n"
