@@ -151,6 +151,15 @@ def test_unknown_attention_back_end_is_refused() -> None:
         convert(model, CONFIG)
 
 
+def test_weights_of_types_that_do_not_go_together_are_refused() -> None:
+    """Catches torch's own complaint about matrices, which says nothing of the model."""
+    model = make_tiny_llama()
+    model.model.layers[1].to(torch.bfloat16)
+    with pytest.raises(UnsupportedModelError, match="has weights of types bfloat16 and float32 and cannot run"):
+        convert(model, CONFIG)
+    assert not hasattr(model, "init_state")
+
+
 def test_layer_out_of_range_is_refused() -> None:
     with pytest.raises(UnsupportedModelError, match="fam_layers names layer 5, the model has layers 0 to 1"):
         convert(make_tiny_llama(), CONFIG.replace(fam_layers=(0, 5)))

@@ -58,7 +58,8 @@ def find_layouts(model: PreTrainedModel) -> list[LayerLayout]:
     """Run a few tokens through a model that is not converted yet, at two places, and find every layer's layout.
 
     Raises:
-        UnsupportedModelError: names the layer whose keys turn in a way that is not known.
+        UnsupportedModelError: names the layer whose keys turn in a way that is not known, or the types of weights that
+            do not go together.
 
     Source: RoPE; DESIGN, "Positions stay small".
     """
@@ -88,6 +89,14 @@ def find_layouts(model: PreTrainedModel) -> list[LayerLayout]:
                 past_key_values=recorder,
             )
             recorders.append(recorder.handed_over)
+    except RuntimeError as error:
+        dtypes = sorted({str(p.dtype).removeprefix("torch.") for p in model.parameters() if p.is_floating_point()})
+        if len(dtypes) == 1:
+            raise
+        raise UnsupportedModelError(
+            f"{type(model).__name__} has weights of types {' and '.join(dtypes)} and cannot run with them ({error}); "
+            "load it in one type, with dtype=..."
+        ) from error
     finally:
         model.train(was_training)
         for handle in handles:
