@@ -186,7 +186,7 @@ def _plot_capacity(comparison: Comparison, rows: Sequence[Row], path: str | Path
                     markerfacecolor="white",
                     linewidth=1.1,
                 )
-                ends.append((points[-1][0], values[-1] / top, system))
+                ends.append((points[-1][0], values[-1], system))
             axes.set_ylim(-0.04 * top, 1.06 * top)
             axes.set_xticks(comparison.num_told)
             axes.set_xlabel("keys told")
@@ -194,7 +194,7 @@ def _plot_capacity(comparison: Comparison, rows: Sequence[Row], path: str | Path
             axes.set_title(f"{length:,} tokens of filler", loc="left", fontsize=9)
             for side in ("top", "right"):
                 axes.spines[side].set_visible(False)
-            label_ends(axes, ends, top)
+            label_ends(axes, ends, (0.0, top))
             if missing:
                 axes.text(0.02, 0.9, f"{EMPTY}: {', '.join(missing)}", transform=axes.transAxes, fontsize=7)
         save_figure(figure, path)

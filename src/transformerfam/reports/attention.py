@@ -11,7 +11,7 @@ import torch
 
 from transformerfam.attention_record import BlockRecord
 from transformerfam.errors import MissingPackageError, TransformerFamError
-from transformerfam.reports.figure import LINES, MARKERS, new_figure, save_figure
+from transformerfam.reports.figure import LINES, MARKERS, label_ends, new_figure, save_figure
 
 FILM_SUFFIXES = (".gif", ".png", ".svg", ".pdf")
 MAX_CELLS = 256
@@ -143,6 +143,7 @@ def plot_memory(records: Sequence[BlockRecord], path: str | Path) -> None:
     panels = [(title, name) for title, name in panels if any(getattr(record, name) for record in records)]
     with new_figure(path, (6.4, 1.9 * len(panels)), len(panels)) as (figure, all_axes):
         for axes, (title, name) in zip(all_axes, panels, strict=True):
+            ends: list[tuple[float, float, str]] = []
             for number, (layer_idx, own) in enumerate(by_layer.items()):
                 values = [(record.block_idx, getattr(record, name)) for record in own]
                 values = [(block, value) for block, value in values if value is not None]
@@ -158,15 +159,8 @@ def plot_memory(records: Sequence[BlockRecord], path: str | Path) -> None:
                     markerfacecolor="white",
                     markevery=max(1, len(values) // 12),
                 )
-                axes.annotate(
-                    f"layer {layer_idx}",
-                    xy=values[-1],
-                    xytext=(6, 0),
-                    textcoords="offset points",
-                    fontsize=6,
-                    verticalalignment="center",
-                    annotation_clip=False,
-                )
+                ends.append((*values[-1], f"layer {layer_idx}"))
+            label_ends(axes, ends, axes.get_ylim(), 6)
             axes.set_title(title, loc="left", fontsize=8)
             for side in ("top", "right"):
                 axes.spines[side].set_visible(False)

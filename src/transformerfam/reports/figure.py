@@ -92,30 +92,35 @@ def short_length(num_tokens: float) -> str:
     return f"{num_tokens / 1024:.3g}k" if num_tokens >= 1024 else f"{num_tokens:g}"
 
 
-def label_ends(axes: Any, ends: Sequence[tuple[float, float, str]], top: float = 1.0) -> None:
+def label_ends(
+    axes: Any, ends: Sequence[tuple[float, float, str]], limits: tuple[float, float] = (0.0, 1.0), font_size: float = 9
+) -> None:
     """Name lines to the right of the last point of all, labels moved apart where lines end together.
 
     Args:
         axes: whose lines they are.
-        ends: of every line where it ends, length and accuracy, and its name.
-        top: what an accuracy of 1 is on the axis.
+        ends: of every line where it ends, on both axes, and its name.
+        limits: of the vertical axis.
+        font_size: of the labels.
     """
     if not ends:
         return
     num_rows = axes.get_subplotspec().get_gridspec().nrows
-    gap = LABEL_GAP * LABEL_HEIGHT * num_rows / axes.figure.get_figheight()
+    extent = limits[1] - limits[0]
+    gap = LABEL_GAP * LABEL_HEIGHT * num_rows / axes.figure.get_figheight() * extent * font_size / 9
     right = max(length for length, _, _ in ends)
-    by_height = sorted((share, label) for _, share, label in ends)
+    by_height = sorted((height, label) for _, height, label in ends)
     heights: list[float] = []
-    for share, _ in by_height:
-        heights.append(share if not heights else max(share, heights[-1] + gap))
-    excess = max(0.0, heights[-1] - 1.04)
+    for height, _ in by_height:
+        heights.append(height if not heights else max(height, heights[-1] + gap))
+    excess = max(0.0, heights[-1] - limits[1] - 0.04 * extent)
     for (_, label), height in zip(by_height, heights, strict=True):
         axes.annotate(
             label,
-            xy=(right, top * (height - excess)),
+            xy=(right, height - excess),
             xytext=(10, 0),
             textcoords="offset points",
             verticalalignment="center",
             annotation_clip=False,
+            fontsize=font_size,
         )
