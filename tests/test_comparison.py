@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 from rich.console import Console
+from training_recipes import SMALL_TRAINING
 from typer.testing import CliRunner
 
 from transformerfam.cli import app
@@ -24,6 +25,13 @@ from transformerfam.reports.rows import read_rows
 from transformerfam.rivals import RIVAL_NAMES
 from transformerfam.training.recipe_file import build_recipe
 
+STATE_PASSING = """
+[state_passing]
+probability = 0.9
+rows = "all"
+ask_later = 0.5
+overwrite = 0.0
+"""
 SMALL = """
 name = "small"
 recipe = "training.toml"
@@ -36,39 +44,12 @@ filler_tokens = [8, 40]
 [max_filler_tokens]
 full = 8
 """
-TRAINING = """
-[model]
-base = "tiny-random"
-hidden_size = 32
-intermediate_size = 48
-num_hidden_layers = 2
-
-[fam]
-block_size = 16
-fam_length = 2
-num_memory_segments = 0
-
-[schedule]
-steps = 3
-batch_size = 2
-threads = 1
-checkpoint_blocks = false
-
-[[schedule.curriculum]]
-filler_tokens = [8, 32]
-
-[state_passing]
-probability = 0.9
-rows = "all"
-ask_later = 0.5
-overwrite = 0.0
-"""
 
 
 @pytest.fixture
 def recipe(tmp_path: Path) -> Path:
     """Write a small comparison and the recipe that it names."""
-    (tmp_path / "training.toml").write_text(TRAINING)
+    (tmp_path / "training.toml").write_text(SMALL_TRAINING + STATE_PASSING)
     path = tmp_path / "small.toml"
     path.write_text(SMALL)
     return path
@@ -199,10 +180,8 @@ def test_trained_rival_is_loaded_strictly(recipe: Path, tmp_path: Path) -> None:
     other = asked("rmt", "--set", "num_memory_tokens=5")
     assert other.exit_code == 2
     assert "has memory of shape (2, 32), required is (5, 32)" in " ".join(other.output.split())
-    assert "has no trained rmt" in CliRunner().invoke(
-        app,
-        ["evaluate", "passkey", "--model", "tiny", "--system", "rmt", "--filler-tokens", "8", "--output", "x.jsonl"],
-    ).output.replace("\n", " ")
+    missing = ["--model", "tiny", "--system", "rmt", "--filler-tokens", "8", "--output", str(tmp_path / "x.jsonl")]
+    assert "has no trained rmt" in runner.invoke(app, ["evaluate", "passkey", *missing]).output.replace("\n", " ")
 
 
 def test_comparison_runs_to_its_end_and_goes_on(recipe: Path, tmp_path: Path) -> None:
@@ -237,7 +216,6 @@ def test_failed_run_is_named(recipe: Path, tmp_path: Path) -> None:
     assert "2 empty" in result.output or EMPTY in result.output
 
 
-@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no SIGINT for a group of processes")
 def test_interrupted_comparison_goes_on(recipe: Path, tmp_path: Path) -> None:
     """Catches a Ctrl-C that leaves processes behind or loses what they have trained."""
     folder = tmp_path / "runs"

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from training_recipes import SMALL_TRAINING
 
 from transformerfam import FamConfig, convert
 from transformerfam.comparison import load_comparison, run_one
@@ -154,30 +155,9 @@ def test_evaluation_gives_a_row_per_question() -> None:
         FactsEvaluation(filler_lengths=[])
 
 
-TRAINING = """
-[model]
-base = "tiny-random"
-hidden_size = 32
-intermediate_size = 48
-num_hidden_layers = 2
-[fam]
-block_size = 16
-fam_length = 2
-num_memory_segments = 0
-[schedule]
-steps = 2
-batch_size = 2
-threads = 1
-[[schedule.curriculum]]
-filler_tokens = [8, 32]
-[data]
-facts = [1, 2]
-"""
-
-
 def test_comparison_of_facts(tmp_path: Path) -> None:
     """Catches questions of different kinds in one cell."""
-    (tmp_path / "training.toml").write_text(TRAINING)
+    (tmp_path / "training.toml").write_text(SMALL_TRAINING + "[data]\nfacts = [1, 2]\n")
     (tmp_path / "small.toml").write_text(
         'recipe = "training.toml"\nsystems = ["fam", "infini"]\nnum_keys = 2\ntask = "facts"\nnum_supports = [1, 2]\n'
         "filler_tokens = [8, 24]\nnum_sentences = 6\n"

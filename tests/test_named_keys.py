@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from training_recipes import SMALL_TRAINING
 
 from transformerfam import FamConfig, convert
 from transformerfam.comparison import Comparison, load_comparison, run_one
@@ -117,29 +118,8 @@ def test_evaluation_scores_what_the_model_says(monkeypatch: pytest.MonkeyPatch) 
         NamedKeysEvaluation(filler_lengths=[1], num_told=[0])
 
 
-TRAINING = """
-[model]
-base = "tiny-random"
-hidden_size = 32
-intermediate_size = 48
-num_hidden_layers = 2
-[fam]
-block_size = 16
-fam_length = 2
-num_memory_segments = 0
-[schedule]
-steps = 2
-batch_size = 2
-threads = 1
-[[schedule.curriculum]]
-filler_tokens = [8, 32]
-[data]
-named_keys = [1, 3]
-"""
-
-
 def small(folder: Path) -> Comparison:
-    (folder / "training.toml").write_text(TRAINING)
+    (folder / "training.toml").write_text(SMALL_TRAINING + "[data]\nnamed_keys = [1, 3]\n")
     (folder / "small.toml").write_text(
         'recipe = "training.toml"\nsystems = ["fam", "bswa"]\nnum_keys = 2\ntask = "named-keys"\nnum_told = [1, 3]\n'
         "filler_tokens = [8, 24]\nnum_retold = 1\n"

@@ -2,6 +2,29 @@
 
 from transformerfam.training.recipe_file import build_recipe
 
+SMALL_TRAINING = """
+[model]
+base = "tiny-random"
+hidden_size = 32
+intermediate_size = 48
+num_hidden_layers = 2
+
+[fam]
+block_size = 16
+fam_length = 2
+num_memory_segments = 0
+
+[schedule]
+steps = 3
+batch_size = 2
+threads = 1
+checkpoint_blocks = false
+
+[[schedule.curriculum]]
+filler_tokens = [8, 32]
+"""
+"""A recipe file for a model of two narrow layers, to which sections can be added."""
+
 
 def small_values(**sections):
     """Return the values of a recipe for a model of two narrow layers; `sections` change it."""

@@ -12,12 +12,13 @@ from transformers.utils import logging as transformers_logging
 from typer.core import TyperGroup
 
 from transformerfam.cli_compare import compare_command
+from transformerfam.cli_output import say
 from transformerfam.cli_plan import plan_command
 from transformerfam.cli_report import report_app
 from transformerfam.demo import draw_seed, prepare_demo, run_demo
 from transformerfam.errors import ReadInterrupted, TransformerFamError
 from transformerfam.models import find_device, load_model, save_model
-from transformerfam.processes import own_device, process_share
+from transformerfam.processes import INTERRUPTED, own_device, process_share
 from transformerfam.progress import tokens_bar, training_bar
 from transformerfam.reports.next_token import next_token_table
 from transformerfam.reports.passkey import passkey_table
@@ -33,7 +34,6 @@ from transformerfam.training.recipe_file import load_recipe, parse_overrides
 from transformerfam.training.trainer import Trainer
 
 FAILED = 2
-INTERRUPTED = 130
 
 
 class ErrorsInOneLine(TyperGroup):
@@ -110,7 +110,7 @@ def evaluate_passkey_command(
                     for row in evaluation.rows(*_load(model, loaded, parse_overrides(overrides), device)):
                         rows.append(row)
                 except KeyboardInterrupt as interrupt:
-                    _say(f"interrupted; {output} keeps {len(rows.rows)} rows; run the same command again to go on")
+                    say(f"interrupted; {output} keeps {len(rows.rows)} rows; run the same command again to go on")
                     raise typer.Exit(INTERRUPTED) from interrupt
         if process_share()[0] == 0:  # of several the first shows the rows of all that are done
             _print_table(passkey_table(read_rows([output])))
@@ -166,7 +166,7 @@ def convert_command(
     converted, tokenizer = _load(model, "fam_untrained", parse_overrides(overrides))
     save_model(converted, tokenizer, output)
     config = converted.fam_config
-    _say(
+    say(
         f"{type(converted).__name__} in {output}: block_size {config.block_size}, fam_length {config.fam_length}, "
         f"num_memory_segments {config.num_memory_segments}; train its memory with fam train"
     )
@@ -202,13 +202,13 @@ def read_command(
         interrupt.state.save(save)
         again = shlex.join(["fam", "read", file, "--model", model, "--state", str(save), "--save", str(save)])
         again += _device_argument(device)
-        _say(
+        say(
             f"interrupted after {interrupt.num_tokens_done:,} tokens, which are kept in {save}; go on with: "
             f"{again} --skip-tokens {interrupt.num_tokens_done}"
         )
         raise typer.Exit(INTERRUPTED) from interrupt
     done.save(save)
-    _say(f"read {done.num_tokens_read:,} tokens; state of {done.num_bytes:,} bytes in {save}")
+    say(f"read {done.num_tokens_read:,} tokens; state of {done.num_bytes:,} bytes in {save}")
 
 
 @app.command("generate")
@@ -243,7 +243,7 @@ def train_command(
     message = result.message.replace("RECIPE", str(recipe))
     if not result.is_complete:
         message += (f" --output {folder}" if output is not None else "") + _device_argument(device)
-    _say(message)
+    say(message)
     if not result.is_complete:
         raise typer.Exit(INTERRUPTED)
 
@@ -256,7 +256,7 @@ def average_command(
 ) -> None:
     """Average the weights of memories; --set changes what the mean is read with."""
     average_memories(memories, output, parse_overrides(overrides))
-    _say(f"the mean of {len(memories)} memories is in {output}")
+    say(f"the mean of {len(memories)} memories is in {output}")
 
 
 @app.command("demo")
@@ -282,11 +282,6 @@ def demo_command(
 def _device_argument(device: str) -> str:
     """Return what a command that goes on needs to say of the device."""
     return "" if device == "cpu" else f" --device {device}"
-
-
-def _say(message: str) -> None:
-    """Print one line to standard error, neither wrapped nor read as markup."""
-    Console(stderr=True, soft_wrap=True).print(escape(message), highlight=False)
 
 
 def _hide_loading_bars() -> None:

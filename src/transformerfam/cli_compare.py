@@ -5,14 +5,13 @@ from typing import Annotated
 
 import typer
 from rich.console import Console
-from rich.markup import escape
 
+from transformerfam.cli_output import say
 from transformerfam.comparison import Comparison, RunName, load_comparison, run_all, run_one
 from transformerfam.comparison.report import comparison_tables, plot_comparison
 from transformerfam.errors import TransformerFamError
+from transformerfam.processes import INTERRUPTED
 from transformerfam.reports.rows import read_rows
-
-INTERRUPTED = 130
 
 
 def compare_command(
@@ -41,7 +40,7 @@ def compare_command(
         try:
             failed = run_all(comparison, recipe, folder, rows, overrides or (), jobs)
         except KeyboardInterrupt as interrupt:
-            _say(
+            say(
                 f"stopped; the runs have saved what they have, and {rows} keeps those that are done; run the same "
                 "command again to go on"
             )
@@ -64,13 +63,9 @@ def _run_alone(comparison: Comparison, run: RunName, folder: Path) -> None:
         share = done / max(1, total)
         if share - last[0] >= 0.05 or share < last[0]:
             last[0] = share
-            _say(f"{run}: {what} {done:,} of {total:,}")
+            say(f"{run}: {what} {done:,} of {total:,}")
 
     try:
         run_one(comparison, run, folder, update)
     except KeyboardInterrupt as interrupt:
         raise typer.Exit(INTERRUPTED) from interrupt
-
-
-def _say(message: str) -> None:
-    Console(stderr=True, soft_wrap=True).print(escape(message), highlight=False)

@@ -3,19 +3,19 @@
 from pathlib import Path
 from typing import Annotated, Any
 
-import torch
 import typer
 from rich.console import Console
 from typer.core import TyperGroup
 
 from transformerfam.attention_record import record_attention
+from transformerfam.cli_output import say
 from transformerfam.errors import TransformerFamError
 from transformerfam.models import load_model
 from transformerfam.reports.attention import memory_rows, plot_film, plot_maps, plot_memory
 from transformerfam.reports.next_token import next_token_table
 from transformerfam.reports.passkey import passkey_table, plot_passkey
 from transformerfam.reports.rows import RowFile, read_rows
-from transformerfam.tasks.passkey import FillerStream, load_filler
+from transformerfam.tasks.passkey import load_filler
 from transformerfam.tasks.provenance import provenance
 
 
@@ -65,9 +65,8 @@ def report_attention(
     """Draw attention maps of the last block, a film over blocks, and the FAM's norm, change and share of attention."""
     chosen_layers, chosen_heads = _numbers(layers, "--layers"), _numbers(heads, "--heads")
     loaded, tokenizer = load_model(model)
-    filler: FillerStream = load_filler(tokenizer, text)
-    ids = filler.slice(0, blocks * loaded.fam_config.block_size)
-    records = list(record_attention(loaded, torch.as_tensor(ids), chosen_layers))
+    ids = load_filler(tokenizer, text).slice(0, blocks * loaded.fam_config.block_size)
+    records = list(record_attention(loaded, ids, chosen_layers))
     output.mkdir(parents=True, exist_ok=True)
     last = [record for record in records if record.block_idx == blocks - 1]
     plot_maps(last, chosen_heads, output / "maps.png")
@@ -79,7 +78,7 @@ def report_attention(
         for row in memory_rows(records):
             rows.append(row | {"system": "fam", "model": model, "text": text, **provenance()})
     names = ", ".join(path.name for path in sorted(output.iterdir()))
-    Console(stderr=True).print(f"{output}: {names}", highlight=False)
+    say(f"{output}: {names}")
 
 
 def _numbers(text: str, name: str) -> list[int]:

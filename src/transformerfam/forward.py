@@ -14,6 +14,7 @@ from transformers.modeling_outputs import MoeModelOutputWithPast
 
 from transformerfam.attention import Piece
 from transformerfam.errors import StateMismatchError, TransformerFamError
+from transformerfam.identity import ModelIdentity
 from transformerfam.memory import FamMemory, run_decoder
 from transformerfam.reading_state import ReadingState
 from transformerfam.state import FamState
@@ -157,20 +158,32 @@ def read_in_pieces(
     return _join(pieces, columns, valid, inputs_BTD, state if gives_state else None)
 
 
-def _own_state(decoder: Any, cache: Any, batch_size: int) -> FamState:
-    memory: FamMemory = decoder.fam
-    assert memory.identity is not None
+def state_or_new(cache: Any, kind: type[State], identity: ModelIdentity, batch_size: int) -> State:
+    """Return the state that an input goes on with, a new one where there is none.
+
+    Raises:
+        StateMismatchError: `cache` is of another kind, or of another number of sequences.
+    """
     if cache is None:
-        return memory.identity.model.init_state(batch_size)
-    if not isinstance(cache, FamState):
+        state: State = identity.model.init_state(batch_size)
+        return state
+    if not isinstance(cache, kind):
         raise StateMismatchError(
-            f"past_key_values is a {type(cache).__name__}, required is a FamState; start one with model.init_state()"
+            f"past_key_values is a {type(cache).__name__}, required is a {kind.__name__}; start one with "
+            "model.init_state()"
         )
     if cache.batch_size != batch_size:
         raise StateMismatchError(
             f"state holds {cache.batch_size} sequences, input has {batch_size}; start a new state with "
             f"init_state(batch_size={batch_size})"
         )
+    return cache
+
+
+def _own_state(decoder: Any, cache: Any, batch_size: int) -> FamState:
+    memory: FamMemory = decoder.fam
+    assert memory.identity is not None
+    cache = state_or_new(cache, FamState, memory.identity, batch_size)
     if cache.identity is not memory.identity and cache.identity.architecture != memory.identity.architecture:
         raise StateMismatchError("state belongs to another model; start a new one with model.init_state()")
     if cache.config.replace(fam_key_bias=0.0) != memory.config.replace(fam_key_bias=0.0):

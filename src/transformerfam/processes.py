@@ -1,6 +1,9 @@
-"""Which of several processes this one is, as `accelerate launch` or torchrun say in the environment."""
+"""Processes: how one ends, and which of several it is, as `accelerate launch` or torchrun say in the environment."""
 
 import os
+
+INTERRUPTED = 130
+"""Exit status of a command that Ctrl-C ended, once it has saved what it had."""
 
 
 def process_share() -> tuple[int, int]:

@@ -111,14 +111,14 @@ def run_one(comparison: Comparison, run: RunName, folder: Path, progress: Progre
             if progress is not None:
                 progress("ask", done, total)
 
-        for row in ASK[comparison.task](comparison, run, model, tokenizer, rows.rows, notes, update):
+        for row in _ask(comparison, run, model, tokenizer, rows.rows, notes, update):
             rows.append(row)
         if not any(row["task"] == TRAINED_TASK for row in rows.rows):
             for row in _description(comparison, run, model, tokenizer, notes):
                 rows.append(row)
 
 
-def _ask_passkeys(
+def _ask(
     comparison: Comparison,
     run: RunName,
     model: Any,
@@ -127,75 +127,38 @@ def _ask_passkeys(
     notes: dict[str, Any],
     update: Callable[[int, int, Any], None],
 ) -> Iterable[Row]:
-    evaluation = PasskeyEvaluation(
-        filler_lengths=comparison.lengths_of(run.system),
-        num_keys=comparison.num_keys,
-        seed=run.seed,
-        systems=comparison.rows_of(run),
-        batch_size=comparison.batch_size,
-        model_name=comparison.name,
-        filler=comparison.filler,
-        max_training_filler_tokens=notes.get("max_training_filler_tokens"),
-        progress=update,
-    )
-    evaluation.finished = finished_questions(rows, evaluation)
-    return evaluation.rows(model, tokenizer)
-
-
-def _ask_named_keys(
-    comparison: Comparison,
-    run: RunName,
-    model: Any,
-    tokenizer: Any,
-    rows: list[Row],
-    notes: dict[str, Any],
-    update: Callable[[int, int, Any], None],
-) -> Iterable[Row]:
-    evaluation = NamedKeysEvaluation(
-        filler_lengths=comparison.lengths_of(run.system),
-        num_told=comparison.num_told,
-        num_retold=comparison.num_retold,
-        apart=comparison.keys_apart,
-        num_texts=comparison.num_keys,
-        seed=run.seed,
-        system=run.system,
-        model_name=comparison.name,
-        filler=comparison.filler,
-        batch_size=comparison.batch_size,
-        progress=update,
-    )
+    """Yield the rows of the questions that `rows` do not answer yet."""
+    common: dict[str, Any] = {
+        "filler_lengths": comparison.lengths_of(run.system),
+        "seed": run.seed,
+        "batch_size": comparison.batch_size,
+        "model_name": comparison.name,
+        "filler": comparison.filler,
+        "progress": update,
+    }
+    if comparison.task == "passkey":
+        passkeys = PasskeyEvaluation(
+            **common,
+            num_keys=comparison.num_keys,
+            systems=comparison.rows_of(run),
+            max_training_filler_tokens=notes.get("max_training_filler_tokens"),
+        )
+        passkeys.finished = finished_questions(rows, passkeys)
+        return passkeys.rows(model, tokenizer)
+    common |= {"num_texts": comparison.num_keys, "system": run.system}
+    evaluation: NamedKeysEvaluation | FactsEvaluation
+    if comparison.task == "named-keys":
+        evaluation = NamedKeysEvaluation(
+            **common,
+            num_told=comparison.num_told,
+            num_retold=comparison.num_retold,
+            apart=comparison.keys_apart,
+        )
+    else:
+        evaluation = FactsEvaluation(
+            **common, num_supports=comparison.num_supports, num_sentences=comparison.num_sentences
+        )
     return _new_ones(evaluation.rows(model, tokenizer), rows)
-
-
-def _ask_facts(
-    comparison: Comparison,
-    run: RunName,
-    model: Any,
-    tokenizer: Any,
-    rows: list[Row],
-    notes: dict[str, Any],
-    update: Callable[[int, int, Any], None],
-) -> Iterable[Row]:
-    evaluation = FactsEvaluation(
-        filler_lengths=comparison.lengths_of(run.system),
-        num_supports=comparison.num_supports,
-        num_sentences=comparison.num_sentences,
-        num_texts=comparison.num_keys,
-        seed=run.seed,
-        system=run.system,
-        model_name=comparison.name,
-        filler=comparison.filler,
-        batch_size=comparison.batch_size,
-        progress=update,
-    )
-    return _new_ones(evaluation.rows(model, tokenizer), rows)
-
-
-ASK: dict[str, Callable[..., Iterable[Row]]] = {
-    "passkey": _ask_passkeys,
-    "named-keys": _ask_named_keys,
-    "facts": _ask_facts,
-}
 
 
 def _new_ones(answered: Iterable[Row], rows: list[Row]) -> Iterable[Row]:

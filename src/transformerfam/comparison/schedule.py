@@ -19,13 +19,13 @@ from rich.table import Table
 from transformerfam.comparison.plan import UNTRAINED, Comparison, RunName
 from transformerfam.comparison.run import ROWS_FILE, is_finished, require_same_recipe, run_folder
 from transformerfam.errors import MissingPackageError, TransformerFamError
+from transformerfam.processes import INTERRUPTED
 from transformerfam.reports.rows import RowFile, read_rows
 from transformerfam.training.checkpoint import last_log_row
 from transformerfam.training.trainer import LOG_FILE
 
 RUN_LOG = "run.log"
 REFRESH_SECONDS = 2.0
-INTERRUPTED = 130
 WAITING, RUNNING, DONE, FAILED = "waiting", "running", "done", "failed"
 
 
@@ -45,6 +45,7 @@ class Schedule:
     ) -> None:
         self.comparison, self.folder, self.rows_path = comparison, folder, rows
         self.command, self.num_jobs = list(command), num_jobs
+        self.num_steps = {run: comparison.recipe_of(run).schedule.steps for run in comparison.runs}
         self.states: dict[RunName, str] = dict.fromkeys(comparison.runs, WAITING)
         self.begun: dict[RunName, float] = {}
         self.processes: list[subprocess.Popen[bytes]] = []
@@ -182,9 +183,8 @@ class Schedule:
         row = last_log_row(folder / LOG_FILE)
         if row is None:
             return "asking" if self.comparison.system_of(run.system) == UNTRAINED else "starting"
-        steps = self.comparison.recipe_of(run).schedule.steps
         keys = "-" if row["key_accuracy"] is None else f"{row['key_accuracy']:.2f}"
-        return f"step {row['step']} of {steps}, keys {keys}"
+        return f"step {row['step']} of {self.num_steps[run]}, keys {keys}"
 
 
 class _SilentReporter:
@@ -193,7 +193,7 @@ class _SilentReporter:
     desc = "nothing"
 
     def __init__(self, outstream: Any, options: Any) -> None:
-        self.errors: list[str] = []
+        pass
 
     def __getattr__(self, name: str) -> Callable[..., None]:
         return lambda *arguments: None

@@ -19,11 +19,9 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from transformerfam.memory import initial_prompt
+from transformerfam.rivals.linear_memory import LEAST_NORM, retrieve
 from transformerfam.rivals.piece import Rival, RivalPiece
 from transformerfam.rivals.state import Lane
-
-LEAST_NORM = 1e-5
-"""What a norm is taken for if it is smaller: of an empty memory it is zero."""
 
 
 def dpfp(rows: torch.Tensor, num_shifts: int) -> torch.Tensor:
@@ -32,14 +30,8 @@ def dpfp(rows: torch.Tensor, num_shifts: int) -> torch.Tensor:
     return torch.cat([both * both.roll(shift, dims=-1) for shift in range(1, num_shifts + 1)], dim=-1)
 
 
-def recall(features_BTN: torch.Tensor, matrix_BDN: torch.Tensor, sums_BN: torch.Tensor) -> torch.Tensor:
-    """Return what features read, `(B, T, D)`; zero from an empty memory."""
-    norm = (features_BTN @ sums_BN[..., None]).clamp(min=LEAST_NORM)
-    return features_BTN @ matrix_BDN.mT / norm
-
-
 class Armt(Rival):
-    """Carry a matrix `D x 2 * association_width * num_feature_shifts` and a vector for every layer."""
+    """Carry a matrix `2 * association_width * num_feature_shifts x D` and a vector for every layer."""
 
     learned_rows = ("tokens",)
     memory_rows_see_each_other = True
@@ -65,7 +57,7 @@ class Armt(Rival):
         num_features = 2 * self.config.association_width * self.config.num_feature_shifts
         memory = {}
         for i in range(len(self.layouts)):
-            memory[f"matrix.{i}"] = self.zeros(batch_size, self.hidden_size, num_features)
+            memory[f"matrix.{i}"] = self.zeros(batch_size, num_features, self.hidden_size)
             memory[f"sums.{i}"] = self.zeros(batch_size, num_features)
         return memory
 
@@ -77,20 +69,20 @@ class Armt(Rival):
         """Add what every row reads."""
         memory = piece.lane.memory
         features_BTN = self.features(self.query[layer_idx](hidden_BTD))
-        return hidden_BTD + recall(features_BTN, memory[f"matrix.{layer_idx}"], memory[f"sums.{layer_idx}"])
+        return hidden_BTD + retrieve(features_BTN, memory[f"matrix.{layer_idx}"], memory[f"sums.{layer_idx}"])
 
     def leave_layer(self, piece: RivalPiece, layer_idx: int, hidden_BTD: torch.Tensor) -> None:
         """Write with what the memory tokens became."""
         if not piece.num_behind:
             return
-        matrix_BDN, sums_BN = (piece.lane.memory[f"{name}.{layer_idx}"] for name in ("matrix", "sums"))
+        matrix_BND, sums_BN = (piece.lane.memory[f"{name}.{layer_idx}"] for name in ("matrix", "sums"))
         tokens_BTD = hidden_BTD[:, -piece.num_behind :]
         key_BTN = self.features(self.key[layer_idx](tokens_BTD))
-        value_BTD = self.value[layer_idx](tokens_BTD) - recall(key_BTN, matrix_BDN, sums_BN)
+        value_BTD = self.value[layer_idx](tokens_BTD) - retrieve(key_BTN, matrix_BND, sums_BN)
         share_BT1 = self.share[layer_idx](tokens_BTD).sigmoid()
         length_BT1 = key_BTN.pow(2).sum(-1, keepdim=True).clamp(min=LEAST_NORM)
         new_BT1 = (1 - key_BTN @ sums_BN[..., None] / length_BT1).clamp(0, 1).detach()
-        piece.updates[f"matrix.{layer_idx}"] = matrix_BDN + (share_BT1 * value_BTD).mT @ key_BTN
+        piece.updates[f"matrix.{layer_idx}"] = matrix_BND + key_BTN.mT @ (share_BT1 * value_BTD)
         piece.updates[f"sums.{layer_idx}"] = sums_BN + (new_BT1 * key_BTN).sum(1)
 
 

@@ -12,7 +12,7 @@ from transformerfam.config import FamConfig
 from transformerfam.convert import LayerSeam, bind_method
 from transformerfam.errors import StateMismatchError, TransformerFamError, UnsupportedModelError
 from transformerfam.families import decoder_layers, family_of
-from transformerfam.forward import embedded, read_in_pieces
+from transformerfam.forward import embedded, read_in_pieces, state_or_new
 from transformerfam.identity import ModelIdentity, describe_architecture
 from transformerfam.kernels import MIXED_BACK_END
 from transformerfam.layouts import RELATIVE_TOLERANCE, find_layouts, relative_error
@@ -207,18 +207,7 @@ def read_segments(
 
 def _own_state(rival: Rival, cache: Any, batch_size: int) -> RivalState:
     assert rival.identity is not None
-    if cache is None:
-        state: RivalState = rival.identity.model.init_state(batch_size)
-        return state
-    if not isinstance(cache, RivalState):
-        raise StateMismatchError(
-            f"past_key_values is a {type(cache).__name__}, required is a RivalState; start one with model.init_state()"
-        )
-    if cache.batch_size != batch_size:
-        raise StateMismatchError(
-            f"state holds {cache.batch_size} sequences, input has {batch_size}; start a new state with "
-            f"init_state(batch_size={batch_size})"
-        )
+    cache = state_or_new(cache, RivalState, rival.identity, batch_size)
     is_own = cache.identity is rival.identity or cache.identity.architecture == rival.identity.architecture
     if not is_own or cache.config != rival.config:
         raise StateMismatchError("state belongs to another model or rival; start a new one with model.init_state()")

@@ -15,21 +15,13 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from transformerfam.rivals.linear_memory import retrieve
 from transformerfam.rivals.piece import Rival, RivalPiece, require_plain_heads
-
-LEAST_NORM = 1e-5
-"""What a norm is taken for if it is smaller: of an empty memory it is zero."""
 
 
 def features(rows: torch.Tensor) -> torch.Tensor:
     """Return ELU + 1."""
     return nn.functional.elu(rows) + 1
-
-
-def retrieve(query_BGNK: torch.Tensor, memory_BGKV: torch.Tensor, sums_BGK: torch.Tensor) -> torch.Tensor:
-    """Return what queries, already features, read; zero from an empty memory, where the equation is 0 / 0."""
-    norm = (query_BGNK @ sums_BGK[..., None]).clamp(min=LEAST_NORM)
-    return query_BGNK @ memory_BGKV / norm
 
 
 class InfiniAttention(Rival):

@@ -1,32 +1,30 @@
 """Named keys measured: how many of several keys come back, by their number, their order and the filler behind them."""
 
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from transformerfam.errors import TransformerFamError
 from transformerfam.reading_state import ReadingState
 from transformerfam.tasks.named_keys import NamedKeys, NamedKeysText, draw_named_keys
 from transformerfam.tasks.passkey_evaluation import READ_TOKENS, greedy_tokens, padded, read_ragged
-from transformerfam.tasks.provenance import provenance
+from transformerfam.tasks.texts_evaluation import TextsEvaluation
 
 TASK = "named-keys"
 
 
 @dataclass(kw_only=True)
-class NamedKeysEvaluation:
+class NamedKeysEvaluation(TextsEvaluation):
     """Tell several keys by their names, and ask for each of them behind filler of several lengths.
+
+    The filler is what stands between the last key that is told and the question.
 
     Raises:
         TransformerFamError: a length or a number is out of its range.
     """
-
-    filler_lengths: Sequence[int]
-    """Tokens of filler between the last key that is told and the question, each at least 0."""
 
     num_told: Sequence[int] = (1,)
     """Names in a text; each number has texts of its own."""
@@ -37,29 +35,10 @@ class NamedKeysEvaluation:
     apart: tuple[int, int] = (0, 0)
     """Least and most tokens of filler between two tellings."""
 
-    num_texts: int = 10
-    """Texts for every number of names."""
-
-    seed: int = 0
-    system: str = "fam"
-    model_name: str = "unnamed"
-    filler: str = "sentences"
-    batch_size: int = 10
-    """Texts that are read side by side."""
-
-    progress: Callable[[int, int, ReadingState], None] | None = None
-    """Called with the tokens of filler done, those to do, and the state."""
-
     def __post_init__(self) -> None:
-        for name, values, least in (("filler_lengths", self.filler_lengths, 0), ("num_told", self.num_told, 1)):
-            if not values or min(values) < least:
-                raise TransformerFamError(
-                    f"{name} is {list(values)}, required are one or more numbers of at least {least}"
-                )
-        for name, least in (("num_texts", 1), ("batch_size", 1), ("num_retold", 0)):
-            if getattr(self, name) < least:
-                raise TransformerFamError(f"{name} is {getattr(self, name)}, required is at least {least}")
-        self.filler_lengths = sorted(set(self.filler_lengths))
+        super().__post_init__()
+        self.require_numbers("num_told", self.num_told, 1)
+        self.require_numbers("num_retold", [self.num_retold], 0)
 
     def rows(self, model: Any, tokenizer: Any) -> Iterator[dict[str, Any]]:
         """Read, ask, and yield one row per question.
@@ -119,20 +98,16 @@ class NamedKeysEvaluation:
         for row, ((name, key), key_ids) in enumerate(zip(asked, wanted, strict=True)):
             said = said_BT[row, : len(key_ids)].tolist()
             old = batch[row].outdated.get(name, [])
-            yield {
-                "task": TASK,
-                "system": self.system,
-                "model": self.model_name,
-                "seed": self.seed,
-                "filler": text.filler.name,
-                "filler_tokens": length,
-                "text": first + row,
-                "num_told": len(batch[row].newest),
-                "order": order,
-                "key": key,
-                "answer": text.decode(said),
-                "correct": said == key_ids,
-                "is_retold": bool(old),
-                "is_outdated": any(said == text.key_ids(other) for other in old),
-                **provenance(),
-            }
+            yield self.row(
+                TASK,
+                text.filler.name,
+                length,
+                first + row,
+                num_told=len(batch[row].newest),
+                order=order,
+                key=key,
+                answer=text.decode(said),
+                correct=said == key_ids,
+                is_retold=bool(old),
+                is_outdated=any(said == text.key_ids(other) for other in old),
+            )

@@ -1,0 +1,59 @@
+"""What the measures on texts with more than one key have in common: how many texts, how long, and for which rows."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from transformerfam.errors import TransformerFamError
+from transformerfam.reading_state import ReadingState
+from transformerfam.tasks.provenance import provenance
+
+
+@dataclass(kw_only=True)
+class TextsEvaluation:
+    """Options of `NamedKeysEvaluation` and `FactsEvaluation`.
+
+    Raises:
+        TransformerFamError: a length or a number is out of its range.
+    """
+
+    filler_lengths: Sequence[int]
+    """Tokens of filler, each at least 0."""
+
+    num_texts: int = 10
+    """Texts of every kind."""
+
+    seed: int = 0
+    system: str = "fam"
+    model_name: str = "unnamed"
+    filler: str = "sentences"
+    batch_size: int = 10
+    """Texts that are read side by side."""
+
+    progress: Callable[[int, int, ReadingState], None] | None = None
+    """Called with the tokens of filler done, those to do, and the state."""
+
+    def __post_init__(self) -> None:
+        self.require_numbers("filler_lengths", self.filler_lengths, 0)
+        for name in ("num_texts", "batch_size"):
+            self.require_numbers(name, [getattr(self, name)], 1)
+        self.filler_lengths = sorted(set(self.filler_lengths))
+
+    def require_numbers(self, name: str, values: Sequence[int], least: int) -> None:
+        """Refuse an option without numbers, or with one below `least`."""
+        if not values or min(values) < least:
+            raise TransformerFamError(f"{name} is {list(values)}, required are one or more numbers of at least {least}")
+
+    def row(self, task: str, filler: str, filler_tokens: int, text: int, **fields: Any) -> dict[str, Any]:
+        """Return a row of one question; `fields` are those of its task."""
+        return {
+            "task": task,
+            "system": self.system,
+            "model": self.model_name,
+            "seed": self.seed,
+            "filler": filler,
+            "filler_tokens": filler_tokens,
+            "text": text,
+            **fields,
+            **provenance(),
+        }
