@@ -14,8 +14,10 @@ from transformerfam import FamConfig, convert
 from transformerfam.attention_record import record_attention
 from transformerfam.cli import app
 from transformerfam.errors import TransformerFamError
-from transformerfam.reports.attention import memory_rows, plot_film, plot_maps, plot_memory
+from transformerfam.reports.attention import draw_map, memory_rows, plot_film, plot_maps, plot_memory
 from transformerfam.reports.rows import read_rows
+from transformerfam.tasks.passkey import PasskeyText
+from transformerfam.training.tiny import build_tiny_tokenizer
 
 
 def converted(**fields: Any) -> Any:
@@ -85,11 +87,47 @@ def test_pictures_are_drawn(tmp_path: Path) -> None:
     assert len(memory_rows(records)) == 9
 
 
+class Canvas:
+    """Axes that keep what is drawn."""
+
+    def __init__(self) -> None:
+        self.calls: dict[str, list[tuple[Any, ...]]] = {}
+
+    def __getattr__(self, name: str) -> Any:
+        return lambda *arguments, **options: self.calls.setdefault(name, []).append(arguments)
+
+
+def test_few_fam_rows_and_marked_tokens_are_seen() -> None:
+    """Catches FAM rows that vanish among many tokens or are merged, and a mark beside its token."""
+    records = list(record_attention(converted(block_size=600), random_ids(1, 1800), layers=[0]))
+    record = next(r for r in records if r.block_idx == 1 and r.layer_idx == 0)
+    canvas = Canvas()
+    draw_map(canvas, record, 0, {599: "before", 600: "key", 601: "key", 1200: "behind"})
+    ((keys, rows, weights),) = canvas.calls["pcolormesh"]
+    assert weights.shape == (len(rows) - 1, len(keys) - 1)
+    assert rows[3] / rows[-1] == pytest.approx(0.12, abs=0.01)  # three rows, each by itself
+    lines = sorted(line for (line,) in canvas.calls["axvline"])
+    assert (lines[1] - lines[0]) / keys[-1] == pytest.approx(0.12, abs=0.01)
+    assert keys.index(lines[1]) - keys.index(lines[0]) == 3
+    assert record.weights_HRS is not None
+    assert weights.max() ** 2 == pytest.approx(float(record.weights_HRS[0].max()), abs=1e-6)
+    assert [text[2].strip() for text in canvas.calls["text"]] == ["key"]  # other blocks have the others
+    assert [call[0][0] - lines[1] for call in canvas.calls["plot"]] == [0.5, 1.5]
+
+
+def test_places_of_the_key() -> None:
+    """Catches marks beside the key's digits."""
+    tokenizer = build_tiny_tokenizer()
+    text = PasskeyText(tokenizer)
+    ids, places = text.intro_ids(73914), text.key_places(73914)
+    assert tokenizer.decode([ids[place] for place in places]).split() == ["73914", "73914"]
+
+
 def test_report_attention_command(tmp_path: Path) -> None:
     """Catches a command that draws less than it says, and `fam report ROWS` that no longer works beside it."""
     runner = CliRunner()
     command = ["report", "attention", "--output", str(tmp_path / "maps"), "--blocks", "2", "--layers", "1,3"]
-    result = runner.invoke(app, [*command, "--heads", "0,2"])
+    result = runner.invoke(app, [*command, "--heads", "0,2", "--key", "73914", "--block", "0"])
     assert result.exit_code == 0, result.output
     names = {path.name for path in (tmp_path / "maps").iterdir()}
     assert names == {"maps.png", "film.gif", "film.png", "memory.svg", "attention.jsonl"}
@@ -97,6 +135,8 @@ def test_report_attention_command(tmp_path: Path) -> None:
     wrong = runner.invoke(app, ["report", str(tmp_path / "maps" / "attention.jsonl")])
     assert wrong.exit_code == 2
     assert "none is of a task that is reported" in " ".join(wrong.output.split())
+    late = runner.invoke(app, [*command, "--block", "2"])
+    assert "--block is 2, the text has blocks 0 to 1" in " ".join(late.output.split())
     bad = runner.invoke(app, [*command, "--heads", "a"])
     assert bad.exit_code == 2
     assert "--heads has 'a', required are whole numbers" in " ".join(bad.output.split())

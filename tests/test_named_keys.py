@@ -25,11 +25,11 @@ from transformerfam.training.tiny import build_tiny_model, build_tiny_tokenizer
 SMALL_MODEL = {"base": "tiny-random", "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
 
 
-def recipe(**data: Any) -> Any:
+def recipe(stages: Any = ({"filler_tokens": [8, 32]},), **data: Any) -> Any:
     values = {
         "model": SMALL_MODEL,
         "fam": {"block_size": 16, "fam_length": 2, "num_memory_segments": 0},
-        "schedule": {"steps": 2, "batch_size": 4, "curriculum": [{"filler_tokens": [8, 32]}]},
+        "schedule": {"steps": 2, "batch_size": 4, "curriculum": list(stages)},
         "data": {"named_keys": [1, 3]} | data,
     }
     return build_recipe(values)
@@ -76,6 +76,47 @@ def test_training_rows_ask_for_one_of_their_keys() -> None:
             answer = tokenizer.decode(batch.labels_BT[row, places].tolist())
             assert answer.strip() == str(key)
         assert batch.question_start <= batch.input_ids_BT.shape[1] - len(["What", "is"])
+
+
+def test_training_rows_ask_for_several_keys() -> None:
+    """Catches answers of earlier questions that are not weighed, or beside their place, and tokens weighed twice."""
+    tokenizer = build_tiny_tokenizer()
+    builder = SequenceBuilder(recipe(named_keys=[3, 5], keys_asked=[2, 4], retold_keys=[1, 1]), tokenizer)
+    numbers = set()
+    for step in range(12):
+        batch = builder.batch(step, 0)
+        for row, key in enumerate(batch.keys):
+            ids = batch.input_ids_BT[row].tolist()
+            told, *asked = tokenizer.decode(ids).split(" What is the pass key of ")
+            numbers.add(len(asked))
+            answers = [part.rsplit(" is ", 1)[1].rstrip(".") for part in asked]
+            names = [part.split("?")[0] for part in asked]
+            assert len(set(names)) == len(names)
+            for name, answer in zip(names, answers, strict=True):
+                assert told.rsplit(f"The pass key of {name} is ", 1)[1].startswith(f"{answer}.")
+            assert answers[-1] == str(key)
+            (places,) = batch.is_key_BT[row].nonzero(as_tuple=True)
+            assert tokenizer.decode(batch.labels_BT[row, places].tolist()).split() == answers
+            (others,) = ((batch.weights_BT[row] > 0) & ~batch.is_key_BT[row]).nonzero(as_tuple=True)
+            assert max(others) < batch.question_start
+            assert tokenizer.decode(ids[batch.question_start :]).count("What is") == len(asked)
+    assert numbers == {2, 3, 4}
+
+
+def test_stages_tell_more_and_more_keys() -> None:
+    """Catches a stage whose own number of keys is not used, and numbers that cannot be told."""
+    tokenizer = build_tiny_tokenizer()
+    stages = ({"filler_tokens": [8, 32], "named_keys": [1, 1]}, {"filler_tokens": [8, 32]})
+    builder = SequenceBuilder(recipe(stages, named_keys=[4, 4]), tokenizer)
+    for stage, number in ((0, 1), (1, 4)):
+        text = tokenizer.decode(builder.batch(0, stage).input_ids_BT[0].tolist())
+        assert text.count("Remember it") == number
+    with pytest.raises(RecipeError, match=r"a stage of the curriculum has named_keys \[1, 17\], required is 1 to 16"):
+        recipe(({"filler_tokens": [8, 32], "named_keys": [1, 17]},))
+    with pytest.raises(RecipeError, match="a stage of the curriculum has facts and data.facts is 0; give both or none"):
+        recipe(({"filler_tokens": [8, 32], "facts": [1, 1]},))
+    with pytest.raises(RecipeError, match=r"data.keys_asked begins with 0, required is 1"):
+        recipe(keys_asked=[0, 1])
 
 
 def test_recipes_that_cannot_tell_keys_apart_are_refused() -> None:

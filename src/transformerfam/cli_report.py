@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Annotated, Any
 
+import torch
 import typer
 from rich.console import Console
 from typer.core import TyperGroup
@@ -15,8 +16,11 @@ from transformerfam.reports.attention import memory_rows, plot_film, plot_maps, 
 from transformerfam.reports.next_token import next_token_table
 from transformerfam.reports.passkey import passkey_table, plot_passkey
 from transformerfam.reports.rows import RowFile, read_rows
-from transformerfam.tasks.passkey import load_filler
+from transformerfam.tasks.passkey import PasskeyText
 from transformerfam.tasks.provenance import provenance
+
+MAX_STRIP = 8
+"""Blocks of the film's strip: the first ones where a key is told, else the last ones."""
 
 
 class RowsUnlessNamed(TyperGroup):
@@ -61,18 +65,32 @@ def report_attention(
     blocks: Annotated[int, typer.Option("--blocks", min=1, help="Blocks to read.")] = 8,
     layers: Annotated[str, typer.Option("--layers", help="Layers of the maps; the first of them is filmed.")] = "0",
     heads: Annotated[str, typer.Option("--heads", help="Heads of the maps; the first of them is filmed.")] = "0",
+    block: Annotated[int | None, typer.Option("--block", help="Block of the maps; the last if not given.")] = None,
+    key: Annotated[
+        int | None, typer.Option("--key", help="Tell this pass key in front of the text, and mark it.")
+    ] = None,
 ) -> None:
-    """Draw attention maps of the last block, a film over blocks, and the FAM's norm, change and share of attention."""
+    """Draw attention maps of one block, a film over blocks, and the FAM's norm, change and share of attention."""
     chosen_layers, chosen_heads = _numbers(layers, "--layers"), _numbers(heads, "--heads")
+    block = blocks - 1 if block is None else block
+    if not 0 <= block < blocks:
+        raise TransformerFamError(
+            f"--block is {block}, the text has blocks 0 to {blocks - 1}; choose one, or more --blocks"
+        )
     loaded, tokenizer = load_model(model)
-    ids = load_filler(tokenizer, text).slice(0, blocks * loaded.fam_config.block_size)
+    passkey = PasskeyText(tokenizer, text)
+    num_tokens = blocks * loaded.fam_config.block_size
+    ids, marks = passkey.filler.slice(0, num_tokens), {}
+    if key is not None:
+        ids = torch.cat([torch.tensor(passkey.intro_ids(key)), ids])[:num_tokens]
+        marks = dict.fromkeys(passkey.key_places(key), "key")
     records = list(record_attention(loaded, ids, chosen_layers))
     output.mkdir(parents=True, exist_ok=True)
-    last = [record for record in records if record.block_idx == blocks - 1]
-    plot_maps(last, chosen_heads, output / "maps.png")
+    plot_maps([record for record in records if record.block_idx == block], chosen_heads, output / "maps.png", marks)
     filmed = [record for record in records if record.layer_idx == chosen_layers[0]]
-    plot_film(filmed, chosen_heads[0], output / "film.gif")
-    plot_film(filmed[-8:], chosen_heads[0], output / "film.png")
+    plot_film(filmed, chosen_heads[0], output / "film.gif", marks)
+    strip = filmed[:MAX_STRIP] if marks else filmed[-MAX_STRIP:]
+    plot_film(strip, chosen_heads[0], output / "film.png", marks)
     plot_memory(records, output / "memory.svg")
     with RowFile(output / "attention.jsonl") as rows:
         for row in memory_rows(records):

@@ -3,7 +3,7 @@
 Source: figures 4 and 11 of arXiv 2404.09173.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,15 +17,20 @@ FILM_SUFFIXES = (".gif", ".png", ".svg", ".pdf")
 MAX_CELLS = 256
 """Rows or keys of a map that are drawn; longer ones are drawn in steps, each the largest weight in it."""
 FRAME_MILLISECONDS = 600
+MIN_FAM_SHARE = 0.12
+"""Of a map's height and width, how much the FAM's rows and keys take at least, so that they can be seen."""
 
 
-def plot_maps(records: Sequence[BlockRecord], heads: Sequence[int], path: str | Path) -> None:
+def plot_maps(
+    records: Sequence[BlockRecord], heads: Sequence[int], path: str | Path, marks: Mapping[int, str] | None = None
+) -> None:
     """Draw the maps of chosen layers and heads in one block: dark where a row looks, FAM marked on both sides.
 
     Args:
         records: of the layers to draw, with weights, all of one block.
         heads: numbers of the heads.
         path: file to write.
+        marks: names of single tokens, by their place in the text.
 
     Raises:
         TransformerFamError: there are no weights, or no such head.
@@ -36,7 +41,7 @@ def plot_maps(records: Sequence[BlockRecord], heads: Sequence[int], path: str | 
     with new_figure(path, size, len(records), len(heads)) as (figure, all_axes):
         for number, axes in enumerate(all_axes):
             record, head = records[number // len(heads)], heads[number % len(heads)]
-            draw_map(axes, record, head)
+            draw_map(axes, record, head, marks)
             axes.set_title(f"layer {record.layer_idx}, head {head}", fontsize=8)
         figure.suptitle(
             f"attention in block {records[0].block_idx}: rows look at keys; FAM between the lines", fontsize=9
@@ -44,13 +49,16 @@ def plot_maps(records: Sequence[BlockRecord], heads: Sequence[int], path: str | 
         save_figure(figure, path)
 
 
-def plot_film(records: Sequence[BlockRecord], head: int, path: str | Path) -> None:
+def plot_film(
+    records: Sequence[BlockRecord], head: int, path: str | Path, marks: Mapping[int, str] | None = None
+) -> None:
     """Draw one head's maps block after block: a GIF, or a strip in one picture.
 
     Args:
         records: of one layer, with weights, in the order of blocks.
         head: number of the head.
         path: file to write, .gif for a film.
+        marks: names of single tokens, by their place in the text.
 
     Raises:
         TransformerFamError: there are no weights, no such head, or the suffix is another one.
@@ -65,7 +73,7 @@ def plot_film(records: Sequence[BlockRecord], head: int, path: str | Path) -> No
     if path.suffix != ".gif":
         with new_figure(path, (1.9 * len(records), 2.3), 1, len(records)) as (figure, all_axes):
             for axes, record in zip(all_axes, records, strict=True):
-                draw_map(axes, record, head, labels=False)
+                draw_map(axes, record, head, marks)
                 axes.set_title(f"block {record.block_idx}", fontsize=8)
             save_figure(figure, path)
         return
@@ -74,7 +82,7 @@ def plot_film(records: Sequence[BlockRecord], head: int, path: str | Path) -> No
 
         def frame(number: int) -> list[Any]:
             axes.clear()
-            draw_map(axes, records[number], head)
+            draw_map(axes, records[number], head, marks)
             axes.set_title(f"layer {records[0].layer_idx}, head {head}, block {records[number].block_idx}", fontsize=8)
             return []
 
@@ -88,36 +96,82 @@ def plot_film(records: Sequence[BlockRecord], head: int, path: str | Path) -> No
             raise TransformerFamError(f"could not write {path}: {error.strerror}; choose another file") from error
 
 
-def draw_map(axes: Any, record: BlockRecord, head: int, labels: bool = True) -> None:
-    """Draw one map, keys from left to right, rows from top to bottom."""
+def draw_map(axes: Any, record: BlockRecord, head: int, marks: Mapping[int, str] | None = None) -> None:
+    """Draw one map, keys from left to right, rows from top to bottom; the FAM's are drawn larger where they are few.
+
+    Args:
+        axes: where to.
+        record: with weights.
+        head: number of the head.
+        marks: names of single tokens, by their place in the text; a name is written once.
+    """
     assert record.weights_HRS is not None
     weights_RS = record.weights_HRS[head].float().cpu()
     num_rows, num_keys = weights_RS.shape
-    steps = [max(1, -(-length // MAX_CELLS)) for length in (num_rows, num_keys)]
-    for dim, step in enumerate(steps):  # the largest weight of each step, so that a single key stays in sight
-        weights_RS = torch.stack([part.amax(dim) for part in weights_RS.split(step, dim=dim)], dim=dim)
-    axes.imshow(
+    first, last = record.num_memory, record.num_memory + record.num_fam
+    rows, keys = _Scale(num_rows, 0, record.num_fam_rows), _Scale(num_keys, first, last)
+    for dim, scale in enumerate((rows, keys)):  # the largest weight of each step, so that a single key stays in sight
+        weights_RS = torch.stack([part.amax(dim) for part in weights_RS.split(scale.steps, dim=dim)], dim=dim)
+    axes.pcolormesh(
+        keys.edges,
+        rows.edges,
         weights_RS.sqrt().numpy(),  # weights spread over many keys are seen too
         cmap="Greys",
-        aspect="auto",
-        interpolation="nearest",
-        extent=(0, num_keys, num_rows, 0),
         vmin=0,
         vmax=1,
+        rasterized=True,
     )
-    first, last = record.num_memory, record.num_memory + record.num_fam
+    axes.set_xlim(0, keys.at(num_keys))
+    axes.set_ylim(rows.at(num_rows), 0)
     for place in sorted({first, last} - {0}):
-        axes.axvline(place, color="black", linewidth=0.7, linestyle=":")
+        axes.axvline(keys.at(place), color="black", linewidth=0.7, linestyle=":")
     if record.num_fam_rows:
-        axes.axhline(record.num_fam_rows, color="black", linewidth=0.7, linestyle=":")
-    axes.set_xticks([])
-    axes.set_yticks([])
-    if labels:
-        names = [("memory", first / 2), ("FAM", (first + last) / 2), ("block", (last + num_keys) / 2)]
-        sizes = {"memory": first, "FAM": last - first, "block": num_keys - last}
-        shown = [(name, place) for name, place in names if sizes[name]]
-        axes.set_xticks([place for _, place in shown], [name for name, _ in shown], fontsize=6)
-        axes.tick_params(length=0)
+        axes.axhline(rows.at(record.num_fam_rows), color="black", linewidth=0.7, linestyle=":")
+    spans = [("memory", 0, first), ("FAM", first, last), ("block", last, num_keys)]
+    ticks = [((keys.at(start) + keys.at(end)) / 2, name) for name, start, end in spans if end > start]
+    axes.set_xticks([place for place, _ in ticks], [name for _, name in ticks], fontsize=6)
+    ticks = [(rows.at(record.num_fam_rows) / 2, "FAM")] if record.num_fam_rows else []
+    axes.set_yticks([place for place, _ in ticks], [name for _, name in ticks], fontsize=6, rotation=90, va="center")
+    axes.tick_params(length=0)
+    _mark_tokens(axes, [(keys.at(last + place), name) for place, name in _marks_of(record, num_keys - last, marks)])
+
+
+class _Scale:
+    """Where rows, or keys, are drawn: in steps where there are many, the FAM's wide enough to be seen."""
+
+    def __init__(self, length: int, first: int, last: int) -> None:
+        num_fam, others = last - first, length - (last - first)
+        self.steps: list[int] = []
+        for span, number in ((first, others), (num_fam, num_fam), (length - last, others)):
+            step = max(1, -(-number // MAX_CELLS))
+            self.steps += [step] * (span // step) + [span % step] * (span % step > 0)
+        wanted = MIN_FAM_SHARE / (1 - MIN_FAM_SHARE) * others
+        self.first, self.last, self.width = first, last, max(1.0, wanted / num_fam) if num_fam else 1.0
+        places = [sum(self.steps[:number]) for number in range(len(self.steps) + 1)]
+        self.edges = [self.at(place) for place in places]
+
+    def at(self, place: float) -> float:
+        """Return where a row or key begins in the picture."""
+        inside = min(max(place - self.first, 0), self.last - self.first)
+        return place + inside * (self.width - 1)
+
+
+def _marks_of(record: BlockRecord, block_size: int, marks: Mapping[int, str] | None) -> list[tuple[float, str]]:
+    """Return the marked tokens of a block, by their place in it; the first of each name carries it."""
+    start, found = record.block_idx * block_size, []
+    named: set[str] = set()
+    for place, name in sorted((marks or {}).items()):
+        if start <= place < start + block_size:
+            found.append((place - start + 0.5, "" if name in named else name))
+            named.add(name)
+    return found
+
+
+def _mark_tokens(axes: Any, places: Sequence[tuple[float, str]]) -> None:
+    for place, name in places:
+        axes.plot([place], [0], marker="v", markersize=2.5, color="black", clip_on=False, linestyle="")
+        if name:
+            axes.text(place, 0, f" {name}", fontsize=5, rotation=90, ha="center", va="bottom")
 
 
 def plot_memory(records: Sequence[BlockRecord], path: str | Path) -> None:

@@ -132,6 +132,14 @@ class PasskeyText:
         key_ids = self.key_ids(key)
         return self.before_key_ids + key_ids + self.between_keys_ids + key_ids + self.after_key_ids
 
+    def key_places(self, key: int) -> list[int]:
+        """Return where in `intro_ids` the tokens of the key stand, both times."""
+        num_before, num_key, num_between = (
+            len(ids) for ids in (self.before_key_ids, self.key_ids(key), self.between_keys_ids)
+        )
+        again = num_before + num_key + num_between
+        return [*range(num_before, num_before + num_key), *range(again, again + num_key)]
+
     def decode(self, ids: list[int]) -> str:
         """Return what a model said as text, without space around it."""
         return str(self._tokenizer.decode(ids)).strip()

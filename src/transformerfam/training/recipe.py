@@ -120,8 +120,9 @@ class Recipe:
 
     def _require_named(self) -> None:
         """Refuse named keys and facts beside what knows one key without a name."""
-        for name in ("named_keys", "retold_keys", "keys_apart", "facts"):
+        for name in ("named_keys", "retold_keys", "keys_apart", "keys_asked", "facts"):
             _require_range(f"data.{name}", *getattr(self.data, name))
+        _require(self.data.keys_asked[0] >= 1, f"data.keys_asked begins with {self.data.keys_asked[0]}, required is 1")
         _require(
             self.data.named_keys[1] > 0 or self.data.retold_keys[1] == 0,
             "data.retold_keys is above 0 and data.named_keys is not",
@@ -131,7 +132,15 @@ class Recipe:
             _require(
                 high == 0 or (low >= 1 and high <= most), f"data.{name} is [{low}, {high}], required is 1 to {most}"
             )
-        _require_range("data.fact_sentences", *self.data.fact_sentences)
+            for stage in self.schedule.curriculum:
+                if (limits := getattr(stage, name)) is not None:
+                    _require(high > 0, f"a stage of the curriculum has {name} and data.{name} is 0; give both or none")
+                    _require(
+                        1 <= limits[0] <= limits[1] <= most,
+                        f"a stage of the curriculum has {name} {list(limits)}, required is 1 to {most}",
+                    )
+        for limits in (self.data.fact_sentences, *(stage.fact_sentences for stage in self.schedule.curriculum)):
+            _require_range("fact_sentences", *(limits or (0, 0)))
         if self.data.named_keys[1] == self.data.facts[1] == 0:
             return
         _require(

@@ -78,6 +78,12 @@ class Stage:
     window: int = 30
     max_steps: int | None = None
     """Go on after so many steps in any case."""
+    named_keys: tuple[int, int] | None = None
+    """In this stage, in place of `data.named_keys`."""
+    facts: tuple[int, int] | None = None
+    """In this stage, in place of `data.facts`."""
+    fact_sentences: tuple[int, int] | None = None
+    """In this stage, in place of `data.fact_sentences`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -195,6 +201,9 @@ class DataSection:
     named_keys: tuple[int, int] = (0, 0)
     """Least and most keys that a sequence tells, each by a name; every step draws one number, and the question is for
     one of them. 0: the paper's one key without a name."""
+    keys_asked: tuple[int, int] = (1, 1)
+    """Least and most of the named keys that a sequence asks for, one after the other, each a key to predict; every step
+    draws one number. A row counts as right when all of them are."""
     retold_keys: tuple[int, int] = (0, 0)
     """Least and most of the names that are told a second key, which counts."""
     keys_apart: tuple[int, int] = (0, 0)

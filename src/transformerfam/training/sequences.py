@@ -131,7 +131,7 @@ class SequenceBuilder:
         low, high = self.stages[stage_idx].filler_tokens
         num_filler = self._draw_filler(draw, step, num_prefix, num_digits, (low + longer, high + longer))
         if self.told is not None:
-            told_rows, question_start = self.told.rows(step, num_filler)
+            told_rows, question_start = self.told.rows(step, num_filler, self.stages[stage_idx])
             return self._weigh(told_rows, draw, question_start, None)
         carried = carried_keys or [None] * self.batch_size
         rows = [self._row(draw, num_prefix, num_digits, num_filler, key) for key in carried]
@@ -263,7 +263,9 @@ class SequenceBuilder:
         for i, row in enumerate(rows):
             first_answer = length - 1 - row.num_answer_tokens  # position that predicts the first token of the answer
             is_key[i, first_answer : length - 1] = row.num_answer_tokens > 0
-            others = range(first_answer)
+            for answer in row.earlier_answers:
+                is_key[i, answer.start - 1 : answer.stop - 1] = True
+            others = range(question_start if row.earlier_answers else first_answer)
             if is_read_T is not None:  # of stored filler only what stands in front of the question is read
                 others = range(max(0, question_start - self.loss.num_other_tokens), min(question_start, first_answer))
             chosen = draw.sample(others, min(self.loss.num_other_tokens, len(others)))

@@ -8,6 +8,7 @@ from typing import Any
 from transformerfam.tasks.facts import FactsText, draw_story
 from transformerfam.tasks.named_keys import NamedKeysText, draw_named_keys
 from transformerfam.training.recipe import Recipe
+from transformerfam.training.sections import Stage
 
 
 @dataclass(frozen=True)
@@ -18,47 +19,51 @@ class Row:
     num_answer_tokens: int
     """Tokens at the end that must be predicted whole; 0 for plain text."""
     key: int | None
-    """The key that it asks for."""
+    """The key that it asks for, with several questions the last of them."""
     is_told: bool
     """Whether it tells that key; if not, it asks for the key of the passed state."""
+    earlier_answers: tuple[range, ...] = ()
+    """Where the answers of further questions stand, in front of the last one."""
 
 
 class NamedRows:
-    """Tell several keys, each by a name, and ask for one of them."""
+    """Tell several keys, each by a name, and ask for some of them."""
 
     def __init__(self, recipe: Recipe, tokenizer: Any) -> None:
         self.data, self.schedule = recipe.data, recipe.schedule
         self.text = NamedKeysText(tokenizer)
 
-    def rows(self, step: int, num_filler: int) -> tuple[list[Row], int]:
+    def rows(self, step: int, num_filler: int, stage: Stage) -> tuple[list[Row], int]:
         """Write the rows of a step.
 
         Args:
             step: number of the step.
             num_filler: tokens of filler behind the last key that is told, in the row with the longest sentences.
+            stage: of the curriculum.
 
         Returns:
             The rows, and where the earliest question begins.
         """
         draw, text = random.Random(f"{self.schedule.seed}/{step}/named"), self.text
-        num_told = draw.randint(*self.data.named_keys)
+        num_told = draw.randint(*(stage.named_keys or self.data.named_keys))
         num_retold = min(num_told, draw.randint(*self.data.retold_keys))
         num_prefix = draw.randint(*self.data.prefix_tokens)
+        num_asked = min(num_told, draw.randint(*self.data.keys_asked))
         parts = []
         for _ in range(self.schedule.batch_size):
             keys = draw_named_keys(draw, num_told, num_retold, self.data.keys_apart)
-            name = draw.choice(list(keys.newest))
+            names = draw.sample(list(keys.newest), num_asked)
             start = draw.randrange(1 << 30)
             before = text.filler.slice(start, num_prefix).tolist() + text.intro_ids(keys, start + num_prefix)
-            key = keys.newest[name]
-            parts.append((before, start + len(before), text.question_ids(name), text.key_ids(key), key))
-        longest = max(len(before) + len(question) + len(answer) for before, _, question, answer, _ in parts)
+            asked, answers = text.asked_ids(names, keys.newest)
+            parts.append((before, start + len(before), asked, answers, keys.newest[names[-1]]))
+        longest = max(len(before) + len(asked) for before, _, asked, _, _ in parts)
         rows = []
-        for before, start, question, answer, key in parts:
-            missing = num_filler + longest - len(before) - len(question) - len(answer)
-            filler = text.filler.slice(start, missing).tolist()
-            rows.append(Row(before + filler + question + answer, len(answer), key, is_told=True))
-        return rows, _question_start(rows, [len(question) + len(answer) for _, _, question, answer, _ in parts])
+        for before, start, asked, answers, key in parts:
+            ids = before + text.filler.slice(start, num_filler + longest - len(before) - len(asked)).tolist()
+            places = [range(len(ids) + answer.start, len(ids) + answer.stop) for answer in answers]
+            rows.append(Row(ids + asked, len(answers[-1]), key, is_told=True, earlier_answers=tuple(places[:-1])))
+        return rows, _question_start(rows, [len(asked) for _, _, asked, _, _ in parts])
 
 
 class FactRows:
@@ -68,18 +73,20 @@ class FactRows:
         self.data, self.schedule = recipe.data, recipe.schedule
         self.text = FactsText(tokenizer, filler)
 
-    def rows(self, step: int, num_filler: int) -> tuple[list[Row], int]:
+    def rows(self, step: int, num_filler: int, stage: Stage) -> tuple[list[Row], int]:
         """Write the rows of a step.
 
         Args:
             step: number of the step.
             num_filler: tokens of filler in all, in the row with the longest story.
+            stage: of the curriculum.
 
         Returns:
             The rows, and where the earliest question begins.
         """
         draw = random.Random(f"{self.schedule.seed}/{step}/facts")
-        num_supports, num_sentences = draw.randint(*self.data.facts), draw.randint(*self.data.fact_sentences)
+        num_supports = draw.randint(*(stage.facts or self.data.facts))
+        num_sentences = draw.randint(*(stage.fact_sentences or self.data.fact_sentences))
         stories = [draw_story(draw, num_supports, num_sentences) for _ in range(self.schedule.batch_size)]
         bare = [self.text.hide(story, 0, random.Random(0)) for story in stories]
         lengths = [len(story.ids_T) + len(story.question_ids) + len(story.answer_ids) for story in bare]
@@ -92,7 +99,7 @@ class FactRows:
 
 
 def _question_start(rows: Sequence[Row], lengths: Sequence[int]) -> int:
-    """Return where the earliest question of rows of one length begins."""
+    """Return where the earliest question of rows of one length begins; `lengths` are those from it to the end."""
     return len(rows[0].ids) - max(lengths)
 
 
