@@ -16,7 +16,7 @@ from transformerfam.comparison.run import is_finished
 from transformerfam.errors import RecipeError, TransformerFamError
 from transformerfam.reports.rows import read_rows
 from transformerfam.tasks import facts
-from transformerfam.tasks.facts import FactsText, Story, draw_story, words
+from transformerfam.tasks.facts import PEOPLE, FactsText, Story, draw_story, words
 from transformerfam.tasks.facts_evaluation import FactsEvaluation
 from transformerfam.training.recipe_file import build_recipe
 from transformerfam.training.sections import ModelSection
@@ -122,6 +122,35 @@ def test_training_rows_of_facts() -> None:
         build_recipe(values | {"data": {"facts": [1, 4]}})
     with pytest.raises(RecipeError, match="both above 0"):
         build_recipe(values | {"data": {"facts": [1, 2], "named_keys": [1, 2]}})
+
+
+def test_training_rows_ask_several_facts() -> None:
+    """Catches further questions whose answers are another story's, and answers that are not weighed."""
+    tokenizer = build_tiny_tokenizer(words())
+    values: dict[str, Any] = {
+        "model": SMALL_MODEL,
+        "fam": {"block_size": 16, "fam_length": 2, "num_memory_segments": 0},
+        "schedule": {"steps": 2, "batch_size": 4, "curriculum": [{"filler_tokens": [0, 0], "fact_sentences": [5, 5]}]},
+        "data": {"facts": [1, 2], "fact_sentences": [8, 10], "facts_asked": [3, 3]},
+    }
+    builder = SequenceBuilder(build_recipe(values), tokenizer)
+    for step in range(8):
+        batch = builder.batch(step, 0)
+        for row in range(4):
+            ids = batch.input_ids_BT[row].tolist()
+            told, *asked = tokenizer.decode(ids).split(" Where ")
+            (places,) = batch.is_key_BT[row].nonzero(as_tuple=True)
+            answers = tokenizer.decode(batch.labels_BT[row, places].tolist()).split()
+            assert len(answers) == len(asked) > 1
+            sentences = [f" {sentence}." for sentence in told.strip().rstrip(".").split(". ")]
+            sentences = [sentence for sentence in sentences if sentence.split()[0] in PEOPLE]
+            assert len(sentences) == 5
+            for question, answer in zip(asked, answers, strict=True):
+                said = question.removesuffix(".").removesuffix(f" {answer}")
+                story = Story(
+                    tuple(sentences), f" Where {said}", f" {answer}", (0,) if said.split()[1] in PEOPLE else (0, 1)
+                )
+                assert answer_to(story, sentences) == answer
 
 
 def test_stories_are_hidden_in_a_novel() -> None:

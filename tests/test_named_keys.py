@@ -115,7 +115,7 @@ def test_stages_tell_more_and_more_keys() -> None:
         recipe(({"filler_tokens": [8, 32], "named_keys": [1, 17]},))
     with pytest.raises(RecipeError, match="a stage of the curriculum has facts and data.facts is 0; give both or none"):
         recipe(({"filler_tokens": [8, 32], "facts": [1, 1]},))
-    with pytest.raises(RecipeError, match=r"data.keys_asked begins with 0, required is 1"):
+    with pytest.raises(RecipeError, match=r"data.keys_asked is \[0, 1\], required is 1 <= low"):
         recipe(keys_asked=[0, 1])
 
 

@@ -35,12 +35,14 @@ class Story:
         question: up to the place where the answer has to follow.
         answer: one word with a space in front.
         supports: indices of the sentences from which the answer follows, in order.
+        further: all other questions of as many supports or fewer, each with its answer.
     """
 
     sentences: tuple[str, ...]
     question: str
     answer: str
     supports: tuple[int, ...]
+    further: tuple[tuple[str, str], ...] = ()
 
 
 @dataclass
@@ -145,7 +147,9 @@ def draw_story(draw: random.Random, num_supports: int, num_sentences: int) -> St
         questions = world.questions(num_supports)
         if questions:
             question, answer, supports = draw.choice(questions)
-            return Story(tuple(world.sentences), question, answer, supports)
+            known = [asked[:2] for number in range(1, num_supports + 1) for asked in world.questions(number)]
+            further = tuple(asked for asked in known if asked[0] != question)
+            return Story(tuple(world.sentences), question, answer, supports, further)
     raise TransformerFamError(
         f"in {num_sentences} sentences there is hardly ever a question with {num_supports} supports; take more"
     )
@@ -194,6 +198,10 @@ class FactsText:
     def decode(self, ids: list[int]) -> str:
         """Return what a model said as text, without space around it."""
         return str(self._tokenizer.decode(ids)).strip()
+
+    def encode(self, text: str) -> list[int]:
+        """Return the tokens of a piece of text."""
+        return encode(self._tokenizer, text)
 
     def hide(self, story: Story, num_filler: int, draw: random.Random) -> HiddenStory:
         """Write a story into filler, its sentences at places drawn evenly.

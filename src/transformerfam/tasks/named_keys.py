@@ -6,7 +6,6 @@ task in other words.
 """
 
 import random
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -121,6 +120,11 @@ class NamedKeysText:
             for piece in (BEFORE_NAME, BEFORE_NAMED_KEY, BETWEEN_KEYS, BEFORE_ASKED_NAME, BEFORE_ANSWER)
         } | {"of": encode(tokenizer, " is the pass key of"), "end": encode(tokenizer, ".")}
 
+    @property
+    def end_ids(self) -> list[int]:
+        """The tokens of a full stop."""
+        return self._pieces["end"]
+
     def told_ids(self, telling: Telling) -> list[int]:
         """Return the sentences that tell a key: the key, and once more the key."""
         name_ids, key_ids, piece = self._names[telling.name], self.key_ids(telling.key), self._pieces
@@ -131,22 +135,6 @@ class NamedKeysText:
         """Return the question for a name, up to the place where the key has to follow."""
         name_ids, piece = self._names[name], self._pieces
         return piece[BEFORE_ASKED_NAME] + name_ids + piece[BEFORE_ANSWER] + name_ids + piece[BEFORE_NAMED_KEY]
-
-    def asked_ids(self, names: Sequence[int], newest: Mapping[int, int]) -> tuple[list[int], list[range]]:
-        """Return questions with their answers, one after the other, and where the answers stand.
-
-        Args:
-            names: numbers of the names that are asked for.
-            newest: the key of every name.
-        """
-        ids: list[int] = []
-        answers: list[range] = []
-        for name in names:
-            ids += (self._pieces["end"] if ids else []) + self.question_ids(name)
-            key_ids = self.key_ids(newest[name])
-            answers.append(range(len(ids), len(ids) + len(key_ids)))
-            ids += key_ids
-        return ids, answers
 
     def intro_ids(self, keys: NamedKeys, filler_start: int = 0) -> list[int]:
         """Return everything up to the end of the last telling.

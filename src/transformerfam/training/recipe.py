@@ -120,9 +120,11 @@ class Recipe:
 
     def _require_named(self) -> None:
         """Refuse named keys and facts beside what knows one key without a name."""
-        for name in ("named_keys", "retold_keys", "keys_apart", "keys_asked", "facts"):
+        for name in ("named_keys", "retold_keys", "keys_apart", "facts"):
             _require_range(f"data.{name}", *getattr(self.data, name))
-        _require(self.data.keys_asked[0] >= 1, f"data.keys_asked begins with {self.data.keys_asked[0]}, required is 1")
+        for name in ("keys_asked", "facts_asked"):
+            low, high = getattr(self.data, name)
+            _require(1 <= low <= high, f"data.{name} is [{low}, {high}], required is 1 <= low <= high")
         _require(
             self.data.named_keys[1] > 0 or self.data.retold_keys[1] == 0,
             "data.retold_keys is above 0 and data.named_keys is not",

@@ -211,6 +211,9 @@ class DataSection:
     facts: tuple[int, int] = (0, 0)
     """Least and most sentences from which the answer to a question on a hidden story follows, 1 to 3; every step draws
     one number. 0: no stories."""
+    facts_asked: tuple[int, int] = (1, 1)
+    """Least and most questions on a story, one after the other, each with an answer to predict; the last one has the
+    drawn number of supports, those in front of it at most as many. A row counts as right when all answers are."""
     fact_sentences: tuple[int, int] = (4, 10)
     """Least and most sentences of a story."""
     fact_filler: str = "sentences"

@@ -49,21 +49,21 @@ class NamedRows:
         num_retold = min(num_told, draw.randint(*self.data.retold_keys))
         num_prefix = draw.randint(*self.data.prefix_tokens)
         num_asked = min(num_told, draw.randint(*self.data.keys_asked))
-        parts = []
+        end_ids = text.end_ids
+        drawn = []
         for _ in range(self.schedule.batch_size):
             keys = draw_named_keys(draw, num_told, num_retold, self.data.keys_apart)
             names = draw.sample(list(keys.newest), num_asked)
             start = draw.randrange(1 << 30)
             before = text.filler.slice(start, num_prefix).tolist() + text.intro_ids(keys, start + num_prefix)
-            asked, answers = text.asked_ids(names, keys.newest)
-            parts.append((before, start + len(before), asked, answers, keys.newest[names[-1]]))
-        longest = max(len(before) + len(asked) for before, _, asked, _, _ in parts)
+            asked = _Asked([(text.question_ids(name), text.key_ids(keys.newest[name])) for name in names], end_ids)
+            drawn.append((before, start + len(before), asked, keys.newest[names[-1]]))
+        longest = max(len(before) + len(asked.ids) for before, _, asked, _ in drawn)
         rows = []
-        for before, start, asked, answers, key in parts:
-            ids = before + text.filler.slice(start, num_filler + longest - len(before) - len(asked)).tolist()
-            places = [range(len(ids) + answer.start, len(ids) + answer.stop) for answer in answers]
-            rows.append(Row(ids + asked, len(answers[-1]), key, is_told=True, earlier_answers=tuple(places[:-1])))
-        return rows, _question_start(rows, [len(asked) for _, _, asked, _, _ in parts])
+        for before, start, asked, key in drawn:
+            filler = text.filler.slice(start, num_filler + longest - len(before) - len(asked.ids)).tolist()
+            rows.append(asked.row(before + filler, key))
+        return rows, len(rows[0].ids) - max(len(asked.ids) for _, _, asked, _ in drawn)
 
 
 class FactRows:
@@ -87,20 +87,42 @@ class FactRows:
         draw = random.Random(f"{self.schedule.seed}/{step}/facts")
         num_supports = draw.randint(*(stage.facts or self.data.facts))
         num_sentences = draw.randint(*(stage.fact_sentences or self.data.fact_sentences))
-        stories = [draw_story(draw, num_supports, num_sentences) for _ in range(self.schedule.batch_size)]
-        bare = [self.text.hide(story, 0, random.Random(0)) for story in stories]
-        lengths = [len(story.ids_T) + len(story.question_ids) + len(story.answer_ids) for story in bare]
+        num_asked, end_ids = draw.randint(*self.data.facts_asked), self.text.encode(".")
+        drawn = []
+        for _ in range(self.schedule.batch_size):
+            story = draw_story(draw, num_supports, num_sentences)
+            chosen = draw.sample(story.further, min(num_asked - 1, len(story.further)))
+            pairs = [*chosen, (story.question, story.answer)]
+            asked = _Asked([(self.text.encode(q), self.text.encode(a)) for q, a in pairs], end_ids)
+            drawn.append((story, len(self.text.hide(story, 0, random.Random(0)).ids_T), asked))
+        longest = max(num_told + len(asked.ids) for _, num_told, asked in drawn)
         rows = []
-        for story, length in zip(stories, lengths, strict=True):
-            hidden = self.text.hide(story, num_filler + max(lengths) - length, draw)
-            ids = hidden.ids_T.tolist() + hidden.question_ids + hidden.answer_ids
-            rows.append(Row(ids, len(hidden.answer_ids), None, is_told=True))
-        return rows, _question_start(rows, [len(story.question_ids) + len(story.answer_ids) for story in bare])
+        for story, num_told, asked in drawn:
+            hidden = self.text.hide(story, num_filler + longest - num_told - len(asked.ids), draw)
+            rows.append(asked.row(hidden.ids_T.tolist(), None))
+        return rows, len(rows[0].ids) - max(len(asked.ids) for _, _, asked in drawn)
 
 
-def _question_start(rows: Sequence[Row], lengths: Sequence[int]) -> int:
-    """Return where the earliest question of rows of one length begins; `lengths` are those from it to the end."""
-    return len(rows[0].ids) - max(lengths)
+class _Asked:
+    """Questions with their answers, one after the other.
+
+    Args:
+        pairs: tokens of every question, and of its answer.
+        end_ids: what stands between an answer and the next question.
+    """
+
+    def __init__(self, pairs: Sequence[tuple[list[int], list[int]]], end_ids: list[int]) -> None:
+        self.ids: list[int] = []
+        self.answers: list[range] = []
+        for question_ids, answer_ids in pairs:
+            self.ids += (end_ids if self.ids else []) + question_ids
+            self.answers.append(range(len(self.ids), len(self.ids) + len(answer_ids)))
+            self.ids += answer_ids
+
+    def row(self, before: list[int], key: int | None) -> Row:
+        """Return the row that asks them behind a text."""
+        places = [range(len(before) + answer.start, len(before) + answer.stop) for answer in self.answers]
+        return Row(before + self.ids, len(places[-1]), key, is_told=True, earlier_answers=tuple(places[:-1]))
 
 
 def told_rows_of(recipe: Recipe, tokenizer: Any) -> NamedRows | FactRows | None:
