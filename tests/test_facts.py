@@ -142,8 +142,7 @@ def test_training_rows_ask_several_facts() -> None:
             (places,) = batch.is_key_BT[row].nonzero(as_tuple=True)
             answers = tokenizer.decode(batch.labels_BT[row, places].tolist()).split()
             assert len(answers) == len(asked) > 1
-            sentences = [f" {sentence}." for sentence in told.strip().rstrip(".").split(". ")]
-            sentences = [sentence for sentence in sentences if sentence.split()[0] in PEOPLE]
+            sentences = [f" {said}" for said in re.findall(rf"(?:{'|'.join(PEOPLE)}) [a-z ]+\.", told)]
             assert len(sentences) == 5
             for question, answer in zip(asked, answers, strict=True):
                 said = question.removesuffix(".").removesuffix(f" {answer}")
