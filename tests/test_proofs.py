@@ -10,10 +10,12 @@ import torch
 from benchmarks import counts, training
 from benchmarks.harness import in_fresh_process
 from transformerfam import FamConfig
+from transformerfam.comparison import load_comparison, run_all
+from transformerfam.comparison.report import cells
 from transformerfam.compiled import compile_decoding, compile_reading
 from transformerfam.models import load_model
 from transformerfam.novels import load_novel
-from transformerfam.reports.rows import accuracy_by_length
+from transformerfam.reports.rows import accuracy_by_length, read_rows
 from transformerfam.tasks.next_token import evaluate_next_token
 from transformerfam.tasks.passkey_evaluation import evaluate_passkey
 from transformerfam.training.recipe_file import load_recipe
@@ -107,3 +109,18 @@ def test_counts_stay_within_ten_percent_of_the_baseline():
     for case, row in found.items():
         for measure in ("num_calls", "bytes_made"):
             assert row[measure] <= 1.1 * baseline[case][measure], (case, measure)
+
+
+def test_slice_of_the_comparison_gives_its_committed_rows(tmp_path):
+    """Published rows of the comparison that its command no longer gives."""
+    source = ROOT / "recipes" / "comparisons" / "slice.toml"
+    comparison = load_comparison(source)
+    published = cells(comparison, read_rows([ROOT / "docs" / "results" / "compare_slice.jsonl"]))
+    assert run_all(comparison, source, tmp_path, tmp_path / "rows.jsonl") == []
+    found = cells(comparison, read_rows([tmp_path / "rows.jsonl"]))
+    shares = {
+        name: {(system, length): cell.mean for system, row in of.items() for length, cell in row.items()}
+        for name, of in (("published", published), ("found", found))
+    }
+    assert shares["found"] == pytest.approx(shares["published"], abs=0.25)  # rounding differs by machine
+    assert shares["found"]["fam", 256] >= shares["found"]["bswa", 256] + 0.5

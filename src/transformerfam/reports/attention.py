@@ -14,7 +14,7 @@ from transformerfam.errors import MissingPackageError, TransformerFamError
 from transformerfam.reports.figure import LINES, MARKERS, label_ends, new_figure, save_figure
 
 FILM_SUFFIXES = (".gif", ".png", ".svg", ".pdf")
-MAX_CELLS = 256
+MAX_CELLS = 128
 """Rows or keys of a map that are drawn; longer ones are drawn in steps, each the largest weight in it."""
 FRAME_MILLISECONDS = 600
 MIN_FAM_SHARE = 0.12
