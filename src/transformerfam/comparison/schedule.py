@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 
-from transformerfam.comparison.plan import UNTRAINED, Comparison, RunName
+from transformerfam.comparison.plan import BASE, UNTRAINED, Comparison, RunName
 from transformerfam.comparison.run import ROWS_FILE, is_finished, require_same_recipe, run_folder
 from transformerfam.errors import MissingPackageError, TransformerFamError
 from transformerfam.processes import INTERRUPTED
@@ -87,11 +87,12 @@ class Schedule:
                     process.wait()
         if RUNNING in self.states.values():
             raise KeyboardInterrupt
-        if WAITING in self.states.values():
+        failed = [run for run, state in self.states.items() if state == FAILED]
+        if WAITING in self.states.values() and not any(run.system == BASE for run in failed):
             raise TransformerFamError(
                 f"the scheduler doit ended with code {code} before all was done; see what it said"
             )
-        return [run for run, state in self.states.items() if state == FAILED]
+        return failed
 
     def _doit_config(self) -> dict[str, Any]:
         return {
@@ -110,8 +111,14 @@ class Schedule:
                 "name": str(run),
                 "actions": [(self._run, [run])],
                 "uptodate": [self._is_done(run)],
+                "task_dep": self._needed_by(run),
                 "io": {"capture": False},  # which would replace the streams of all threads
             }
+
+    def _needed_by(self, run: RunName) -> list[str]:
+        """Return the tasks that a run waits for: its base."""
+        has_base = self.comparison.base is not None and run.system != BASE
+        return [f"compare:{RunName(BASE, run.seed)}"] if has_base else []
 
     def _is_done(self, run: RunName) -> Callable[[], bool]:
         def check() -> bool:
@@ -135,7 +142,7 @@ class Schedule:
         if code != 0:
             self.states[run] = FAILED
             return False
-        for row in read_rows([folder / ROWS_FILE]):
+        for row in read_rows([folder / ROWS_FILE]) if run.system != BASE else []:
             self.rows.append(row)
         self.states[run] = DONE
         self.seconds.append(time.monotonic() - self.begun[run])
@@ -182,7 +189,7 @@ class Schedule:
             return f"asked {asked} of {lengths * self.comparison.num_questions}"
         row = last_log_row(folder / LOG_FILE)
         if row is None:
-            return "asking" if self.comparison.system_of(run.system) == UNTRAINED else "starting"
+            return "asking" if run.system == UNTRAINED else "starting"
         keys = "-" if row["key_accuracy"] is None else f"{row['key_accuracy']:.2f}"
         return f"step {row['step']} of {self.num_steps[run]}, keys {keys}"
 
