@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from transformerfam.errors import TransformerFamError
-from transformerfam.tasks.passkey import BETWEEN_KEYS, FIRST_KEY, LAST_KEY, FillerStream, PasskeyText
+from transformerfam.tasks.passkey import FIRST_KEY, LAST_KEY, FillerStream, PasskeyText
 from transformerfam.tasks.text import encode
 
 NAMES = (
@@ -28,7 +28,7 @@ BEFORE_ANSWER = "? The pass key of"
 
 @dataclass(frozen=True)
 class Telling:
-    """One sentence pair that tells a key.
+    """One sentence that tells a key.
 
     Attributes:
         name: number of the name.
@@ -117,8 +117,8 @@ class NamedKeysText:
         self._names = [encode(tokenizer, f" {name}") for name in NAMES]
         self._pieces = {
             piece: encode(tokenizer, piece)
-            for piece in (BEFORE_NAME, BEFORE_NAMED_KEY, BETWEEN_KEYS, BEFORE_ASKED_NAME, BEFORE_ANSWER)
-        } | {"of": encode(tokenizer, " is the pass key of"), "end": encode(tokenizer, ".")}
+            for piece in (BEFORE_NAME, BEFORE_NAMED_KEY, BEFORE_ASKED_NAME, BEFORE_ANSWER)
+        } | {"end": encode(tokenizer, ".")}
 
     @property
     def end_ids(self) -> list[int]:
@@ -126,10 +126,15 @@ class NamedKeysText:
         return self._pieces["end"]
 
     def told_ids(self, telling: Telling) -> list[int]:
-        """Return the sentences that tell a key: the key, and once more the key."""
-        name_ids, key_ids, piece = self._names[telling.name], self.key_ids(telling.key), self._pieces
-        first = piece[BEFORE_NAME] + name_ids + piece[BEFORE_NAMED_KEY] + key_ids + piece[BETWEEN_KEYS]
-        return first + key_ids + piece["of"] + name_ids + piece["end"]
+        """Return the sentence that tells a key."""
+        piece = self._pieces
+        return (
+            piece[BEFORE_NAME]
+            + self._names[telling.name]
+            + piece[BEFORE_NAMED_KEY]
+            + self.key_ids(telling.key)
+            + piece["end"]
+        )
 
     def question_ids(self, name: int) -> list[int]:
         """Return the question for a name, up to the place where the key has to follow."""
