@@ -19,11 +19,13 @@ from typer.testing import CliRunner
 
 from transformerfam.cli import app
 from transformerfam.comparison import Comparison, RunName, load_comparison, run_one
+from transformerfam.comparison.figures import plot_comparison
 from transformerfam.comparison.plan import SYSTEMS
-from transformerfam.comparison.report import EMPTY, cells, comparison_tables, plot_comparison, require_one_version
+from transformerfam.comparison.report import EMPTY, cells, comparison_tables, require_one_version
 from transformerfam.comparison.run import TRAINED_TASK, is_finished
 from transformerfam.errors import RecipeError, TransformerFamError
 from transformerfam.models import load_base
+from transformerfam.reports.markdown import write_markdown
 from transformerfam.reports.rows import read_rows
 from transformerfam.rivals import RIVAL_NAMES
 from transformerfam.training.recipe_file import build_recipe
@@ -193,9 +195,10 @@ def test_comparison_runs_to_its_end_and_goes_on(recipe: Path, tmp_path: Path) ->
     runner, folder, rows = CliRunner(), tmp_path / "runs", tmp_path / "rows.jsonl"
     command = ["compare", str(recipe), "--output", str(folder), "--rows", str(rows)]
     figure = tmp_path / "figure.svg"
-    result = runner.invoke(app, [*command, "--figure", str(figure)])
+    result = runner.invoke(app, [*command, "--figure", str(figure), "--table", str(tmp_path / "table.md")])
     assert result.exit_code == 0, result.output
     assert figure.read_text().count("fam_memory_zeroed") == 1
+    assert (tmp_path / "table.md").read_text().count("| fam_memory_zeroed |") == 1
     found = read_rows([rows])
     comparison = load_comparison(recipe)
     assert all(is_finished(comparison, run, found) for run in comparison.runs)
@@ -300,6 +303,25 @@ def test_report_shows_what_is_missing(recipe: Path, tmp_path: Path) -> None:
         plot_comparison(comparison, [], tmp_path / "figure.svg")
     with pytest.raises(TransformerFamError, match=r"ends in '.gif', required is one of .svg"):
         plot_comparison(comparison, rows, tmp_path / "figure.gif")
+
+
+def test_ablations_are_drawn_as_a_matrix_and_tables_as_markdown(recipe: Path, tmp_path: Path) -> None:
+    """Catches ablations without their name or number, an empty cell that looks like zero, and columns out of line."""
+    variants = ['systems=["fam","fam_f4","fam_f8"]', 'variants={fam_f4="fam",fam_f8="fam"}', "max_filler_tokens={}"]
+    comparison = load_comparison(recipe, variants)
+    rows = [row("fam", 0, 8, True), row("fam", 0, 40, False), row("fam_f4", 0, 8, False), row("fam_f4", 0, 8, True)]
+    plot_comparison(comparison, rows, tmp_path / "figure.svg")
+    drawn = (tmp_path / "figure.svg").read_text()
+    for text, number in (("1.00", 1), ("0.50", 1), ("0.00", 1), (EMPTY, 3), ("fam_f8", 1)):
+        assert drawn.count(f">{text}<") == number, text
+    write_markdown(comparison_tables(comparison, rows)[:1], tmp_path / "table.md")
+    assert (tmp_path / "table.md").read_text().splitlines()[2:7] == [
+        "| system | 8 | 40 |",
+        "| --- | ---: | ---: |",
+        "| fam | 1.00 | 0.00 |",
+        "| fam_f4 | 0.50 | empty |",
+        "| fam_f8 | empty | empty |",
+    ]
 
 
 def test_rows_of_two_versions_are_refused(recipe: Path) -> None:

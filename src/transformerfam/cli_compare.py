@@ -8,9 +8,11 @@ from rich.console import Console
 
 from transformerfam.cli_output import say
 from transformerfam.comparison import Comparison, RunName, load_comparison, run_all, run_one
-from transformerfam.comparison.report import comparison_tables, plot_comparison
+from transformerfam.comparison.figures import plot_comparison
+from transformerfam.comparison.report import comparison_tables
 from transformerfam.errors import TransformerFamError
 from transformerfam.processes import INTERRUPTED
+from transformerfam.reports.markdown import write_markdown
 from transformerfam.reports.rows import read_rows
 
 
@@ -22,6 +24,7 @@ def compare_command(
     ] = None,
     jobs: Annotated[int, typer.Option("--jobs", min=1, help="Runs at a time.")] = 2,
     figures: Annotated[list[Path] | None, typer.Option("--figure", help="Figure: .svg, .png or .pdf.")] = None,
+    table: Annotated[Path | None, typer.Option("--table", help="Markdown file for the tables.")] = None,
     report_only: Annotated[bool, typer.Option("--report", help="Train nothing; show what is there.")] = False,
     run: Annotated[str | None, typer.Option("--run", help="One run alone, SYSTEM-SEED, in this process.")] = None,
     overrides: Annotated[
@@ -46,8 +49,11 @@ def compare_command(
             )
             raise typer.Exit(INTERRUPTED) from interrupt
     found = read_rows([rows]) if rows.exists() else []
-    for table in comparison_tables(comparison, found):
-        Console().print(table)
+    tables = comparison_tables(comparison, found)
+    for shown in tables:
+        Console().print(shown)
+    if table is not None:
+        write_markdown(tables, table)
     for figure in figures or []:
         plot_comparison(comparison, found, figure)
     if failed:

@@ -1,26 +1,17 @@
-"""A comparison's rows as tables and a figure: mean over seeds and their spread; what is missing is shown as missing."""
+"""A comparison's rows as tables: mean over seeds and their spread; what is missing is shown as missing."""
 
 from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
 from statistics import mean
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from rich.table import Table
 
 from transformerfam.comparison.plan import BASE, Comparison
 from transformerfam.comparison.run import BYTES_LENGTHS, BYTES_TASK, TRAINED_TASK
 from transformerfam.errors import TransformerFamError
-from transformerfam.reports.figure import LINES, MARKERS, label_ends, length_axis, new_figure, save_figure
 from transformerfam.reports.rows import Row
 
 EMPTY = "empty"
-PANELS: tuple[tuple[str, tuple[str, ...]], ...] = (
-    ("windows", ("bswa", "attention_sinks", "transformer_xl", "full")),
-    ("recurrent memories", ("rmt", "armt", "autocompressor", "feedback_segment", "block_recurrent")),
-    ("linear memories", ("infini", "gated_linear")),
-    ("FAM and its controls", ("fam", "static_summary")),
-)
-"""Panels of the figure: a title, and how the names of its systems begin. FAM is drawn in each."""
 
 
 class Cell(NamedTuple):
@@ -157,49 +148,6 @@ def _capacity_table(comparison: Comparison, rows: Sequence[Row]) -> Table:
     return table
 
 
-def _plot_capacity(comparison: Comparison, rows: Sequence[Row], path: str | Path) -> None:
-    """Draw keys recalled against keys told, one panel per length."""
-    found = capacities(comparison, rows)
-    lengths = list(comparison.filler_tokens)
-    num_rows, num_columns = -(-len(lengths) // 2), min(2, len(lengths))
-    with new_figure(path, (5.2 * num_columns, 3.4 * num_rows), num_rows, num_columns) as (figure, all_axes):
-        for axes in all_axes[len(lengths) :]:
-            axes.set_visible(False)
-        for axes, length in zip(all_axes, lengths, strict=False):
-            axes.plot(comparison.num_told, comparison.num_told, color="#bbbbbb", linewidth=0.8)
-            top = max(comparison.num_told)
-            ends, missing = [], []
-            for number, system in enumerate(found):
-                own = [(n, found[system].get((length, n))) for n in comparison.num_told]
-                points = [(n, cell) for n, cell in own if cell is not None and cell.recalled]
-                if not points:
-                    missing.append(system)
-                    continue
-                values = [mean(cell.recalled.values()) for _, cell in points]
-                axes.plot(
-                    [n for n, _ in points],
-                    values,
-                    color="#000000",
-                    linestyle=LINES[number % len(LINES)],
-                    marker=MARKERS[number % len(MARKERS)],
-                    markersize=4,
-                    markerfacecolor="white",
-                    linewidth=1.1,
-                )
-                ends.append((points[-1][0], values[-1], system))
-            axes.set_ylim(-0.04 * top, 1.06 * top)
-            axes.set_xticks(comparison.num_told)
-            axes.set_xlabel("keys told")
-            axes.set_ylabel("keys recalled")
-            axes.set_title(f"{length:,} tokens of filler", loc="left", fontsize=9)
-            for side in ("top", "right"):
-                axes.spines[side].set_visible(False)
-            label_ends(axes, ends, (0.0, top))
-            if missing:
-                axes.text(0.02, 0.9, f"{EMPTY}: {', '.join(missing)}", transform=axes.transAxes, fontsize=7)
-        save_figure(figure, path)
-
-
 def comparison_tables(comparison: Comparison, rows: Sequence[Row]) -> list[Table]:
     """Return accuracy by system and length, and what each system is: parameters, training, bytes, speed.
 
@@ -253,85 +201,3 @@ def _systems_table(comparison: Comparison, rows: Sequence[Row]) -> Table:
         shown = ["-" if number is None else f"{number:,.0f}" for number in numbers]
         table.add_row(system, shown[0], beside, *shown[1:])
     return table
-
-
-def panel_of(system: str) -> str:
-    """Return the panel of a system: that whose name begins most like it."""
-    found = [(len(start), title) for title, starts in PANELS for start in starts if system.startswith(start)]
-    return max(found, default=(0, PANELS[-1][0]))[1]
-
-
-def plot_comparison(comparison: Comparison, rows: Sequence[Row], path: str | Path) -> None:
-    """Draw accuracy by length, one panel per kind of system, black on white, each line named at its end.
-
-    Bars go from the worst seed to the best. What is missing is named as empty.
-
-    Args:
-        comparison: what was to be done.
-        rows: what was done.
-        path: file to write; its suffix says how: .svg, .png or .pdf.
-
-    Raises:
-        MissingPackageError: matplotlib is not installed.
-        TransformerFamError: there is not one cell, the suffix is another, or rows of several versions are mixed.
-    """
-    if not any(row["model"] == comparison.name and row["task"] == comparison.task for row in rows):
-        raise TransformerFamError(f"there are no rows of {comparison.name}; run `fam compare` first")
-    if comparison.task == "named-keys":
-        _plot_capacity(comparison, rows, path)
-        return
-    panels: dict[str, dict[str, dict[int, Cell]]] = {}
-    if comparison.task == "facts":
-        for number in comparison.num_supports:
-            panels[f"{number} supports"] = cells(comparison, rows, number)
-    else:
-        found = cells(comparison, rows)
-        for title, _ in PANELS:
-            systems = [system for system in found if panel_of(system) == title]
-            if systems:
-                drawn = systems if "fam" in systems or "fam" not in found else ["fam", *systems]
-                panels[title] = {system: found[system] for system in drawn}
-    num_rows, num_columns = -(-len(panels) // 2), min(2, len(panels))
-    with new_figure(path, (4.8 * num_columns, 2.9 * num_rows), num_rows, num_columns) as (figure, all_axes):
-        for axes in all_axes[len(panels) :]:
-            axes.set_visible(False)
-        for axes, (title, by_system) in zip(all_axes, panels.items(), strict=False):
-            _draw_panel(axes, title, by_system)
-            length_axis(axes, list(comparison.filler_tokens))
-        save_figure(figure, path)
-
-
-def _draw_panel(axes: Any, title: str, systems: Mapping[str, Mapping[int, Cell]]) -> None:
-    axes.set_title(title, loc="left", fontsize=9)
-    ends: list[tuple[float, float, str]] = []
-    missing = []
-    for number, (system, by_length) in enumerate(systems.items()):
-        points = [(length, cell) for length, cell in by_length.items() if cell.by_seed]
-        if not points:
-            missing.append(system)
-            continue
-        is_fam = system == "fam"
-        shares = [cell.mean for _, cell in points]
-        errors = [
-            [cell.mean - min(cell.by_seed.values()) for _, cell in points],
-            [max(cell.by_seed.values()) - cell.mean for _, cell in points],
-        ]
-        axes.errorbar(
-            [length for length, _ in points],
-            shares,
-            yerr=errors,
-            color="#000000" if is_fam else "#4a4a4a",
-            linestyle="-" if is_fam else LINES[1 + number % (len(LINES) - 1)],
-            marker=MARKERS[number % len(MARKERS)],
-            markersize=4,
-            markerfacecolor="#000000" if is_fam else "white",
-            linewidth=2.0 if is_fam else 1.1,
-            elinewidth=0.6,
-            capsize=2,
-            clip_on=False,
-        )
-        label = system if len(points) == len(by_length) else f"{system} ({len(by_length) - len(points)} {EMPTY})"
-        ends.append((points[-1][0], shares[-1], label))
-    label_ends(axes, ends)
-    if missing:
-        axes.text(0.02, 0.04, f"{EMPTY}: {', '.join(missing)}", transform=axes.transAxes, fontsize=7, style="italic")

@@ -1,0 +1,171 @@
+"""A comparison's rows as a figure, black on white: accuracy by length, keys recalled of those told, ablations."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+from transformerfam.comparison.plan import Comparison
+from transformerfam.comparison.report import EMPTY, Cell, capacities, cells
+from transformerfam.errors import TransformerFamError
+from transformerfam.reports.figure import LINES, MARKERS, label_ends, length_axis, new_figure, save_figure, short_length
+from transformerfam.reports.rows import Row
+
+PANELS: tuple[tuple[str, tuple[str, ...]], ...] = (
+    ("windows", ("bswa", "attention_sinks", "transformer_xl", "full")),
+    ("recurrent memories", ("rmt", "armt", "autocompressor", "feedback_segment", "block_recurrent")),
+    ("linear memories", ("infini", "gated_linear")),
+    ("FAM and its controls", ("fam", "static_summary")),
+)
+"""Panels of the figure: a title, and how the names of its systems begin. FAM is drawn in each."""
+
+
+def panel_of(system: str) -> str:
+    """Return the panel of a system: that whose name begins most like it."""
+    found = [(len(start), title) for title, starts in PANELS for start in starts if system.startswith(start)]
+    return max(found, default=(0, PANELS[-1][0]))[1]
+
+
+def plot_comparison(comparison: Comparison, rows: Sequence[Row], path: str | Path) -> None:
+    """Draw accuracy by length, one panel per kind of system, black on white, each line named at its end.
+
+    Bars go from the worst seed to the best. What is missing is named as empty.
+
+    Args:
+        comparison: what was to be done.
+        rows: what was done.
+        path: file to write; its suffix says how: .svg, .png or .pdf.
+
+    Raises:
+        MissingPackageError: matplotlib is not installed.
+        TransformerFamError: there is not one cell, the suffix is another, or rows of several versions are mixed.
+    """
+    if not any(row["model"] == comparison.name and row["task"] == comparison.task for row in rows):
+        raise TransformerFamError(f"there are no rows of {comparison.name}; run `fam compare` first")
+    if comparison.task == "named-keys":
+        _plot_capacity(comparison, rows, path)
+        return
+    if comparison.task == "passkey" and comparison.variants:
+        _plot_matrix(comparison, cells(comparison, rows), path)
+        return
+    panels: dict[str, dict[str, dict[int, Cell]]] = {}
+    if comparison.task == "facts":
+        for number in comparison.num_supports:
+            panels[f"{number} supports"] = cells(comparison, rows, number)
+    else:
+        found = cells(comparison, rows)
+        for title, _ in PANELS:
+            systems = [system for system in found if panel_of(system) == title]
+            if systems:
+                drawn = systems if "fam" in systems or "fam" not in found else ["fam", *systems]
+                panels[title] = {system: found[system] for system in drawn}
+    num_rows, num_columns = -(-len(panels) // 2), min(2, len(panels))
+    with new_figure(path, (4.8 * num_columns, 2.9 * num_rows), num_rows, num_columns) as (figure, all_axes):
+        for axes in all_axes[len(panels) :]:
+            axes.set_visible(False)
+        for axes, (title, by_system) in zip(all_axes, panels.items(), strict=False):
+            _draw_panel(axes, title, by_system)
+            length_axis(axes, list(comparison.filler_tokens))
+        save_figure(figure, path)
+
+
+def _draw_panel(axes: Any, title: str, systems: Mapping[str, Mapping[int, Cell]]) -> None:
+    axes.set_title(title, loc="left", fontsize=9)
+    ends: list[tuple[float, float, str]] = []
+    missing = []
+    for number, (system, by_length) in enumerate(systems.items()):
+        points = [(length, cell) for length, cell in by_length.items() if cell.by_seed]
+        if not points:
+            missing.append(system)
+            continue
+        is_fam = system == "fam"
+        shares = [cell.mean for _, cell in points]
+        errors = [
+            [cell.mean - min(cell.by_seed.values()) for _, cell in points],
+            [max(cell.by_seed.values()) - cell.mean for _, cell in points],
+        ]
+        axes.errorbar(
+            [length for length, _ in points],
+            shares,
+            yerr=errors,
+            color="#000000" if is_fam else "#4a4a4a",
+            linestyle="-" if is_fam else LINES[1 + number % (len(LINES) - 1)],
+            marker=MARKERS[number % len(MARKERS)],
+            markersize=4,
+            markerfacecolor="#000000" if is_fam else "white",
+            linewidth=2.0 if is_fam else 1.1,
+            elinewidth=0.6,
+            capsize=2,
+            clip_on=False,
+        )
+        label = system if len(points) == len(by_length) else f"{system} ({len(by_length) - len(points)} {EMPTY})"
+        ends.append((points[-1][0], shares[-1], label))
+    label_ends(axes, ends)
+    if missing:
+        axes.text(0.02, 0.04, f"{EMPTY}: {', '.join(missing)}", transform=axes.transAxes, fontsize=7, style="italic")
+
+
+def _plot_capacity(comparison: Comparison, rows: Sequence[Row], path: str | Path) -> None:
+    """Draw keys recalled against keys told, one panel per length."""
+    found = capacities(comparison, rows)
+    lengths = list(comparison.filler_tokens)
+    num_rows, num_columns = -(-len(lengths) // 2), min(2, len(lengths))
+    with new_figure(path, (5.2 * num_columns, 3.4 * num_rows), num_rows, num_columns) as (figure, all_axes):
+        for axes in all_axes[len(lengths) :]:
+            axes.set_visible(False)
+        for axes, length in zip(all_axes, lengths, strict=False):
+            axes.plot(comparison.num_told, comparison.num_told, color="#bbbbbb", linewidth=0.8)
+            top = max(comparison.num_told)
+            ends, missing = [], []
+            for number, system in enumerate(found):
+                own = [(n, found[system].get((length, n))) for n in comparison.num_told]
+                points = [(n, cell) for n, cell in own if cell is not None and cell.recalled]
+                if not points:
+                    missing.append(system)
+                    continue
+                values = [mean(cell.recalled.values()) for _, cell in points]
+                axes.plot(
+                    [n for n, _ in points],
+                    values,
+                    color="#000000",
+                    linestyle=LINES[number % len(LINES)],
+                    marker=MARKERS[number % len(MARKERS)],
+                    markersize=4,
+                    markerfacecolor="white",
+                    linewidth=1.1,
+                )
+                ends.append((points[-1][0], values[-1], system))
+            axes.set_ylim(-0.04 * top, 1.06 * top)
+            axes.set_xticks(comparison.num_told)
+            axes.set_xlabel("keys told")
+            axes.set_ylabel("keys recalled")
+            axes.set_title(f"{length:,} tokens of filler", loc="left", fontsize=9)
+            for side in ("top", "right"):
+                axes.spines[side].set_visible(False)
+            label_ends(axes, ends, (0.0, top))
+            if missing:
+                axes.text(0.02, 0.9, f"{EMPTY}: {', '.join(missing)}", transform=axes.transAxes, fontsize=7)
+        save_figure(figure, path)
+
+
+def _plot_matrix(comparison: Comparison, found: Mapping[str, Mapping[int, Cell]], path: str | Path) -> None:
+    """Draw one row per system and one column per length, dark where keys are recalled, with the number in each cell."""
+    lengths = list(comparison.filler_tokens)
+    with new_figure(path, (2.4 + 0.75 * len(lengths), 0.9 + 0.24 * len(found))) as (figure, (axes,)):
+        for row, by_length in enumerate(found.values()):
+            for column, length in enumerate(lengths):
+                cell = by_length.get(length)
+                if cell is None:
+                    continue
+                share = cell.mean if cell.by_seed else 0.0
+                axes.fill_between([column, column + 1], row, row + 1, color=str(1 - 0.75 * share), linewidth=0)
+                text = f"{share:.2f}" if cell.by_seed else EMPTY
+                color = "white" if share > 0.6 else "black"
+                axes.text(column + 0.5, row + 0.5, text, ha="center", va="center", fontsize=8, color=color)
+        axes.set_xlim(0, len(lengths))
+        axes.set_ylim(len(found), 0)
+        axes.set_xticks([column + 0.5 for column in range(len(lengths))], [short_length(length) for length in lengths])
+        axes.set_yticks([row + 0.5 for row in range(len(found))], list(found))
+        axes.set_xlabel("filler between key and question (tokens); cells: keys recalled")
+        axes.tick_params(length=0)
+        save_figure(figure, path)

@@ -1,0 +1,32 @@
+"""Tables as Markdown, for documents."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.table import Table
+
+from transformerfam.errors import TransformerFamError
+
+
+def markdown_table(table: Table) -> str:
+    """Return a table as Markdown: title, columns, rows and caption."""
+    columns = [[str(cell).replace("|", r"\|") for cell in column.cells] for column in table.columns]
+    headers = [str(column.header) for column in table.columns]
+    rules = ["---:" if column.justify == "right" else "---" for column in table.columns]
+    rows = [headers, rules, *zip(*columns, strict=True)]
+    lines = [f"| {' | '.join(row)} |" for row in rows]
+    parts = [f"**{table.title}**" if table.title else "", "\n".join(lines), str(table.caption or "")]
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def write_markdown(tables: Sequence[Table], path: Path) -> None:
+    """Write tables into one file.
+
+    Raises:
+        TransformerFamError: it cannot be written.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("\n".join(map(markdown_table, tables)), encoding="utf-8")
+    except OSError as error:
+        raise TransformerFamError(f"could not write {path}: {error.strerror}; choose another file") from error
