@@ -235,3 +235,27 @@ def test_short_intro_tells_the_key_without_the_sentences_in_front():
     for row, key in enumerate(batch.keys):
         told = f" The pass key is {key}. Remember it. {key} is the pass key."
         assert TOKENIZER.decode(batch.input_ids_BT[row]).strip().startswith(told.strip())
+
+
+def test_a_stage_repeats_random_tokens():
+    """Rows whose second time is another text, or that weigh tokens which nothing foretells."""
+    stages = [{"filler_tokens": [0, 9], "repeated_tokens": [8, 30]}, {"filler_tokens": [8, 32]}]
+    builder = SequenceBuilder(small_recipe(schedule={"steps": 9, "batch_size": 3, "curriculum": stages}), TOKENIZER)
+    lengths, numbers = set(), set()
+    for step in range(30):
+        batch = builder.batch(step, 0)
+        assert batch.keys == (None, None, None)
+        for row in range(3):
+            ids = batch.input_ids_BT[row].tolist()
+            again = ids[batch.question_start :]
+            assert ids[: len(again)] == again
+            assert not set(again) & set(TOKENIZER.all_special_ids)
+            (places,) = batch.is_key_BT[row].nonzero(as_tuple=True)
+            assert batch.labels_BT[row, places].tolist() == again[4:]
+            lengths.add(len(again))
+            numbers.add(len(set(again)))
+    assert min(lengths) < 12 < 26 < max(lengths) <= 30
+    assert len(numbers) > 10
+    assert all(key is not None for key in builder.batch(0, 1).keys)
+    with pytest.raises(RecipeError, match=r"repeated_tokens is \[3, 9\], required is 8 <= low <= high"):
+        small_recipe(schedule={"steps": 9, "curriculum": [{"filler_tokens": [0, 9], "repeated_tokens": [3, 9]}]})

@@ -66,6 +66,13 @@ class Recipe:
         )
         for stage in self.schedule.curriculum:
             _require_range("filler_tokens", *stage.filler_tokens)
+            low, high = stage.repeated_tokens or (8, 8)
+            _require(8 <= low <= high, f"repeated_tokens is [{low}, {high}], required is 8 <= low <= high")
+            _require(
+                stage.repeated_tokens is None or self.schedule.stored_blocks == self.loss.teacher == 0,
+                "a stage of the curriculum has repeated_tokens beside schedule.stored_blocks or loss.teacher, which "
+                "know one key; leave it out",
+            )
         _require_range("data.prefix_tokens", *self.data.prefix_tokens)
         _require_range("loss.teacher_filler_tokens", *self.loss.teacher_filler_tokens)
         _require(

@@ -17,7 +17,7 @@ from transformerfam.tasks.passkey import BEFORE_KEY, SHORT_BEFORE_KEY, FillerStr
 from transformerfam.tasks.text import encode, read_text
 from transformerfam.training.recipe import Recipe
 from transformerfam.training.sections import DataSection, LossSection, Stage
-from transformerfam.training.told_rows import Row, told_rows_of
+from transformerfam.training.told_rows import RepeatedRows, Row, told_rows_of
 
 
 @dataclass(frozen=True)
@@ -90,6 +90,7 @@ class SequenceBuilder:
         text = self.texts["passkey_sentences"]
         assert text is not None
         self.told = told_rows_of(recipe, tokenizer)
+        self.repeated = RepeatedRows(recipe, tokenizer, text.filler)
         self.num_question_tokens = len(text.question_ids)
         _, num_longest_answer = self._num_key_tokens(recipe.data.key_digits[1])
         asked, tokens = self.num_question_tokens + num_longest_answer, recipe.schedule.gradient_tokens
@@ -130,8 +131,10 @@ class SequenceBuilder:
         longer = self.block_size(step) - self.least_block_size
         low, high = self.stages[stage_idx].filler_tokens
         num_filler = self._draw_filler(draw, step, num_prefix, num_digits, (low + longer, high + longer))
-        if self.told is not None:
-            told_rows, question_start = self.told.rows(step, num_filler, self.stages[stage_idx])
+        stage = self.stages[stage_idx]
+        other_task = self.told if stage.repeated_tokens is None else self.repeated
+        if other_task is not None:
+            told_rows, question_start = other_task.rows(step, num_filler, stage)
             return self._weigh(told_rows, draw, question_start, None)
         carried = carried_keys or [None] * self.batch_size
         rows = [self._row(draw, num_prefix, num_digits, num_filler, key) for key in carried]

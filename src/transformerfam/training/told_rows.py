@@ -1,4 +1,7 @@
-"""Rows of the tasks with more than one key: named keys, and facts. All rows of a step have one length."""
+"""Rows of the tasks with more than one key, named keys and facts, and rows that repeat themselves.
+
+All rows of a step have one length.
+"""
 
 import random
 from collections.abc import Sequence
@@ -7,6 +10,7 @@ from typing import Any
 
 from transformerfam.tasks.facts import FactsText, draw_story
 from transformerfam.tasks.named_keys import NamedKeysText, draw_named_keys
+from transformerfam.tasks.passkey import FillerStream
 from transformerfam.training.recipe import Recipe
 from transformerfam.training.sections import Stage
 
@@ -49,10 +53,11 @@ class NamedRows:
         num_retold = min(num_told, draw.randint(*self.data.retold_keys))
         num_prefix = draw.randint(*self.data.prefix_tokens)
         num_asked = min(num_told, draw.randint(*self.data.keys_asked))
+        num_digits = draw.randint(*self.data.key_digits)
         end_ids = text.end_ids
         drawn = []
         for _ in range(self.schedule.batch_size):
-            keys = draw_named_keys(draw, num_told, num_retold, self.data.keys_apart)
+            keys = draw_named_keys(draw, num_told, num_retold, self.data.keys_apart, num_digits)
             names = draw.sample(list(keys.newest), num_asked)
             start = draw.randrange(1 << 30)
             before = text.filler.slice(start, num_prefix).tolist() + text.intro_ids(keys, start + num_prefix)
@@ -101,6 +106,45 @@ class FactRows:
             hidden = self.text.hide(story, num_filler + longest - num_told - len(asked.ids), draw)
             rows.append(asked.row(hidden.ids_T.tolist(), None))
         return rows, len(rows[0].ids) - max(len(asked.ids) for _, _, asked in drawn)
+
+
+class RepeatedRows:
+    """Say random tokens, and say them again.
+
+    To foretell the second time, a model has to find what followed the same tokens before (an induction head). Keys
+    that are told apart by names, and facts, need just that, and hardly ever teach it by themselves.
+    """
+
+    NUM_WORDS = (6, 40)
+    """Least and most different tokens of a row: the fewer, the more of them must agree to find the place."""
+    NUM_FREE = 4
+    """First tokens of the second time that are not predicted, since too little stands in front of them."""
+
+    def __init__(self, recipe: Recipe, tokenizer: Any, filler: FillerStream) -> None:
+        self.schedule, self.filler = recipe.schedule, filler
+        self.vocabulary = sorted(set(range(len(tokenizer))) - set(tokenizer.all_special_ids))
+
+    def rows(self, step: int, num_filler: int, stage: Stage) -> tuple[list[Row], int]:
+        """Write the rows of a step.
+
+        Args:
+            step: number of the step.
+            num_filler: tokens of filler between the first time and the second.
+            stage: of the curriculum, with `repeated_tokens`.
+
+        Returns:
+            The rows, and where the second time begins.
+        """
+        assert stage.repeated_tokens is not None
+        draw = random.Random(f"{self.schedule.seed}/{step}/repeated")
+        length = draw.randint(*stage.repeated_tokens)
+        rows = []
+        for _ in range(self.schedule.batch_size):
+            words = draw.sample(self.vocabulary, min(draw.randint(*self.NUM_WORDS), len(self.vocabulary)))
+            ids = draw.choices(words, k=length)
+            filler = self.filler.slice(draw.randrange(1 << 30), num_filler).tolist()
+            rows.append(Row(ids + filler + ids, length - self.NUM_FREE, None, is_told=True))
+        return rows, length + num_filler
 
 
 class _Asked:
