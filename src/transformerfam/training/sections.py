@@ -87,8 +87,8 @@ class Stage:
     fact_sentences: tuple[int, int] | None = None
     """In this stage, in place of `data.fact_sentences`."""
     repeated_tokens: tuple[int, int] | None = None
-    """In this stage sequences are random tokens, so many at least and at most, the filler, and the same tokens again, to
-    be predicted. It teaches to find what followed the same tokens before, without which neither names nor facts are
+    """In this stage sequences are random tokens, so many at least and at most, the filler, and the same tokens again,
+    to be predicted. It teaches to find what followed the same tokens before, without which neither names nor facts are
     learned in thousands of steps."""
 
 
