@@ -307,8 +307,9 @@ def test_report_shows_what_is_missing(recipe: Path, tmp_path: Path) -> None:
 
 def test_ablations_are_drawn_as_a_matrix_and_tables_as_markdown(recipe: Path, tmp_path: Path) -> None:
     """Catches ablations without their name or number, an empty cell that looks like zero, and columns out of line."""
-    variants = ['systems=["fam","fam_f4","fam_f8"]', 'variants={fam_f4="fam",fam_f8="fam"}', "max_filler_tokens={}"]
-    comparison = load_comparison(recipe, variants)
+    variants = ",".join(f'{name}="fam"' for name in ("fam_f4", "fam_f8", "a", "b", "c"))
+    overrides = ['systems=["fam","fam_f4","fam_f8"]', f"variants={{{variants}}}", "max_filler_tokens={}"]
+    comparison = load_comparison(recipe, overrides)
     rows = [row("fam", 0, 8, True), row("fam", 0, 40, False), row("fam_f4", 0, 8, False), row("fam_f4", 0, 8, True)]
     plot_comparison(comparison, rows, tmp_path / "figure.svg")
     drawn = (tmp_path / "figure.svg").read_text()

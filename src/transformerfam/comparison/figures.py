@@ -19,6 +19,9 @@ PANELS: tuple[tuple[str, tuple[str, ...]], ...] = (
 )
 """Panels of the figure: a title, and how the names of its systems begin. FAM is drawn in each."""
 
+MAX_LINES = 4
+"""Variants that are drawn as lines; more of them are drawn as a matrix."""
+
 
 def panel_of(system: str) -> str:
     """Return the panel of a system: that whose name begins most like it."""
@@ -45,7 +48,7 @@ def plot_comparison(comparison: Comparison, rows: Sequence[Row], path: str | Pat
     if comparison.task == "named-keys":
         _plot_capacity(comparison, rows, path)
         return
-    if comparison.task == "passkey" and comparison.variants:
+    if comparison.task == "passkey" and len(comparison.variants) > MAX_LINES:
         _plot_matrix(comparison, cells(comparison, rows), path)
         return
     panels: dict[str, dict[str, dict[int, Cell]]] = {}
