@@ -78,7 +78,7 @@ def draw_named_keys(
 
     Args:
         draw: source of chance.
-        num_told: names, at most as many as `NAMES`.
+        num_told: names, the first so many of `NAMES` in any order.
         num_retold: names that are told a second key, behind all others, and in another order.
         apart: least and most tokens of filler in front of a telling; the first has none.
         digits: of a key.
@@ -90,7 +90,7 @@ def draw_named_keys(
         raise TransformerFamError(
             f"num_told is {num_told} and num_retold {num_retold}, required is 1 to {len(NAMES)}, and 0 to num_told"
         )
-    names = draw.sample(range(len(NAMES)), num_told)
+    names = draw.sample(range(num_told), num_told)
     names += draw.sample(names, num_retold)
     first, last = (FIRST_KEY, LAST_KEY) if digits == 5 else (10 ** (digits - 1), 10**digits - 1)
     keys = draw.sample(range(first, last + 1), len(names))
