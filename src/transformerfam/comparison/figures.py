@@ -1,5 +1,6 @@
 """A comparison's rows as a figure, black on white: accuracy by length, keys recalled of those told, ablations."""
 
+import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import mean
@@ -19,6 +20,8 @@ PANELS: tuple[tuple[str, tuple[str, ...]], ...] = (
 )
 """Panels of the figure: a title, and how the names of its systems begin. FAM is drawn in each."""
 
+MAX_COLUMNS = 44
+"""Letters of a line that names what is missing."""
 MAX_LINES = 4
 """Variants that are drawn as lines; more of them are drawn as a matrix."""
 
@@ -105,7 +108,8 @@ def _draw_panel(axes: Any, title: str, systems: Mapping[str, Mapping[int, Cell]]
         ends.append((points[-1][0], shares[-1], label))
     label_ends(axes, ends)
     if missing:
-        axes.text(0.02, 0.04, f"{EMPTY}: {', '.join(missing)}", transform=axes.transAxes, fontsize=7, style="italic")
+        names = textwrap.fill(f"{EMPTY}: {', '.join(missing)}", MAX_COLUMNS)
+        axes.text(0.02, 0.08, names, transform=axes.transAxes, fontsize=7, style="italic", va="bottom")
 
 
 def _plot_capacity(comparison: Comparison, rows: Sequence[Row], path: str | Path) -> None:
@@ -147,7 +151,8 @@ def _plot_capacity(comparison: Comparison, rows: Sequence[Row], path: str | Path
                 axes.spines[side].set_visible(False)
             label_ends(axes, ends, (0.0, top))
             if missing:
-                axes.text(0.02, 0.9, f"{EMPTY}: {', '.join(missing)}", transform=axes.transAxes, fontsize=7)
+                names = textwrap.fill(f"{EMPTY}: {', '.join(missing)}", MAX_COLUMNS)
+                axes.text(0.02, 0.98, names, transform=axes.transAxes, fontsize=7, style="italic", va="top")
         save_figure(figure, path)
 
 
