@@ -107,9 +107,7 @@ def _draw_panel(axes: Any, title: str, systems: Mapping[str, Mapping[int, Cell]]
         label = system if len(points) == len(by_length) else f"{system} ({len(by_length) - len(points)} {EMPTY})"
         ends.append((points[-1][0], shares[-1], label))
     label_ends(axes, ends)
-    if missing:
-        names = textwrap.fill(f"{EMPTY}: {', '.join(missing)}", MAX_COLUMNS)
-        axes.text(0.02, 0.08, names, transform=axes.transAxes, fontsize=7, style="italic", va="bottom")
+    _name_missing(axes, missing, 0.08, "bottom")
 
 
 def _plot_capacity(comparison: Comparison, rows: Sequence[Row], path: str | Path) -> None:
@@ -150,10 +148,15 @@ def _plot_capacity(comparison: Comparison, rows: Sequence[Row], path: str | Path
             for side in ("top", "right"):
                 axes.spines[side].set_visible(False)
             label_ends(axes, ends, (0.0, top))
-            if missing:
-                names = textwrap.fill(f"{EMPTY}: {', '.join(missing)}", MAX_COLUMNS)
-                axes.text(0.02, 0.98, names, transform=axes.transAxes, fontsize=7, style="italic", va="top")
+            _name_missing(axes, missing, 0.98, "top")
         save_figure(figure, path)
+
+
+def _name_missing(axes: Any, missing: Sequence[str], height: float, alignment: str) -> None:
+    """Write which systems have no cell, where there are such."""
+    if missing:
+        names = textwrap.fill(f"{EMPTY}: {', '.join(missing)}", MAX_COLUMNS)
+        axes.text(0.02, height, names, transform=axes.transAxes, fontsize=7, style="italic", va=alignment)
 
 
 def _plot_matrix(comparison: Comparison, found: Mapping[str, Mapping[int, Cell]], path: str | Path) -> None:

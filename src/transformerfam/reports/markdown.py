@@ -5,7 +5,7 @@ from pathlib import Path
 
 from rich.table import Table
 
-from transformerfam.errors import TransformerFamError
+from transformerfam.files import write_text
 
 
 def markdown_table(table: Table) -> str:
@@ -25,8 +25,4 @@ def write_markdown(tables: Sequence[Table], path: Path) -> None:
     Raises:
         TransformerFamError: it cannot be written.
     """
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text("\n".join(map(markdown_table, tables)), encoding="utf-8")
-    except OSError as error:
-        raise TransformerFamError(f"could not write {path}: {error.strerror}; choose another file") from error
+    write_text(path, "\n".join(map(markdown_table, tables)))

@@ -4,11 +4,12 @@ All rows of a step have one length.
 """
 
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property, partial
 from typing import Any
 
-from transformerfam.tasks.facts import FactsText, draw_story
+from transformerfam.tasks.facts import FactsText, Story, draw_story
 from transformerfam.tasks.named_keys import NamedKeysText, draw_named_keys
 from transformerfam.tasks.passkey import FillerStream
 from transformerfam.training.recipe import Recipe
@@ -54,21 +55,19 @@ class NamedRows:
         num_prefix = draw.randint(*self.data.prefix_tokens)
         num_asked = min(num_told, draw.randint(*self.data.keys_asked))
         num_digits = draw.randint(*self.data.key_digits)
-        end_ids = text.end_ids
         drawn = []
         for _ in range(self.schedule.batch_size):
             keys = draw_named_keys(draw, num_told, num_retold, self.data.keys_apart, num_digits)
             names = draw.sample(list(keys.newest), num_asked)
             start = draw.randrange(1 << 30)
             before = text.filler.slice(start, num_prefix).tolist() + text.intro_ids(keys, start + num_prefix)
-            asked = _Asked([(text.question_ids(name), text.key_ids(keys.newest[name])) for name in names], end_ids)
-            drawn.append((before, start + len(before), asked, keys.newest[names[-1]]))
-        longest = max(len(before) + len(asked.ids) for before, _, asked, _ in drawn)
-        rows = []
-        for before, start, asked, key in drawn:
-            filler = text.filler.slice(start, num_filler + longest - len(before) - len(asked.ids)).tolist()
-            rows.append(asked.row(before + filler, key))
-        return rows, len(rows[0].ids) - max(len(asked.ids) for _, _, asked, _ in drawn)
+            pairs = [(text.question_ids(name), text.key_ids(keys.newest[name])) for name in names]
+            fill = partial(self._with_filler, before, start + len(before))
+            drawn.append(_Drawn(fill, len(before), _Asked(pairs, text.end_ids), keys.newest[names[-1]]))
+        return _even_rows(drawn, num_filler)
+
+    def _with_filler(self, before: list[int], start: int, num_filler: int) -> list[int]:
+        return before + self.text.filler.slice(start, num_filler).tolist()
 
 
 class FactRows:
@@ -99,13 +98,13 @@ class FactRows:
             chosen = draw.sample(story.further, min(num_asked - 1, len(story.further)))
             pairs = [*chosen, (story.question, story.answer)]
             asked = _Asked([(self.text.encode(q), self.text.encode(a)) for q, a in pairs], end_ids)
-            drawn.append((story, len(self.text.hide(story, 0, random.Random(0)).ids_T), asked))
-        longest = max(num_told + len(asked.ids) for _, num_told, asked in drawn)
-        rows = []
-        for story, num_told, asked in drawn:
-            hidden = self.text.hide(story, num_filler + longest - num_told - len(asked.ids), draw)
-            rows.append(asked.row(hidden.ids_T.tolist(), None))
-        return rows, len(rows[0].ids) - max(len(asked.ids) for _, _, asked in drawn)
+            num_told = sum(len(self.text.encode(sentence)) for sentence in story.sentences)
+            drawn.append(_Drawn(partial(self._hidden, story, draw), num_told, asked, None))
+        return _even_rows(drawn, num_filler)
+
+    def _hidden(self, story: Story, draw: random.Random, num_filler: int) -> list[int]:
+        ids: list[int] = self.text.hide(story, num_filler, draw).ids_T.tolist()
+        return ids
 
 
 class RepeatedRows:
@@ -121,8 +120,12 @@ class RepeatedRows:
     """First tokens of the second time that are not predicted, since too little stands in front of them."""
 
     def __init__(self, recipe: Recipe, tokenizer: Any, filler: FillerStream) -> None:
-        self.schedule, self.filler = recipe.schedule, filler
-        self.vocabulary = sorted(set(range(len(tokenizer))) - set(tokenizer.all_special_ids))
+        self.schedule, self.tokenizer, self.filler = recipe.schedule, tokenizer, filler
+
+    @cached_property
+    def vocabulary(self) -> list[int]:
+        """All tokens but the special ones."""
+        return sorted(set(range(len(self.tokenizer))) - set(self.tokenizer.all_special_ids))
 
     def rows(self, step: int, num_filler: int, stage: Stage) -> tuple[list[Row], int]:
         """Write the rows of a step.
@@ -167,6 +170,25 @@ class _Asked:
         """Return the row that asks them behind a text."""
         places = [range(len(before) + answer.start, len(before) + answer.stop) for answer in self.answers]
         return Row(before + self.ids, len(places[-1]), key, is_told=True, earlier_answers=tuple(places[:-1]))
+
+
+@dataclass(frozen=True)
+class _Drawn:
+    """One sequence before its filler is counted out."""
+
+    fill: Callable[[int], list[int]]
+    """Gives everything in front of the questions, with so many tokens of filler."""
+    num_told: int
+    """Tokens in front of the questions without filler."""
+    asked: _Asked
+    key: int | None
+
+
+def _even_rows(drawn: Sequence[_Drawn], num_filler: int) -> tuple[list[Row], int]:
+    """Return rows of one length, and where the earliest question begins; the longest sequence has `num_filler`."""
+    longest = max(one.num_told + len(one.asked.ids) for one in drawn)
+    rows = [one.asked.row(one.fill(num_filler + longest - one.num_told - len(one.asked.ids)), one.key) for one in drawn]
+    return rows, len(rows[0].ids) - max(len(one.asked.ids) for one in drawn)
 
 
 def told_rows_of(recipe: Recipe, tokenizer: Any) -> NamedRows | FactRows | None:
