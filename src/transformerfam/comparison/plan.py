@@ -165,9 +165,7 @@ class Comparison:
         return self.num_keys * per_text[self.task]
 
     def rows_of(self, run: RunName) -> list[str]:
-        """Return the systems that a run's rows are of; a base has none."""
-        if run.system == BASE:
-            return []
+        """Return the systems that a run's rows are of; a base has no rows."""
         zeroed = run.system == "fam" and MEMORY_ZEROED in self.systems
         return [run.system, MEMORY_ZEROED] if zeroed else [run.system]
 

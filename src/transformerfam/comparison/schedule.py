@@ -189,7 +189,8 @@ class Schedule:
             return f"asked {asked} of {lengths * self.comparison.num_questions}"
         row = last_log_row(folder / LOG_FILE)
         if row is None:
-            return "asking" if run.system == UNTRAINED else "starting"
+            is_trained = run.system == BASE or self.comparison.system_of(run.system) != UNTRAINED
+            return "starting" if is_trained else "asking"
         keys = "-" if row["key_accuracy"] is None else f"{row['key_accuracy']:.2f}"
         return f"step {row['step']} of {self.num_steps[run]}, keys {keys}"
 

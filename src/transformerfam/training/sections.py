@@ -88,8 +88,8 @@ class Stage:
     """In this stage, in place of `data.fact_sentences`."""
     repeated_tokens: tuple[int, int] | None = None
     """In this stage sequences are random tokens, so many at least and at most, the filler, and the same tokens again,
-    to be predicted. It teaches to find what followed the same tokens before, without which neither names nor facts are
-    learned in thousands of steps."""
+    to be predicted. It teaches to find what followed the same tokens before, without which neither names nor facts were
+    learned in a thousand steps."""
 
 
 @dataclass(frozen=True, kw_only=True)
