@@ -1,5 +1,6 @@
 """Several keys by their names: texts, training sequences, and what is measured."""
 
+import math
 import random
 from pathlib import Path
 from typing import Any
@@ -120,6 +121,21 @@ def test_stages_tell_more_and_more_keys() -> None:
         recipe(keys_asked=[0, 1])
 
 
+def test_stages_have_keys_of_their_own_length() -> None:
+    """Catches a stage whose number of digits is not used, and more keys than there are of so few digits."""
+    tokenizer = build_tiny_tokenizer()
+    stages = ({"filler_tokens": [8, 32], "key_digits": [1, 1]}, {"filler_tokens": [8, 32]})
+    builder = SequenceBuilder(recipe(stages, key_digits=[3, 3]), tokenizer)
+    for stage, digits in ((0, 1), (1, 3)):
+        assert {len(str(key)) for step in range(4) for key in builder.batch(step, stage).keys} == {digits}
+    with pytest.raises(RecipeError, match="tells 11 different keys of 1 digits, of which there are 9"):
+        recipe(stages, named_keys=[1, 8], retold_keys=[0, 3])
+    with pytest.raises(RecipeError, match=r"key_digits \[0, 1\], required is 1 <= low"):
+        recipe(({"filler_tokens": [8, 32], "key_digits": [0, 1]},))
+    with pytest.raises(RecipeError, match=r"key_digits and data.named_keys is 0; set data.key_digits"):
+        recipe(stages, named_keys=[0, 0])
+
+
 def test_recipes_that_cannot_tell_keys_apart_are_refused() -> None:
     """Catches names beside what knows one key."""
     with pytest.raises(RecipeError, match=r"data.named_keys is \[1, 17\], required is 1 to 16"):
@@ -152,12 +168,45 @@ def test_evaluation_scores_what_the_model_says(monkeypatch: pytest.MonkeyPatch) 
         own = [row for row in rows if (row["text"], row["filler_tokens"], row["num_told"]) == (text, 20, 3)]
         assert sum(row["is_retold"] for row in own) == 1
     asked = [ids for ids in read if ids.shape[1] > 1]
-    assert len(asked) == 2 * 2 * (1 + 3)  # every name once per batch and length
+    text = NamedKeysText(tokenizer)
+    num_question, num_key = len(text.question_ids(0)), len(text.key_ids(12345))
+    for num_tokens in (
+        num_question,
+        num_question + num_key - 1,
+    ):  # the question, and beside it with the key, for its bits
+        assert sum(ids.shape[1] == num_tokens for ids in asked) == 2 * 2 * (1 + 3)  # every name per batch and length
+    assert len(asked) == 2 * 2 * 2 * (1 + 3)
     same = list(NamedKeysEvaluation(**options, num_texts=3, batch_size=3).rows(model, tokenizer))
     names = ("num_told", "filler_tokens", "text", "order", "key", "answer")
     assert sorted([row[n] for n in names] for row in rows) == sorted([row[n] for n in names] for row in same)
     with pytest.raises(TransformerFamError, match=r"num_told is \[0\], required are one or more numbers of at least 1"):
         NamedKeysEvaluation(filler_lengths=[1], num_told=[0])
+
+
+def test_bits_are_what_the_key_says_less_its_surprise() -> None:
+    """Catches a key that is shifted by a token, padding that is read, and a state that the measure changes."""
+    tokenizer = build_tiny_tokenizer()
+    model = build_tiny_model(ModelSection(**SMALL_MODEL), len(tokenizer)).eval()
+    convert(model, FamConfig(block_size=16, fam_length=2, num_memory_segments=0, fam_key_bias=0.0))
+    text = NamedKeysText(tokenizer)
+    evaluation = NamedKeysEvaluation(filler_lengths=[20], num_told=[2], num_texts=2, batch_size=2)
+    rows = list(evaluation.rows(model, tokenizer))
+    for number in range(2):
+        draw = random.Random("0/2/named keys")
+        keys = [draw_named_keys(draw, 2) for _ in range(2)][number]
+        for order, (name, key) in enumerate(keys.newest.items()):
+            start = number * 7919
+            ids = text.intro_ids(keys, start) + text.filler.slice(start, 20).tolist() + text.question_ids(name)
+            state, bits = model.read(torch.tensor([ids[:-1]])), math.log2(90_000)
+            last = ids[-1]
+            for token in text.key_ids(key):
+                with torch.no_grad():
+                    logits = model(input_ids=torch.tensor([[last]]), past_key_values=state).logits[0, -1]
+                bits += float(logits.log_softmax(-1)[token]) / math.log(2)
+                last = token
+            (row,) = (r for r in rows if (r["text"], r["order"]) == (number, order))
+            assert row["key"] == key
+            assert row["bits"] == pytest.approx(bits, abs=2e-3)
 
 
 def small(folder: Path) -> Comparison:
@@ -187,6 +236,8 @@ def test_comparison_of_named_keys(tmp_path: Path) -> None:
     found = capacities(comparison, rows)
     assert found["fam"][8, 3].recalled == {0: 1.0}
     assert found["fam"][8, 3].outdated == 1.0
+    told = [row["bits"] for row in rows if row.get("num_told") == 3 and row["filler_tokens"] == 8]
+    assert found["fam"][8, 3].bits == pytest.approx(sum(told) / comparison.num_keys)
     assert found["bswa"][8, 3].recalled == {}
     assert len(comparison_tables(comparison, rows)) == 2
     plot_comparison(comparison, rows, tmp_path / "figure.svg")

@@ -187,6 +187,36 @@ def test_forked_batched_reading_answers_as_each_text_read_alone(model, tokenizer
         assert row["num_blocks"] == num_read // tiny_models.BLOCK_SIZE
 
 
+def test_another_key_is_told_in_front_of_the_prefix(model, tokenizer):
+    """Would catch an old key that is not told, stands behind the new one, or counts as right."""
+    text = PasskeyText(tokenizer)
+    rows = evaluate(model, tokenizer, prefix_tokens=5, overwritten=True)
+    assert len({row["old_key"] for row in rows} | {row["key"] for row in rows}) == 2 * len(draw_keys(3, 5))
+    for row in rows:
+        before = text.intro_ids(row["old_key"]) + text.filler.slice(-5, 5).tolist()
+        sequence = text.sequence(row["key"], row["filler_tokens"] + row["jitter"])
+        ids = before + sequence.intro_ids + sequence.filler_ids + sequence.question_ids
+        said = []
+        with torch.no_grad():
+            for _ in sequence.answer_ids:
+                said.append(int(model(torch.tensor([ids + said])).logits[0, -1].argmax()))
+        assert row["answer"] == tokenizer.decode(said).strip()
+        assert not row["is_outdated"]
+    options = PasskeyEvaluation(filler_lengths=[3, 40], num_keys=3, seed=5, prefix_tokens=5)
+    assert passkey_evaluation.finished_questions(rows, options) == frozenset()
+
+
+def test_an_old_key_is_told_from_a_wrong_one(tokenizer, monkeypatch):
+    """Would catch an answer with the old key that is counted as any wrong one."""
+    model = tiny_models.make_passkey_model()[0]
+    text = PasskeyText(tokenizer)
+    keys = draw_keys(6, 5)
+    answers = [text.key_ids(key) for key in (keys[3], keys[1], keys[3])]  # the first one's old key, the second's own
+    monkeypatch.setattr(passkey_evaluation, "greedy_tokens", lambda *_: torch.tensor(answers))
+    rows = evaluate(model, tokenizer, batch_size=3, filler_lengths=[0], overwritten=True)
+    assert [(row["correct"], row["is_outdated"]) for row in rows] == [(False, True), (True, False), (False, False)]
+
+
 def test_answer_is_right_only_if_the_whole_key_is(tokenizer, monkeypatch):
     """Would catch an accuracy over digits reported as one over keys."""
     model = tiny_models.make_passkey_model()[0]

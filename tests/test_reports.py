@@ -47,15 +47,22 @@ def test_wilson_interval_against_published_values(num_correct, num_questions, lo
 
 
 def test_accuracy_counts_whole_keys_by_length_and_keeps_series_apart():
-    """Would catch systems, models or fillers pooled into one curve."""
+    """Would catch systems, models, fillers or places of the key pooled into one curve."""
     rows = passkey_rows() + passkey_rows("bswa", num_wrong=20) + passkey_rows(filler="book.txt") + [{"task": "other"}]
+    rows += [row | {"prefix_tokens": 9} for row in passkey_rows()]
+    rows += [row | {"prefix_tokens": 9, "old_key": 12345} for row in passkey_rows()]
     curves = accuracy_by_length(rows)
     assert [tuple(series) for series in curves] == [
-        ("tiny", "bswa", "sentences"),
-        ("tiny", "fam", "book.txt"),
-        ("tiny", "fam", "sentences"),
+        ("tiny", "bswa", "sentences", 0, False),
+        ("tiny", "fam", "book.txt", 0, False),
+        ("tiny", "fam", "sentences", 0, False),
+        ("tiny", "fam", "sentences", 9, False),
+        ("tiny", "fam", "sentences", 9, True),
     ]
-    point = curves["tiny", "fam", "sentences"][1]
+    labels = [series.label(curves) for series in curves if series.filler == "sentences" and series.system == "fam"]
+    told = ("0 behind the start", "9 behind the start", "9 behind another key")
+    assert labels == [f"fam (sentences) {place}" for place in told]
+    point = curves["tiny", "fam", "sentences", 0, False][1]
     assert (point.filler_tokens, point.num_correct, point.num_questions, point.share) == (8192, 19, 20, 0.95)
 
 

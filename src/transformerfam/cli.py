@@ -83,6 +83,9 @@ def evaluate_passkey_command(
     jitter: Annotated[bool, typer.Option(help="Add up to a block of filler to each question.")] = True,
     batch_size: Annotated[int, typer.Option("--batch-size", help="Keys that are read side by side.")] = 10,
     prefix_tokens: Annotated[int, typer.Option("--prefix-tokens", help="Tokens of filler in front of the intro.")] = 0,
+    overwritten: Annotated[
+        bool, typer.Option("--overwritten", help="Tell another key in front of those: the last must come back.")
+    ] = False,
     device: DeviceOption = "cpu",
     overrides: SetOption = None,
 ) -> None:
@@ -100,6 +103,7 @@ def evaluate_passkey_command(
                     jitter=jitter,
                     batch_size=batch_size,
                     prefix_tokens=prefix_tokens,
+                    overwritten=overwritten,
                     model_name=_named_with(model, overrides),
                     process=process_share(),
                     max_training_filler_tokens=memory_notes(model, loaded).get("max_training_filler_tokens"),

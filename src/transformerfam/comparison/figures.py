@@ -11,6 +11,7 @@ from transformerfam.comparison.report import EMPTY, Cell, capacities, cells
 from transformerfam.errors import TransformerFamError
 from transformerfam.reports.figure import LINES, MARKERS, label_ends, length_axis, new_figure, save_figure, short_length
 from transformerfam.reports.rows import Row
+from transformerfam.tasks.named_keys_evaluation import KEY_BITS
 
 PANELS: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("windows", ("bswa", "attention_sinks", "transformer_xl", "full")),
@@ -111,45 +112,55 @@ def _draw_panel(axes: Any, title: str, systems: Mapping[str, Mapping[int, Cell]]
 
 
 def _plot_capacity(comparison: Comparison, rows: Sequence[Row], path: str | Path) -> None:
-    """Draw keys recalled against keys told, one panel per length."""
+    """Draw keys recalled, and beside them bits held, against keys told: one row of panels per length and group."""
     found = capacities(comparison, rows)
-    lengths = list(comparison.filler_tokens)
-    num_rows, num_columns = -(-len(lengths) // 2), min(2, len(lengths))
-    with new_figure(path, (5.2 * num_columns, 3.4 * num_rows), num_rows, num_columns) as (figure, all_axes):
-        for axes in all_axes[len(lengths) :]:
-            axes.set_visible(False)
-        for axes, length in zip(all_axes, lengths, strict=False):
-            axes.plot(comparison.num_told, comparison.num_told, color="#bbbbbb", linewidth=0.8)
-            top = max(comparison.num_told)
-            ends, missing = [], []
-            for number, system in enumerate(found):
-                own = [(n, found[system].get((length, n))) for n in comparison.num_told]
-                points = [(n, cell) for n, cell in own if cell is not None and cell.recalled]
-                if not points:
-                    missing.append(system)
-                    continue
-                values = [mean(cell.recalled.values()) for _, cell in points]
-                axes.plot(
-                    [n for n, _ in points],
-                    values,
-                    color="#000000",
-                    linestyle=LINES[number % len(LINES)],
-                    marker=MARKERS[number % len(MARKERS)],
-                    markersize=4,
-                    markerfacecolor="white",
-                    linewidth=1.1,
-                )
-                ends.append((points[-1][0], values[-1], system))
-            axes.set_ylim(-0.04 * top, 1.06 * top)
-            axes.set_xticks(comparison.num_told)
-            axes.set_xlabel("keys told")
-            axes.set_ylabel("keys recalled")
-            axes.set_title(f"{length:,} tokens of filler", loc="left", fontsize=9)
-            for side in ("top", "right"):
-                axes.spines[side].set_visible(False)
-            label_ends(axes, ends, (0.0, top))
-            _name_missing(axes, missing, 0.98, "top")
+    fams = [system for system in found if system == "fam" or comparison.variants.get(system) == "fam"]
+    others = [system for system in found if system not in fams]
+    groups = [fams, ["fam", *others] if "fam" in fams else others] if fams and others else [list(found)]
+    panels = [(length, group) for length in comparison.filler_tokens for group in groups]
+    with new_figure(path, (9.6, 2.8 * len(panels)), len(panels), 2) as (figure, all_axes):
+        for number, (length, group) in enumerate(panels):
+            own = {system: [found[system].get((length, n)) for n in comparison.num_told] for system in group}
+            missing = [system for system, cells in own.items() if not any(cell and cell.recalled for cell in cells)]
+            for system in missing:
+                del own[system]
+            keys, bits = all_axes[2 * number], all_axes[2 * number + 1]
+            keys.set_title(f"{length:,} tokens of filler", loc="left", fontsize=9)
+            recalled = {s: [mean(c.recalled.values()) if c and c.recalled else None for c in own[s]] for s in own}
+            _draw_capacity(keys, comparison.num_told, recalled, 1.0)
+            keys.set_ylabel("keys recalled")
+            _name_missing(keys, missing, 0.98, "top")
+            _draw_capacity(bits, comparison.num_told, {s: [c and c.bits for c in own[s]] for s in own}, KEY_BITS)
+            bits.set_ylabel("bits held, at least")
         save_figure(figure, path)
+
+
+def _draw_capacity(
+    axes: Any, num_told: Sequence[int], values: Mapping[str, Sequence[float | None]], per_key: float
+) -> None:
+    """Draw one line per system over keys told, and what all of them would be, `per_key` for each, in grey."""
+    top = max(num_told) * per_key
+    axes.plot(num_told, [n * per_key for n in num_told], color="#bbbbbb", linewidth=0.8)
+    ends = []
+    for number, (system, by_told) in enumerate(values.items()):
+        points = [(n, value) for n, value in zip(num_told, by_told, strict=True) if value is not None]
+        axes.plot(
+            [n for n, _ in points],
+            [value for _, value in points],
+            color="#000000",
+            linestyle=LINES[number % len(LINES)],
+            marker=MARKERS[number % len(MARKERS)],
+            markersize=4,
+            markerfacecolor="white",
+            linewidth=1.1,
+        )
+        ends.append((*points[-1], system))
+    axes.set_ylim(-0.04 * top, 1.06 * top)
+    axes.set_xticks(num_told)
+    axes.set_xlabel("keys told")
+    for side in ("top", "right"):
+        axes.spines[side].set_visible(False)
+    label_ends(axes, ends, (0.0, top))
 
 
 def _name_missing(axes: Any, missing: Sequence[str], height: float, alignment: str) -> None:

@@ -10,6 +10,7 @@ from transformerfam.comparison.plan import BASE, Comparison
 from transformerfam.comparison.run import BYTES_LENGTHS, BYTES_TASK, TRAINED_TASK
 from transformerfam.errors import TransformerFamError
 from transformerfam.reports.rows import Row
+from transformerfam.tasks.named_keys_evaluation import KEY_BITS
 
 EMPTY = "empty"
 
@@ -87,10 +88,13 @@ class Capacity(NamedTuple):
 
     Attributes:
         recalled: keys of a text that were right, mean over texts, by seed.
+        bits: what was told of all keys of a text, mean over texts and seeds, a lower bound of what is held; None where
+            nothing was measured.
         outdated: share of the names told anew that were answered with an old key; None where none was.
     """
 
     recalled: Mapping[int, float]
+    bits: float | None
     outdated: float | None
 
     def __str__(self) -> str:
@@ -99,6 +103,7 @@ class Capacity(NamedTuple):
         text = f"{mean(self.recalled.values()):.2f}"
         if len(self.recalled) > 1:
             text += f" [{min(self.recalled.values()):.2f}, {max(self.recalled.values()):.2f}]"
+        text += "" if self.bits is None else f", {self.bits:.0f} bits"
         return text if self.outdated is None else f"{text}, old {self.outdated:.2f}"
 
 
@@ -124,14 +129,16 @@ def capacities(comparison: Comparison, rows: Iterable[Row]) -> dict[str, dict[tu
                 recalled = {s: num_told * mean(bool(r["correct"]) for r in asked if r["seed"] == s) for s in seeds}
                 retold = [bool(row["is_outdated"]) for row in asked if row["is_retold"]]
                 outdated = mean(retold) if retold else None
-                found.setdefault(system, {})[length, num_told] = Capacity(recalled, outdated)
+                bits = num_told * mean(row["bits"] for row in asked) if asked else None
+                found.setdefault(system, {})[length, num_told] = Capacity(recalled, bits, outdated)
     return found
 
 
 def _capacity_table(comparison: Comparison, rows: Sequence[Row]) -> Table:
     table = Table(
         title=f"{comparison.name}: keys recalled of those told, mean over {len(comparison.seeds)} seeds [least, most]",
-        caption=f"{comparison.num_keys} texts per seed, length and number of keys"
+        caption=f"{comparison.num_keys} texts per seed, length and number of keys; bits: held at least, of "
+        f"{KEY_BITS:.1f} for each key"
         + (
             f"; {comparison.num_retold} names told anew, old: answered with the old key"
             if comparison.num_retold

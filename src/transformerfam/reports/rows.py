@@ -154,6 +154,9 @@ class Series(NamedTuple):
     model: str
     system: str
     filler: str
+    prefix_tokens: int = 0
+    is_overwritten: bool = False
+    """Whether another key was told before, in front of the prefix."""
 
     def label(self, others: Iterable["Series"]) -> str:
         """Return the shortest name that tells this curve from the `others`: system, then what differs."""
@@ -163,6 +166,8 @@ class Series(NamedTuple):
             parts.insert(0, self.model)
         if len({series.filler for series in others}) > 1:
             parts.append(f"({self.filler})")
+        if len({(series.prefix_tokens, series.is_overwritten) for series in others}) > 1:
+            parts.append(f"{self.prefix_tokens:,} behind " + ("another key" if self.is_overwritten else "the start"))
         return " ".join(parts)
 
 
@@ -172,7 +177,8 @@ def accuracy_by_length(rows: Iterable[Row]) -> dict[Series, list[Accuracy]]:
     for row in rows:
         if row["task"] != "passkey":
             continue
-        series = Series(str(row["model"]), row["system"], row.get("filler", "sentences"))
+        told = (row.get("prefix_tokens", 0), "old_key" in row)
+        series = Series(str(row["model"]), row["system"], row.get("filler", "sentences"), *told)
         count = counts.setdefault(series, {}).setdefault(row["filler_tokens"], [0, 0])
         count[0] += bool(row["correct"])
         count[1] += 1

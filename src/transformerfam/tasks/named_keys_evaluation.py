@@ -1,5 +1,6 @@
 """Named keys measured: how many of several keys come back, by their number, their order and the filler behind them."""
 
+import math
 import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -7,13 +8,17 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from transformerfam.reading_state import ReadingState
 from transformerfam.tasks.named_keys import NamedKeys, NamedKeysText, draw_named_keys
+from transformerfam.tasks.passkey import FIRST_KEY, LAST_KEY
 from transformerfam.tasks.passkey_evaluation import READ_TOKENS, greedy_tokens, padded, read_ragged
 from transformerfam.tasks.texts_evaluation import TextsEvaluation
 
 TASK = "named-keys"
+KEY_BITS = math.log2(LAST_KEY + 1 - FIRST_KEY)
+"""What a key of five digits says."""
 
 
 @dataclass(kw_only=True)
@@ -94,6 +99,7 @@ class NamedKeysEvaluation(TextsEvaluation):
         ids_BT, mask_BT = padded([torch.tensor(text.question_ids(name)) for name, _ in asked])
         wanted = [text.key_ids(key) for _, key in asked]
         mask: Tensor | None = None if bool(mask_BT.all()) else mask_BT
+        nats_B = _surprise(model, ids_BT, mask_BT, state.fork(), wanted)
         said_BT = greedy_tokens(model, ids_BT, state, max(map(len, wanted)), mask)
         for row, ((name, key), key_ids) in enumerate(zip(asked, wanted, strict=True)):
             said = said_BT[row, : len(key_ids)].tolist()
@@ -108,6 +114,42 @@ class NamedKeysEvaluation(TextsEvaluation):
                 key=key,
                 answer=text.decode(said),
                 correct=said == key_ids,
+                bits=round(KEY_BITS - nats_B[row] / math.log(2), 3),
                 is_retold=bool(old),
                 is_outdated=any(said == text.key_ids(other) for other in old),
             )
+
+
+@torch.no_grad()
+def _surprise(
+    model: Any, ids_BT: Tensor, mask_BT: Tensor, state: ReadingState, keys: Sequence[Sequence[int]]
+) -> list[float]:
+    """Return how little a state tells of each key: minus the logarithm of its probability, in nats.
+
+    What a key says, less that, is on average at most what the state holds of it (the bound of Barber and Agakov), and
+    below 0 where the model is sure of another key.
+
+    Args:
+        model: a model with a memory.
+        ids_BT: the questions, padded on the left.
+        mask_BT: their tokens.
+        state: what was read; it advances.
+        keys: tokens of the keys.
+    """
+    device = next(model.parameters()).device
+    keys_BT = pad_sequence([torch.tensor(key) for key in keys], batch_first=True, padding_value=-1)
+    is_key_BT = keys_BT >= 0
+    known_BT = keys_BT[:, :-1].clamp(min=0)
+    mask = None
+    if not bool(mask_BT.all()):
+        mask = torch.cat([mask_BT, torch.ones_like(known_BT)], dim=1).to(device)
+    output = model(
+        input_ids=torch.cat([ids_BT, known_BT], dim=1).to(device),
+        attention_mask=mask,
+        past_key_values=state,
+        logits_to_keep=keys_BT.shape[1],
+    )
+    log_p_BTV = output.logits.float().log_softmax(dim=-1).cpu()
+    log_p_BT = log_p_BTV.gather(-1, keys_BT.clamp(min=0)[..., None])[..., 0]
+    nats: list[float] = (-log_p_BT * is_key_BT).sum(dim=1).tolist()
+    return nats

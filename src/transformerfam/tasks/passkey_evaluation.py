@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +51,9 @@ class PasskeyEvaluation:
 
     prefix_tokens: int = 0
     """Tokens of filler in front of the intro; the paper has none. It moves the key within its block."""
+
+    overwritten: bool = False
+    """Tell another key in front of those tokens of filler: the one that was told last must come back."""
 
     batch_size: int = 8
     """Keys that are read side by side."""
@@ -115,14 +119,14 @@ class PasskeyEvaluation:
 
 
 def finished_questions(rows: Iterable[Mapping[str, Any]], options: PasskeyEvaluation) -> frozenset[Question]:
-    """Return the questions that `rows` answered with the same model, seed, filler and prefix as `options`."""
+    """Return the questions that `rows` answered with the same model, seed, filler and beginning as `options`."""
     name = options.filler.name if isinstance(options.filler, FillerStream) else Path(options.filler).name
-    wanted = (options.model_name, options.seed, name, options.prefix_tokens)
+    wanted = (options.model_name, options.seed, name, options.prefix_tokens, options.overwritten)
     return frozenset(
         (row["system"], row["filler_tokens"], row["key"])
         for row in rows
         if row["task"] == "passkey"
-        and (row["model"], row["seed"], row.get("filler"), row.get("prefix_tokens", 0)) == wanted
+        and (row["model"], row["seed"], row.get("filler"), row.get("prefix_tokens", 0), "old_key" in row) == wanted
     )
 
 
@@ -195,8 +199,17 @@ class _Batch:
 
     def _read_intros(self, prefix_starts_B: Tensor) -> ReadingState:
         prefix_BT = self.text.filler.rows(prefix_starts_B, self.options.prefix_tokens)
-        intros = [torch.tensor(self.text.intro_ids(key)) for key in self.keys]
-        return read_ragged(self.model, [torch.cat(pieces) for pieces in zip(prefix_BT, intros, strict=True)])
+        rows = [prefix + self.text.intro_ids(key) for prefix, key in zip(prefix_BT.tolist(), self.keys, strict=True)]
+        if self.options.overwritten:
+            rows = [self.text.intro_ids(key) + ids for key, ids in zip(self._old_keys, rows, strict=True)]
+        return read_ragged(self.model, [torch.tensor(ids) for ids in rows])
+
+    @cached_property
+    def _old_keys(self) -> list[int]:
+        """Keys that are told before those that count, and differ from all of them."""
+        num_keys = self.options.num_keys
+        old_keys = draw_keys(2 * num_keys, self.options.seed)[num_keys:]
+        return [old_keys[i] for i in self.key_indices]
 
     def _ask(self, state: ReadingState, length: int, filler_starts_B: Tensor) -> Iterator[dict[str, Any]]:
         missing = self._missing(length)
@@ -212,24 +225,30 @@ class _Batch:
             if system == MEMORY_ZEROED:
                 fork.zero_memory()
             answers = self._answers(fork)
-            for row_idx, key in enumerate(self.keys):
+            for row_idx, (answer, is_correct) in enumerate(answers):
                 if system in missing[row_idx]:
-                    yield {
-                        "task": "passkey",
-                        "system": system,
-                        "model": self.options.model_name,
-                        "seed": self.options.seed,
-                        "filler": self.text.filler.name,
-                        "filler_tokens": length,
-                        "jitter": jitters[row_idx],
-                        "prefix_tokens": self.options.prefix_tokens,
-                        "num_blocks": num_blocks[row_idx],
-                        "key": key,
-                        "answer": answers[row_idx][0],
-                        "correct": answers[row_idx][1],
-                        "max_training_filler_tokens": self.options.max_training_filler_tokens,
-                        **provenance(),
-                    }
+                    measured = {"jitter": jitters[row_idx], "num_blocks": num_blocks[row_idx]}
+                    yield self._row(row_idx, system, length, measured | {"answer": answer, "correct": is_correct})
+
+    def _row(self, row_idx: int, system: str, length: int, measured: dict[str, Any]) -> dict[str, Any]:
+        """Return the row of one question."""
+        if self.options.overwritten:
+            old_key = self._old_keys[row_idx]
+            is_outdated = measured["answer"] == self.text.decode(self.text.key_ids(old_key))
+            measured = measured | {"old_key": old_key, "is_outdated": is_outdated}
+        return {
+            "task": "passkey",
+            "system": system,
+            "model": self.options.model_name,
+            "seed": self.options.seed,
+            "filler": self.text.filler.name,
+            "filler_tokens": length,
+            "prefix_tokens": self.options.prefix_tokens,
+            "key": self.keys[row_idx],
+            **measured,
+            "max_training_filler_tokens": self.options.max_training_filler_tokens,
+            **provenance(),
+        }
 
     @torch.no_grad()
     def _answers(self, state: ReadingState) -> list[tuple[str, bool]]:

@@ -148,6 +148,21 @@ class Recipe:
                         1 <= limits[0] <= limits[1] <= most,
                         f"a stage of the curriculum has {name} {list(limits)}, required is 1 to {most}",
                     )
+        for stage in self.schedule.curriculum:
+            low, high = stage.key_digits or self.data.key_digits
+            told = (stage.named_keys or self.data.named_keys)[1] + self.data.retold_keys[1]
+            _require(
+                1 <= low <= high, f"a stage of the curriculum has key_digits [{low}, {high}], required is 1 <= low"
+            )
+            _require(
+                stage.key_digits is None or self.data.named_keys[1] > 0,
+                "a stage of the curriculum has key_digits and data.named_keys is 0; set data.key_digits",
+            )
+            _require(
+                told <= 9 * 10 ** (low - 1),
+                f"a stage of the curriculum tells {told} different keys of {low} digits, of which there are "
+                f"{9 * 10 ** (low - 1)}; give them more digits",
+            )
         for limits in (self.data.fact_sentences, *(stage.fact_sentences for stage in self.schedule.curriculum)):
             _require_range("fact_sentences", *(limits or (0, 0)))
         if self.data.named_keys[1] == self.data.facts[1] == 0:

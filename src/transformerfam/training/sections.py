@@ -82,6 +82,8 @@ class Stage:
     """Go on after so many steps in any case."""
     named_keys: tuple[int, int] | None = None
     """In this stage, in place of `data.named_keys`."""
+    key_digits: tuple[int, int] | None = None
+    """In this stage, in place of `data.key_digits`, of named keys: with one digit they are soonest told apart."""
     facts: tuple[int, int] | None = None
     """In this stage, in place of `data.facts`."""
     fact_sentences: tuple[int, int] | None = None

@@ -54,7 +54,7 @@ class NamedRows:
         num_retold = min(num_told, draw.randint(*self.data.retold_keys))
         num_prefix = draw.randint(*self.data.prefix_tokens)
         num_asked = min(num_told, draw.randint(*self.data.keys_asked))
-        num_digits = draw.randint(*self.data.key_digits)
+        num_digits = draw.randint(*(stage.key_digits or self.data.key_digits))
         drawn = []
         for _ in range(self.schedule.batch_size):
             keys = draw_named_keys(draw, num_told, num_retold, self.data.keys_apart, num_digits)
