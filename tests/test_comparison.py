@@ -325,6 +325,35 @@ def test_ablations_are_drawn_as_a_matrix_and_tables_as_markdown(recipe: Path, tm
     ]
 
 
+def test_keys_are_asked_at_every_depth_and_behind_another(recipe: Path, tmp_path: Path) -> None:
+    """Catches depths in one cell, a run that ends without some of them, and questions asked twice after a stop."""
+    overrides = ['systems=["fam","rmt"]', "max_filler_tokens={}", "prefix_tokens=[0,9]", "overwritten_tokens=[9]"]
+    comparison = load_comparison(recipe, overrides)
+    run, path = RunName("fam", 0), tmp_path / "runs" / "fam-0" / "rows.jsonl"
+    done: list[tuple[int, int]] = []
+    run_one(comparison, run, tmp_path / "runs", lambda what, *share: done.append(share) if what == "ask" else None)
+    assert [share for share, _ in done] == sorted(share for share, _ in done)
+    assert {total for _, total in done} == {done[-1][0]}
+    rows = read_rows([path])
+    assert is_finished(comparison, run, rows)
+    assert not is_finished(comparison, run, [row for row in rows if "old_key" not in row])
+    path.write_text("".join(path.read_text().splitlines(keepends=True)[:7]))
+    run_one(comparison, run, tmp_path / "runs")
+    again = read_rows([path])
+    assert [row.get("answer") for row in again] == [row.get("answer") for row in rows]
+    for row in rows:
+        row["correct"] = "old_key" in row
+    shares = [cells(comparison, rows, telling)["fam"][8].mean for telling in comparison.tellings]
+    assert shares == [0, 0, 1]
+    plot_comparison(comparison, rows, tmp_path / "figure.svg")
+    drawn = (tmp_path / "figure.svg").read_text()
+    for where in ("0 tokens behind the start", "9 tokens behind the start", "9 tokens behind another key"):
+        assert drawn.count(f"told {where}") == 1
+    assert len(comparison_tables(comparison, rows)) == 4
+    with pytest.raises(RecipeError, match="prefix_tokens and overwritten_tokens are empty or negative"):
+        load_comparison(recipe, ["prefix_tokens=[-1]"])
+
+
 def test_rows_of_two_versions_are_refused(recipe: Path) -> None:
     """Catches results of different code in one figure."""
     rows = [row("fam", 0, 8, True), row("rmt", 0, 8, True, version="2")]

@@ -7,7 +7,7 @@ from statistics import mean
 from typing import Any
 
 from transformerfam.comparison.plan import Comparison
-from transformerfam.comparison.report import EMPTY, Cell, capacities, cells
+from transformerfam.comparison.report import EMPTY, Cell, capacities, cells, kinds
 from transformerfam.errors import TransformerFamError
 from transformerfam.reports.figure import LINES, MARKERS, label_ends, length_axis, new_figure, save_figure, short_length
 from transformerfam.reports.rows import Row
@@ -52,20 +52,14 @@ def plot_comparison(comparison: Comparison, rows: Sequence[Row], path: str | Pat
     if comparison.task == "named-keys":
         _plot_capacity(comparison, rows, path)
         return
-    if comparison.task == "passkey" and len(comparison.variants) > MAX_LINES:
-        _plot_matrix(comparison, cells(comparison, rows), path)
-        return
-    panels: dict[str, dict[str, dict[int, Cell]]] = {}
-    if comparison.task == "facts":
-        for number in comparison.num_supports:
-            panels[f"{number} supports"] = cells(comparison, rows, number)
-    else:
-        found = cells(comparison, rows)
-        for title, _ in PANELS:
-            systems = [system for system in found if panel_of(system) == title]
-            if systems:
-                drawn = systems if "fam" in systems or "fam" not in found else ["fam", *systems]
-                panels[title] = {system: found[system] for system in drawn}
+    parts = {what: cells(comparison, rows, kind) for kind, what in kinds(comparison).items()}
+    panels: Mapping[str, Mapping[str, Mapping[int, Cell]]] = parts
+    if comparison.task == "passkey" and len(parts) == 1:
+        (found,) = parts.values()
+        if len(comparison.variants) > MAX_LINES:
+            _plot_matrix(comparison, found, path)
+            return
+        panels = _by_panel(found)
     num_rows, num_columns = -(-len(panels) // 2), min(2, len(panels))
     with new_figure(path, (4.8 * num_columns, 2.9 * num_rows), num_rows, num_columns) as (figure, all_axes):
         for axes in all_axes[len(panels) :]:
@@ -74,6 +68,17 @@ def plot_comparison(comparison: Comparison, rows: Sequence[Row], path: str | Pat
             _draw_panel(axes, title, by_system)
             length_axis(axes, list(comparison.filler_tokens))
         save_figure(figure, path)
+
+
+def _by_panel(found: Mapping[str, Mapping[int, Cell]]) -> dict[str, Mapping[str, Mapping[int, Cell]]]:
+    """Part systems into panels, with FAM in each."""
+    panels: dict[str, Mapping[str, Mapping[int, Cell]]] = {}
+    for title, _ in PANELS:
+        systems = [system for system in found if panel_of(system) == title]
+        if systems:
+            drawn = systems if "fam" in systems or "fam" not in found else ["fam", *systems]
+            panels[title] = {system: found[system] for system in drawn}
+    return panels
 
 
 def _draw_panel(axes: Any, title: str, systems: Mapping[str, Mapping[int, Cell]]) -> None:

@@ -76,6 +76,14 @@ class Comparison:
     task: Literal["passkey", "named-keys", "facts"] = "passkey"
     """What is asked: one key, several by their names, or questions on hidden stories."""
 
+    prefix_tokens: tuple[int, ...] = (0,)
+    """With passkeys: tokens of filler in front of the sentences that tell the key, how deep it stands; each number has
+    questions of its own."""
+
+    overwritten_tokens: tuple[int, ...] = ()
+    """With passkeys: tokens of filler between another key, which is told first, and the one that counts; each number
+    has questions of its own."""
+
     num_told: tuple[int, ...] = (1,)
     """With named keys: how many a text tells; each number has texts of its own."""
 
@@ -124,6 +132,8 @@ class Comparison:
                     raise RecipeError(f"{name} is not among systems ({', '.join(self.systems)}); add it there")
         if not self.systems or not self.seeds or not self.filler_tokens:
             raise RecipeError("systems, seeds or filler_tokens is empty, at least one of each is required")
+        if not self.tellings or min(self.tellings)[0] < 0:
+            raise RecipeError("prefix_tokens and overwritten_tokens are empty or negative, required is one from 0 on")
         if MEMORY_ZEROED in self.systems and (self.task != "passkey" or "fam" not in self.systems):
             raise RecipeError(
                 f"{MEMORY_ZEROED} is asked for passkeys of the memory that fam trained; add fam to systems"
@@ -159,9 +169,14 @@ class Comparison:
         return system
 
     @property
+    def tellings(self) -> list[tuple[int, bool]]:
+        """How passkeys are told: tokens of filler in front of the key, and whether another key stands before those."""
+        return [(n, False) for n in self.prefix_tokens] + [(n, True) for n in self.overwritten_tokens]
+
+    @property
     def num_questions(self) -> int:
         """Questions that a run is asked at every length."""
-        per_text = {"passkey": 1, "named-keys": sum(self.num_told), "facts": len(self.num_supports)}
+        per_text = {"passkey": len(self.tellings), "named-keys": sum(self.num_told), "facts": len(self.num_supports)}
         return self.num_keys * per_text[self.task]
 
     def rows_of(self, run: RunName) -> list[str]:

@@ -53,13 +53,35 @@ def require_one_version(rows: Iterable[Row]) -> None:
         )
 
 
-def cells(comparison: Comparison, rows: Iterable[Row], num_supports: int | None = None) -> dict[str, dict[int, Cell]]:
+Kind = int | tuple[int, bool]
+"""What parts the questions of a comparison: supports of facts; of passkeys how they are told."""
+
+
+def kinds(comparison: Comparison) -> dict[Kind, str]:
+    """Return what parts the questions of passkeys or facts, each with its name."""
+    if comparison.task == "facts":
+        return {number: f"questions with {number} supports answered" for number in comparison.num_supports}
+    if len(comparison.tellings) == 1:
+        return {comparison.tellings[0]: "passkeys recalled"}
+    places = {False: "the start", True: "another key"}
+    return {
+        telling: f"passkeys recalled, told {telling[0]:,} tokens behind {places[telling[1]]}"
+        for telling in comparison.tellings
+    }
+
+
+def _kind_of(row: Row) -> Kind:
+    number: int | None = row.get("num_supports")
+    return (row.get("prefix_tokens", 0), "old_key" in row) if number is None else number
+
+
+def cells(comparison: Comparison, rows: Iterable[Row], kind: Kind = (0, False)) -> dict[str, dict[int, Cell]]:
     """Return every cell, by system and length, empty ones too.
 
     Args:
         comparison: what was to be done.
         rows: what was done.
-        num_supports: of facts, questions with so many supports alone.
+        kind: of the questions, one of `kinds`; the key at the very start if not given.
 
     Raises:
         TransformerFamError: the rows come from different versions of the package.
@@ -68,7 +90,7 @@ def cells(comparison: Comparison, rows: Iterable[Row], num_supports: int | None 
     require_one_version(own)
     answers: dict[tuple[str, int, int], list[bool]] = {}
     for row in own:
-        if row["task"] == comparison.task and row.get("num_supports") == num_supports:
+        if row["task"] == comparison.task and _kind_of(row) == kind:
             key = (row["system"], row["filler_tokens"], row["seed"])
             answers.setdefault(key, []).append(bool(row["correct"]))
     found: dict[str, dict[int, Cell]] = {}
@@ -167,14 +189,11 @@ def comparison_tables(comparison: Comparison, rows: Sequence[Row]) -> list[Table
     """
     if comparison.task == "named-keys":
         return [_capacity_table(comparison, rows), _systems_table(comparison, rows)]
-    if comparison.task == "facts":
-        by_supports = [_accuracy_table(comparison, rows, number) for number in comparison.num_supports]
-        return [*by_supports, _systems_table(comparison, rows)]
-    return [_accuracy_table(comparison, rows), _systems_table(comparison, rows)]
+    by_kind = [_accuracy_table(comparison, rows, kind, what) for kind, what in kinds(comparison).items()]
+    return [*by_kind, _systems_table(comparison, rows)]
 
 
-def _accuracy_table(comparison: Comparison, rows: Sequence[Row], num_supports: int | None = None) -> Table:
-    what = "passkeys recalled" if num_supports is None else f"questions with {num_supports} supports answered"
+def _accuracy_table(comparison: Comparison, rows: Sequence[Row], kind: Kind, what: str) -> Table:
     table = Table(
         title=f"{comparison.name}: {what}, mean over {len(comparison.seeds)} seeds [least, most]",
         caption=f"{comparison.num_keys} questions per seed and length; lengths in tokens of filler",
@@ -182,7 +201,7 @@ def _accuracy_table(comparison: Comparison, rows: Sequence[Row], num_supports: i
     table.add_column("system")
     for length in comparison.filler_tokens:
         table.add_column(f"{length:,}", justify="right")
-    for system, by_length in cells(comparison, rows, num_supports).items():
+    for system, by_length in cells(comparison, rows, kind).items():
         table.add_row(system, *(str(by_length.get(length, "-")) for length in comparison.filler_tokens))
     return table
 

@@ -1,6 +1,7 @@
 """One run of a comparison: train a system with one seed, ask it at every length, and describe it."""
 
 import hashlib
+import itertools
 import json
 import time
 from collections.abc import Callable, Iterable
@@ -150,14 +151,10 @@ def _ask(
         "progress": update,
     }
     if comparison.task == "passkey":
-        passkeys = PasskeyEvaluation(
-            **common,
-            num_keys=comparison.num_keys,
-            systems=comparison.rows_of(run),
-            max_training_filler_tokens=notes.get("max_training_filler_tokens"),
+        return itertools.chain.from_iterable(
+            _passkeys(comparison, run, telling, common, rows, notes).rows(model, tokenizer)
+            for telling in comparison.tellings
         )
-        passkeys.finished = finished_questions(rows, passkeys)
-        return passkeys.rows(model, tokenizer)
     common |= {"num_texts": comparison.num_keys, "system": run.system}
     evaluation: NamedKeysEvaluation | FactsEvaluation
     if comparison.task == "named-keys":
@@ -172,6 +169,32 @@ def _ask(
             **common, num_supports=comparison.num_supports, num_sentences=comparison.num_sentences
         )
     return _new_ones(evaluation.rows(model, tokenizer), rows)
+
+
+def _passkeys(
+    comparison: Comparison,
+    run: RunName,
+    telling: tuple[int, bool],
+    common: dict[str, Any],
+    rows: list[Row],
+    notes: dict[str, Any],
+) -> PasskeyEvaluation:
+    """Return the questions for keys that are told in one way, of several."""
+    update, ways = common["progress"], comparison.tellings
+
+    def progress(done: int, total: int, state: Any) -> None:
+        update(ways.index(telling) * total + done, len(ways) * total, state)
+
+    evaluation = PasskeyEvaluation(
+        **common | {"progress": progress},
+        num_keys=comparison.num_keys,
+        systems=comparison.rows_of(run),
+        max_training_filler_tokens=notes.get("max_training_filler_tokens"),
+        prefix_tokens=telling[0],
+        overwritten=telling[1],
+    )
+    evaluation.finished = finished_questions(rows, evaluation)
+    return evaluation
 
 
 def _new_ones(answered: Iterable[Row], rows: list[Row]) -> Iterable[Row]:
