@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from training_recipes import SMALL_TRAINING
 
 from transformerfam import FamConfig, convert
@@ -182,6 +183,50 @@ def test_evaluation_gives_a_row_per_question() -> None:
     assert rows == list(FactsEvaluation(**options, batch_size=3).rows(model, tokenizer))
     with pytest.raises(TransformerFamError, match=r"filler_lengths is \[\]"):
         FactsEvaluation(filler_lengths=[])
+
+
+def test_rows_ask_later_for_facts_in_their_own_filler() -> None:
+    """Catches a story that is told again, filler of another task, and a story that a state has read in part."""
+    passing = {"probability": 1.0, "rows": "all", "ask_later": 1.0}
+    values = {
+        "model": SMALL_MODEL | {"vocabulary_from": "northanger_abbey", "vocabulary_words": 200},
+        "fam": {"block_size": 16, "fam_length": 2, "num_memory_segments": 0},
+        "schedule": {"steps": 2, "batch_size": 3, "curriculum": [{"filler_tokens": [20, 60]}]},
+        "state_passing": passing,
+        "data": {"facts": [1, 2], "facts_asked": [2, 2], "fact_filler": "northanger_abbey"},
+    }
+    own = build_recipe(values)
+    _, tokenizer = build_trainee(own)
+    builder = SequenceBuilder(own, tokenizer)
+    told = builder.batch(0, 0)
+    later = builder.batch(1, 0, told.held)
+    for row in range(3):
+        (places,) = told.is_key_BT[row].nonzero(as_tuple=True)
+        (again,) = later.is_key_BT[row].nonzero(as_tuple=True)
+        assert told.labels_BT[row, places].tolist() == later.labels_BT[row, again].tolist()
+        text = tokenizer.decode(later.input_ids_BT[row].tolist())
+        assert text.count("Where") >= 1
+        assert not re.search(r"went to the|took the|left the", text)
+    last = tokenizer.decode(told.input_ids_BT[0, : told.num_told_tokens].tolist())
+    assert re.search(r"went to the|took the|left the", last)
+    assert not torch.equal(builder.filler(0, 30), later.input_ids_BT[:, :30])
+    assert "grass" not in tokenizer.decode(builder.filler(0, 30)[0].tolist())
+
+
+def test_repeated_tokens_are_words_of_stories() -> None:
+    """Catches random tokens among thousands of words of a novel, which are not learned in a stage."""
+    values = {
+        "model": SMALL_MODEL | {"vocabulary_from": "northanger_abbey", "vocabulary_words": 200},
+        "fam": {"block_size": 16, "fam_length": 2, "num_memory_segments": 0},
+        "schedule": {"steps": 2, "curriculum": [{"filler_tokens": [0, 0], "repeated_tokens": [20, 20]}]},
+        "data": {"facts": [1, 1]},
+    }
+    own = build_recipe(values)
+    _, tokenizer = build_trainee(own)
+    batch = SequenceBuilder(own, tokenizer).batch(0, 0)
+    said = {tokenizer.decode([token]).strip() for token in batch.input_ids_BT.unique().tolist()}
+    assert len(said) > 10
+    assert said <= set(words())
 
 
 def test_comparison_of_facts(tmp_path: Path) -> None:

@@ -17,12 +17,14 @@ from transformerfam.comparison.report import capacities, comparison_tables
 from transformerfam.comparison.run import is_finished
 from transformerfam.errors import RecipeError, TransformerFamError
 from transformerfam.reports.rows import read_rows
-from transformerfam.tasks.named_keys import NAMES, NamedKeysText, draw_named_keys
+from transformerfam.tasks.named_keys import NAMES, NamedKeysText, Telling, draw_named_keys
 from transformerfam.tasks.named_keys_evaluation import NamedKeysEvaluation
 from transformerfam.training.recipe_file import build_recipe
 from transformerfam.training.sections import ModelSection
 from transformerfam.training.sequences import SequenceBuilder
+from transformerfam.training.state_passing import SavedFam
 from transformerfam.training.tiny import build_tiny_model, build_tiny_tokenizer
+from transformerfam.training.trainer import Trainer
 
 SMALL_MODEL = {"base": "tiny-random", "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
 
@@ -134,6 +136,31 @@ def test_stages_have_keys_of_their_own_length() -> None:
         recipe(({"filler_tokens": [8, 32], "key_digits": [0, 1]},))
     with pytest.raises(RecipeError, match=r"key_digits and data.named_keys is 0; set data.key_digits"):
         recipe(stages, named_keys=[0, 0])
+
+
+def test_rows_ask_later_for_what_a_state_holds(tmp_path: Path) -> None:
+    """Catches rows that tell what they ask later, ask for something else, or forget it over a checkpoint."""
+    tokenizer = build_tiny_tokenizer()
+    passing = {"probability": 1.0, "rows": "all", "ask_later": 1.0, "before_question": True}
+    values = recipe(named_keys=[3, 3], keys_asked=[2, 2]).to_dict() | {"state_passing": passing}
+    own = build_recipe(values)
+    builder = SequenceBuilder(own, tokenizer)
+    told = builder.batch(0, 0)
+    assert told.num_told_tokens == 3 * len(NamedKeysText(tokenizer).told_ids(Telling(0, 12345, 0)))
+    later = builder.batch(1, 0, [told.held[0], None, told.held[2], told.held[3]])
+    assert later.is_told_B.tolist() == [False, True, False, False]
+    assert later.held[0] == told.held[0] != later.held[1]
+    for row in (0, 2, 3):
+        before, *asked = tokenizer.decode(later.input_ids_BT[row].tolist()).split(" What is the pass key of ")
+        _, *first = tokenizer.decode(told.input_ids_BT[row].tolist()).split(" What is the pass key of ")
+        assert asked == first
+        assert "pass key" not in before
+        (places,) = later.is_key_BT[row].nonzero(as_tuple=True)
+        assert len(places) == 2 * len(NamedKeysText(tokenizer).key_ids(12345))
+    trainer = Trainer(own, tmp_path)
+    trainer.passing.saved = SavedFam(torch.ones(2, 4, 2, 32), later.held)
+    trainer.save_checkpoint()
+    assert Trainer(own, tmp_path, resume=True).passing.saved.keys == later.held
 
 
 def test_recipes_that_cannot_tell_keys_apart_are_refused() -> None:

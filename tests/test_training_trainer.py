@@ -17,6 +17,7 @@ from transformerfam.adapter import FamAdapter
 from transformerfam.errors import CorruptFileError, RecipeError, TransformerFamError
 from transformerfam.files import load_tensors
 from transformerfam.models import load_model
+from transformerfam.tasks.passkey import PasskeyText
 from transformerfam.tasks.provenance import memory_notes
 from transformerfam.training import ranks as ranks_module
 from transformerfam.training.checkpoint import recipe_of_run
@@ -24,6 +25,7 @@ from transformerfam.training.recipe_file import build_recipe
 from transformerfam.training.sections import StatePassingSection
 from transformerfam.training.state_passing import StatePassing
 from transformerfam.training.step import run_step
+from transformerfam.training.tiny import build_tiny_tokenizer
 from transformerfam.training.trainer import Trainer
 
 # Everything that a resumed run could get wrong: passed states, keys asked later, stages, averages, key bias.
@@ -271,9 +273,9 @@ def test_key_that_was_lost_is_not_asked_again(tmp_path):
     assert all(row["key_accuracy"] == 0 and row["key_accuracy_asked_later"] is None for row in rows)
 
 
-@pytest.mark.parametrize("num_passed_blocks", [0, 1])
-def test_key_that_the_passed_fam_never_read_is_not_asked(tmp_path, monkeypatch, num_passed_blocks):
-    """Rows that ask for a key told after the FAM was taken: a question that has no answer."""
+@pytest.mark.parametrize(("num_passed_blocks", "is_held"), [(0, False), (1, False), (10, True)])
+def test_key_that_the_passed_fam_never_read_is_not_asked(tmp_path, monkeypatch, num_passed_blocks, is_held):
+    """Rows that ask for a key told after the FAM was taken, or in part: a question that has no answer."""
 
     def run_and_be_right(*arguments, **options):
         output = run_step(*arguments, **options)
@@ -284,7 +286,9 @@ def test_key_that_the_passed_fam_never_read_is_not_asked(tmp_path, monkeypatch, 
     passing = {"probability": 1.0, "rows": "all", "ask_later": 1.0, "before_question": True}
     trainer = Trainer(small_recipe(schedule={"steps": 1}, state_passing=passing), tmp_path)
     trainer.run()
-    assert [key is not None for key in trainer.passing.saved.keys] == [num_passed_blocks > 0] * 3
+    num_told = trainer.sequences.batch(0, 0).num_told_tokens
+    assert 1 * 16 < num_told == len(PasskeyText(build_tiny_tokenizer()).intro_ids(12345)) <= 10 * 16
+    assert [key is not None for key in trainer.passing.saved.keys] == [is_held] * 3
 
 
 def test_told_rows_of_a_passed_step_overwrite_as_often_as_asked():

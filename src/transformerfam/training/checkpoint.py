@@ -153,11 +153,16 @@ def load_checkpoint(
             moments.setdefault(int(index), {})[name] = shared_like(tensor, trained[int(index)])
     optimizer.load_state_dict(optimizer.state_dict() | {"state": moments})
     keys = metadata["passed_keys"]
-    passing.saved = None if keys is None else SavedFam(tensors["passed_fam"].to(device), tuple(keys))
+    passing.saved = None if keys is None else SavedFam(tensors["passed_fam"].to(device), _as_tuples(keys))
     passing.started = metadata["passing_started"]
     torch.set_rng_state(tensors["torch_rng"])
     filler = {name.removeprefix("filler."): tensor for name, tensor in tensors.items() if name.startswith("filler.")}
     return metadata["progress"], StoredFiller.from_tensors(filler, device) if filler else None
+
+
+def _as_tuples(value: Any) -> Any:
+    """Return lists, and the lists in them, as tuples, which JSON does not know."""
+    return tuple(map(_as_tuples, value)) if isinstance(value, list) else value
 
 
 def cut_log(path: Path, num_steps: int) -> None:

@@ -176,4 +176,5 @@ def weighed_batch(ids_BT: torch.Tensor, weights_BT: torch.Tensor) -> Batch:
         question_start=ids_BT.shape[1],
         keys=(None,) * len(ids_BT),
         is_told_B=torch.zeros(len(ids_BT), dtype=torch.bool),
+        held=(None,) * len(ids_BT),
     )

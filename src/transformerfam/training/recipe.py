@@ -172,10 +172,10 @@ class Recipe:
             "data.named_keys and data.facts are both above 0, required is one of them",
         )
         _require(
-            self.state_passing.ask_later == self.loss.teacher == self.schedule.stored_blocks == 0
+            self.loss.teacher == self.schedule.stored_blocks == 0
             and self.data.boundary_share == self.data.passkey_book == self.data.book == 0,
-            "state_passing.ask_later, loss.teacher, schedule.stored_blocks, data.boundary_share, data.passkey_book or "
-            "data.book is given beside data.named_keys or data.facts, which have no single key; leave it out",
+            "loss.teacher, schedule.stored_blocks, data.boundary_share, data.passkey_book or data.book is given beside "
+            "data.named_keys or data.facts, which have no single key; leave it out",
         )
 
     def _require_rival(self) -> None:

@@ -17,7 +17,7 @@ from transformerfam.tasks.passkey import BEFORE_KEY, SHORT_BEFORE_KEY, FillerStr
 from transformerfam.tasks.text import encode, read_text
 from transformerfam.training.recipe import Recipe
 from transformerfam.training.sections import DataSection, LossSection, Stage
-from transformerfam.training.told_rows import RepeatedRows, Row, told_rows_of
+from transformerfam.training.told_rows import Held, RepeatedRows, Row, told_rows_of
 
 
 @dataclass(frozen=True)
@@ -37,6 +37,10 @@ class Batch:
     """The key that each row asks for."""
     is_told_B: torch.Tensor
     """Rows that tell the key themselves; the others ask for a key of the passed state, or ask nothing."""
+    held: tuple[Held | None, ...]
+    """What each row's memory holds when its answers are right; None where it asks nothing."""
+    num_told_tokens: int = 0
+    """Tokens up to the end of the last thing that a row tells."""
     teacher_ids_NT: torch.Tensor | None = None
     """What the teacher reads for every row that asks: its key told a few tokens before, the same question and answer at
     the end. None without a teacher."""
@@ -112,7 +116,7 @@ class SequenceBuilder:
         self,
         step: int,
         stage_idx: int,
-        carried_keys: Sequence[int | None] | None = None,
+        carried_keys: Sequence[Held | None] | None = None,
         stored_ids_NT: torch.Tensor | None = None,
     ) -> Batch:
         """Write the batch of a step.
@@ -120,8 +124,7 @@ class SequenceBuilder:
         Args:
             step: number of the step, from 0.
             stage_idx: stage of the curriculum, from 0.
-            carried_keys: the key that the passed state of each row holds, or None where it holds none or no state is
-                passed.
+            carried_keys: what the passed state of each row holds, or None where it holds nothing or no state is passed.
             stored_ids_NT: blocks of filler to write it on. Then only the key's sentences, the question with its answer,
                 and `loss.num_other_tokens` in front of it are read.
         """
@@ -132,11 +135,11 @@ class SequenceBuilder:
         low, high = self.stages[stage_idx].filler_tokens
         num_filler = self._draw_filler(draw, step, num_prefix, num_digits, (low + longer, high + longer))
         stage = self.stages[stage_idx]
+        carried = carried_keys or [None] * self.batch_size
         other_task = self.told if stage.repeated_tokens is None else self.repeated
         if other_task is not None:
-            told_rows, question_start = other_task.rows(step, num_filler, stage)
+            told_rows, question_start = other_task.rows(step, num_filler, stage, carried)
             return self._weigh(told_rows, draw, question_start, None)
-        carried = carried_keys or [None] * self.batch_size
         rows = [self._row(draw, num_prefix, num_digits, num_filler, key) for key in carried]
         length = len(rows[0].ids)
         asked = [self.num_question_tokens + row.num_answer_tokens for row in rows if row.key is not None]
@@ -181,7 +184,7 @@ class SequenceBuilder:
         return boundary.choice(parting) if parting else num_filler
 
     def _row(
-        self, draw: random.Random, num_prefix: int, num_digits: int, num_filler: int, carried_key: int | None
+        self, draw: random.Random, num_prefix: int, num_digits: int, num_filler: int, carried_key: Held | None
     ) -> Row:
         kinds = ("passkey_sentences", "passkey_book", "book")
         kind = draw.choices(kinds, [getattr(self.data, name) for name in kinds])[0]
@@ -192,16 +195,16 @@ class SequenceBuilder:
         num_intro, num_answer = self._num_key_tokens(num_digits)
         length = num_prefix + num_intro + num_filler + self.num_question_tokens + num_answer
         if kind == "book":
-            return Row(text.filler.slice(start, length).tolist(), 0, None, is_told=False)
+            return Row(text.filler.slice(start, length).tolist(), 0, None, is_told=False, held=None)
         if later:  # filler alone, where the key would be told, and the question for the key of the step before
-            assert carried_key is not None
+            assert isinstance(carried_key, int)
             answer_ids = text.key_ids(carried_key)
             num_before_question = length - self.num_question_tokens - len(answer_ids)
             ids = text.filler.slice(start, num_before_question).tolist() + text.question_ids + answer_ids
-            return Row(ids, len(answer_ids), carried_key, is_told=False)
+            return Row(ids, len(answer_ids), carried_key, is_told=False, held=carried_key)
         prefix_ids = text.filler.slice(start, num_prefix).tolist()
         told = text.sequence(key, num_filler, start + num_prefix)
-        return Row(prefix_ids + told.ids, num_answer, key, is_told=True)
+        return Row(prefix_ids + told.ids, num_answer, key, True, key, num_prefix + num_intro)
 
     def _written_on(self, row: Row, filler_T: torch.Tensor, told: slice) -> Row:
         """Write a row's key, question and answer on stored filler."""
@@ -248,6 +251,10 @@ class SequenceBuilder:
         return self._filler_rows(random.Random(f"{self.seed}/{step}/filler"), self.batch_size, num_tokens)
 
     def _filler_rows(self, draw: random.Random, num_rows: int, num_tokens: int) -> torch.Tensor:
+        if self.told is not None:
+            return torch.stack(
+                [self.told.text.filler.slice(draw.randrange(1 << 30), num_tokens) for _ in range(num_rows)]
+            )
         kinds = ("passkey_sentences", "passkey_book")
         shares = [getattr(self.data, name) for name in kinds]
         rows = []
@@ -277,8 +284,17 @@ class SequenceBuilder:
         for mask, weight in ((is_key, self.loss.key), (is_other, self.loss.other_tokens)):
             weights[mask] = weight / max(1, int(mask.sum()))
         labels = torch.cat((ids[:, 1:], ids[:, :1]), dim=1)  # the last column has weight 0
-        is_told = torch.tensor([row.is_told for row in rows])
-        return Batch(ids, labels, weights, is_key, question_start, tuple(row.key for row in rows), is_told)
+        return Batch(
+            ids,
+            labels,
+            weights,
+            is_key,
+            question_start,
+            tuple(row.key for row in rows),
+            torch.tensor([row.is_told for row in rows]),
+            tuple(row.held for row in rows),
+            max(row.num_told_tokens for row in rows),
+        )
 
 
 def load_books(tokenizer: Any, folder: str | Path) -> FillerStream:

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 
 from transformerfam.training.sections import StatePassingSection
+from transformerfam.training.told_rows import Held
 
 
 @dataclass
@@ -18,12 +19,12 @@ class SavedFam:
 
     fam_LBFD: torch.Tensor
     """`(L, B, F, D)`, detached."""
-    keys: tuple[int | None, ...]
-    """The key that each row's FAM holds, None where it was not told before the FAM was taken or the row could not say
-    it: a lost key teaches nothing when it is asked again."""
+    keys: tuple[Held | None, ...]
+    """The key, or the questions with their answers, that each row's FAM holds, None where it was not told before the
+    FAM was taken or the row could not say it: a lost key teaches nothing when it is asked again."""
 
 
-def held_keys(start: SavedFam | None, asked: Sequence[int | None], is_held: Sequence[bool]) -> tuple[int | None, ...]:
+def held_keys(start: SavedFam | None, asked: Sequence[Held | None], is_held: Sequence[bool]) -> tuple[Held | None, ...]:
     """Say which key each row's FAM holds at the end of a step.
 
     Args:
@@ -83,7 +84,7 @@ class StatePassing:
             most = least + (most - least) * step // self.section.between_steps
         return random.Random(f"{self.seed}/between/{step}").randint(least, most)
 
-    def keep(self, step: int, fam_LBFD: torch.Tensor | None, keys: tuple[int | None, ...]) -> None:
+    def keep(self, step: int, fam_LBFD: torch.Tensor | None, keys: tuple[Held | None, ...]) -> None:
         """Save a step's FAM, with noise; one that is not finite is dropped, so that it cannot poison later steps.
 
         Args:

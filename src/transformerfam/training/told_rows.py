@@ -9,11 +9,15 @@ from dataclasses import dataclass
 from functools import cached_property, partial
 from typing import Any
 
-from transformerfam.tasks.facts import FactsText, Story, draw_story
+from transformerfam.tasks.facts import FactsText, Story, draw_story, words
 from transformerfam.tasks.named_keys import NamedKeysText, draw_named_keys
 from transformerfam.tasks.passkey import FillerStream
+from transformerfam.tasks.text import encode
 from transformerfam.training.recipe import Recipe
 from transformerfam.training.sections import Stage
+
+Held = int | tuple[tuple[tuple[int, ...], tuple[int, ...]], ...]
+"""What a memory holds and is asked for: a passkey; of named keys and facts, tokens of questions and their answers."""
 
 
 @dataclass(frozen=True)
@@ -27,6 +31,10 @@ class Row:
     """The key that it asks for, with several questions the last of them."""
     is_told: bool
     """Whether it tells that key; if not, it asks for the key of the passed state."""
+    held: Held | None
+    """What its memory holds when all its answers are right; None where it asks nothing."""
+    num_told_tokens: int = 0
+    """Tokens up to the end of the last thing that it tells."""
     earlier_answers: tuple[range, ...] = ()
     """Where the answers of further questions stand, in front of the last one."""
 
@@ -36,15 +44,17 @@ class NamedRows:
 
     def __init__(self, recipe: Recipe, tokenizer: Any) -> None:
         self.data, self.schedule = recipe.data, recipe.schedule
+        self.ask_later = recipe.state_passing.ask_later
         self.text = NamedKeysText(tokenizer)
 
-    def rows(self, step: int, num_filler: int, stage: Stage) -> tuple[list[Row], int]:
+    def rows(self, step: int, num_filler: int, stage: Stage, carried: Sequence[Held | None]) -> tuple[list[Row], int]:
         """Write the rows of a step.
 
         Args:
             step: number of the step.
             num_filler: tokens of filler behind the last key that is told, in the row with the longest sentences.
             stage: of the curriculum.
+            carried: what the passed state of each row holds.
 
         Returns:
             The rows, and where the earliest question begins.
@@ -55,19 +65,19 @@ class NamedRows:
         num_prefix = draw.randint(*self.data.prefix_tokens)
         num_asked = min(num_told, draw.randint(*self.data.keys_asked))
         num_digits = draw.randint(*(stage.key_digits or self.data.key_digits))
-        drawn = []
-        for _ in range(self.schedule.batch_size):
+        later, drawn = random.Random(f"{self.schedule.seed}/{step}/later"), []
+        for held in carried:
             keys = draw_named_keys(draw, num_told, num_retold, self.data.keys_apart, num_digits)
             names = draw.sample(list(keys.newest), num_asked)
             start = draw.randrange(1 << 30)
             before = text.filler.slice(start, num_prefix).tolist() + text.intro_ids(keys, start + num_prefix)
             pairs = [(text.question_ids(name), text.key_ids(keys.newest[name])) for name in names]
-            fill = partial(self._with_filler, before, start + len(before))
+            if later.random() < self.ask_later and held is not None:
+                drawn.append(_asked_later(held, text.filler, start, text.end_ids))
+                continue
+            fill = partial(_with_filler, before, text.filler, start + len(before))
             drawn.append(_Drawn(fill, len(before), _Asked(pairs, text.end_ids), keys.newest[names[-1]]))
         return _even_rows(drawn, num_filler)
-
-    def _with_filler(self, before: list[int], start: int, num_filler: int) -> list[int]:
-        return before + self.text.filler.slice(start, num_filler).tolist()
 
 
 class FactRows:
@@ -75,15 +85,17 @@ class FactRows:
 
     def __init__(self, recipe: Recipe, tokenizer: Any, filler: str) -> None:
         self.data, self.schedule = recipe.data, recipe.schedule
+        self.ask_later = recipe.state_passing.ask_later
         self.text = FactsText(tokenizer, filler)
 
-    def rows(self, step: int, num_filler: int, stage: Stage) -> tuple[list[Row], int]:
+    def rows(self, step: int, num_filler: int, stage: Stage, carried: Sequence[Held | None]) -> tuple[list[Row], int]:
         """Write the rows of a step.
 
         Args:
             step: number of the step.
             num_filler: tokens of filler in all, in the row with the longest story.
             stage: of the curriculum.
+            carried: what the passed state of each row holds.
 
         Returns:
             The rows, and where the earliest question begins.
@@ -92,19 +104,22 @@ class FactRows:
         num_supports = draw.randint(*(stage.facts or self.data.facts))
         num_sentences = draw.randint(*(stage.fact_sentences or self.data.fact_sentences))
         num_asked, end_ids = draw.randint(*self.data.facts_asked), self.text.encode(".")
-        drawn = []
-        for _ in range(self.schedule.batch_size):
+        later, drawn = random.Random(f"{self.schedule.seed}/{step}/later"), []
+        for held in carried:
             story = draw_story(draw, num_supports, num_sentences)
             chosen = draw.sample(story.further, min(num_asked - 1, len(story.further)))
             pairs = [*chosen, (story.question, story.answer)]
             asked = _Asked([(self.text.encode(q), self.text.encode(a)) for q, a in pairs], end_ids)
             num_told = sum(len(self.text.encode(sentence)) for sentence in story.sentences)
+            if later.random() < self.ask_later and held is not None:
+                drawn.append(_asked_later(held, self.text.filler, draw.randrange(1 << 30), end_ids))
+                continue
             drawn.append(_Drawn(partial(self._hidden, story, draw), num_told, asked, None))
         return _even_rows(drawn, num_filler)
 
-    def _hidden(self, story: Story, draw: random.Random, num_filler: int) -> list[int]:
-        ids: list[int] = self.text.hide(story, num_filler, draw).ids_T.tolist()
-        return ids
+    def _hidden(self, story: Story, draw: random.Random, num_filler: int) -> tuple[list[int], int]:
+        hidden = self.text.hide(story, num_filler, draw)
+        return hidden.ids_T.tolist(), len(hidden.ids_T) - min(hidden.support_distances)
 
 
 class RepeatedRows:
@@ -121,19 +136,23 @@ class RepeatedRows:
 
     def __init__(self, recipe: Recipe, tokenizer: Any, filler: FillerStream) -> None:
         self.schedule, self.tokenizer, self.filler = recipe.schedule, tokenizer, filler
+        self.asks_facts = recipe.data.facts[1] > 0
 
     @cached_property
     def vocabulary(self) -> list[int]:
-        """All tokens but the special ones."""
+        """All tokens but the special ones; where the task is facts, whose model knows thousands, those of stories."""
+        if self.asks_facts:
+            return sorted({token for word in words() for token in encode(self.tokenizer, f" {word}")})
         return sorted(set(range(len(self.tokenizer))) - set(self.tokenizer.all_special_ids))
 
-    def rows(self, step: int, num_filler: int, stage: Stage) -> tuple[list[Row], int]:
+    def rows(self, step: int, num_filler: int, stage: Stage, carried: Sequence[Held | None]) -> tuple[list[Row], int]:
         """Write the rows of a step.
 
         Args:
             step: number of the step.
             num_filler: tokens of filler between the first time and the second.
             stage: of the curriculum, with `repeated_tokens`.
+            carried: what the passed state of each row holds, which nothing asks for.
 
         Returns:
             The rows, and where the second time begins.
@@ -142,11 +161,11 @@ class RepeatedRows:
         draw = random.Random(f"{self.schedule.seed}/{step}/repeated")
         length = draw.randint(*stage.repeated_tokens)
         rows = []
-        for _ in range(self.schedule.batch_size):
-            words = draw.sample(self.vocabulary, min(draw.randint(*self.NUM_WORDS), len(self.vocabulary)))
-            ids = draw.choices(words, k=length)
+        for _ in carried:
+            chosen = draw.sample(self.vocabulary, min(draw.randint(*self.NUM_WORDS), len(self.vocabulary)))
+            ids = draw.choices(chosen, k=length)
             filler = self.filler.slice(draw.randrange(1 << 30), num_filler).tolist()
-            rows.append(Row(ids + filler + ids, length - self.NUM_FREE, None, is_told=True))
+            rows.append(Row(ids + filler + ids, length - self.NUM_FREE, None, is_told=True, held=None))
         return rows, length + num_filler
 
 
@@ -159,6 +178,7 @@ class _Asked:
     """
 
     def __init__(self, pairs: Sequence[tuple[list[int], list[int]]], end_ids: list[int]) -> None:
+        self.held: Held = tuple((tuple(question), tuple(answer)) for question, answer in pairs)
         self.ids: list[int] = []
         self.answers: list[range] = []
         for question_ids, answer_ids in pairs:
@@ -166,28 +186,49 @@ class _Asked:
             self.answers.append(range(len(self.ids), len(self.ids) + len(answer_ids)))
             self.ids += answer_ids
 
-    def row(self, before: list[int], key: int | None) -> Row:
+    def row(self, before: list[int], drawn: "_Drawn", num_told_tokens: int) -> Row:
         """Return the row that asks them behind a text."""
         places = [range(len(before) + answer.start, len(before) + answer.stop) for answer in self.answers]
-        return Row(before + self.ids, len(places[-1]), key, is_told=True, earlier_answers=tuple(places[:-1]))
+        return Row(
+            before + self.ids,
+            len(places[-1]),
+            drawn.key,
+            drawn.is_told,
+            self.held,
+            num_told_tokens,
+            earlier_answers=tuple(places[:-1]),
+        )
 
 
 @dataclass(frozen=True)
 class _Drawn:
     """One sequence before its filler is counted out."""
 
-    fill: Callable[[int], list[int]]
-    """Gives everything in front of the questions, with so many tokens of filler."""
+    fill: Callable[[int], tuple[list[int], int]]
+    """Gives everything in front of the questions, with so many tokens of filler, and where the last thing told ends."""
     num_told: int
     """Tokens in front of the questions without filler."""
     asked: _Asked
     key: int | None
+    is_told: bool = True
+
+
+def _with_filler(told: list[int], filler: FillerStream, start: int, num_filler: int) -> tuple[list[int], int]:
+    return told + filler.slice(start, num_filler).tolist(), len(told)
+
+
+def _asked_later(held: Held, filler: FillerStream, start: int, end_ids: list[int]) -> _Drawn:
+    """Return a sequence of filler alone that asks for what the passed state holds."""
+    assert not isinstance(held, int), "a passkey, which has rows of its own"
+    pairs = [(list(question), list(answer)) for question, answer in held]
+    return _Drawn(partial(_with_filler, [], filler, start), 0, _Asked(pairs, end_ids), None, is_told=False)
 
 
 def _even_rows(drawn: Sequence[_Drawn], num_filler: int) -> tuple[list[Row], int]:
     """Return rows of one length, and where the earliest question begins; the longest sequence has `num_filler`."""
     longest = max(one.num_told + len(one.asked.ids) for one in drawn)
-    rows = [one.asked.row(one.fill(num_filler + longest - one.num_told - len(one.asked.ids)), one.key) for one in drawn]
+    filled = [one.fill(num_filler + longest - one.num_told - len(one.asked.ids)) for one in drawn]
+    rows = [one.asked.row(ids, one, num_told) for one, (ids, num_told) in zip(drawn, filled, strict=True)]
     return rows, len(rows[0].ids) - max(len(one.asked.ids) for one in drawn)
 
 
