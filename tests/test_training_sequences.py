@@ -5,6 +5,7 @@ import torch
 from training_recipes import small_recipe
 
 from transformerfam.errors import RecipeError
+from transformerfam.tasks.passkey import PasskeyText
 from transformerfam.training.sections import StatePassingSection
 from transformerfam.training.sequences import SequenceBuilder
 from transformerfam.training.state_passing import SavedFam, StatePassing, held_keys
@@ -235,6 +236,17 @@ def test_short_intro_tells_the_key_without_the_sentences_in_front():
     for row, key in enumerate(batch.keys):
         told = f" The pass key is {key}. Remember it. {key} is the pass key."
         assert TOKENIZER.decode(batch.input_ids_BT[row]).strip().startswith(told.strip())
+
+
+def test_a_stage_has_a_prefix_of_its_own():
+    """A stage whose keys stand where those of the others do."""
+    stages = [{"filler_tokens": [8, 8], "prefix_tokens": [5, 5]}, {"filler_tokens": [8, 8]}]
+    recipe = small_recipe(schedule={"steps": 9, "curriculum": stages}, data={"prefix_tokens": [9, 9]})
+    builder = SequenceBuilder(recipe, TOKENIZER)
+    intro = len(PasskeyText(TOKENIZER).intro_ids(12345))
+    assert [builder.batch(0, stage).num_told_tokens for stage in (0, 1)] == [5 + intro, 9 + intro]
+    with pytest.raises(RecipeError, match=r"prefix_tokens is \[4, 3\]"):
+        small_recipe(schedule={"curriculum": [{"filler_tokens": [8, 8], "prefix_tokens": [4, 3]}]})
 
 
 def test_a_stage_repeats_random_tokens():

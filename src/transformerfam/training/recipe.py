@@ -73,7 +73,8 @@ class Recipe:
                 "a stage of the curriculum has repeated_tokens beside schedule.stored_blocks or loss.teacher, which "
                 "know one key; leave it out",
             )
-        _require_range("data.prefix_tokens", *self.data.prefix_tokens)
+        for limits in (self.data.prefix_tokens, *(stage.prefix_tokens for stage in self.schedule.curriculum)):
+            _require_range("prefix_tokens", *(limits or (0, 0)))
         _require_range("loss.teacher_filler_tokens", *self.loss.teacher_filler_tokens)
         _require(
             self.loss.teacher == 0 or self.model.base != "tiny-random",

@@ -80,6 +80,9 @@ class Stage:
     window: int = 30
     max_steps: int | None = None
     """Go on after so many steps in any case."""
+    prefix_tokens: tuple[int, int] | None = None
+    """In this stage, in place of `data.prefix_tokens`: keys that stand anywhere in a block are learned behind those
+    that stand at one place."""
     named_keys: tuple[int, int] | None = None
     """In this stage, in place of `data.named_keys`."""
     key_digits: tuple[int, int] | None = None

@@ -129,12 +129,13 @@ class SequenceBuilder:
                 and `loss.num_other_tokens` in front of it are read.
         """
         draw = random.Random(f"{self.seed}/{step}/{stage_idx}")
-        num_prefix = random.Random(f"{self.seed}/{step}/prefix").randint(*self.data.prefix_tokens)
+        stage = self.stages[stage_idx]
+        limits = stage.prefix_tokens or self.data.prefix_tokens
+        num_prefix = random.Random(f"{self.seed}/{step}/prefix").randint(*limits)
         num_digits = random.Random(f"{self.seed}/{step}/digits").randint(*self.data.key_digits)
         longer = self.block_size(step) - self.least_block_size
-        low, high = self.stages[stage_idx].filler_tokens
+        low, high = stage.filler_tokens
         num_filler = self._draw_filler(draw, step, num_prefix, num_digits, (low + longer, high + longer))
-        stage = self.stages[stage_idx]
         carried = carried_keys or [None] * self.batch_size
         other_task = self.told if stage.repeated_tokens is None else self.repeated
         if other_task is not None:

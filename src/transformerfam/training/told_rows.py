@@ -62,7 +62,7 @@ class NamedRows:
         draw, text = random.Random(f"{self.schedule.seed}/{step}/named"), self.text
         num_told = draw.randint(*(stage.named_keys or self.data.named_keys))
         num_retold = min(num_told, draw.randint(*self.data.retold_keys))
-        num_prefix = draw.randint(*self.data.prefix_tokens)
+        num_prefix = draw.randint(*(stage.prefix_tokens or self.data.prefix_tokens))
         num_asked = min(num_told, draw.randint(*self.data.keys_asked))
         num_digits = draw.randint(*(stage.key_digits or self.data.key_digits))
         later, drawn = random.Random(f"{self.schedule.seed}/{step}/later"), []
