@@ -26,6 +26,7 @@ from transformerfam.training.sequences import SequenceBuilder
 from transformerfam.training.setup import build_trainee
 from transformerfam.training.tiny import build_tiny_model, build_tiny_tokenizer
 
+TOLD = "went to the|took the|left the"
 SMALL_MODEL = {"base": "tiny-random", "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
 
 
@@ -206,9 +207,11 @@ def test_rows_ask_later_for_facts_in_their_own_filler() -> None:
         assert told.labels_BT[row, places].tolist() == later.labels_BT[row, again].tolist()
         text = tokenizer.decode(later.input_ids_BT[row].tolist())
         assert text.count("Where") >= 1
-        assert not re.search(r"went to the|took the|left the", text)
-    last = tokenizer.decode(told.input_ids_BT[0, : told.num_told_tokens].tolist())
-    assert re.search(r"went to the|took the|left the", last)
+        assert not re.search(TOLD, text)
+        end = int(told.num_told_B[row])
+        assert re.search(rf"({TOLD}) \w+\.$", tokenizer.decode(told.input_ids_BT[row, :end].tolist()))
+        assert not re.search(TOLD, tokenizer.decode(told.input_ids_BT[row, end:].tolist()))
+    assert len(set(told.num_told_B.tolist())) > 1
     assert not torch.equal(builder.filler(0, 30), later.input_ids_BT[:, :30])
     assert "grass" not in tokenizer.decode(builder.filler(0, 30)[0].tolist())
 

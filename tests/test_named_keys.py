@@ -146,9 +146,11 @@ def test_rows_ask_later_for_what_a_state_holds(tmp_path: Path) -> None:
     own = build_recipe(values)
     builder = SequenceBuilder(own, tokenizer)
     told = builder.batch(0, 0)
-    assert told.num_told_tokens == 3 * len(NamedKeysText(tokenizer).told_ids(Telling(0, 12345, 0)))
+    num_told = 3 * len(NamedKeysText(tokenizer).told_ids(Telling(0, 12345, 0)))
+    assert told.num_told_B.tolist() == [num_told] * 4
     later = builder.batch(1, 0, [told.held[0], None, told.held[2], told.held[3]])
     assert later.is_told_B.tolist() == [False, True, False, False]
+    assert later.num_told_B.tolist() == [0, num_told, 0, 0]
     assert later.held[0] == told.held[0] != later.held[1]
     for row in (0, 2, 3):
         before, *asked = tokenizer.decode(later.input_ids_BT[row].tolist()).split(" What is the pass key of ")

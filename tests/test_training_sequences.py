@@ -244,7 +244,7 @@ def test_a_stage_has_a_prefix_of_its_own():
     recipe = small_recipe(schedule={"steps": 9, "curriculum": stages}, data={"prefix_tokens": [9, 9]})
     builder = SequenceBuilder(recipe, TOKENIZER)
     intro = len(PasskeyText(TOKENIZER).intro_ids(12345))
-    assert [builder.batch(0, stage).num_told_tokens for stage in (0, 1)] == [5 + intro, 9 + intro]
+    assert [builder.batch(0, stage).num_told_B[0] for stage in (0, 1)] == [5 + intro, 9 + intro]
     with pytest.raises(RecipeError, match=r"prefix_tokens is \[4, 3\]"):
         small_recipe(schedule={"curriculum": [{"filler_tokens": [8, 8], "prefix_tokens": [4, 3]}]})
 

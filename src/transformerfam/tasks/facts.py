@@ -164,12 +164,14 @@ class HiddenStory:
         question_ids: what follows it.
         answer_ids: what has to follow then.
         support_distances: of every support, tokens from its end to the question.
+        num_told_tokens: tokens up to the end of the last sentence.
     """
 
     ids_T: torch.Tensor
     question_ids: list[int]
     answer_ids: list[int]
     support_distances: tuple[int, ...]
+    num_told_tokens: int
 
 
 class FactsText:
@@ -228,6 +230,7 @@ class FactsText:
             encode(self._tokenizer, story.question),
             encode(self._tokenizer, story.answer),
             tuple(len(ids_T) - ends[support] for support in story.supports),
+            ends[-1],
         )
 
 

@@ -177,4 +177,5 @@ def weighed_batch(ids_BT: torch.Tensor, weights_BT: torch.Tensor) -> Batch:
         keys=(None,) * len(ids_BT),
         is_told_B=torch.zeros(len(ids_BT), dtype=torch.bool),
         held=(None,) * len(ids_BT),
+        num_told_B=torch.zeros(len(ids_BT), dtype=torch.long),
     )

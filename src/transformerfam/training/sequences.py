@@ -39,8 +39,8 @@ class Batch:
     """Rows that tell the key themselves; the others ask for a key of the passed state, or ask nothing."""
     held: tuple[Held | None, ...]
     """What each row's memory holds when its answers are right; None where it asks nothing."""
-    num_told_tokens: int = 0
-    """Tokens up to the end of the last thing that a row tells."""
+    num_told_B: torch.Tensor
+    """Tokens of each row up to the end of the last thing that it tells."""
     teacher_ids_NT: torch.Tensor | None = None
     """What the teacher reads for every row that asks: its key told a few tokens before, the same question and answer at
     the end. None without a teacher."""
@@ -294,7 +294,7 @@ class SequenceBuilder:
             tuple(row.key for row in rows),
             torch.tensor([row.is_told for row in rows]),
             tuple(row.held for row in rows),
-            max(row.num_told_tokens for row in rows),
+            torch.tensor([row.num_told_tokens for row in rows]),
         )
 
 

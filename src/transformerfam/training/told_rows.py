@@ -119,7 +119,7 @@ class FactRows:
 
     def _hidden(self, story: Story, draw: random.Random, num_filler: int) -> tuple[list[int], int]:
         hidden = self.text.hide(story, num_filler, draw)
-        return hidden.ids_T.tolist(), len(hidden.ids_T) - min(hidden.support_distances)
+        return hidden.ids_T.tolist(), hidden.num_told_tokens
 
 
 class RepeatedRows:

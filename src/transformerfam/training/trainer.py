@@ -184,7 +184,7 @@ class Trainer:
         self.optimizer.step()
         self.average.update(self.model, step)
         num_passed_tokens = output.num_passed_blocks * self.model.fam_config.block_size
-        is_held_B = output.is_right_B & (~batch.is_told_B | (num_passed_tokens >= max(1, batch.num_told_tokens)))
+        is_held_B = output.is_right_B & (~batch.is_told_B | (batch.num_told_B <= num_passed_tokens))
         held = held_keys(saved, batch.held, is_held_B.tolist())
         self.passing.keep(step, self.ranks.passed_fam(output.passed_fam_LBFD, recipe.state_passing.rows), held)
         self._read_between(step)
