@@ -7,12 +7,10 @@ import signal
 import subprocess
 import sys
 import time
-import tomllib
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from rich.console import Console
 from training_recipes import SMALL_TRAINING
 from typer.testing import CliRunner
@@ -24,12 +22,10 @@ from transformerfam.comparison.plan import SYSTEMS
 from transformerfam.comparison.report import EMPTY, cells, comparison_tables, require_one_version
 from transformerfam.comparison.run import TRAINED_TASK, is_finished
 from transformerfam.errors import RecipeError, TransformerFamError
-from transformerfam.models import load_base
 from transformerfam.reports.markdown import write_markdown
 from transformerfam.reports.rows import read_rows
 from transformerfam.rivals import RIVAL_NAMES
 from transformerfam.training.recipe_file import build_recipe
-from transformerfam.training.setup import build_trainee
 
 STATE_PASSING = """
 [state_passing]
@@ -209,43 +205,6 @@ def test_comparison_runs_to_its_end_and_goes_on(recipe: Path, tmp_path: Path) ->
     changed = runner.invoke(app, [*command, "--set", "recipe.optimizer.lr=1e-2"])
     assert changed.exit_code == 2
     assert "come from another recipe" in " ".join(changed.output.split())
-
-
-def test_systems_start_from_a_trained_base(recipe: Path, tmp_path: Path) -> None:
-    """Catches systems that start from random weights, and a base that is trained again for nothing, or not again."""
-    base = SMALL_TRAINING.replace("fam_length = 2", "fam_length = 0") + '[rival]\nsystem = "full"\nblock_size = 16\n'
-    (tmp_path / "base.toml").write_text(base)
-    recipe.write_text('base = "base.toml"\n' + SMALL.partition("[max")[0])
-    folder, rows, systems = tmp_path / "runs", tmp_path / "rows.jsonl", 'systems=["fam","rmt"]'
-    command = ["compare", str(recipe), "--output", str(folder), "--rows", str(rows), "--set", systems]
-    comparison = load_comparison(recipe, [systems])
-    assert [run.system for run in comparison.runs] == ["base", "fam", "rmt"]
-    result = CliRunner().invoke(app, command)
-    assert result.exit_code == 0, result.output
-    trained, _ = load_base(folder / "base-0")
-    for system in ("fam", "rmt"):
-        begun, _ = build_trainee(comparison.recipe_of(RunName(system, 0), folder / "base-0"))
-        own = begun.state_dict()
-        assert all(torch.equal(own[name], weight) for name, weight in trained.state_dict().items())
-    found = read_rows([rows])
-    assert all(is_finished(comparison, run, found) for run in comparison.runs)
-    assert not any(row["system"] == "base" for row in found)
-    shutil.rmtree(folder)
-    assert CliRunner().invoke(app, command).exit_code == 0
-    assert not (folder / "base-0").exists()  # nothing is left that would start from it
-    lines = rows.read_text().splitlines(keepends=True)
-    rows.write_text("".join(line for line in lines if '"system": "rmt"' not in line))
-    assert CliRunner().invoke(app, command).exit_code == 0
-    assert {path.name for path in folder.iterdir() if path.is_dir()} == {"base-0", "rmt-0"}
-    rows.unlink()
-    (folder / "base-0" / "checkpoint.safetensors").write_bytes(b"no checkpoint")
-    failed = CliRunner().invoke(app, command)
-    assert failed.exit_code == 2
-    assert "1 runs failed: base-0" in " ".join(failed.output.split())
-    values = tomllib.loads(base)
-    values["model"] |= {"hidden_size": 16, "weights_from": str(folder / "base-0")}
-    with pytest.raises(RecipeError, match="has another shape or vocabulary"):
-        build_trainee(build_recipe(values))
 
 
 def test_failed_run_is_named(recipe: Path, tmp_path: Path) -> None:

@@ -15,8 +15,6 @@ from transformerfam.tasks.passkey_evaluation import MEMORY_ZEROED
 from transformerfam.training.recipe import Recipe
 from transformerfam.training.recipe_file import apply_override, build_dataclass, build_recipe, set_value
 
-BASE = "base"
-"""The run whose weights all others of its seed start from."""
 UNTRAINED = "fam_untrained"
 CONTROLS = (MEMORY_ZEROED, UNTRAINED)
 SYSTEMS = (*PRESETS, *RIVAL_NAMES, *CONTROLS)
@@ -68,10 +66,6 @@ class Comparison:
 
     filler_tokens: tuple[int, ...]
     """Lengths at which every run is asked."""
-
-    base: dict[str, Any] | None = None
-    """Plain values of the recipe of a base model, trained once per seed, whose weights every system starts from: the
-    pre-trained model that is given a memory. None: every system starts from random weights."""
 
     task: Literal["passkey", "named-keys", "facts"] = "passkey"
     """What is asked: one key, several by their names, or questions on hidden stories."""
@@ -150,9 +144,8 @@ class Comparison:
 
     @property
     def runs(self) -> list[RunName]:
-        """All trainings; a control that needs none of its own goes with the run of FAM, a base goes first."""
+        """All trainings; a control that needs none of its own goes with the run of FAM."""
         systems = [system for system in self.systems if system != MEMORY_ZEROED]
-        systems = systems if self.base is None else [BASE, *systems]
         return [RunName(system, seed) for seed in self.seeds for system in systems]
 
     def system_of(self, name: str) -> str:
@@ -180,7 +173,7 @@ class Comparison:
         return self.num_keys * per_text[self.task]
 
     def rows_of(self, run: RunName) -> list[str]:
-        """Return the systems that a run's rows are of; a base has no rows."""
+        """Return the systems that a run's rows are of."""
         zeroed = run.system == "fam" and MEMORY_ZEROED in self.systems
         return [run.system, MEMORY_ZEROED] if zeroed else [run.system]
 
@@ -189,7 +182,7 @@ class Comparison:
         limit = self.max_filler_tokens.get(system)
         return [length for length in self.filler_tokens if limit is None or length <= limit]
 
-    def recipe_of(self, run: RunName, base_folder: Path | None = None) -> Recipe:
+    def recipe_of(self, run: RunName) -> Recipe:
         """Return the recipe of a run.
 
         Random state passing is left out where there is no memory of fixed size to pass, and what only FAM has where
@@ -197,16 +190,11 @@ class Comparison:
 
         Args:
             run: the run.
-            base_folder: where the trained base of its seed stands.
 
         Raises:
             RecipeError: the recipe contradicts itself.
         """
-        if run.system == BASE:
-            return build_recipe(_with_seed(copy.deepcopy(self.base or {}), run.seed))
         values = copy.deepcopy(self.recipe)
-        if base_folder is not None:
-            set_value(values, "model.weights_from", str(base_folder))
         fam = FamConfig.from_dict({"fam_key_bias": 0.0} | values.get("fam", {}))
         system = self.system_of(run.system)
         system = "fam" if system == UNTRAINED else system
@@ -236,8 +224,7 @@ def load_comparison(path: str | Path, overrides: Sequence[str] = ()) -> Comparis
     """Read a comparison.
 
     Args:
-        path: a TOML file with the fields of `Comparison`; `recipe` and `base` are paths of recipes beside it, or
-            values.
+        path: a TOML file with the fields of `Comparison`; `recipe` is the path of a recipe beside it, or its values.
         overrides: each `key=value`, or `recipe.section.key=value`.
 
     Raises:
@@ -245,9 +232,8 @@ def load_comparison(path: str | Path, overrides: Sequence[str] = ()) -> Comparis
     """
     path = Path(path)
     values = _read_toml(path)
-    for name in ("recipe", "base"):
-        if isinstance(values.get(name), str):
-            values[name] = _read_toml(path.parent / values[name])
+    if isinstance(values.get("recipe"), str):
+        values["recipe"] = _read_toml(path.parent / values["recipe"])
     for override in overrides:
         apply_override(values, override)
     values.setdefault("name", path.stem)

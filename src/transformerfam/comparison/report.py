@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 from rich.table import Table
 
-from transformerfam.comparison.plan import BASE, Comparison
+from transformerfam.comparison.plan import Comparison
 from transformerfam.comparison.run import BYTES_LENGTHS, BYTES_TASK, TRAINED_TASK
 from transformerfam.errors import TransformerFamError
 from transformerfam.reports.rows import Row
@@ -215,7 +215,7 @@ def _systems_table(comparison: Comparison, rows: Sequence[Row]) -> Table:
     for number, title in enumerate((*columns, *(f"bytes at {n:,}" for n in BYTES_LENGTHS))):
         table.add_column(title, justify="right" if number else "left")
     fam = trained.get("fam")
-    for system in dict.fromkeys(run.system for run in comparison.runs if run.system != BASE):
+    for system in dict.fromkeys(run.system for run in comparison.runs):
         row = trained.get(system)
         if row is None:
             table.add_row(system, *[EMPTY] * (len(columns) - 1 + len(BYTES_LENGTHS)))

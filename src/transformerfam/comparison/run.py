@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from transformerfam.comparison.plan import BASE, UNTRAINED, Comparison, RunName
+from transformerfam.comparison.plan import UNTRAINED, Comparison, RunName
 from transformerfam.errors import RecipeError
 from transformerfam.models import load_model
 from transformerfam.reports.rows import Row, RowFile
@@ -39,10 +39,7 @@ def run_folder(folder: Path, run: RunName) -> Path:
 
 
 def is_finished(comparison: Comparison, run: RunName, rows: list[Row]) -> bool:
-    """Say whether `rows` hold all answers of a run, and its description; of a base, those of all that start from it."""
-    if run.system == BASE:
-        others = [other for other in comparison.runs if other.seed == run.seed and other.system != BASE]
-        return all(is_finished(comparison, other, rows) for other in others)
+    """Say whether `rows` hold all answers of a run, and its description."""
     own = [row for row in rows if row["seed"] == run.seed and row["model"] == comparison.name]
     if not any(row["task"] == TRAINED_TASK and row["system"] == run.system for row in own):
         return False
@@ -66,7 +63,6 @@ def recipe_digest(comparison: Comparison, run: RunName) -> str:
         comparison.changes.get(run.system, {}),
         run.seed,
     ]
-    parts += [] if comparison.base is None else [comparison.base]
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 
@@ -100,14 +96,10 @@ def run_one(comparison: Comparison, run: RunName, folder: Path, progress: Progre
     Raises:
         KeyboardInterrupt: Ctrl-C; the same call goes on.
     """
-    own, base = run_folder(folder, run), run_folder(folder, RunName(BASE, run.seed))
-    recipe = comparison.recipe_of(run, None if comparison.base is None else base)
+    own, recipe = run_folder(folder, run), comparison.recipe_of(run)
     own.mkdir(parents=True, exist_ok=True)
     if recipe.schedule.threads is not None:
         torch.set_num_threads(recipe.schedule.threads)
-    if run.system == BASE:
-        _train(recipe, own, progress)
-        return
     system = comparison.system_of(run.system)
     if system == UNTRAINED:
         torch.manual_seed(recipe.schedule.seed)

@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 
-from transformerfam.comparison.plan import BASE, UNTRAINED, Comparison, RunName
+from transformerfam.comparison.plan import UNTRAINED, Comparison, RunName
 from transformerfam.comparison.run import ROWS_FILE, is_finished, require_same_recipe, run_folder
 from transformerfam.errors import MissingPackageError, TransformerFamError
 from transformerfam.processes import INTERRUPTED
@@ -88,7 +88,7 @@ class Schedule:
         if RUNNING in self.states.values():
             raise KeyboardInterrupt
         failed = [run for run, state in self.states.items() if state == FAILED]
-        if WAITING in self.states.values() and not any(run.system == BASE for run in failed):
+        if WAITING in self.states.values():
             raise TransformerFamError(
                 f"the scheduler doit ended with code {code} before all was done; see what it said"
             )
@@ -111,14 +111,8 @@ class Schedule:
                 "name": str(run),
                 "actions": [(self._run, [run])],
                 "uptodate": [self._is_done(run)],
-                "task_dep": self._needed_by(run),
                 "io": {"capture": False},  # which would replace the streams of all threads
             }
-
-    def _needed_by(self, run: RunName) -> list[str]:
-        """Return the tasks that a run waits for: its base."""
-        has_base = self.comparison.base is not None and run.system != BASE
-        return [f"compare:{RunName(BASE, run.seed)}"] if has_base else []
 
     def _is_done(self, run: RunName) -> Callable[[], bool]:
         def check() -> bool:
@@ -142,7 +136,7 @@ class Schedule:
         if code != 0:
             self.states[run] = FAILED
             return False
-        for row in read_rows([folder / ROWS_FILE]) if run.system != BASE else []:
+        for row in read_rows([folder / ROWS_FILE]):
             self.rows.append(row)
         self.states[run] = DONE
         self.seconds.append(time.monotonic() - self.begun[run])
@@ -189,8 +183,7 @@ class Schedule:
             return f"asked {asked} of {lengths * self.comparison.num_questions}"
         row = last_log_row(folder / LOG_FILE)
         if row is None:
-            is_trained = run.system == BASE or self.comparison.system_of(run.system) != UNTRAINED
-            return "starting" if is_trained else "asking"
+            return "asking" if self.comparison.system_of(run.system) == UNTRAINED else "starting"
         keys = "-" if row["key_accuracy"] is None else f"{row['key_accuracy']:.2f}"
         return f"step {row['step']} of {self.num_steps[run]}, keys {keys}"
 

@@ -26,8 +26,6 @@ class ModelSection:
     """How many of them."""
     rope_theta: float = 10000.0
     """Base of RoPE's wavelengths."""
-    weights_from: str | None = None
-    """Folder of a trained `tiny-random` of the same shape and words, whose weights take the place of random ones."""
     seed: int = 0
     """Seed of the random weights."""
 

@@ -36,8 +36,6 @@ def build_trainee(recipe: Recipe) -> tuple[PreTrainedModel, PreTrainedTokenizerB
     elif section.base == "tiny-random":
         tokenizer = build_tiny_tokenizer(_words_of(recipe))
         model = build_tiny_model(section, len(tokenizer))
-        if section.weights_from is not None:
-            _take_weights(model, section.weights_from)
         _give_memory(model, recipe)
         draw_prompt(model, section.seed)
     else:
@@ -56,17 +54,6 @@ def build_trainee(recipe: Recipe) -> tuple[PreTrainedModel, PreTrainedTokenizerB
     if recipe.lora is not None and recipe.lora.fused:
         fuse_lora(model)
     return model, tokenizer
-
-
-def _take_weights(model: PreTrainedModel, folder: str) -> None:
-    """Give a tiny model the weights of a trained one."""
-    trained, _ = load_base(folder)
-    try:
-        model.load_state_dict(trained.state_dict())
-    except RuntimeError as error:
-        raise RecipeError(
-            f"the model in {folder} (model.weights_from) has another shape or vocabulary than the recipe's: {error}"
-        ) from error
 
 
 def _words_of(recipe: Recipe) -> list[str]:
