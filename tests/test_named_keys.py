@@ -10,7 +10,7 @@ import torch
 from training_recipes import SMALL_TRAINING
 
 from transformerfam import FamConfig, convert
-from transformerfam.comparison import Comparison, load_comparison, run_one
+from transformerfam.comparison import Comparison, figures, load_comparison, run_one
 from transformerfam.comparison.figures import plot_comparison
 from transformerfam.comparison.plan import RunName
 from transformerfam.comparison.report import capacities, comparison_tables
@@ -270,4 +270,40 @@ def test_comparison_of_named_keys(tmp_path: Path) -> None:
     assert found["bswa"][8, 3].recalled == {}
     assert len(comparison_tables(comparison, rows)) == 2
     plot_comparison(comparison, rows, tmp_path / "figure.svg")
-    assert "empty: bswa" in (tmp_path / "figure.svg").read_text()
+    drawn = (tmp_path / "figure.svg").read_text()
+    assert "empty: bswa" in drawn
+    assert "rows of FAM" not in drawn
+
+
+def test_most_that_fams_hold_is_drawn_against_their_rows(tmp_path: Path) -> None:
+    """Catches a FAM on the line of another width, or at another number of rows."""
+    small(tmp_path)
+    overrides = [
+        'systems=["fam","rows_4","wide","bswa"]',
+        'variants={rows_4="fam",wide="fam"}',
+        'changes={rows_4={"fam.fam_length"=4},wide={"model.hidden_size"=64}}',
+    ]
+    comparison = load_comparison(tmp_path / "small.toml", overrides)
+    common = {"task": "named-keys", "model": "small", "version": "1", "seed": 0, "filler_tokens": 8, "is_retold": False}
+    rows = [
+        common | {"system": system, "num_told": 3, "bits": 5.0, "correct": order < right}
+        for system, right in (("fam", 1), ("rows_4", 3), ("wide", 2))
+        for order in range(3)
+    ]
+    lines: dict[str, list[float | None]] = {}
+    found = capacities(comparison, rows)
+    for system, keys in (("fam", 1), ("rows_4", 3), ("wide", 2)):
+        assert found[system][8, 3].keys == pytest.approx(keys)
+        assert found[system][8, 3].bits == pytest.approx(15)
+    original = figures._draw_capacity
+
+    def draw(axes: Any, places: Any, values: Any, top: float) -> None:
+        if list(places) == [2, 4] and top < 10:
+            lines.update(values)
+        original(axes, places, values, top)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(figures, "_draw_capacity", draw)
+        plot_comparison(comparison, rows, tmp_path / "figure.svg")
+    assert lines == {"width 32": [1.0, 3.0], "width 64": [2.0, None]}
+    assert "rows of FAM" in (tmp_path / "figure.svg").read_text()

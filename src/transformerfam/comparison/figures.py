@@ -3,11 +3,10 @@
 import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from statistics import mean
 from typing import Any
 
-from transformerfam.comparison.plan import Comparison
-from transformerfam.comparison.report import EMPTY, Cell, capacities, cells, kinds
+from transformerfam.comparison.plan import Comparison, RunName
+from transformerfam.comparison.report import EMPTY, Capacity, Cell, capacities, cells, kinds
 from transformerfam.errors import TransformerFamError
 from transformerfam.reports.figure import LINES, MARKERS, label_ends, length_axis, new_figure, save_figure, short_length
 from transformerfam.reports.rows import Row
@@ -25,6 +24,9 @@ MAX_COLUMNS = 44
 """Letters of a line that names what is missing."""
 MAX_LINES = 4
 """Variants that are drawn as lines; more of them are drawn as a matrix."""
+
+
+UNMEASURED = Capacity({}, None, None)
 
 
 def panel_of(system: str) -> str:
@@ -117,40 +119,71 @@ def _draw_panel(axes: Any, title: str, systems: Mapping[str, Mapping[int, Cell]]
 
 
 def _plot_capacity(comparison: Comparison, rows: Sequence[Row], path: str | Path) -> None:
-    """Draw keys recalled, and beside them bits held, against keys told: one row of panels per length and group."""
+    """Draw keys recalled, and beside them bits held, against keys told: one row of panels per length and group.
+
+    With several FAMs the last row has the most that each holds at the shortest length, against its rows, one line per
+    width.
+    """
     found = capacities(comparison, rows)
     fams = [system for system in found if system == "fam" or comparison.variants.get(system) == "fam"]
     others = [system for system in found if system not in fams]
     groups = [fams, ["fam", *others] if "fam" in fams else others] if fams and others else [list(found)]
     panels = [(length, group) for length in comparison.filler_tokens for group in groups]
-    with new_figure(path, (9.6, 2.8 * len(panels)), len(panels), 2) as (figure, all_axes):
+    num_rows = len(panels) + (len(fams) > 1)
+    with new_figure(path, (9.6, 2.8 * num_rows), num_rows, 2) as (figure, all_axes):
         for number, (length, group) in enumerate(panels):
-            own = {system: [found[system].get((length, n)) for n in comparison.num_told] for system in group}
-            missing = [system for system, cells in own.items() if not any(cell and cell.recalled for cell in cells)]
-            for system in missing:
-                del own[system]
-            keys, bits = all_axes[2 * number], all_axes[2 * number + 1]
-            keys.set_title(f"{length:,} tokens of filler", loc="left", fontsize=9)
-            recalled = {s: [mean(c.recalled.values()) if c and c.recalled else None for c in own[s]] for s in own}
-            _draw_capacity(keys, comparison.num_told, recalled, 1.0)
-            keys.set_ylabel("keys recalled")
-            _name_missing(keys, missing, 0.98, "top")
-            _draw_capacity(bits, comparison.num_told, {s: [c and c.bits for c in own[s]] for s in own}, KEY_BITS)
-            bits.set_ylabel("bits held, at least")
+            own = {s: [found[s].get((length, n), UNMEASURED) for n in comparison.num_told] for s in group}
+            keys = {system: [cell.keys for cell in cells] for system, cells in own.items()}
+            bits = {system: [cell.bits for cell in cells] for system, cells in own.items()}
+            axes = all_axes[2 * number : 2 * number + 2]
+            axes[0].set_title(f"{length:,} tokens of filler", loc="left", fontsize=9)
+            _name_missing(axes[0], [s for s, values in keys.items() if set(values) == {None}], 0.98, "top")
+            for drawn, values, per_key in zip(axes, (keys, bits), (1.0, KEY_BITS), strict=True):
+                drawn.plot(comparison.num_told, [n * per_key for n in comparison.num_told], color="#bbbbbb", lw=0.8)
+                _draw_capacity(drawn, comparison.num_told, values, max(comparison.num_told) * per_key)
+                drawn.set_xlabel("keys told")
+            _name_capacity(axes, "")
+        if len(fams) > 1:
+            _draw_fams(all_axes[-2:], comparison, {system: found[system] for system in fams})
         save_figure(figure, path)
 
 
-def _draw_capacity(
-    axes: Any, num_told: Sequence[int], values: Mapping[str, Sequence[float | None]], per_key: float
+def _draw_fams(
+    axes: Sequence[Any], comparison: Comparison, fams: Mapping[str, Mapping[tuple[int, int], Capacity]]
 ) -> None:
-    """Draw one line per system over keys told, and what all of them would be, `per_key` for each, in grey."""
-    top = max(num_told) * per_key
-    axes.plot(num_told, [n * per_key for n in num_told], color="#bbbbbb", linewidth=0.8)
+    """Draw the most that each FAM holds at the shortest length against its rows, one line per width."""
+    length = min(comparison.filler_tokens)
+    recipes = {system: comparison.recipe_of(RunName(system, comparison.seeds[0])) for system in fams}
+    sizes = sorted({recipe.fam.fam_length for recipe in recipes.values()})
+    most: list[dict[str, list[float | None]]] = [{}, {}]
+    for system, recipe in recipes.items():
+        column = sizes.index(recipe.fam.fam_length)
+        cells = [fams[system].get((length, n), UNMEASURED) for n in comparison.num_told]
+        for lines, values in zip(most, ([c.keys for c in cells], [c.bits for c in cells]), strict=True):
+            line = lines.setdefault(f"width {recipe.model.hidden_size}", [None] * len(sizes))
+            line[column] = max((value for value in values if value is not None), default=None)
+    axes[0].set_title(f"the most, {length:,} tokens of filler", loc="left", fontsize=9)
+    for drawn, lines in zip(axes, most, strict=True):
+        heights = [value for line in lines.values() for value in line if value is not None]
+        _draw_capacity(drawn, sizes, lines, max([1.0, *heights]))
+        drawn.set_xlabel("rows of FAM")
+    _name_capacity(axes, ", the most")
+
+
+def _name_capacity(axes: Sequence[Any], more: str) -> None:
+    axes[0].set_ylabel(f"keys recalled{more}")
+    axes[1].set_ylabel(f"bits held, at least{more}")
+
+
+def _draw_capacity(axes: Any, places: Sequence[int], lines: Mapping[str, Sequence[float | None]], top: float) -> None:
+    """Draw one line per name over places in powers of two, those without a value left out."""
     ends = []
-    for number, (system, by_told) in enumerate(values.items()):
-        points = [(n, value) for n, value in zip(num_told, by_told, strict=True) if value is not None]
+    for number, (name, values) in enumerate(lines.items()):
+        points = [(place, value) for place, value in zip(places, values, strict=True) if value is not None]
+        if not points:
+            continue
         axes.plot(
-            [n for n, _ in points],
+            [place for place, _ in points],
             [value for _, value in points],
             color="#000000",
             linestyle=LINES[number % len(LINES)],
@@ -159,10 +192,11 @@ def _draw_capacity(
             markerfacecolor="white",
             linewidth=1.1,
         )
-        ends.append((*points[-1], system))
+        ends.append((*points[-1], name))
     axes.set_ylim(-0.04 * top, 1.06 * top)
-    axes.set_xticks(num_told)
-    axes.set_xlabel("keys told")
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(places, [str(place) for place in places])
+    axes.minorticks_off()
     for side in ("top", "right"):
         axes.spines[side].set_visible(False)
     label_ends(axes, ends, (0.0, top))

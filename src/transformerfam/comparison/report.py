@@ -119,10 +119,15 @@ class Capacity(NamedTuple):
     bits: float | None
     outdated: float | None
 
+    @property
+    def keys(self) -> float | None:
+        """Keys recalled, mean over seeds; None where nothing was measured."""
+        return mean(self.recalled.values()) if self.recalled else None
+
     def __str__(self) -> str:
-        if not self.recalled:
+        if self.keys is None:
             return EMPTY
-        text = f"{mean(self.recalled.values()):.2f}"
+        text = f"{self.keys:.2f}"
         if len(self.recalled) > 1:
             text += f" [{min(self.recalled.values()):.2f}, {max(self.recalled.values()):.2f}]"
         text += "" if self.bits is None else f", {self.bits:.0f} bits"
