@@ -171,6 +171,15 @@ def test_every_key_is_asked_at_every_length_once(model, tokenizer):
     )
 
 
+def answer_alone(model, tokenizer, ids, num_tokens):
+    """Read a text in one piece, and say the likeliest tokens one by one."""
+    said = []
+    with torch.no_grad():
+        for _ in range(num_tokens):
+            said.append(int(model(torch.tensor([ids + said])).logits[0, -1].argmax()))
+    return tokenizer.decode(said).strip()
+
+
 def test_forked_batched_reading_answers_as_each_text_read_alone(model, tokenizer):
     """Would catch a question that spoils the reading it was forked from, a wrong jitter, or rows that mix."""
     text = PasskeyText(tokenizer)
@@ -178,11 +187,7 @@ def test_forked_batched_reading_answers_as_each_text_read_alone(model, tokenizer
         prefix = text.filler.slice(-5, 5).tolist()
         sequence = text.sequence(row["key"], row["filler_tokens"] + row["jitter"])
         ids = prefix + sequence.intro_ids + sequence.filler_ids + sequence.question_ids
-        said = []
-        with torch.no_grad():
-            for _ in sequence.answer_ids:
-                said.append(int(model(torch.tensor([ids + said])).logits[0, -1].argmax()))
-        assert row["answer"] == tokenizer.decode(said).strip()
+        assert row["answer"] == answer_alone(model, tokenizer, ids, len(sequence.answer_ids))
         num_read = 5 + len(sequence.intro_ids) + len(sequence.filler_ids)
         assert row["num_blocks"] == num_read // tiny_models.BLOCK_SIZE
 
@@ -196,11 +201,7 @@ def test_another_key_is_told_in_front_of_the_prefix(model, tokenizer):
         before = text.intro_ids(row["old_key"]) + text.filler.slice(-5, 5).tolist()
         sequence = text.sequence(row["key"], row["filler_tokens"] + row["jitter"])
         ids = before + sequence.intro_ids + sequence.filler_ids + sequence.question_ids
-        said = []
-        with torch.no_grad():
-            for _ in sequence.answer_ids:
-                said.append(int(model(torch.tensor([ids + said])).logits[0, -1].argmax()))
-        assert row["answer"] == tokenizer.decode(said).strip()
+        assert row["answer"] == answer_alone(model, tokenizer, ids, len(sequence.answer_ids))
         assert not row["is_outdated"]
     options = PasskeyEvaluation(filler_lengths=[3, 40], num_keys=3, seed=5, prefix_tokens=5)
     assert passkey_evaluation.finished_questions(rows, options) == frozenset()
