@@ -199,10 +199,7 @@ def test_evaluation_scores_what_the_model_says(monkeypatch: pytest.MonkeyPatch) 
     asked = [ids for ids in read if ids.shape[1] > 1]
     text = NamedKeysText(tokenizer)
     num_question, num_key = len(text.question_ids(0)), len(text.key_ids(12345))
-    for num_tokens in (
-        num_question,
-        num_question + num_key - 1,
-    ):  # the question, and beside it with the key, for its bits
+    for num_tokens in (num_question, num_question + num_key - 1):  # the question alone, and with the key for its bits
         assert sum(ids.shape[1] == num_tokens for ids in asked) == 2 * 2 * (1 + 3)  # every name per batch and length
     assert len(asked) == 2 * 2 * 2 * (1 + 3)
     same = list(NamedKeysEvaluation(**options, num_texts=3, batch_size=3).rows(model, tokenizer))

@@ -25,8 +25,8 @@ MAX_COLUMNS = 44
 MAX_LINES = 4
 """Variants that are drawn as lines; more of them are drawn as a matrix."""
 
-
 UNMEASURED = Capacity({}, None, None)
+"""Stands where a system was not to be asked."""
 
 
 def panel_of(system: str) -> str:

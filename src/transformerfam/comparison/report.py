@@ -11,6 +11,7 @@ from transformerfam.comparison.run import BYTES_LENGTHS, BYTES_TASK, TRAINED_TAS
 from transformerfam.errors import TransformerFamError
 from transformerfam.reports.rows import Row
 from transformerfam.tasks.named_keys_evaluation import KEY_BITS
+from transformerfam.tasks.passkey_evaluation import telling_of
 
 EMPTY = "empty"
 
@@ -72,7 +73,7 @@ def kinds(comparison: Comparison) -> dict[Kind, str]:
 
 def _kind_of(row: Row) -> Kind:
     number: int | None = row.get("num_supports")
-    return (row.get("prefix_tokens", 0), "old_key" in row) if number is None else number
+    return telling_of(row) if number is None else number
 
 
 def cells(comparison: Comparison, rows: Iterable[Row], kind: Kind = (0, False)) -> dict[str, dict[int, Cell]]:

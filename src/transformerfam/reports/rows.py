@@ -9,6 +9,7 @@ from types import TracebackType
 from typing import Any, NamedTuple
 
 from transformerfam.errors import CorruptFileError, TransformerFamError
+from transformerfam.tasks.passkey_evaluation import telling_of
 
 Row = dict[str, Any]
 
@@ -177,8 +178,7 @@ def accuracy_by_length(rows: Iterable[Row]) -> dict[Series, list[Accuracy]]:
     for row in rows:
         if row["task"] != "passkey":
             continue
-        told = (row.get("prefix_tokens", 0), "old_key" in row)
-        series = Series(str(row["model"]), row["system"], row.get("filler", "sentences"), *told)
+        series = Series(str(row["model"]), row["system"], row.get("filler", "sentences"), *telling_of(row))
         count = counts.setdefault(series, {}).setdefault(row["filler_tokens"], [0, 0])
         count[0] += bool(row["correct"])
         count[1] += 1

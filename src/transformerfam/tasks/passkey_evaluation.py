@@ -125,9 +125,13 @@ def finished_questions(rows: Iterable[Mapping[str, Any]], options: PasskeyEvalua
     return frozenset(
         (row["system"], row["filler_tokens"], row["key"])
         for row in rows
-        if row["task"] == "passkey"
-        and (row["model"], row["seed"], row.get("filler"), row.get("prefix_tokens", 0), "old_key" in row) == wanted
+        if row["task"] == "passkey" and (row["model"], row["seed"], row.get("filler"), *telling_of(row)) == wanted
     )
+
+
+def telling_of(row: Mapping[str, Any]) -> tuple[int, bool]:
+    """Return how a row's key was told: tokens of filler in front of it, and whether another key stood before those."""
+    return row.get("prefix_tokens", 0), "old_key" in row
 
 
 def evaluate_passkey(model: Any, tokenizer: Any, **options: Any) -> Iterator[dict[str, Any]]:
