@@ -254,6 +254,9 @@ def test_report_shows_what_is_missing(recipe: Path, tmp_path: Path) -> None:
     assert 40 not in found["full"]
     text = shown(comparison_tables(comparison, rows)[0])
     assert "0.50 [0.00, 1.00]" in text
+    for seeds, title in (("[0,1]", "mean over 2 seeds [least, most]"), ("[0]", "one seed")):
+        of_seeds = load_comparison(recipe, [f"seeds={seeds}"])
+        assert str(comparison_tables(of_seeds, rows)[0].title).endswith(title)
     plot_comparison(comparison, rows, tmp_path / "figure.svg")
     drawn = (tmp_path / "figure.svg").read_text()
     assert "rmt (1 empty)" in drawn

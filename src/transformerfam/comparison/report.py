@@ -162,9 +162,14 @@ def capacities(comparison: Comparison, rows: Iterable[Row]) -> dict[str, dict[tu
     return found
 
 
+def _over_seeds(comparison: Comparison) -> str:
+    num_seeds = len(comparison.seeds)
+    return "one seed" if num_seeds == 1 else f"mean over {num_seeds} seeds [least, most]"
+
+
 def _capacity_table(comparison: Comparison, rows: Sequence[Row]) -> Table:
     table = Table(
-        title=f"{comparison.name}: keys recalled of those told, mean over {len(comparison.seeds)} seeds [least, most]",
+        title=f"{comparison.name}: keys recalled of those told, {_over_seeds(comparison)}",
         caption=f"{comparison.num_keys} texts per seed, length and number of keys; bits: held at least, of "
         f"{KEY_BITS:.1f} for each key"
         + (
@@ -201,7 +206,7 @@ def comparison_tables(comparison: Comparison, rows: Sequence[Row]) -> list[Table
 
 def _accuracy_table(comparison: Comparison, rows: Sequence[Row], kind: Kind, what: str) -> Table:
     table = Table(
-        title=f"{comparison.name}: {what}, mean over {len(comparison.seeds)} seeds [least, most]",
+        title=f"{comparison.name}: {what}, {_over_seeds(comparison)}",
         caption=f"{comparison.num_keys} questions per seed and length; lengths in tokens of filler",
     )
     table.add_column("system")
