@@ -27,6 +27,7 @@ from transformerfam.reports.rows import read_rows
 from transformerfam.rivals import RIVAL_NAMES
 from transformerfam.training.recipe_file import build_recipe
 
+ROOT = Path(__file__).parents[1]
 STATE_PASSING = """
 [state_passing]
 probability = 0.9
@@ -57,8 +58,8 @@ def recipe(tmp_path: Path) -> Path:
     return path
 
 
-def shown(table: Any) -> str:
-    console = Console(width=200)
+def shown(table: Any, width: int = 200) -> str:
+    console = Console(width=width)
     with console.capture() as captured:
         console.print(table)
     return captured.get()
@@ -267,6 +268,18 @@ def test_report_shows_what_is_missing(recipe: Path, tmp_path: Path) -> None:
         plot_comparison(comparison, rows, tmp_path / "figure.gif")
 
 
+def test_terminal_of_80_columns_shows_whole_numbers() -> None:
+    """Catches numbers and names that are cut, as those of one table with nine columns are."""
+    comparison = load_comparison(ROOT / "recipes" / "comparisons" / "passkey.toml")
+    rows = read_rows([ROOT / "docs" / "results" / "compare_passkey.jsonl"])
+    (trained,) = [r for r in rows if (r["task"], r["system"], r["seed"]) == (TRAINED_TASK, "fam_norm_bound", 0)]
+    text = "".join(shown(table, width=80) for table in comparison_tables(comparison, rows))
+    assert "…" not in text
+    assert text.count(" fam_norm_bound ") == 3
+    assert f" {trained['num_parameters']:,} " in text
+    assert f" {trained['num_tokens']:,} " in text
+
+
 def test_ablations_are_drawn_as_a_matrix_and_tables_as_markdown(recipe: Path, tmp_path: Path) -> None:
     """Catches ablations without their name or number, an empty cell that looks like zero, and columns out of line."""
     variants = ",".join(f'{name}="fam"' for name in ("fam_f4", "fam_f8", "a", "b", "c"))
@@ -311,7 +324,7 @@ def test_keys_are_asked_at_every_depth_and_behind_another(recipe: Path, tmp_path
     drawn = (tmp_path / "figure.svg").read_text()
     for where in ("0 tokens behind the start", "9 tokens behind the start", "9 tokens behind another key"):
         assert drawn.count(f"told {where}") == 1
-    assert len(comparison_tables(comparison, rows)) == 4
+    assert len(comparison_tables(comparison, rows)) == 5
     with pytest.raises(RecipeError, match="prefix_tokens and overwritten_tokens are empty or negative"):
         load_comparison(recipe, ["prefix_tokens=[-1]"])
 
@@ -326,7 +339,7 @@ def test_rows_of_two_versions_are_refused(recipe: Path) -> None:
 
 def test_committed_comparison_is_well_formed() -> None:
     """Catches a shipped recipe that does not load, or a system of the paper that it leaves out."""
-    comparison = load_comparison(Path(__file__).parent.parent / "recipes" / "comparisons" / "passkey.toml")
+    comparison = load_comparison(ROOT / "recipes" / "comparisons" / "passkey.toml")
     assert set(comparison.systems) >= {"fam", "fam_memory_zeroed", "fam_untrained", "static_summary", *RIVAL_NAMES}
     assert len(comparison.seeds) == 3
     assert max(comparison.filler_tokens) >= 262_144

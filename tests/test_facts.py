@@ -247,6 +247,6 @@ def test_comparison_of_facts(tmp_path: Path) -> None:
         row["correct"] = row.get("num_supports") == 1
     assert cells(comparison, rows, 1)["fam"][8].by_seed == {0: 1}
     assert cells(comparison, rows, 2)["fam"][8].by_seed == {0: 0}
-    assert len(comparison_tables(comparison, rows)) == 3
+    assert len(comparison_tables(comparison, rows)) == 4
     plot_comparison(comparison, rows, tmp_path / "figure.svg")
     assert (tmp_path / "figure.svg").read_text().count("empty: infini") == 2

@@ -265,7 +265,7 @@ def test_comparison_of_named_keys(tmp_path: Path) -> None:
     told = [row["bits"] for row in rows if row.get("num_told") == 3 and row["filler_tokens"] == 8]
     assert found["fam"][8, 3].bits == pytest.approx(sum(told) / comparison.num_keys)
     assert found["bswa"][8, 3].recalled == {}
-    assert len(comparison_tables(comparison, rows)) == 2
+    assert len(comparison_tables(comparison, rows)) == 3
     plot_comparison(comparison, rows, tmp_path / "figure.svg")
     drawn = (tmp_path / "figure.svg").read_text()
     assert "empty: bswa" in drawn

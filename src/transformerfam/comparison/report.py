@@ -178,7 +178,7 @@ def _capacity_table(comparison: Comparison, rows: Sequence[Row]) -> Table:
             else ""
         ),
     )
-    table.add_column("system")
+    table.add_column("system", no_wrap=True)
     table.add_column("filler tokens", justify="right")
     for num_told in comparison.num_told:
         table.add_column(f"{num_told} told", justify="right")
@@ -189,7 +189,7 @@ def _capacity_table(comparison: Comparison, rows: Sequence[Row]) -> Table:
 
 
 def comparison_tables(comparison: Comparison, rows: Sequence[Row]) -> list[Table]:
-    """Return accuracy by system and length, and what each system is: parameters, training, bytes, speed.
+    """Return accuracy by system and length, then each system's parameters and training, then its speed and bytes.
 
     Args:
         comparison: what was to be done.
@@ -199,42 +199,54 @@ def comparison_tables(comparison: Comparison, rows: Sequence[Row]) -> list[Table
         TransformerFamError: the rows come from different versions of the package.
     """
     if comparison.task == "named-keys":
-        return [_capacity_table(comparison, rows), _systems_table(comparison, rows)]
+        return [_capacity_table(comparison, rows), *_systems_tables(comparison, rows)]
     by_kind = [_accuracy_table(comparison, rows, kind, what) for kind, what in kinds(comparison).items()]
-    return [*by_kind, _systems_table(comparison, rows)]
+    return [*by_kind, *_systems_tables(comparison, rows)]
 
 
 def _accuracy_table(comparison: Comparison, rows: Sequence[Row], kind: Kind, what: str) -> Table:
-    table = Table(
-        title=f"{comparison.name}: {what}, {_over_seeds(comparison)}",
+    shown = {
+        system: [str(by_length.get(length, "-")) for length in comparison.filler_tokens]
+        for system, by_length in cells(comparison, rows, kind).items()
+    }
+    return _table(
+        f"{comparison.name}: {what}, {_over_seeds(comparison)}",
+        [f"{length:,}" for length in comparison.filler_tokens],
+        shown,
         caption=f"{comparison.num_keys} questions per seed and length; lengths in tokens of filler",
     )
-    table.add_column("system")
-    for length in comparison.filler_tokens:
-        table.add_column(f"{length:,}", justify="right")
-    for system, by_length in cells(comparison, rows, kind).items():
-        table.add_row(system, *(str(by_length.get(length, "-")) for length in comparison.filler_tokens))
-    return table
 
 
-def _systems_table(comparison: Comparison, rows: Sequence[Row]) -> Table:
+def _systems_tables(comparison: Comparison, rows: Sequence[Row]) -> list[Table]:
+    """Two tables, since the numbers of both do not fit beside one another on a terminal of 80 columns."""
     own = [row for row in rows if row["model"] == comparison.name]
     trained = {row["system"]: row for row in own if row["task"] == TRAINED_TASK}
     carried = {(r["system"], r["num_tokens"]): r for r in own if r["task"] == BYTES_TASK}
-    table = Table(title=f"{comparison.name}: the systems")
-    columns = ("system", "parameters", "beside FAM", "trained on tokens", "CPU s", "read tokens/s")
-    for number, title in enumerate((*columns, *(f"bytes at {n:,}" for n in BYTES_LENGTHS))):
-        table.add_column(title, justify="right" if number else "left")
     fam = trained.get("fam")
+    training: dict[str, list[str]] = {}
+    reading: dict[str, list[str]] = {}
     for system in dict.fromkeys(run.system for run in comparison.runs):
+        training[system], reading[system] = [EMPTY] * 4, [EMPTY] * (1 + len(BYTES_LENGTHS))
         row = trained.get(system)
         if row is None:
-            table.add_row(system, *[EMPTY] * (len(columns) - 1 + len(BYTES_LENGTHS)))
             continue
         beside = "-" if fam is None else f"{row['num_parameters'] / fam['num_parameters'] - 1:+.1%}"
-        numbers = [row["num_parameters"], row["num_tokens"], row["cpu_seconds"]]
-        numbers += [carried[system, BYTES_LENGTHS[-1]]["tokens_per_second"]]
-        numbers += [carried[system, n]["bytes_carried"] for n in BYTES_LENGTHS]
-        shown = ["-" if number is None else f"{number:,.0f}" for number in numbers]
-        table.add_row(system, shown[0], beside, *shown[1:])
+        num_tokens, seconds = ("-" if row[n] is None else f"{row[n]:,.0f}" for n in ("num_tokens", "cpu_seconds"))
+        training[system] = [f"{row['num_parameters']:,}", beside, num_tokens, seconds]
+        speed = carried[system, BYTES_LENGTHS[-1]]["tokens_per_second"]
+        reading[system] = [f"{n:,.0f}" for n in (speed, *(carried[system, n]["bytes_carried"] for n in BYTES_LENGTHS))]
+    bytes_at = [f"bytes at {n:,}" for n in BYTES_LENGTHS]
+    return [
+        _table(f"{comparison.name}: training", ["parameters", "beside FAM", "tokens", "CPU s"], training),
+        _table(f"{comparison.name}: reading", ["tokens/s", *bytes_at], reading),
+    ]
+
+
+def _table(title: str, columns: Sequence[str], shown: Mapping[str, Sequence[str]], caption: str | None = None) -> Table:
+    table = Table(title=title, caption=caption)
+    table.add_column("system", no_wrap=True)
+    for column in columns:
+        table.add_column(column, justify="right")
+    for system, texts in shown.items():
+        table.add_row(system, *texts)
     return table
