@@ -4,6 +4,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from statistics import mean
 from typing import NamedTuple
 
+from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from transformerfam.comparison.plan import Comparison
@@ -243,10 +244,10 @@ def _systems_tables(comparison: Comparison, rows: Sequence[Row]) -> list[Table]:
 
 
 def _table(title: str, columns: Sequence[str], shown: Mapping[str, Sequence[str]], caption: str | None = None) -> Table:
-    table = Table(title=title, caption=caption)
+    table = Table(title=title, caption=caption, box=SIMPLE_HEAD)
     table.add_column("system", no_wrap=True)
     for column in columns:
-        table.add_column(column, justify="right")
+        table.add_column(column, justify="right", min_width=max(len(word) for word in column.split()))
     for system, texts in shown.items():
         table.add_row(system, *texts)
     return table
