@@ -7,6 +7,7 @@ import pytest
 from rich.console import Console
 
 from transformerfam.errors import CorruptFileError, MissingPackageError, TransformerFamError
+from transformerfam.reports.figure import label_ends, new_figure, save_figure
 from transformerfam.reports.next_token import next_token_table
 from transformerfam.reports.passkey import passkey_table, plot_passkey
 from transformerfam.reports.rows import RowFile, accuracy_by_length, read_rows, wilson_interval
@@ -164,6 +165,27 @@ def test_figure_is_the_same_bytes_for_the_same_rows_and_names_its_lines(tmp_path
     for label in (">fam<", ">bswa<", ">fam_memory_zeroed<", ">longest in training<", ">8k<"):
         assert label in text
     assert (tmp_path / "figures" / "c.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_lines_that_end_together_are_named_behind_samples_in_their_order(tmp_path):
+    """Would catch labels one upon another, and names that fit any of the lines which end at the same point."""
+    with new_figure(tmp_path / "figure.svg", (6.4, 3.6)) as (figure, (axes,)):
+        styles = {"late": ("--", "s"), "early": (":", "^"), "high": ("-", "o")}
+        heights = {"late": [1.0, 0.8, 0.0], "early": [1.0, 0.1, 0.0], "high": [1.0, 1.0, 1.0]}
+        lines = [
+            axes.plot([1, 2, 4], heights[name], linestyle=line, marker=marker, color="#123456")[0]
+            for name, (line, marker) in styles.items()
+        ]
+        label_ends(axes, list(zip(lines, styles, strict=True)))
+        save_figure(figure, tmp_path / "figure.svg")
+        boxes = sorted(axes.artists, key=lambda box: box.xy[1])
+        named = [box.offsetbox.get_children() for box in boxes]
+        assert [text.get_text() for _, text in named] == ["early", "late", "high"]
+        assert boxes[1].xy[1] - boxes[0].xy[1] > 0.05
+        for area, text in named:
+            (sample,) = area.get_children()
+            assert (sample.get_linestyle(), sample.get_marker()) == styles[text.get_text()]
+            assert sample.get_color() == "#123456"
 
 
 def test_figure_takes_a_length_of_zero_and_a_million(tmp_path):

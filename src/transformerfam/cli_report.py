@@ -92,6 +92,7 @@ def report_attention(
     strip = filmed[:MAX_STRIP] if marks else filmed[-MAX_STRIP:]
     plot_film(strip, chosen_heads[0], output / "film.png", marks)
     plot_memory(records, output / "memory.svg")
+    (output / "attention.jsonl").unlink(missing_ok=True)  # its rows are those of the pictures
     with RowFile(output / "attention.jsonl") as rows:
         for row in memory_rows(records):
             rows.append(row | {"system": "fam", "model": model, "text": text, **provenance()})

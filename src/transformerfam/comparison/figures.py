@@ -85,7 +85,7 @@ def _by_panel(found: Mapping[str, Mapping[int, Cell]]) -> dict[str, Mapping[str,
 
 def _draw_panel(axes: Any, title: str, systems: Mapping[str, Mapping[int, Cell]]) -> None:
     axes.set_title(title, loc="left", fontsize=9)
-    ends: list[tuple[float, float, str]] = []
+    lines: list[tuple[Any, str]] = []
     missing = []
     for number, (system, by_length) in enumerate(systems.items()):
         points = [(length, cell) for length, cell in by_length.items() if cell.by_seed]
@@ -98,7 +98,7 @@ def _draw_panel(axes: Any, title: str, systems: Mapping[str, Mapping[int, Cell]]
             [cell.mean - min(cell.by_seed.values()) for _, cell in points],
             [max(cell.by_seed.values()) - cell.mean for _, cell in points],
         ]
-        axes.errorbar(
+        drawn = axes.errorbar(
             [length for length, _ in points],
             shares,
             yerr=errors,
@@ -113,8 +113,8 @@ def _draw_panel(axes: Any, title: str, systems: Mapping[str, Mapping[int, Cell]]
             clip_on=False,
         )
         label = system if len(points) == len(by_length) else f"{system} ({len(by_length) - len(points)} {EMPTY})"
-        ends.append((points[-1][0], shares[-1], label))
-    label_ends(axes, ends)
+        lines.append((drawn.lines[0], label))
+    label_ends(axes, lines)
     _name_missing(axes, missing, 0.08, "bottom")
 
 
@@ -177,12 +177,12 @@ def _name_capacity(axes: Sequence[Any], more: str) -> None:
 
 def _draw_capacity(axes: Any, places: Sequence[int], lines: Mapping[str, Sequence[float | None]], top: float) -> None:
     """Draw one line per name over places in powers of two, those without a value left out."""
-    ends = []
+    named = []
     for number, (name, values) in enumerate(lines.items()):
         points = [(place, value) for place, value in zip(places, values, strict=True) if value is not None]
         if not points:
             continue
-        axes.plot(
+        (line,) = axes.plot(
             [place for place, _ in points],
             [value for _, value in points],
             color="#000000",
@@ -192,14 +192,14 @@ def _draw_capacity(axes: Any, places: Sequence[int], lines: Mapping[str, Sequenc
             markerfacecolor="white",
             linewidth=1.1,
         )
-        ends.append((*points[-1], name))
+        named.append((line, name))
     axes.set_ylim(-0.04 * top, 1.06 * top)
     axes.set_xscale("log", base=2)
     axes.set_xticks(places, [str(place) for place in places])
     axes.minorticks_off()
     for side in ("top", "right"):
         axes.spines[side].set_visible(False)
-    label_ends(axes, ends, (0.0, top))
+    label_ends(axes, named, (0.0, top))
 
 
 def _name_missing(axes: Any, missing: Sequence[str], height: float, alignment: str) -> None:

@@ -197,13 +197,13 @@ def plot_memory(records: Sequence[BlockRecord], path: str | Path) -> None:
     panels = [(title, name) for title, name in panels if any(getattr(record, name) for record in records)]
     with new_figure(path, (6.4, 1.9 * len(panels)), len(panels)) as (figure, all_axes):
         for axes, (title, name) in zip(all_axes, panels, strict=True):
-            ends: list[tuple[float, float, str]] = []
+            lines: list[tuple[Any, str]] = []
             for number, (layer_idx, own) in enumerate(by_layer.items()):
                 values = [(record.block_idx, getattr(record, name)) for record in own]
                 values = [(block, value) for block, value in values if value is not None]
                 if not values:
                     continue
-                axes.plot(
+                (line,) = axes.plot(
                     *zip(*values, strict=True),
                     color="black",
                     linewidth=0.9,
@@ -213,8 +213,8 @@ def plot_memory(records: Sequence[BlockRecord], path: str | Path) -> None:
                     markerfacecolor="white",
                     markevery=max(1, len(values) // 12),
                 )
-                ends.append((*values[-1], f"layer {layer_idx}"))
-            label_ends(axes, ends, axes.get_ylim(), 6)
+                lines.append((line, f"layer {layer_idx}"))
+            label_ends(axes, lines, axes.get_ylim(), 6)
             axes.set_title(title, loc="left", fontsize=8)
             for side in ("top", "right"):
                 axes.spines[side].set_visible(False)

@@ -14,6 +14,8 @@ GREYS = ("#000000", "#595959", "#303030", "#7a7a7a", "#484848", "#666666")
 LABEL_GAP = 0.055
 """Least distance of two labels, in accuracy, on axes of `LABEL_HEIGHT` inches."""
 LABEL_HEIGHT = 3.6
+SAMPLE_WIDTH = 26.0
+"""Length of the piece of line in front of a label, in points."""
 
 
 @contextlib.contextmanager
@@ -93,34 +95,62 @@ def short_length(num_tokens: float) -> str:
 
 
 def label_ends(
-    axes: Any, ends: Sequence[tuple[float, float, str]], limits: tuple[float, float] = (0.0, 1.0), font_size: float = 9
+    axes: Any, lines: Sequence[tuple[Any, str]], limits: tuple[float, float] = (0.0, 1.0), font_size: float = 9
 ) -> None:
-    """Name lines to the right of the last point of all, labels moved apart where lines end together.
+    """Name lines to the right of the last point of all, each name behind a sample of its line.
+
+    Labels are moved apart where lines end together, in the order in which the lines came there.
 
     Args:
         axes: whose lines they are.
-        ends: of every line where it ends, on both axes, and its name.
+        lines: every line, a `matplotlib.lines.Line2D`, and its name.
         limits: of the vertical axis.
         font_size: of the labels.
     """
-    if not ends:
+    if not lines:
         return
+    from matplotlib.offsetbox import AnnotationBbox, HPacker, TextArea
+
     num_rows = axes.get_subplotspec().get_gridspec().nrows
     extent = limits[1] - limits[0]
     gap = LABEL_GAP * LABEL_HEIGHT * num_rows / axes.figure.get_figheight() * extent * font_size / 9
-    right = max(length for length, _, _ in ends)
-    by_height = sorted((height, label) for _, height, label in ends)
+    right = max(line.get_xdata()[-1] for line, _ in lines)
+    by_end = sorted(lines, key=lambda named: list(reversed(named[0].get_ydata())))
     heights: list[float] = []
-    for height, _ in by_height:
-        heights.append(height if not heights else max(height, heights[-1] + gap))
+    for line, _ in by_end:
+        end = float(line.get_ydata()[-1])
+        heights.append(end if not heights else max(end, heights[-1] + gap))
     excess = max(0.0, heights[-1] - limits[1] - 0.04 * extent)
-    for (_, label), height in zip(by_height, heights, strict=True):
-        axes.annotate(
-            label,
-            xy=(right, height - excess),
-            xytext=(10, 0),
-            textcoords="offset points",
-            verticalalignment="center",
-            annotation_clip=False,
-            fontsize=font_size,
+    for (line, label), height in zip(by_end, heights, strict=True):
+        named = HPacker(
+            children=[_sample(line, font_size), TextArea(label, textprops={"fontsize": font_size})],
+            align="center",
+            pad=0,
+            sep=4,
         )
+        axes.add_artist(
+            AnnotationBbox(
+                named,
+                (right, height - excess),
+                xybox=(10, 0),
+                boxcoords="offset points",
+                box_alignment=(0, 0.5),
+                frameon=False,
+                pad=0,
+                annotation_clip=False,
+            )
+        )
+
+
+def _sample(line: Any, font_size: float) -> Any:
+    """Return a short piece of a line, as a legend has it: dashes, and a marker in the middle."""
+    from matplotlib.lines import Line2D
+    from matplotlib.offsetbox import DrawingArea
+
+    width = SAMPLE_WIDTH * font_size / 9
+    area = DrawingArea(width, font_size)
+    sample = Line2D([0, width / 2, width], [font_size / 2] * 3, markevery=[1])
+    sample.update_from(line)
+    sample.set(clip_on=False, markevery=[1], transform=area.get_transform())
+    area.add_artist(sample)
+    return area

@@ -58,19 +58,18 @@ def plot_passkey(rows: Iterable[Row], path: str | Path) -> None:
     if not curves:
         raise TransformerFamError("there are 0 passkey rows, at least 1 is required; run `fam evaluate passkey` first")
     with new_figure(path, (6.4, 3.6)) as (figure, (axes,)):
-        for index, points in enumerate(curves.values()):
-            _draw(axes, index, points)
-        ends = [(points[-1].filler_tokens, points[-1].share, series.label(curves)) for series, points in curves.items()]
-        label_ends(axes, ends)
+        lines = [_draw(axes, index, points) for index, points in enumerate(curves.values())]
+        label_ends(axes, [(line, series.label(curves)) for line, series in zip(lines, curves, strict=True)])
         _mark_training(axes, rows)
         length_axis(axes, sorted({point.filler_tokens for points in curves.values() for point in points}))
         save_figure(figure, path)
 
 
-def _draw(axes: Any, index: int, points: list[Accuracy]) -> None:
+def _draw(axes: Any, index: int, points: list[Accuracy]) -> Any:
+    """Draw one curve, and return its line."""
     lengths = [point.filler_tokens for point in points]
     errors = [[point.share - point.low for point in points], [point.high - point.share for point in points]]
-    axes.errorbar(
+    drawn = axes.errorbar(
         lengths,
         [point.share for point in points],
         yerr=[[max(0.0, value) for value in side] for side in errors],
@@ -84,6 +83,7 @@ def _draw(axes: Any, index: int, points: list[Accuracy]) -> None:
         capsize=2,
         clip_on=False,
     )
+    return drawn.lines[0]
 
 
 def _mark_training(axes: Any, rows: list[Row]) -> None:
