@@ -249,4 +249,8 @@ def test_comparison_of_facts(tmp_path: Path) -> None:
     assert cells(comparison, rows, 2)["fam"][8].by_seed == {0: 0}
     assert len(comparison_tables(comparison, rows)) == 4
     plot_comparison(comparison, rows, tmp_path / "figure.svg")
-    assert (tmp_path / "figure.svg").read_text().count("empty: infini") == 2
+    drawn = (tmp_path / "figure.svg").read_text()
+    assert drawn.count("empty: infini") == 2
+    for text in (">chance<", ">answers right<", ">novel that the story is hidden in (tokens)<"):
+        assert drawn.count(text) == 2
+    assert "key" not in drawn.replace("marker", "")

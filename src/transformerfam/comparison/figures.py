@@ -10,6 +10,7 @@ from transformerfam.comparison.report import EMPTY, Capacity, Cell, capacities, 
 from transformerfam.errors import TransformerFamError
 from transformerfam.reports.figure import LINES, MARKERS, label_ends, length_axis, new_figure, save_figure, short_length
 from transformerfam.reports.rows import Row
+from transformerfam.tasks.facts import PLACES
 from transformerfam.tasks.named_keys_evaluation import KEY_BITS
 
 PANELS: tuple[tuple[str, tuple[str, ...]], ...] = (
@@ -68,7 +69,13 @@ def plot_comparison(comparison: Comparison, rows: Sequence[Row], path: str | Pat
             axes.set_visible(False)
         for axes, (title, by_system) in zip(all_axes, panels.items(), strict=False):
             _draw_panel(axes, title, by_system)
-            length_axis(axes, list(comparison.filler_tokens))
+            if comparison.task == "facts":
+                _mark_chance(axes)
+                length_axis(
+                    axes, comparison.filler_tokens, "novel that the story is hidden in (tokens)", "answers right"
+                )
+            else:
+                length_axis(axes, comparison.filler_tokens)
         save_figure(figure, path)
 
 
@@ -116,6 +123,12 @@ def _draw_panel(axes: Any, title: str, systems: Mapping[str, Mapping[int, Cell]]
         lines.append((drawn.lines[0], label))
     label_ends(axes, lines)
     _name_missing(axes, missing, 0.08, "bottom")
+
+
+def _mark_chance(axes: Any) -> None:
+    chance = 1 / len(PLACES)
+    axes.axhline(chance, color="#999999", linewidth=0.8, linestyle=(0, (2, 2)), zorder=0)
+    axes.text(0.01, chance, "chance", transform=axes.get_yaxis_transform(), fontsize=7, color="#555555", va="bottom")
 
 
 def _plot_capacity(comparison: Comparison, rows: Sequence[Row], path: str | Path) -> None:

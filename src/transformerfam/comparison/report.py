@@ -62,7 +62,8 @@ Kind = int | tuple[int, bool]
 def kinds(comparison: Comparison) -> dict[Kind, str]:
     """Return what parts the questions of passkeys or facts, each with its name."""
     if comparison.task == "facts":
-        return {number: f"questions with {number} supports answered" for number in comparison.num_supports}
+        names = {number: "one support" if number == 1 else f"{number} supports" for number in comparison.num_supports}
+        return {number: f"questions with {name} answered" for number, name in names.items()}
     if len(comparison.tellings) == 1:
         return {comparison.tellings[0]: "passkeys recalled"}
     places = {False: "the start", True: "another key"}

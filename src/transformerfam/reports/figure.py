@@ -70,8 +70,20 @@ def save_figure(figure: Any, path: str | Path) -> None:
         raise TransformerFamError(f"could not write {path}: {error.strerror}; choose another file") from error
 
 
-def length_axis(axes: Any, lengths: Sequence[int]) -> None:
-    """Let axes go from 0 to 1 in keys recalled, and over lengths, which are written short, in powers of two."""
+def length_axis(
+    axes: Any,
+    lengths: Sequence[int],
+    along: str = "filler between key and question (tokens)",
+    share: str = "keys recalled",
+) -> None:
+    """Let axes go from 0 to 1 in a share, and over lengths, which are written short, in powers of two.
+
+    Args:
+        axes: both axes of a plot.
+        lengths: tokens, in order.
+        along: what the lengths are of.
+        share: what is shared.
+    """
     import matplotlib.ticker
 
     least = min((length for length in lengths if length > 0), default=1)
@@ -81,8 +93,8 @@ def length_axis(axes: Any, lengths: Sequence[int]) -> None:
     axes.xaxis.set_major_formatter(lambda value, _: short_length(value))
     axes.xaxis.set_minor_locator(matplotlib.ticker.NullLocator())
     axes.set_ylim(-0.04, 1.06)
-    axes.set_xlabel("filler between key and question (tokens)")
-    axes.set_ylabel("keys recalled")
+    axes.set_xlabel(along)
+    axes.set_ylabel(share)
     for side in ("top", "right"):
         axes.spines[side].set_visible(False)
 
