@@ -8,7 +8,16 @@ from typing import Any
 from transformerfam.comparison.plan import Comparison, RunName
 from transformerfam.comparison.report import EMPTY, Capacity, Cell, capacities, cells, kinds
 from transformerfam.errors import TransformerFamError
-from transformerfam.reports.figure import LINES, MARKERS, label_ends, length_axis, new_figure, save_figure, short_length
+from transformerfam.reports.figure import (
+    GUIDE,
+    LINES,
+    MARKERS,
+    label_ends,
+    length_axis,
+    new_figure,
+    save_figure,
+    short_length,
+)
 from transformerfam.reports.rows import Row
 from transformerfam.tasks.facts import PLACES
 from transformerfam.tasks.named_keys_evaluation import KEY_BITS
@@ -127,7 +136,7 @@ def _draw_panel(axes: Any, title: str, systems: Mapping[str, Mapping[int, Cell]]
 
 def _mark_chance(axes: Any) -> None:
     chance = 1 / len(PLACES)
-    axes.axhline(chance, color="#999999", linewidth=0.8, linestyle=(0, (2, 2)), zorder=0)
+    axes.axhline(chance, **GUIDE)
     axes.text(0.01, chance, "chance", transform=axes.get_yaxis_transform(), fontsize=7, color="#555555", va="bottom")
 
 

@@ -170,24 +170,20 @@ def _over_seeds(comparison: Comparison) -> str:
 
 
 def _capacity_table(comparison: Comparison, rows: Sequence[Row]) -> Table:
-    table = Table(
-        title=f"{comparison.name}: keys recalled of those told, {_over_seeds(comparison)}",
-        caption=f"{comparison.num_keys} texts per seed, length and number of keys; bits: held at least, of "
-        f"{KEY_BITS:.1f} for each key"
-        + (
-            f"; {comparison.num_retold} names told anew, old: answered with the old key"
-            if comparison.num_retold
-            else ""
+    caption = f"{comparison.num_keys} texts per seed, length and number of keys; bits: held at least, of "
+    caption += f"{KEY_BITS:.1f} for each key"
+    if comparison.num_retold:
+        caption += f"; {comparison.num_retold} names told anew, old: answered with the old key"
+    return _table(
+        f"{comparison.name}: keys recalled of those told, {_over_seeds(comparison)}",
+        ["filler tokens", *(f"{num_told} told" for num_told in comparison.num_told)],
+        (
+            [system, f"{length:,}", *(str(found[length, n]) for n in comparison.num_told)]
+            for system, found in capacities(comparison, rows).items()
+            for length in comparison.lengths_of(system)
         ),
+        caption,
     )
-    table.add_column("system", no_wrap=True)
-    table.add_column("filler tokens", justify="right")
-    for num_told in comparison.num_told:
-        table.add_column(f"{num_told} told", justify="right")
-    for system, found in capacities(comparison, rows).items():
-        for length in comparison.lengths_of(system):
-            table.add_row(system, f"{length:,}", *(str(found[length, n]) for n in comparison.num_told))
-    return table
 
 
 def comparison_tables(comparison: Comparison, rows: Sequence[Row]) -> list[Table]:
@@ -207,15 +203,14 @@ def comparison_tables(comparison: Comparison, rows: Sequence[Row]) -> list[Table
 
 
 def _accuracy_table(comparison: Comparison, rows: Sequence[Row], kind: Kind, what: str) -> Table:
-    shown = {
-        system: [str(by_length.get(length, "-")) for length in comparison.filler_tokens]
-        for system, by_length in cells(comparison, rows, kind).items()
-    }
     return _table(
         f"{comparison.name}: {what}, {_over_seeds(comparison)}",
         [f"{length:,}" for length in comparison.filler_tokens],
-        shown,
-        caption=f"{comparison.num_keys} questions per seed and length; lengths in tokens of filler",
+        (
+            [system, *(str(by_length.get(length, "-")) for length in comparison.filler_tokens)]
+            for system, by_length in cells(comparison, rows, kind).items()
+        ),
+        f"{comparison.num_keys} questions per seed and length; lengths in tokens of filler",
     )
 
 
@@ -225,18 +220,19 @@ def _systems_tables(comparison: Comparison, rows: Sequence[Row]) -> list[Table]:
     trained = {row["system"]: row for row in own if row["task"] == TRAINED_TASK}
     carried = {(r["system"], r["num_tokens"]): r for r in own if r["task"] == BYTES_TASK}
     fam = trained.get("fam")
-    training: dict[str, list[str]] = {}
-    reading: dict[str, list[str]] = {}
+    training, reading = [], []
     for system in dict.fromkeys(run.system for run in comparison.runs):
-        training[system], reading[system] = [EMPTY] * 4, [EMPTY] * (1 + len(BYTES_LENGTHS))
         row = trained.get(system)
         if row is None:
+            training.append([system, *[EMPTY] * 4])
+            reading.append([system, *[EMPTY] * (1 + len(BYTES_LENGTHS))])
             continue
         beside = "-" if fam is None else f"{row['num_parameters'] / fam['num_parameters'] - 1:+.1%}"
         num_tokens, seconds = ("-" if row[n] is None else f"{row[n]:,.0f}" for n in ("num_tokens", "cpu_seconds"))
-        training[system] = [f"{row['num_parameters']:,}", beside, num_tokens, seconds]
-        speed = carried[system, BYTES_LENGTHS[-1]]["tokens_per_second"]
-        reading[system] = [f"{n:,.0f}" for n in (speed, *(carried[system, n]["bytes_carried"] for n in BYTES_LENGTHS))]
+        training.append([system, f"{row['num_parameters']:,}", beside, num_tokens, seconds])
+        numbers = [carried[system, BYTES_LENGTHS[-1]]["tokens_per_second"]]
+        numbers += [carried[system, n]["bytes_carried"] for n in BYTES_LENGTHS]
+        reading.append([system, *(f"{number:,.0f}" for number in numbers)])
     bytes_at = [f"bytes at {n:,}" for n in BYTES_LENGTHS]
     return [
         _table(f"{comparison.name}: training", ["parameters", "beside FAM", "tokens", "CPU s"], training),
@@ -244,11 +240,12 @@ def _systems_tables(comparison: Comparison, rows: Sequence[Row]) -> list[Table]:
     ]
 
 
-def _table(title: str, columns: Sequence[str], shown: Mapping[str, Sequence[str]], caption: str | None = None) -> Table:
+def _table(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]], caption: str | None = None) -> Table:
+    """A column of systems and columns of numbers, none of which is cut."""
     table = Table(title=title, caption=caption, box=SIMPLE_HEAD)
     table.add_column("system", no_wrap=True)
     for column in columns:
         table.add_column(column, justify="right", min_width=max(len(word) for word in column.split()))
-    for system, texts in shown.items():
-        table.add_row(system, *texts)
+    for texts in rows:
+        table.add_row(*texts)
     return table

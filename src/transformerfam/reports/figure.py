@@ -14,6 +14,8 @@ GREYS = ("#000000", "#595959", "#303030", "#7a7a7a", "#484848", "#666666")
 LABEL_GAP = 0.055
 """Least distance of two labels, in accuracy, on axes of `LABEL_HEIGHT` inches."""
 LABEL_HEIGHT = 3.6
+GUIDE = {"color": "#999999", "linewidth": 0.8, "linestyle": (0, (2, 2)), "zorder": 0}
+"""How a line is drawn that is no curve: a length of training, chance."""
 SAMPLE_WIDTH = 26.0
 """Length of the piece of line in front of a label, in points."""
 

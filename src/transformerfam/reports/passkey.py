@@ -9,6 +9,7 @@ from rich.table import Table
 from transformerfam.errors import TransformerFamError
 from transformerfam.reports.figure import (
     GREYS,
+    GUIDE,
     LINES,
     MARKERS,
     label_ends,
@@ -91,7 +92,7 @@ def _mark_training(axes: Any, rows: list[Row]) -> None:
     trained = {row.get("max_training_filler_tokens") for row in rows if row["task"] == "passkey"} - {None}
     if len(trained) == 1:
         length = trained.pop()
-        axes.axvline(length, color="#999999", linewidth=0.8, linestyle=(0, (2, 2)), zorder=0)
+        axes.axvline(length, **GUIDE)
         axes.annotate(
             "longest in training",
             xy=(length, 1.06),
