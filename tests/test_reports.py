@@ -188,6 +188,14 @@ def test_lines_that_end_together_are_named_behind_samples_in_their_order(tmp_pat
             assert sample.get_color() == "#123456"
 
 
+def test_line_that_ends_below_the_limits_is_named_at_the_lower_one(tmp_path):
+    """Would catch a name far below its axes, upon those of the next row."""
+    with new_figure(tmp_path / "figure.svg", (6.4, 3.6)) as (_, (axes,)):
+        lines = [axes.plot([1, 2], heights)[0] for heights in ([1.0, -600.0], [1.0, 1.0])]
+        label_ends(axes, list(zip(lines, ("low", "high"), strict=True)))
+        assert [box.xy[1] for box in axes.artists] == [0.0, 1.0]
+
+
 def test_figure_takes_a_length_of_zero_and_a_million(tmp_path):
     """Would catch a logarithmic axis that loses the first point."""
     plot_passkey(passkey_rows(lengths=(0, 64, 1_000_000)), tmp_path / "f.svg")

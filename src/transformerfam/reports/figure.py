@@ -113,7 +113,8 @@ def label_ends(
 ) -> None:
     """Name lines to the right of the last point of all, each name behind a sample of its line.
 
-    Labels are moved apart where lines end together, in the order in which the lines came there.
+    Labels are moved apart where lines end together, in the order in which the lines came there; a line that ends below
+    the limits has its label at the lower one.
 
     Args:
         axes: whose lines they are.
@@ -132,7 +133,7 @@ def label_ends(
     by_end = sorted(lines, key=lambda named: list(reversed(named[0].get_ydata())))
     heights: list[float] = []
     for line, _ in by_end:
-        end = float(line.get_ydata()[-1])
+        end = max(limits[0], float(line.get_ydata()[-1]))
         heights.append(end if not heights else max(end, heights[-1] + gap))
     excess = max(0.0, heights[-1] - limits[1] - 0.04 * extent)
     for (line, label), height in zip(by_end, heights, strict=True):
