@@ -269,12 +269,14 @@ def test_report_shows_what_is_missing(recipe: Path, tmp_path: Path) -> None:
 
 
 def test_terminal_of_80_columns_shows_whole_numbers() -> None:
-    """Catches numbers and names that are cut, as those of one table with nine columns are."""
+    """Catches numbers and names that are cut, and columns left outside, as by cells with several seeds' spread."""
     comparison = load_comparison(ROOT / "recipes" / "comparisons" / "passkey.toml")
     rows = read_rows([ROOT / "docs" / "results" / "compare_passkey.jsonl"])
     (trained,) = [r for r in rows if (r["task"], r["system"], r["seed"]) == (TRAINED_TASK, "fam_norm_bound", 0)]
-    text = "".join(shown(table, width=80) for table in comparison_tables(comparison, rows))
+    texts = [shown(table, width=80) for table in comparison_tables(comparison, rows)]
+    text = "".join(texts)
     assert "…" not in text
+    assert all(f" {length:,} " in texts[0] for length in comparison.filler_tokens)
     assert text.count(" fam_norm_bound ") == 3
     assert f" {trained['num_parameters']:,} " in text
     assert f" {trained['num_tokens']:,} " in text

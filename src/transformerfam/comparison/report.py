@@ -241,11 +241,13 @@ def _systems_tables(comparison: Comparison, rows: Sequence[Row]) -> list[Table]:
 
 
 def _table(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]], caption: str | None = None) -> Table:
-    """A column of systems and columns of numbers, none of which is cut."""
-    table = Table(title=title, caption=caption, box=SIMPLE_HEAD)
+    """A column of systems and columns of numbers; no word of either is cut."""
+    rows = list(rows)
+    table = Table(title=title, caption=caption, box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
     table.add_column("system", no_wrap=True)
-    for column in columns:
-        table.add_column(column, justify="right", min_width=max(len(word) for word in column.split()))
+    for index, column in enumerate(columns, start=1):
+        words = " ".join([column, *(texts[index] for texts in rows)]).split()
+        table.add_column(column, justify="right", min_width=max(map(len, words)))
     for texts in rows:
         table.add_row(*texts)
     return table
