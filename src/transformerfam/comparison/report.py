@@ -1,5 +1,6 @@
 """A comparison's rows as tables: mean over seeds and their spread; what is missing is shown as missing."""
 
+from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from statistics import mean
 from typing import NamedTuple
@@ -215,28 +216,36 @@ def _accuracy_table(comparison: Comparison, rows: Sequence[Row], kind: Kind, wha
 
 
 def _systems_tables(comparison: Comparison, rows: Sequence[Row]) -> list[Table]:
-    """Two tables, since the numbers of both do not fit beside one another on a terminal of 80 columns."""
+    """Two tables, as both do not fit beside one another on a terminal of 80 columns; what seeds differ in as mean."""
     own = [row for row in rows if row["model"] == comparison.name]
-    trained = {row["system"]: row for row in own if row["task"] == TRAINED_TASK}
-    carried = {(r["system"], r["num_tokens"]): r for r in own if r["task"] == BYTES_TASK}
-    fam = trained.get("fam")
+    trained, carried = defaultdict(list), defaultdict(list)
+    for row in own:
+        if row["task"] == TRAINED_TASK:
+            trained[row["system"]].append(row)
+        elif row["task"] == BYTES_TASK:
+            carried[row["system"], row["num_tokens"]].append(row)
     training, reading = [], []
     for system in dict.fromkeys(run.system for run in comparison.runs):
-        row = trained.get(system)
-        if row is None:
+        by_seed = trained[system]
+        if not by_seed:
             training.append([system, *[EMPTY] * 4])
             reading.append([system, *[EMPTY] * (1 + len(BYTES_LENGTHS))])
             continue
-        beside = "-" if fam is None else f"{row['num_parameters'] / fam['num_parameters'] - 1:+.1%}"
-        num_tokens, seconds = ("-" if row[n] is None else f"{row[n]:,.0f}" for n in ("num_tokens", "cpu_seconds"))
-        training.append([system, f"{row['num_parameters']:,}", beside, num_tokens, seconds])
-        numbers = [carried[system, BYTES_LENGTHS[-1]]["tokens_per_second"]]
-        numbers += [carried[system, n]["bytes_carried"] for n in BYTES_LENGTHS]
+        num_parameters = by_seed[0]["num_parameters"]
+        beside = f"{num_parameters / trained['fam'][0]['num_parameters'] - 1:+.1%}" if trained["fam"] else "-"
+        spent = [
+            "-" if by_seed[0][name] is None else f"{mean(row[name] for row in by_seed):,.0f}"
+            for name in ("num_tokens", "cpu_seconds")
+        ]
+        training.append([system, f"{num_parameters:,}", beside, *spent])
+        numbers = [mean(row["tokens_per_second"] for row in carried[system, BYTES_LENGTHS[-1]])]
+        numbers += [carried[system, length][0]["bytes_carried"] for length in BYTES_LENGTHS]
         reading.append([system, *(f"{number:,.0f}" for number in numbers)])
+    of_seeds = ", mean over seeds" if len(comparison.seeds) > 1 else ""
     bytes_at = [f"bytes at {n:,}" for n in BYTES_LENGTHS]
     return [
-        _table(f"{comparison.name}: training", ["parameters", "beside FAM", "tokens", "CPU s"], training),
-        _table(f"{comparison.name}: reading", ["tokens/s", *bytes_at], reading),
+        _table(f"{comparison.name}: training{of_seeds}", ["parameters", "beside FAM", "tokens", "CPU s"], training),
+        _table(f"{comparison.name}: reading{of_seeds}", ["tokens/s", *bytes_at], reading),
     ]
 
 
