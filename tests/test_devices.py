@@ -4,6 +4,7 @@ What needs a CUDA device is skipped where there is none; errors for a device tha
 """
 
 import json
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,11 +17,15 @@ from typer.testing import CliRunner
 
 from transformerfam import FamConfig, FamState, convert
 from transformerfam.cli import app
+from transformerfam.comparison.run import TRAINED_TASK
 from transformerfam.compiled import compile_decoding, compile_reading
 from transformerfam.errors import TransformerFamError
 from transformerfam.kernels import Sight, attend_piece
 from transformerfam.models import find_device
 from transformerfam.plan import make_plan
+from transformerfam.reports.rows import read_rows
+from transformerfam.rivals import RIVAL_NAMES, RivalConfig, attach
+from transformerfam.rivals.state import RivalState
 from transformerfam.training.blocks import run_batch
 from transformerfam.training.instructions import weighed_batch
 from transformerfam.training.trainer import Trainer
@@ -47,7 +52,14 @@ def test_missing_device_is_refused(name: str) -> None:
 def test_commands_refuse_a_missing_device(tmp_path: Any) -> None:
     """Catches an option that is read and not used."""
     state = str(tmp_path / "state.safetensors")
-    for arguments in (["read", "-", "--save", state], ["generate", "Why?", "--state", state]):
+    comparison = str(Path(__file__).parents[1] / "recipes" / "comparisons" / "passkey.toml")
+    runs = ["compare", comparison, "--output", str(tmp_path)]
+    for arguments in (
+        ["read", "-", "--save", state],
+        ["generate", "Why?", "--state", state],
+        runs,
+        [*runs, "--run", "fam-0"],
+    ):
         result = CliRunner().invoke(app, [*arguments, "--device", "cuda:99"], input="text")
         assert (result.exit_code, type(result.exception)) == (2, SystemExit)
         assert "device 'cuda:99' cannot be used here" in result.stderr
@@ -210,6 +222,52 @@ def test_every_family_reads_the_same(case: str) -> None:
         (expected, expected_state), (found, state) = (read_in_chunks(model, ids, lengths) for model in (cpu, cuda))
         assert (found.cpu() - expected).norm() / expected.norm() < 1e-3
         assert (state.fams.cpu() - expected_state.fams).norm() / expected_state.fams.norm() < 1e-3
+
+
+@needs_cuda
+@pytest.mark.parametrize("system", RIVAL_NAMES)
+def test_every_rival_reads_the_same(system: str, tmp_path: Path) -> None:
+    """Catches a rival's mask, memory or rows that stay behind on another device, and a state that does."""
+    values = {"system": system, "block_size": 8, "num_memory_tokens": 3, "association_width": 16}
+    cpu, cuda = (attach(make_tiny_llama(), RivalConfig.from_dict(values)) for _ in range(2))
+    cuda.to("cuda")
+    ids = random_ids(2, 33)
+    mask = torch.ones_like(ids)
+    mask[1, :5] = 0
+    weighting = random_rows(2, 33, cpu.config.vocab_size)
+    states = []
+    for model in (cpu, cuda):
+        logits = model(input_ids=ids.to(model.device)).logits
+        (logits * weighting.to(model.device)).sum().backward()
+        with torch.no_grad():
+            states.append(model.read(ids, attention_mask=mask))
+    for (name, wanted), there in zip(cpu.named_parameters(), cuda.parameters(), strict=True):
+        if wanted.grad is not None:
+            assert (there.grad.cpu() - wanted.grad).norm() <= 1e-3 * wanted.grad.norm(), name
+    states[1].save(tmp_path / "state.safetensors")
+    states.append(RivalState.load(tmp_path / "state.safetensors", cpu))
+    with torch.no_grad():
+        found = [
+            model(input_ids=random_ids(2, 9, seed=1).to(model.device), past_key_values=state).logits.cpu()
+            for model, state in zip((cpu, cuda, cpu), states, strict=True)
+        ]
+    for logits in found[1:]:
+        torch.testing.assert_close(logits, found[0], atol=1e-3, rtol=1e-3)
+
+
+@needs_cuda
+@pytest.mark.parametrize("task", ["passkey", "named-keys", "facts"])
+def test_a_comparison_runs_there(tmp_path: Path, task: str) -> None:
+    """Catches questions that are asked on another device than the model's, and times of a GPU beside those of a CPU."""
+    name = {"passkey": "depth", "named-keys": "capacity", "facts": "facts"}[task]
+    file = Path(__file__).parents[1] / "recipes" / "comparisons" / f"{name}.toml"
+    small = ["filler_tokens=[64]", "num_keys=2", "batch_size=2", "recipe.schedule.steps=3"]
+    options = [part for value in small for part in ("--set", value)]
+    for run in ("fam-0", "rmt-0"):
+        arguments = ["compare", str(file), *options, "--output", str(tmp_path), "--run", run, "--device", "cuda"]
+        assert CliRunner().invoke(app, arguments, catch_exceptions=False).exit_code == 0
+        described = [row for row in read_rows([tmp_path / run / "rows.jsonl"]) if row["task"] == TRAINED_TASK]
+        assert [row["device"] for row in described] == [torch.cuda.get_device_name()]
 
 
 HEADS_OF_16 = {"head_dim": 16, "query_pre_attn_scalar": 16}  # fewer, a device's flex_attention does not take

@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Annotated
 
+import torch
 import typer
 from rich.console import Console
 
@@ -11,6 +12,7 @@ from transformerfam.comparison import Comparison, RunName, load_comparison, run_
 from transformerfam.comparison.figures import plot_comparison
 from transformerfam.comparison.report import comparison_tables
 from transformerfam.errors import TransformerFamError
+from transformerfam.models import find_device
 from transformerfam.processes import INTERRUPTED
 from transformerfam.reports.markdown import write_markdown
 from transformerfam.reports.rows import read_rows
@@ -26,6 +28,7 @@ def compare_command(
     figures: Annotated[list[Path] | None, typer.Option("--figure", help="Figure: .svg, .png or .pdf.")] = None,
     table: Annotated[Path | None, typer.Option("--table", help="Markdown file for the tables.")] = None,
     report_only: Annotated[bool, typer.Option("--report", help="Train nothing; show what is there.")] = False,
+    device: Annotated[str, typer.Option("--device", help="Where runs train and are asked: cpu, cuda, cuda:1.")] = "cpu",
     run: Annotated[str | None, typer.Option("--run", help="One run alone, SYSTEM-SEED, in this process.")] = None,
     overrides: Annotated[
         list[str] | None, typer.Option("--set", help="key=value; may be given more than once.")
@@ -35,13 +38,14 @@ def compare_command(
     comparison = load_comparison(recipe, overrides or ())
     folder = output or Path("runs") / comparison.name
     if run is not None:
-        _run_alone(comparison, RunName.parse(run), folder)
+        _run_alone(comparison, RunName.parse(run), folder, find_device(device))
         return
     rows = rows or folder / "rows.jsonl"
     failed = []
     if not report_only:
         try:
-            failed = run_all(comparison, recipe, folder, rows, overrides or (), jobs)
+            place = find_device(device)
+            failed = run_all(comparison, recipe, folder, rows, overrides or (), jobs, place)
         except KeyboardInterrupt as interrupt:
             say(
                 f"stopped; the runs have saved what they have, and {rows} keeps those that are done; run the same "
@@ -60,7 +64,7 @@ def compare_command(
         raise TransformerFamError(f"{len(failed)} runs failed: {', '.join(map(str, failed))}; see run.log in {folder}")
 
 
-def _run_alone(comparison: Comparison, run: RunName, folder: Path) -> None:
+def _run_alone(comparison: Comparison, run: RunName, folder: Path, device: torch.device) -> None:
     if run not in comparison.runs:
         raise TransformerFamError(f"{run} is no run of this comparison, required is one of its systems and seeds")
     last = [-1.0]
@@ -72,6 +76,6 @@ def _run_alone(comparison: Comparison, run: RunName, folder: Path) -> None:
             say(f"{run}: {what} {done:,} of {total:,}")
 
     try:
-        run_one(comparison, run, folder, update)
+        run_one(comparison, run, folder, update, device)
     except KeyboardInterrupt as interrupt:
         raise typer.Exit(INTERRUPTED) from interrupt

@@ -233,20 +233,23 @@ def _systems_tables(comparison: Comparison, rows: Sequence[Row]) -> list[Table]:
             continue
         num_parameters = by_seed[0]["num_parameters"]
         beside = f"{num_parameters / trained['fam'][0]['num_parameters'] - 1:+.1%}" if trained["fam"] else "-"
-        spent = [
-            "-" if by_seed[0][name] is None else f"{mean(row[name] for row in by_seed):,.0f}"
-            for name in ("num_tokens", "cpu_seconds")
-        ]
-        training.append([system, f"{num_parameters:,}", beside, *spent])
-        numbers = [mean(row["tokens_per_second"] for row in carried[system, BYTES_LENGTHS[-1]])]
-        numbers += [carried[system, length][0]["bytes_carried"] for length in BYTES_LENGTHS]
-        reading.append([system, *(f"{number:,.0f}" for number in numbers)])
+        tokens = "-" if by_seed[0]["num_tokens"] is None else f"{mean(row['num_tokens'] for row in by_seed):,.0f}"
+        training.append([system, f"{num_parameters:,}", beside, tokens, _mean_on_cpu(by_seed, "cpu_seconds")])
+        speed = _mean_on_cpu(carried[system, BYTES_LENGTHS[-1]], "tokens_per_second")
+        carries = (carried[system, length][0]["bytes_carried"] for length in BYTES_LENGTHS)
+        reading.append([system, speed, *(f"{number:,}" for number in carries)])
     of_seeds = ", mean over seeds" if len(comparison.seeds) > 1 else ""
     bytes_at = [f"bytes at {n:,}" for n in BYTES_LENGTHS]
     return [
         _table(f"{comparison.name}: training{of_seeds}", ["parameters", "beside FAM", "tokens", "CPU s"], training),
         _table(f"{comparison.name}: reading{of_seeds}", ["tokens/s", *bytes_at], reading),
     ]
+
+
+def _mean_on_cpu(rows: Iterable[Row], name: str) -> str:
+    """Return a mean over the runs on the CPU, "-" where there is none: a GPU's times are others."""
+    values = [row[name] for row in rows if row.get("device", "cpu") == "cpu" and row[name] is not None]
+    return f"{mean(values):,.0f}" if values else "-"
 
 
 def _table(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]], caption: str | None = None) -> Table:

@@ -19,7 +19,7 @@ from transformerfam.tasks.facts_evaluation import FactsEvaluation
 from transformerfam.tasks.named_keys_evaluation import NamedKeysEvaluation
 from transformerfam.tasks.passkey import BEFORE_KEY
 from transformerfam.tasks.passkey_evaluation import PasskeyEvaluation, finished_questions
-from transformerfam.tasks.provenance import memory_notes, provenance
+from transformerfam.tasks.provenance import device_name, memory_notes, provenance
 from transformerfam.tasks.text import encode
 from transformerfam.training.checkpoint import CHECKPOINT_FILE
 from transformerfam.training.setup import build_trainee
@@ -84,7 +84,13 @@ def require_same_recipe(comparison: Comparison, rows: Iterable[Row]) -> None:
             )
 
 
-def run_one(comparison: Comparison, run: RunName, folder: Path, progress: Progress | None = None) -> None:
+def run_one(
+    comparison: Comparison,
+    run: RunName,
+    folder: Path,
+    progress: Progress | None = None,
+    device: torch.device | str = "cpu",
+) -> None:
     """Train and ask; what was done before is not done again.
 
     Args:
@@ -92,6 +98,7 @@ def run_one(comparison: Comparison, run: RunName, folder: Path, progress: Progre
         run: which system, and which seed.
         folder: of the comparison; the run gets a folder in it, with the trained model, the log and `rows.jsonl`.
         progress: called with what is being done, how much of it is, and how much there is to do.
+        device: where it trains and is asked; a run may go on on another device.
 
     Raises:
         KeyboardInterrupt: Ctrl-C; the same call goes on.
@@ -106,11 +113,11 @@ def run_one(comparison: Comparison, run: RunName, folder: Path, progress: Progre
         model, tokenizer = build_trainee(recipe)
         notes: dict[str, Any] = {}
     else:
-        _train(recipe, own, progress)
+        _train(recipe, own, progress, device)
         loaded = system if system in RIVAL_NAMES else "fam"
         model, tokenizer = load_model(own, loaded)
         notes = memory_notes(own, loaded)
-    model.eval()
+    model.to(device).eval()
     with RowFile(own / ROWS_FILE) as rows:
 
         def update(done: int, total: int, state: Any) -> None:
@@ -199,14 +206,14 @@ def _new_ones(answered: Iterable[Row], rows: list[Row]) -> Iterable[Row]:
     return (row for row in answered if question(row) not in asked)
 
 
-def _train(recipe: Any, folder: Path, progress: Progress | None) -> None:
+def _train(recipe: Any, folder: Path, progress: Progress | None, device: torch.device | str) -> None:
     """Train in the run's folder, or go on there."""
 
     def update(trainer: Trainer, row: dict[str, Any]) -> None:
         if progress is not None:
             progress("train", row["step"] + 1, recipe.schedule.steps)
 
-    trainer = Trainer(recipe, folder, resume=(folder / CHECKPOINT_FILE).exists())
+    trainer = Trainer(recipe, folder, resume=(folder / CHECKPOINT_FILE).exists(), device=device)
     if not trainer.run(update).is_complete:
         raise KeyboardInterrupt
 
@@ -226,9 +233,9 @@ def _description(
         speed = missing / (time.perf_counter() - start)
         rows.append(
             {"task": BYTES_TASK, **common, "num_tokens": length, "bytes_carried": state.num_bytes}
-            | {"tokens_per_second": round(speed)}
+            | {"tokens_per_second": round(speed), "device": device_name(model.device)}
         )
-    trained = {name: notes.get(name) for name in ("steps", "num_tokens", "cpu_seconds", "seconds")}
+    trained = {name: notes.get(name) for name in ("steps", "num_tokens", "cpu_seconds", "seconds", "device")}
     num_parameters = sum(parameter.numel() for parameter in model.parameters())
     digest = {"recipe_digest": recipe_digest(comparison, run)}
     return [*rows, {"task": TRAINED_TASK, **common, "num_parameters": num_parameters, **trained, **digest}]

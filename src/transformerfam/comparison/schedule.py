@@ -12,6 +12,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich.console import Console
 from rich.live import Live
 from rich.table import Table
@@ -215,6 +216,7 @@ def run_all(
     rows: Path,
     overrides: Sequence[str] = (),
     num_jobs: int = 2,
+    device: torch.device | str = "cpu",
 ) -> list[RunName]:
     """Do all runs of a comparison that are not done yet.
 
@@ -225,6 +227,7 @@ def run_all(
         rows: file of the finished runs' rows; a run whose rows stand there is done.
         overrides: what was changed of the file.
         num_jobs: runs at a time.
+        device: where the runs train and are asked.
 
     Returns:
         The runs that failed.
@@ -243,6 +246,8 @@ def run_all(
         "--output",
         str(folder),
         *changes,
+        "--device",
+        str(device),
         "--run",
     ]
     return Schedule(comparison, folder, rows, command, num_jobs).run()

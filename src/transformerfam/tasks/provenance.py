@@ -10,6 +10,8 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from transformerfam.adapter import FAM_FILE, FamAdapter
 from transformerfam.errors import CorruptFileError
 from transformerfam.files import load_tensors
@@ -63,6 +65,11 @@ def machine() -> str:
         pass
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     return f"{name}, {cores} cores"
+
+
+def device_name(device: torch.device) -> str:
+    """Return "cpu", a GPU's own name, or what torch calls another kind of device."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 
 
 def memory_notes(name_or_folder: str | Path, system: str = "fam") -> dict[str, Any]:

@@ -18,7 +18,7 @@ from transformerfam.adapter import FamAdapter
 from transformerfam.convert import set_block_size, set_key_bias
 from transformerfam.errors import NonFiniteLossError
 from transformerfam.models import BASE_NOTE, save_model, save_rival
-from transformerfam.tasks.provenance import memory_notes
+from transformerfam.tasks.provenance import device_name, memory_notes
 from transformerfam.training.auxiliary import auxiliary_losses
 from transformerfam.training.blocks import find_non_finite, find_non_finite_gradient
 from transformerfam.training.checkpoint import (
@@ -79,6 +79,7 @@ class Trainer:
         claim_folder(self.folder, recipe, resume, self.ranks)
         self.model, self.tokenizer = build_trainee(recipe)
         self.model.to(device)
+        self.device_name = device_name(self.model.device)
         self.step_module = self.ranks.wrap(self.model)
         self.auxiliary = auxiliary_losses(self.model, recipe)
         self.started_from = None if recipe.model.memory is None else memory_notes(recipe.model.memory)
@@ -329,6 +330,7 @@ class Trainer:
             "seconds": round(self.seconds),
             "cpu_seconds": round(self.cpu_seconds),
             "num_tokens": self.num_tokens,
+            "device": self.device_name,
             "max_training_filler_tokens": max(self.recipe.max_filler_tokens, longest_before),
             "started_from": self.started_from,
         }
