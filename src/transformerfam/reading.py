@@ -115,6 +115,7 @@ def read(
     """
     ids = torch.as_tensor(input_ids, dtype=torch.long)
     ids = (ids[None] if ids.dim() == 1 else ids).to(self.device)
+    attention_mask = None if attention_mask is None else attention_mask.to(self.device)
     check_ids(ids, self.get_input_embeddings().num_embeddings)
     state = self.init_state(len(ids)) if state is None else state
     if progress is True:
