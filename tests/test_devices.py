@@ -17,7 +17,9 @@ from typer.testing import CliRunner
 
 from transformerfam import FamConfig, FamState, convert
 from transformerfam.cli import app
-from transformerfam.comparison.run import TRAINED_TASK
+from transformerfam.comparison import load_comparison
+from transformerfam.comparison.report import comparison_tables
+from transformerfam.comparison.run import BYTES_LENGTHS, BYTES_TASK, TRAINED_TASK
 from transformerfam.compiled import compile_decoding, compile_reading
 from transformerfam.errors import TransformerFamError
 from transformerfam.kernels import Sight, attend_piece
@@ -34,6 +36,7 @@ needs_cuda = pytest.mark.skipif(
     not torch.cuda.is_available(), reason="no CUDA device here; where there is one, make test runs it"
 )
 
+RECIPES = Path(__file__).parents[1] / "recipes" / "comparisons"
 CONFIGS = {
     "fam": FamConfig(block_size=6, fam_length=2, num_memory_segments=0, fam_key_bias=0.0),
     "memory segments": FamConfig(block_size=5, fam_length=2, num_memory_segments=2, fam_key_bias=0.0),
@@ -52,8 +55,7 @@ def test_missing_device_is_refused(name: str) -> None:
 def test_commands_refuse_a_missing_device(tmp_path: Any) -> None:
     """Catches an option that is read and not used."""
     state = str(tmp_path / "state.safetensors")
-    comparison = str(Path(__file__).parents[1] / "recipes" / "comparisons" / "passkey.toml")
-    runs = ["compare", comparison, "--output", str(tmp_path)]
+    runs = ["compare", str(RECIPES / "passkey.toml"), "--output", str(tmp_path)]
     for arguments in (
         ["read", "-", "--save", state],
         ["generate", "Why?", "--state", state],
@@ -260,7 +262,7 @@ def test_every_rival_reads_the_same(system: str, tmp_path: Path) -> None:
 def test_a_comparison_runs_there(tmp_path: Path, task: str) -> None:
     """Catches questions that are asked on another device than the model's, and times of a GPU beside those of a CPU."""
     name = {"passkey": "depth", "named-keys": "capacity", "facts": "facts"}[task]
-    file = Path(__file__).parents[1] / "recipes" / "comparisons" / f"{name}.toml"
+    file = RECIPES / f"{name}.toml"
     small = ["filler_tokens=[64]", "num_keys=2", "batch_size=2", "recipe.schedule.steps=3"]
     options = [part for value in small for part in ("--set", value)]
     for run in ("fam-0", "rmt-0"):
@@ -268,6 +270,28 @@ def test_a_comparison_runs_there(tmp_path: Path, task: str) -> None:
         assert CliRunner().invoke(app, arguments, catch_exceptions=False).exit_code == 0
         described = [row for row in read_rows([tmp_path / run / "rows.jsonl"]) if row["task"] == TRAINED_TASK]
         assert [row["device"] for row in described] == [torch.cuda.get_device_name()]
+
+
+def test_times_of_other_devices_are_not_those_of_a_cpu() -> None:
+    """Catches a mean over the seconds of a CPU and of a GPU, and a GPU's time that is shown as a CPU's."""
+    comparison = load_comparison(RECIPES / "passkey.toml")
+    rows = []
+    for system, seed, device, number in (("fam", 0, None, 40), ("fam", 1, "GPU", 4), ("rmt", 0, "GPU", 4)):
+        common = {"system": system, "seed": seed, "model": comparison.name, "version": "1"}
+        common |= {} if device is None else {"device": device}
+        trained = {"task": TRAINED_TASK, "num_parameters": 9, "num_tokens": 1000 * number, "cpu_seconds": number}
+        rows.append(common | trained)
+        for num_tokens in BYTES_LENGTHS:
+            carried = {"task": BYTES_TASK, "num_tokens": num_tokens, "bytes_carried": 8, "tokens_per_second": number}
+            rows.append(common | carried)
+    training, reading = comparison_tables(comparison, rows)[-2:]
+    for table, columns, expected in (
+        (training, (3, 4), {"fam": ("22,000", "40"), "rmt": ("4,000", "-")}),
+        (reading, (1, 2), {"fam": ("40", "8"), "rmt": ("-", "8")}),
+    ):
+        numbers = zip(*(table.columns[column].cells for column in columns), strict=True)
+        by_system = dict(zip(table.columns[0].cells, numbers, strict=True))
+        assert {system: by_system[system] for system in expected} == expected
 
 
 HEADS_OF_16 = {"head_dim": 16, "query_pre_attn_scalar": 16}  # fewer, a device's flex_attention does not take

@@ -20,6 +20,7 @@ from transformerfam.models import load_model
 from transformerfam.tasks.passkey import PasskeyText
 from transformerfam.tasks.provenance import memory_notes
 from transformerfam.training import ranks as ranks_module
+from transformerfam.training import trainer as trainer_module
 from transformerfam.training.checkpoint import recipe_of_run
 from transformerfam.training.recipe_file import build_recipe
 from transformerfam.training.sections import StatePassingSection
@@ -125,6 +126,15 @@ def test_trained_model_is_loaded_as_it_was(tmp_path):
     with torch.no_grad():
         torch.testing.assert_close(model(input_ids=ids).logits, trainer.model(input_ids=ids).logits)
     assert recipe_of_run(tmp_path) == trainer.recipe
+
+
+def test_notes_name_every_device_that_steps_were_taken_on(tmp_path, monkeypatch):
+    """A run that went on elsewhere, or was only loaded there, and passes for one of that device alone."""
+    Trainer(small_recipe(schedule={"steps": 3, "max_seconds": 0.0}), tmp_path).run()  # one step
+    for name in ("other", "third"):  # all that are left, then none
+        monkeypatch.setattr(trainer_module, "device_name", lambda device, name=name: name)
+        Trainer(small_recipe(schedule={"steps": 3}), tmp_path, resume=True).run()
+        assert memory_notes(tmp_path)["device"] == "cpu, other"
 
 
 def test_lora_is_kept_as_an_adapter_in_float16(tmp_path):

@@ -21,12 +21,7 @@ from transformerfam.models import BASE_NOTE, save_model, save_rival
 from transformerfam.tasks.provenance import device_name, memory_notes
 from transformerfam.training.auxiliary import auxiliary_losses
 from transformerfam.training.blocks import find_non_finite, find_non_finite_gradient
-from transformerfam.training.checkpoint import (
-    Place,
-    cut_log,
-    load_checkpoint,
-    save_checkpoint,
-)
+from transformerfam.training.checkpoint import Place, cut_log, load_checkpoint, save_checkpoint
 from transformerfam.training.instructions import PackedInstructions
 from transformerfam.training.optimizer import AverageOfWeights, build_optimizer, key_bias_at, lr_factor
 from transformerfam.training.ranks import Ranks, claim_folder
@@ -79,7 +74,6 @@ class Trainer:
         claim_folder(self.folder, recipe, resume, self.ranks)
         self.model, self.tokenizer = build_trainee(recipe)
         self.model.to(device)
-        self.device_name = device_name(self.model.device)
         self.step_module = self.ranks.wrap(self.model)
         self.auxiliary = auxiliary_losses(self.model, recipe)
         self.started_from = None if recipe.model.memory is None else memory_notes(recipe.model.memory)
@@ -99,6 +93,7 @@ class Trainer:
         self.seconds = 0.0
         self.cpu_seconds = 0.0
         self.num_tokens = 0
+        self.devices: list[str] = []  # that steps were taken on
         self._is_interrupted = False
         if resume:
             self._restore()
@@ -197,6 +192,7 @@ class Trainer:
         """Count the step, and go on to the next stage of the curriculum when it is due."""
         self.step += 1
         self.steps_in_stage += 1
+        self.devices = sorted({*self.devices, device_name(self.model.device)})
         if key_accuracy is not None:
             self.accuracies.append(key_accuracy)
         stages = self.stages
@@ -289,6 +285,7 @@ class Trainer:
             "seconds": self.seconds,
             "cpu_seconds": self.cpu_seconds,
             "num_tokens": self.num_tokens,
+            "devices": self.devices,
         }
         passing = copy.copy(self.passing)
         passing.saved = self.ranks.whole_saved(passing.saved)
@@ -305,6 +302,7 @@ class Trainer:
         self.accuracies = deque(progress["accuracies"], maxlen=window)
         self.seconds, self.cpu_seconds = progress["seconds"], progress["cpu_seconds"]
         self.num_tokens = progress["num_tokens"]
+        self.devices = progress.get("devices", [])  # checkpoints of before have none
         if self.ranks.is_main:
             cut_log(self.folder / LOG_FILE, self.step)
 
@@ -330,7 +328,7 @@ class Trainer:
             "seconds": round(self.seconds),
             "cpu_seconds": round(self.cpu_seconds),
             "num_tokens": self.num_tokens,
-            "device": self.device_name,
+            "device": ", ".join(self.devices),
             "max_training_filler_tokens": max(self.recipe.max_filler_tokens, longest_before),
             "started_from": self.started_from,
         }
