@@ -17,9 +17,10 @@ from typer.testing import CliRunner
 
 from transformerfam import FamConfig, FamState, convert
 from transformerfam.cli import app
-from transformerfam.comparison import load_comparison
+from transformerfam.comparison import load_comparison, run_all
 from transformerfam.comparison.report import comparison_tables
 from transformerfam.comparison.run import BYTES_LENGTHS, BYTES_TASK, TRAINED_TASK
+from transformerfam.comparison.schedule import Schedule
 from transformerfam.compiled import compile_decoding, compile_reading
 from transformerfam.errors import TransformerFamError
 from transformerfam.kernels import Sight, attend_piece
@@ -270,6 +271,15 @@ def test_a_comparison_runs_there(tmp_path: Path, task: str) -> None:
         assert CliRunner().invoke(app, arguments, catch_exceptions=False).exit_code == 0
         described = [row for row in read_rows([tmp_path / run / "rows.jsonl"]) if row["task"] == TRAINED_TASK]
         assert [row["device"] for row in described] == [torch.cuda.get_device_name()]
+
+
+def test_every_run_gets_the_device(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches a device that is checked, and then not handed to the processes of the runs."""
+    commands = []
+    monkeypatch.setattr(Schedule, "run", lambda self: commands.append(self.command))
+    file = RECIPES / "passkey.toml"
+    run_all(load_comparison(file), file, tmp_path, tmp_path / "rows.jsonl", device="cuda:1")
+    assert commands[0][-3:] == ["--device", "cuda:1", "--run"]
 
 
 def test_times_of_other_devices_are_not_those_of_a_cpu() -> None:
