@@ -6,6 +6,7 @@ import sys
 import pytest
 from rich.console import Console
 
+from transformerfam.comparison.figures import line_style
 from transformerfam.errors import CorruptFileError, MissingPackageError, TransformerFamError
 from transformerfam.reports.figure import label_ends, new_figure, save_figure
 from transformerfam.reports.next_token import next_token_table
@@ -186,6 +187,13 @@ def test_lines_that_end_together_are_named_behind_samples_in_their_order(tmp_pat
             (sample,) = area.get_children()
             assert (sample.get_linestyle(), sample.get_marker()) == styles[text.get_text()]
             assert sample.get_color() == "#123456"
+
+
+def test_no_two_lines_of_a_panel_look_alike():
+    """Would catch FAM and the seventh system of a panel in one style, told apart by nothing."""
+    styles = [line_style(system, number) for number, system in enumerate(["fam", *"abcdefghijklmnop"])]
+    assert len({(style["linestyle"], style["marker"]) for style in styles}) == len(styles)
+    assert {style["linewidth"] for style in styles[1:]} < {style["linewidth"] for style in styles}
 
 
 def test_line_that_ends_below_the_limits_is_named_at_the_lower_one(tmp_path):

@@ -108,7 +108,6 @@ def _draw_panel(axes: Any, title: str, systems: Mapping[str, Mapping[int, Cell]]
         if not points:
             missing.append(system)
             continue
-        is_fam = system == "fam"
         shares = [cell.mean for _, cell in points]
         errors = [
             [cell.mean - min(cell.by_seed.values()) for _, cell in points],
@@ -118,12 +117,7 @@ def _draw_panel(axes: Any, title: str, systems: Mapping[str, Mapping[int, Cell]]
             [length for length, _ in points],
             shares,
             yerr=errors,
-            color="#000000" if is_fam else "#4a4a4a",
-            linestyle="-" if is_fam else LINES[1 + number % (len(LINES) - 1)],
-            marker=MARKERS[number % len(MARKERS)],
-            markersize=4,
-            markerfacecolor="#000000" if is_fam else "white",
-            linewidth=2.0 if is_fam else 1.1,
+            **line_style(system, number),
             elinewidth=0.6,
             capsize=2,
             clip_on=False,
@@ -132,6 +126,19 @@ def _draw_panel(axes: Any, title: str, systems: Mapping[str, Mapping[int, Cell]]
         lines.append((drawn.lines[0], label))
     label_ends(axes, lines)
     _name_missing(axes, missing, 0.08, "bottom")
+
+
+def line_style(system: str, number: int) -> dict[str, Any]:
+    """Return how the line of a system is drawn that has this number in its panel; no two of thirty are alike."""
+    is_fam = system == "fam"
+    return {
+        "color": "#000000" if is_fam else "#4a4a4a",
+        "linestyle": "-" if is_fam else LINES[1 + number % (len(LINES) - 1)],
+        "marker": MARKERS[number % len(MARKERS)],
+        "markersize": 4,
+        "markerfacecolor": "#000000" if is_fam else "white",
+        "linewidth": 2.0 if is_fam else 1.1,
+    }
 
 
 def _mark_chance(axes: Any) -> None:
@@ -204,16 +211,7 @@ def _draw_capacity(axes: Any, places: Sequence[int], lines: Mapping[str, Sequenc
         points = [(place, value) for place, value in zip(places, values, strict=True) if value is not None]
         if not points:
             continue
-        (line,) = axes.plot(
-            [place for place, _ in points],
-            [value for _, value in points],
-            color="#000000",
-            linestyle=LINES[number % len(LINES)],
-            marker=MARKERS[number % len(MARKERS)],
-            markersize=4,
-            markerfacecolor="white",
-            linewidth=1.1,
-        )
+        (line,) = axes.plot([place for place, _ in points], [value for _, value in points], **line_style(name, number))
         named.append((line, name))
     axes.set_ylim(-0.04 * top, 1.06 * top)
     axes.set_xscale("log", base=2)
