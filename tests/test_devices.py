@@ -261,7 +261,7 @@ def test_every_rival_reads_the_same(system: str, tmp_path: Path) -> None:
 @needs_cuda
 @pytest.mark.parametrize("task", ["passkey", "named-keys", "facts"])
 def test_a_comparison_runs_there(tmp_path: Path, task: str) -> None:
-    """Catches questions that are asked on another device than the model's, and times of a GPU beside those of a CPU."""
+    """Catches questions that are asked on another device than the model's, and a training that hides where it ran."""
     name = {"passkey": "depth", "named-keys": "capacity", "facts": "facts"}[task]
     file = RECIPES / f"{name}.toml"
     small = ["filler_tokens=[64]", "num_keys=2", "batch_size=2", "recipe.schedule.steps=3"]

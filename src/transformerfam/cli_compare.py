@@ -44,8 +44,7 @@ def compare_command(
     failed = []
     if not report_only:
         try:
-            place = find_device(device)
-            failed = run_all(comparison, recipe, folder, rows, overrides or (), jobs, place)
+            failed = run_all(comparison, recipe, folder, rows, overrides or (), jobs, find_device(device))
         except KeyboardInterrupt as interrupt:
             say(
                 f"stopped; the runs have saved what they have, and {rows} keeps those that are done; run the same "

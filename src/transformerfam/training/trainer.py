@@ -111,6 +111,8 @@ class Trainer:
         """
         schedule = self.recipe.schedule
         self.model.train()
+        if self.step < schedule.steps:
+            self.devices = sorted({*self.devices, device_name(self.model.device)})
         begin, seconds_before = time.monotonic(), self.seconds
         last_save, cpu = begin, time.process_time()
         with self._interrupts(), (self.folder / LOG_FILE).open("a", encoding="utf-8") as log:
@@ -192,7 +194,6 @@ class Trainer:
         """Count the step, and go on to the next stage of the curriculum when it is due."""
         self.step += 1
         self.steps_in_stage += 1
-        self.devices = sorted({*self.devices, device_name(self.model.device)})
         if key_accuracy is not None:
             self.accuracies.append(key_accuracy)
         stages = self.stages
