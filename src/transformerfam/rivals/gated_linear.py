@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 
 from transformerfam.rivals.piece import Rival, RivalPiece, require_plain_heads
 
-CHUNK_LENGTH = 16
+CHUNK_LENGTH = 8
 
 
 def gated_linear_attention(
@@ -53,7 +53,7 @@ def gated_linear_attention(
         length = key.shape[2]
         is_past = torch.ones(length, length, dtype=torch.bool, device=key.device).tril()[..., None]
         between = (total[:, :, :, None] - total[:, :, None]).masked_fill(~is_past, -torch.inf).exp()
-        weights = torch.einsum("bgrtk,bgsk,bgtsk->bgrts", query, key, between)
+        weights = (query.transpose(2, 3) @ (key[:, :, None] * between).mT).transpose(2, 3)
         before = (query * total.exp()[:, :, None]) @ state_BGKV[:, :, None]
         outputs.append(before + weights @ value[:, :, None])
         last = total[:, :, -1:]
