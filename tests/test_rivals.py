@@ -13,6 +13,7 @@ from transformerfam import FamConfig, convert
 from transformerfam.errors import CorruptFileError, StateMismatchError, TransformerFamError, UnsupportedModelError
 from transformerfam.reference import ReferenceWeights
 from transformerfam.rivals import PRESETS, RIVAL_NAMES, RivalConfig, RivalState, attach, preset
+from transformerfam.rivals.gated_linear import CHUNK_LENGTH
 
 TOLERANCE = 1e-6
 """Models run in float64, where two ways of one reading differ by 1e-14; a wrong key shows at 1e-2."""
@@ -43,11 +44,8 @@ def plain(model: Any) -> Any:
     return PLAIN[config.system](ReferenceWeights.from_llama(model), parameters, config)
 
 
-@pytest.mark.parametrize("num_tokens", [1, 7, 8, 9, 29])
-@pytest.mark.parametrize("system", RIVAL_NAMES)
-def test_logits_and_gradients_equal_the_papers_equations(system: str, num_tokens: int) -> None:
-    """Catches any departure of a rival from its paper, in what it gives and in what it is trained by."""
-    model, ids = with_rival(system), random_ids(1, num_tokens)
+def check_against_plain(model: Any, ids: torch.Tensor) -> None:
+    """Compare logits and gradients with those of plain loops."""
     there = model(input_ids=ids).logits[0]
     required = plain(model).logits(ids[0])
     torch.testing.assert_close(there, required, atol=NORM_TOLERANCE, rtol=1e-5)
@@ -60,6 +58,18 @@ def test_logits_and_gradients_equal_the_papers_equations(system: str, num_tokens
         mine, its = (zero if g is None else g for g in (mine, its))
         scale = max(1.0, float(its.abs().max()))
         assert float((mine - its).abs().max()) < 1e-4 * scale, name
+
+
+@pytest.mark.parametrize("num_tokens", [1, 7, 8, 9, 29])
+@pytest.mark.parametrize("system", RIVAL_NAMES)
+def test_logits_and_gradients_equal_the_papers_equations(system: str, num_tokens: int) -> None:
+    """Catches any departure of a rival from its paper, in what it gives and in what it is trained by."""
+    check_against_plain(with_rival(system), random_ids(1, num_tokens))
+
+
+def test_gated_linear_memory_runs_through_the_chunks_of_a_segment() -> None:
+    """Catches a recurrence that holds within a chunk, and not from one to the next of the same segment."""
+    check_against_plain(with_rival("gated_linear", block_size=3 * CHUNK_LENGTH + 2), random_ids(1, 29))
 
 
 @pytest.mark.parametrize("fields", [{"system": "infini", "use_delta_rule": False}])
