@@ -6,18 +6,17 @@ VENV ?= .venv
 ARGS ?=
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
-OLDEST ?= .venv-oldest
-OLDEST_STAMP := $(OLDEST)/.oldest
+VERSIONS ?=
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet --quiet
 
 export HF_HUB_DISABLE_TELEMETRY := 1
 OFFLINE := HF_HUB_OFFLINE=1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test oldest check lint types layers format prove bench clean
+.PHONY: help setup demo test test-versions check lint types layers format prove bench clean
 
 help:  ## say what the targets do
-	@sed -n 's/^\([a-z]*\):.*## \(.*\)/make \1\t\2/p' Makefile | expand -t 14
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/make \1\t\2/p' Makefile | expand -t 14
 
 setup: $(STAMP)  ## make .venv with the pinned versions
 
@@ -38,13 +37,8 @@ demo: $(STAMP)  ## hide a passkey on the first page of a novel, read it in const
 test: $(STAMP)  ## all tests but the slow ones, offline (ARGS="-k passkey")
 	@$(OFFLINE) $(BIN)/python -m pytest -n auto $(ARGS)
 
-oldest: $(OLDEST_STAMP)  ## all tests but the slow ones with the oldest supported transformers, in an environment of its own
-	@$(OFFLINE) $(OLDEST)/bin/python -m pytest -n auto $(ARGS)
-
-$(OLDEST_STAMP): requirements.lock requirements-oldest.lock pyproject.toml
-	@$(MAKE) setup VENV=$(OLDEST)
-	@$(OLDEST)/bin/python -m pip --disable-pip-version-check --quiet --quiet install -r requirements-oldest.lock
-	@touch $@
+test-versions: $(STAMP)  ## all tests with the oldest and the newest transformers (VERSIONS="torch==2.9.1", ARGS=--promises)
+	@$(OFFLINE) $(BIN)/python scripts/test_versions.py $(VERSIONS) $(ARGS)
 
 check: lint types layers test  ## lint, docstrings, types, layering, tests
 
@@ -62,12 +56,12 @@ format: $(STAMP)  ## rewrite what ruff can
 	@$(BIN)/ruff check --fix .
 	@$(BIN)/ruff format .
 
-prove: $(STAMP)  ## the slow tests, minutes to an hour, and all others with the oldest supported transformers
+prove: $(STAMP)  ## the slow tests, minutes to an hour, and all others with the oldest and the newest transformers
 	@$(OFFLINE) $(BIN)/python -m pytest -m slow --timeout 7200 $(ARGS)
-	@if [ -z "$(ARGS)" ]; then $(MAKE) oldest; fi
+	@if [ -z "$(ARGS)" ]; then $(MAKE) test-versions; fi
 
 bench: $(STAMP)  ## speed and memory beside what you would use instead, some hours (ARGS="overhead --model smollm2")
 	@$(OFFLINE) $(BIN)/python -m benchmarks $(ARGS)
 
 clean:  ## remove the virtual environment and caches
-	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
+	rm -rf $(VENV) .venv-versions .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from transformers import Cache, PreTrainedModel
 
+from transformerfam.cache_argument import CACHE_NAME
 from transformerfam.config import FamConfig
 from transformerfam.reference import fam_positions
 
@@ -157,7 +158,7 @@ class FamilyReference:
             for module, to in ((behind, self.last_branch), (mlp, self.last_mlp))
         ]
         arguments: dict[str, Any] = {
-            CACHE_ARGUMENT.get(model_config.model_type, "past_key_values"): cache,
+            CACHE_ARGUMENT.get(model_config.model_type, CACHE_NAME): cache,
             "attention_mask": mask.to(rows_TD.dtype)[None, None],
             "position_ids": position_ids,
             "position_embeddings": self.decoder.rotary_emb(rows_TD[None], position_ids, *kinds),

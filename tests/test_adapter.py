@@ -12,7 +12,7 @@ from tiny_llama import make_tiny_llama, random_ids, random_rows
 from transformerfam import FamConfig, FamState, adapter, convert
 from transformerfam.adapter import FamAdapter, inject_lora
 from transformerfam.convert import fam_parameters
-from transformerfam.errors import CorruptFileError, MissingPackageError, StateMismatchError, TransformerFamError
+from transformerfam.errors import CorruptFileError, StateMismatchError, TransformerFamError
 
 CONFIG = FamConfig(fam_key_bias=0.0, block_size=8, fam_length=3, num_memory_segments=1)
 
@@ -129,12 +129,6 @@ def test_damaged_files_are_refused(tmp_path: Path, file: str) -> None:
     (tmp_path / file).unlink()
     with pytest.raises(CorruptFileError, match=r"does not exist|cannot be read"):
         FamAdapter.from_pretrained(tmp_path)
-
-
-def test_missing_peft_says_how_to_install_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(__import__("sys").modules, "peft", None)
-    with pytest.raises(MissingPackageError, match=r"pip install 'transformerfam\[train\]'"):
-        adapter.require_peft()
 
 
 def test_lora_configuration_is_plain_json(tmp_path: Path) -> None:

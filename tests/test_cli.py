@@ -11,6 +11,7 @@ from typer.testing import CliRunner
 
 from transformerfam import FamConfig, FamState, cli, convert, demo
 from transformerfam.adapter import FamAdapter
+from transformerfam.cache_argument import as_cache
 from transformerfam.models import load_model
 from transformerfam.reports.rows import read_rows
 from transformerfam.tasks import provenance
@@ -367,7 +368,7 @@ def test_full_attention_cache_is_counted_as_transformers_allocates_it():
         base="tiny-random", num_hidden_layers=2, hidden_size=16, num_attention_heads=2, num_key_value_heads=1
     )
     plain, cache = build_tiny_model(section, 60), DynamicCache()
-    plain(demo.torch.zeros(1, 9, dtype=demo.torch.long), past_key_values=cache)
+    plain(demo.torch.zeros(1, 9, dtype=demo.torch.long), **as_cache(cache))
     held = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
     assert demo.full_attention_bytes(plain, 9) == held
 

@@ -23,6 +23,7 @@ from transformers.models.llama import modeling_llama
 
 from transformerfam import FamConfig, convert
 from transformerfam.attention import piece_mask
+from transformerfam.cache_argument import as_cache
 from transformerfam.convert import fam_parameters, memory_of, set_key_bias
 from transformerfam.errors import ReadInterrupted, TransformerFamError, UnsupportedModelError
 from transformerfam.positions import Turner
@@ -193,9 +194,8 @@ def test_layer_that_ignores_its_cache_is_refused(monkeypatch: pytest.MonkeyPatch
     """Catches a check that passes a family which changed how it calls its cache."""
     forward = modeling_llama.LlamaAttention.forward
 
-    def without_cache(self: Any, *args: Any, past_key_values: Any = None, **kwargs: Any) -> Any:
-        kwargs["attention_mask"] = None
-        return forward(self, *args, past_key_values=None, **kwargs)
+    def without_cache(self: Any, *args: Any, **kwargs: Any) -> Any:
+        return forward(self, *args, **kwargs | {"attention_mask": None} | as_cache(None))
 
     monkeypatch.setattr(modeling_llama.LlamaAttention, "forward", without_cache)
     refuse_and_compare("the cache seam")

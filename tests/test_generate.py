@@ -9,6 +9,7 @@ from transformers import DynamicCache
 from transformers.generation.streamers import BaseStreamer
 
 from transformerfam import FamConfig, convert
+from transformerfam.cache_argument import CACHE_NAME
 from transformerfam.errors import StateMismatchError, TransformerFamError
 
 NUM_NEW = 20
@@ -117,7 +118,7 @@ def test_prefill_in_chunks_changes_nothing(model: Any) -> None:
 
 
 def test_cache_of_another_kind_is_refused(model: Any) -> None:
-    with pytest.raises(StateMismatchError, match="past_key_values is a DynamicCache, required is a FamState"):
+    with pytest.raises(StateMismatchError, match=f"{CACHE_NAME} is a DynamicCache, required is a FamState"):
         model.generate(random_ids(1, 5), past_key_values=DynamicCache(), max_new_tokens=2)
     with pytest.raises(TransformerFamError, match="cache_implementation is 'static', required is None"):
         model.generate(random_ids(1, 5), cache_implementation="static", max_new_tokens=2)

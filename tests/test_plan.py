@@ -9,11 +9,12 @@ from typing import Any
 import pytest
 import torch
 from tiny_families import CASES, make_tiny
-from transformers import GlmConfig, LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, GlmConfig, LlamaConfig, LlamaForCausalLM
 from typer.testing import CliRunner
 
 from transformerfam import FamConfig, convert
 from transformerfam.cli import app
+from transformerfam.convert import fam_parameters
 from transformerfam.costs import ModelShape, block_flops
 from transformerfam.errors import TransformerFamError, UnsupportedModelError
 from transformerfam.plan import PAPER_SHAPES, find_config, make_plan
@@ -26,11 +27,13 @@ FAM = FamConfig(block_size=8, fam_length=2, num_memory_segments=1)
 @pytest.mark.parametrize("case", CASES)
 def test_parameters_and_state_are_those_of_the_real_model(case: str) -> None:
     """Catches a family that is planned in another shape than it is built and converted in."""
-    base = make_tiny(case).to(torch.bfloat16)
-    plan = make_plan(case, FAM, context_tokens=32, config=base.config, training="none")
-    model: Any = convert(make_tiny(case).to(torch.bfloat16), FAM)
+    config = make_tiny(case).config
+    plan = make_plan(case, FAM, context_tokens=32, config=config, training="none")
+    model: Any = convert(make_tiny(case), FAM).to(torch.bfloat16)
+    as_loaded = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)  # some parts stay float32
     assert plan.parameters == sum(parameter.numel() for parameter in model.parameters())
-    assert plan.bytes_weights == 2 * plan.parameters
+    bytes_memory = sum(parameter.nbytes for parameter in fam_parameters(model))
+    assert plan.bytes_weights == sum(parameter.nbytes for parameter in as_loaded.parameters()) + bytes_memory
     assert plan.bytes_state == model.init_state().num_bytes
 
 

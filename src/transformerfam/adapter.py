@@ -19,30 +19,16 @@ from transformers import PreTrainedModel
 
 from transformerfam.config import FamConfig
 from transformerfam.convert import convert, memory_of
-from transformerfam.errors import CorruptFileError, MissingPackageError, StateMismatchError, TransformerFamError
+from transformerfam.errors import CorruptFileError, StateMismatchError, TransformerFamError
 from transformerfam.files import digest_tensors, load_tensors, save_tensors, write_text
 from transformerfam.identity import describe_architecture
 from transformerfam.state import FamState
+from transformerfam.versions import require_peft
 
 ADAPTER_FORMAT_VERSION = 1
 FAM_FILE = "fam.safetensors"
 LORA_FILE = "adapter_model.safetensors"
 LORA_CONFIG_FILE = "adapter_config.json"
-
-
-def require_peft() -> Any:
-    """Import PEFT.
-
-    Raises:
-        MissingPackageError: it is not installed.
-    """
-    try:
-        import peft
-    except ImportError as error:
-        raise MissingPackageError(
-            "LoRA needs the package peft, which is not installed; install it with: pip install 'transformerfam[train]'"
-        ) from error
-    return peft
 
 
 def inject_lora(model: PreTrainedModel, lora_config: Any) -> None:

@@ -15,6 +15,7 @@ import torch
 from torch import nn
 from transformers import Cache, PreTrainedModel
 
+from transformerfam.cache_argument import cache_in
 from transformerfam.config import FamConfig
 from transformerfam.errors import TransformerFamError, UnsupportedModelError
 from transformerfam.families import Family, decoder_layers, family_of, part_of
@@ -32,17 +33,14 @@ from transformerfam.memory import (
     set_block_size,
     set_key_bias,
 )
-from transformerfam.reading import init_state, prepare_cache_for_generation, read
+from transformerfam.reading import READER_METHODS, init_state
 from transformerfam.seams import check_seams, check_structure
+from transformerfam.versions import does_not_fit
 
 __all__ = ["convert", "fam_parameters", "memory_of", "personal_memory", "set_block_size", "set_key_bias"]
 
 
-METHODS: dict[str, Callable[..., Any]] = {
-    "init_state": init_state,
-    "read": read,
-    "_prepare_cache_for_generation": prepare_cache_for_generation,
-}
+METHODS: dict[str, Callable[..., Any]] = {"init_state": init_state} | READER_METHODS
 """What a converted model has beside its class's methods, or in their place; modules above this one add theirs."""
 
 
@@ -75,13 +73,17 @@ def convert(model: PreTrainedModel, config: FamConfig) -> PreTrainedModel:
             "the model is converted already; load it again to convert it with another configuration"
         )
     back_end, type_of_model = model.config._attn_implementation, type(model)
-    handles = attach(model, config, find_layouts(model))
+    handles: list[Any] | None = None
     try:
+        handles = attach(model, config, find_layouts(model))
         check_seams(model)
-    except TransformerFamError:
-        revert(model, handles)
-        model.set_attn_implementation(back_end)
-        raise
+    except (TransformerFamError, TypeError, AttributeError, KeyError) as error:
+        if handles is not None:
+            revert(model, handles)
+            model.set_attn_implementation(back_end)
+        if isinstance(error, TransformerFamError):
+            raise
+        raise does_not_fit(f"{type(model).__name__} does not run as conversion runs it ({error})") from error
     assert type(model) is type_of_model
     return model
 
@@ -118,6 +120,7 @@ def bind_method(target: nn.Module, name: str, function: Callable[..., Any]) -> N
     if original is not None:
         function = functools.wraps(original)(function)
         function.__signature__ = inspect.signature(original)  # type: ignore[attr-defined]
+        del function.__wrapped__  # accelerate's unwrap_model would take the original for the method it had wrapped
     setattr(target, name, MethodType(function, target))
 
 
@@ -215,7 +218,7 @@ class LayerSeam:
 
     def _find(self, kwargs: dict[str, Any]) -> tuple[Any, Any] | None:
         """Return the piece that goes through and the layer's part of its state; None where there is no piece."""
-        state = kwargs.get("past_key_values", kwargs.get("layer_past"))
+        state = cache_in(kwargs)
         step = getattr(state, "step", None)
         if not isinstance(state, Cache) or step is None:
             return None

@@ -31,6 +31,10 @@ class MissingPackageError(TransformerFamError):
     """An optional package is not installed; the message gives the install command."""
 
 
+class UnsupportedVersionError(TransformerFamError):
+    """torch, transformers or PEFT is too old; the message gives the version required and the install command."""
+
+
 class ReadInterrupted(KeyboardInterrupt):
     """Ctrl-C while reading; `state` holds what was read, and the message says how to go on.
 

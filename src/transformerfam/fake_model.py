@@ -9,13 +9,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import AutoModelForCausalLM, Cache, PreTrainedModel
 
-from transformerfam.adapter import require_peft
+from transformerfam.cache_argument import as_cache
 from transformerfam.config import FamConfig
 from transformerfam.convert import attach
 from transformerfam.families import own_windows
 from transformerfam.layouts import inverse_frequencies
 from transformerfam.memory import LayerLayout
 from transformerfam.positions import Turner
+from transformerfam.versions import require_peft
 
 
 class AllocatedBytes(TorchDispatchMode):
@@ -103,7 +104,7 @@ def convert_fake(model: PreTrainedModel, fam: FamConfig) -> None:
             inputs_embeds=torch.zeros(1, 2, config.hidden_size, dtype=model.dtype),
             attention_mask=torch.zeros(1, 1, 2, 2, dtype=model.dtype),
             position_ids=torch.arange(2)[None],
-            past_key_values=recorder,
+            **as_cache(recorder),
         )
     turner = Turner(inverse_frequencies(decoder.rotary_emb)[0])
     windows = own_windows(config)

@@ -11,6 +11,7 @@ from typing import Any
 from torch import nn
 
 from transformerfam.errors import UnsupportedModelError
+from transformerfam.versions import does_not_fit
 
 
 def _never(config: Any) -> bool:
@@ -173,9 +174,8 @@ def part_of(layer: nn.Module, name: str) -> nn.Module:
     try:
         return layer.get_submodule(name)
     except AttributeError as error:
-        raise UnsupportedModelError(
-            f"the residual seam does not fit this model: {type(layer).__name__} has no part {name!r}; the family's "
-            "layers in this transformers version differ from what conversion knows"
+        raise does_not_fit(
+            f"the residual seam does not fit this model: {type(layer).__name__} has no part {name!r}"
         ) from error
 
 

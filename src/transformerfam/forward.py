@@ -13,6 +13,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers.modeling_outputs import MoeModelOutputWithPast
 
 from transformerfam.attention import Piece
+from transformerfam.cache_argument import CACHE_NAME, as_cache, take_cache
 from transformerfam.errors import StateMismatchError, TransformerFamError
 from transformerfam.identity import ModelIdentity
 from transformerfam.memory import FamMemory, run_decoder
@@ -59,7 +60,7 @@ def read_pieces(
     input_ids: torch.Tensor | None = None,
     attention_mask: torch.Tensor | None = None,
     position_ids: torch.Tensor | None = None,
-    past_key_values: FamState | None = None,
+    cache: FamState | None = None,
     inputs_embeds: torch.Tensor | None = None,
     use_cache: bool | None = None,
     **kwargs: Any,
@@ -73,7 +74,7 @@ def read_pieces(
         input_ids: `(B, T)` new tokens.
         attention_mask: `(B, T)`, 1 for tokens and 0 for padding; of a longer mask the last T columns count.
         position_ids: ignored.
-        past_key_values: the state to advance; None starts one.
+        cache: the state to advance, or `past_key_values`; None starts one.
         inputs_embeds: `(B, T, D)` instead of `input_ids`.
         use_cache: False leaves the state out of the output.
         **kwargs: go on to the model's own forward.
@@ -82,7 +83,7 @@ def read_pieces(
         Hidden states `(B, T, D)` after the last norm (of padding: any finite values), and the state.
     """
     inputs_embeds = embedded(self, input_ids, inputs_embeds, kwargs)
-    state = _own_state(self, past_key_values, len(inputs_embeds))
+    state = _own_state(self, take_cache(kwargs, cache), len(inputs_embeds))
     return read_in_pieces(self, state, inputs_embeds, attention_mask, _run_piece, use_cache is not False, kwargs)
 
 
@@ -169,7 +170,7 @@ def state_or_new(cache: Any, kind: type[State], identity: ModelIdentity, batch_s
         return state
     if not isinstance(cache, kind):
         raise StateMismatchError(
-            f"past_key_values is a {type(cache).__name__}, required is a {kind.__name__}; start one with "
+            f"{CACHE_NAME} is a {type(cache).__name__}, required is a {kind.__name__}; start one with "
             "model.init_state()"
         )
     if cache.batch_size != batch_size:
@@ -270,7 +271,7 @@ def _join(
 ) -> MoeModelOutputWithPast:
     """Join the pieces' hidden states and put every token's back where the caller had it."""
     if not pieces:  # a chunk of padding alone
-        return MoeModelOutputWithPast(last_hidden_state=torch.zeros_like(inputs_BTD), past_key_values=state)
+        return MoeModelOutputWithPast(last_hidden_state=torch.zeros_like(inputs_BTD), **as_cache(state))
     in_order = columns[0] == list(range(inputs_BTD.shape[1])) and all(c == columns[0] for c in columns)
     index = None
     if not in_order:
@@ -293,7 +294,7 @@ def _join(
         router_logits = tuple(joined(parts).flatten(0, 1) for parts in by_layer)
     return MoeModelOutputWithPast(
         last_hidden_state=joined([piece.last_hidden_state for piece in pieces]),
-        past_key_values=state,
         hidden_states=hidden_states,
         router_logits=router_logits,
+        **as_cache(state),
     )

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch.nn.functional import scaled_dot_product_attention
+from torch.torch_version import TorchVersion
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
@@ -19,6 +20,10 @@ from transformers.masking_utils import sdpa_mask
 BACK_END = "fam"
 MIXED_BACK_END = "fam_mixed"
 """Of rivals that add their memory to what an attention gives; see `rivals.piece`."""
+
+CPU_KERNEL_KNOWS_GROUPS = TorchVersion(torch.__version__) >= "2.9"
+"""Before torch 2.9 (pytorch/pytorch#157893) torch's flash attention for CPUs took every query head's keys from the key
+head of its own number, and read past the end where heads share keys."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -123,6 +128,8 @@ def _attend(
         query_BHTK = query_BHTK.view(batch, groups, num_heads // groups, -1)
     if is_causal and num_tokens < num_keys:
         if query_BHTK.device.type == "cpu" and dropout == 0:
+            if groups < num_heads and not CPU_KERNEL_KNOWS_GROUPS:
+                key_BGSK, value_BGSK = (t.repeat_interleave(num_heads // groups, 1) for t in (key_BGSK, value_BGSK))
             if torch.is_grad_enabled():
                 return _FullAndCausal.apply(query_BHTK, key_BGSK, value_BGSK, scaling).transpose(1, 2)
             return _full_and_causal(query_BHTK, key_BGSK, value_BGSK, scaling)[0].transpose(1, 2)

@@ -8,11 +8,13 @@ import torch
 from torch import nn
 from transformers import Cache, PreTrainedModel
 
+from transformerfam.cache_argument import as_cache
 from transformerfam.errors import UnsupportedModelError
 from transformerfam.families import decoder_layers, own_windows
 from transformerfam.flash import FLASH_BACK_ENDS
 from transformerfam.memory import LayerLayout
 from transformerfam.positions import Turner
+from transformerfam.versions import does_not_fit
 
 PROBE_LENGTH = 8
 PROBE_DISTANCE = 7
@@ -86,7 +88,7 @@ def find_layouts(model: PreTrainedModel) -> list[LayerLayout]:
                 input_ids=ids,
                 attention_mask=None if takes_no_mask else mask,
                 position_ids=torch.arange(start, start + PROBE_LENGTH, device=ids.device)[None],
-                past_key_values=recorder,
+                **as_cache(recorder),
             )
             recorders.append(recorder.handed_over)
     except RuntimeError as error:
@@ -106,15 +108,12 @@ def find_layouts(model: PreTrainedModel) -> list[LayerLayout]:
     for layer_idx, window in enumerate(own_windows(model.config)):
         here, later = (handed_over.get(layer_idx) for handed_over in recorders)
         if here is None or later is None:
-            raise UnsupportedModelError(
-                f"the cache seam does not fit this model: layer {layer_idx} hands no keys to its cache"
-            )
+            raise does_not_fit(f"the cache seam does not fit this model: layer {layer_idx} hands no keys to its cache")
         turner = _fitting(turners, here, later)
         if turner is None:
-            raise UnsupportedModelError(
+            raise does_not_fit(
                 f"the position seam does not fit this model: what layer {layer_idx} keeps does not turn with the "
-                "position in any way that conversion knows; the family's forward in this transformers version differs "
-                "from it"
+                "position in any way that conversion knows"
             )
         key_shape, value_shape = ((kept.shape[1], kept.shape[3]) for kept in here)
         layouts.append(LayerLayout(key_shape, value_shape, turner, window))

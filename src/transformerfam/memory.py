@@ -10,6 +10,7 @@ from torch import nn
 from transformers import Cache, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
+from transformerfam.cache_argument import as_cache
 from transformerfam.cache_layer import LayerPlan
 from transformerfam.config import FamConfig
 from transformerfam.errors import TransformerFamError
@@ -289,8 +290,8 @@ def run_decoder(
             inputs_embeds=embeddings_BTD,
             attention_mask=torch.zeros(1, 1, 1, 1, dtype=embeddings_BTD.dtype, device=embeddings_BTD.device),
             position_ids=positions,
-            past_key_values=cache,
             use_cache=True,
+            **as_cache(cache),
             **kwargs,
         )
 

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
+from transformerfam.cache_argument import CACHE_NAME, rename_cache
 from transformerfam.cache_layer import FamLayer, LayerPlan, Sections
 from transformerfam.errors import ReadInterrupted, StateMismatchError, TransformerFamError
 from transformerfam.forward import check_ids
@@ -151,10 +152,37 @@ def prepare_cache_for_generation(
             "carries a FamState"
         )
     expand = max(generation_config.num_beams or 1, generation_config.num_return_sequences or 1)
-    given = model_kwargs.get("past_key_values")
+    given = model_kwargs.get(CACHE_NAME)
     if given is None:
         if generation_config.use_cache is not False:
-            model_kwargs["past_key_values"] = self.init_state(batch_size * expand)
+            model_kwargs[CACHE_NAME] = self.init_state(batch_size * expand)
         return
     if isinstance(given, ReadingState) and expand > 1 and given.batch_size == batch_size:
         given.batch_repeat_interleave(expand)
+
+
+def forward(self: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
+    """Call the class's own `forward`; the state may come as `past_key_values` or as `cache`.
+
+    Raises:
+        TransformerFamError: both are given.
+    """
+    return type(self).forward(self, *args, **rename_cache(kwargs))
+
+
+def generate(self: Any, *args: Any, **kwargs: Any) -> Any:
+    """Call the class's own `generate`; the state may come as `past_key_values` or as `cache`.
+
+    Raises:
+        TransformerFamError: both are given.
+    """
+    return type(self).generate(self, *args, **rename_cache(kwargs))
+
+
+READER_METHODS: dict[str, Callable[..., Any]] = {
+    "forward": forward,
+    "generate": generate,
+    "read": read,
+    "_prepare_cache_for_generation": prepare_cache_for_generation,
+}
+"""What every model with a memory has in the place of its class's methods, or beside them."""

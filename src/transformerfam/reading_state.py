@@ -5,6 +5,7 @@ training and tasks ask of a state what stands here.
 """
 
 import abc
+import copy
 from collections.abc import Callable, Sequence
 from typing import Any, Self
 
@@ -29,6 +30,8 @@ class ReadingState(Cache, abc.ABC):
     identity: Any
     block_fill: list[int]
     num_blocks_per_row: list[int]
+    _records = False
+    _before: tuple[Any, torch.Tensor, torch.Tensor | None] | None = None  # a fork, and the input after it
 
     # What it holds
 
@@ -75,12 +78,14 @@ class ReadingState(Cache, abc.ABC):
 
     # Copies
 
-    @abc.abstractmethod
     def shallow_copy(self) -> Self:
         """Return a new state that shares the tensors: the input of a pure block step while gradients are recorded.
 
         Under `torch.no_grad` use `fork()`, since the tensors are then written in place.
         """
+        twin = copy.copy(self)
+        twin._records, twin._before = False, None
+        return twin
 
     @abc.abstractmethod
     def map(self, function: Callable[[torch.Tensor], torch.Tensor]) -> Self:
@@ -118,9 +123,6 @@ class ReadingState(Cache, abc.ABC):
     def drop_complete_block(self) -> None:
         """Let go of a complete block's keys and values: no backward pass needs them."""
 
-    def note_input(self, inputs_BTD: torch.Tensor, attention_mask: torch.Tensor | None) -> None:
-        """Note what is about to be read, if it shall be possible to take it back."""
-
     # The contract of a transformers cache
 
     @property
@@ -130,8 +132,45 @@ class ReadingState(Cache, abc.ABC):
 
     @property
     def is_croppable(self) -> bool:
-        """False: taking tokens back costs a fork before every step, so `generate` shall not do it without need."""
-        return False
+        """Whether `crop` can take tokens back: from `activate_past_recording` on, which costs a fork per input."""
+        return self._records
+
+    def activate_past_recording(self) -> None:
+        """Keep a fork from before the last input from now on, so that `crop` can go back (assisted decoding)."""
+        self._records = True
+
+    def note_input(self, inputs_BTD: torch.Tensor, attention_mask: torch.Tensor | None) -> None:
+        """Note what is about to be read, if `crop` shall be able to take it back."""
+        if self._records:
+            self._before = self.fork(), inputs_BTD, attention_mask
+
+    @torch.no_grad()
+    def crop(self, tokens_to_remove: int) -> None:
+        """Take back the last tokens: a fork from before the last input reads the others again.
+
+        Args:
+            tokens_to_remove: minus their number; 0 keeps all.
+
+        Raises:
+            TransformerFamError: `activate_past_recording` was not called before that input, or it was shorter.
+        """
+        before, self._before = self._before, None
+        if tokens_to_remove == 0:
+            return
+        num_kept = 0 if before is None else before[1].shape[1] + tokens_to_remove
+        if before is None or tokens_to_remove > 0 or num_kept < 0:
+            raise TransformerFamError(
+                f"a {type(self).__name__} cannot take back {abs(tokens_to_remove)} tokens, since its memory holds no "
+                "single tokens; fork() the state before reading on, or call activate_past_recording() before the input"
+            )
+        fork, inputs_BTD, mask = before
+        self.go_on_from(fork)
+        if num_kept:
+            self._records = False
+            mask = None if mask is None else mask[:, -inputs_BTD.shape[1] :][:, :num_kept]
+            decoder = self.identity.model.get_decoder()
+            decoder(inputs_embeds=inputs_BTD[:, :num_kept], attention_mask=mask, past_key_values=self)
+            self._records = True
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Return 0: `generate` would cut so many tokens from its input, and a state is given new tokens alone.

@@ -16,6 +16,7 @@ from transformerfam.families import FAMILIES, decoder_layers, family_of, own_win
 from transformerfam.flash import FLASH_BACK_ENDS
 from transformerfam.kernels import BACK_END
 from transformerfam.layouts import RELATIVE_TOLERANCE, inverse_frequencies, relative_error
+from transformerfam.versions import does_not_fit
 
 PROBE_BLOCK_SIZE = 4
 PROBE_FAM_LENGTH = 2
@@ -150,18 +151,14 @@ def _require_equal(seam: str, there: torch.Tensor, required: torch.Tensor) -> No
     error = relative_error(there, required)
     limit = RELATIVE_TOLERANCE[required.dtype]
     if not error <= limit:  # also refuses NaN
-        raise UnsupportedModelError(
-            f"the {seam} seam does not fit this model: relative error {error:.1e}, allowed is {limit:.0e}; the "
-            "family's forward in this transformers version differs from what conversion knows"
+        raise does_not_fit(
+            f"the {seam} seam does not fit this model: relative error {error:.1e}, allowed is {limit:.0e}"
         )
 
 
 def _require_changed(seam: str, there: torch.Tensor, before: torch.Tensor) -> None:
     if torch.equal(there, before):
-        raise UnsupportedModelError(
-            f"the {seam} seam does not fit this model: what must reach it has no effect; the family's forward in this "
-            "transformers version differs from what conversion knows"
-        )
+        raise does_not_fit(f"the {seam} seam does not fit this model: what must reach it has no effect")
 
 
 def _check_cache_and_mask(model: PreTrainedModel, ids: torch.Tensor) -> None:

@@ -62,8 +62,6 @@ class FamState(ReadingState):
         self.position_offset = position_offset
         self.step: Step | None = None
         self.num_blocks_until_steady = max(layer.plan.num_blocks_until_steady(config) for layer in layers)
-        self._records = False
-        self._before: tuple[Any, torch.Tensor, torch.Tensor | None] | None = None  # a fork, and the input after it
 
     # What it holds
 
@@ -103,12 +101,11 @@ class FamState(ReadingState):
 
         Under `torch.no_grad` use `fork()`, since the tensors are then written in place.
         """
-        twin = copy.copy(self)
+        twin = super().shallow_copy()
         twin.layers = [copy.copy(layer) for layer in self.layers]
         twin.block_fill = list(self.block_fill)
         twin.num_blocks_per_row = list(self.num_blocks_per_row)
         twin.starts_from_saved_fam = list(self.starts_from_saved_fam)
-        twin._records, twin._before = False, None
         return twin
 
     def map(self, function: Callable[[torch.Tensor], torch.Tensor]) -> "FamState":
@@ -159,43 +156,6 @@ class FamState(ReadingState):
         self.num_blocks_per_row = [self.num_blocks_per_row[row] for row in rows]
         self.starts_from_saved_fam = [self.starts_from_saved_fam[row] for row in rows]
         self.map(lambda tensor: tensor.index_select(0, indices.to(tensor.device)))
-
-    def activate_past_recording(self) -> None:
-        """Keep a fork from before the last input from now on, so that `crop` can go back (assisted decoding)."""
-        self._records = True
-
-    def note_input(self, inputs_BTD: torch.Tensor, attention_mask: torch.Tensor | None) -> None:
-        """Note what is about to be read, if `crop` shall be able to take it back."""
-        if self._records:
-            self._before = self.fork(), inputs_BTD, attention_mask
-
-    @torch.no_grad()
-    def crop(self, tokens_to_remove: int) -> None:
-        """Take back the last tokens: a fork from before the last input reads the others again.
-
-        Args:
-            tokens_to_remove: minus their number; 0 keeps all.
-
-        Raises:
-            TransformerFamError: `activate_past_recording` was not called before that input, or it was shorter.
-        """
-        before, self._before = self._before, None
-        if tokens_to_remove == 0:
-            return
-        num_kept = 0 if before is None else before[1].shape[1] + tokens_to_remove
-        if before is None or tokens_to_remove > 0 or num_kept < 0:
-            raise TransformerFamError(
-                f"a FamState cannot take back {abs(tokens_to_remove)} tokens, since its memory holds no single tokens; "
-                "fork() the state before reading on, or call activate_past_recording() before the input"
-            )
-        fork, inputs_BTD, mask = before
-        self.go_on_from(fork)
-        if num_kept:
-            self._records = False
-            mask = None if mask is None else mask[:, -inputs_BTD.shape[1] :][:, :num_kept]
-            decoder = self.identity.model.get_decoder()
-            decoder(inputs_embeds=inputs_BTD[:, :num_kept], attention_mask=mask, past_key_values=self)
-            self._records = True
 
     # Files
 

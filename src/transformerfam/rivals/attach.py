@@ -8,6 +8,7 @@ import torch
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import MoeModelOutputWithPast
 
+from transformerfam.cache_argument import take_cache
 from transformerfam.config import FamConfig
 from transformerfam.convert import LayerSeam, bind_method
 from transformerfam.errors import StateMismatchError, TransformerFamError, UnsupportedModelError
@@ -17,11 +18,12 @@ from transformerfam.identity import ModelIdentity, describe_architecture
 from transformerfam.kernels import MIXED_BACK_END
 from transformerfam.layouts import RELATIVE_TOLERANCE, find_layouts, relative_error
 from transformerfam.memory import StepCache, run_decoder
-from transformerfam.reading import prepare_cache_for_generation, read
+from transformerfam.reading import READER_METHODS
 from transformerfam.rivals.config import RivalConfig
 from transformerfam.rivals.piece import Rival, RivalPiece
 from transformerfam.rivals.state import Lane, RivalState
 from transformerfam.seams import check_structure
+from transformerfam.versions import does_not_fit
 
 PROBE_LENGTHS = (3, 1, 5)
 
@@ -63,11 +65,7 @@ def attach(model: PreTrainedModel, config: RivalConfig) -> PreTrainedModel:
     for layer_idx, layer in enumerate(decoder_layers(model)):
         handles += LayerSeam(layer_idx, family, family.branch_factor(model.config)).attach(layer)
     bind_method(decoder, "forward", read_segments)
-    methods: dict[str, Callable[..., Any]] = {
-        "init_state": init_state,
-        "read": read,
-        "_prepare_cache_for_generation": prepare_cache_for_generation,
-    }
+    methods: dict[str, Callable[..., Any]] = {"init_state": init_state} | READER_METHODS
     for name, function in methods.items():
         bind_method(model, name, function)
     model.fam_config, model.rival_config = plain, config
@@ -113,10 +111,9 @@ def _check_pieces(model: PreTrainedModel) -> None:
         model.train(was_training)
     error, limit = relative_error(torch.cat(pieces, dim=1), whole), RELATIVE_TOLERANCE[whole.dtype]
     if not error <= limit:
-        raise UnsupportedModelError(
+        raise does_not_fit(
             f"{config.system} does not fit this model: read in pieces it gives other hidden states (relative error "
-            f"{error:.1e}, allowed is {limit:.0e}); the family's forward in this transformers version differs from "
-            "what conversion knows"
+            f"{error:.1e}, allowed is {limit:.0e})"
         )
 
 
@@ -180,7 +177,7 @@ def read_segments(
     input_ids: torch.Tensor | None = None,
     attention_mask: torch.Tensor | None = None,
     position_ids: torch.Tensor | None = None,
-    past_key_values: RivalState | None = None,
+    cache: RivalState | None = None,
     inputs_embeds: torch.Tensor | None = None,
     use_cache: bool | None = None,
     **kwargs: Any,
@@ -192,7 +189,7 @@ def read_segments(
         input_ids: `(B, T)` new tokens.
         attention_mask: `(B, T)`, 1 for tokens and 0 for padding; of a longer mask the last T columns count.
         position_ids: ignored.
-        past_key_values: the state to advance; None starts one.
+        cache: the state to advance, or `past_key_values`; None starts one.
         inputs_embeds: `(B, T, D)` instead of `input_ids`.
         use_cache: False leaves the state out of the output.
         **kwargs: go on to the model's own forward.
@@ -201,7 +198,7 @@ def read_segments(
         Hidden states `(B, T, D)` after the last norm, and the state.
     """
     inputs_embeds = embedded(self, input_ids, inputs_embeds, kwargs)
-    state = _own_state(self.rival, past_key_values, len(inputs_embeds))
+    state = _own_state(self.rival, take_cache(kwargs, cache), len(inputs_embeds))
     return read_in_pieces(self, state, inputs_embeds, attention_mask, run_lanes, use_cache is not False, kwargs)
 
 

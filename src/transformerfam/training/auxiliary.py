@@ -11,6 +11,7 @@ from torch import nn
 from torch.nn.functional import mse_loss
 from transformers import PreTrainedModel
 
+from transformerfam.cache_argument import cache_in
 from transformerfam.errors import RecipeError
 from transformerfam.families import decoder_layers, family_of, part_of
 from transformerfam.memory import memory_of
@@ -70,7 +71,7 @@ class AuxiliaryLosses:
     def _after_attention(
         self, layer_idx: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
     ) -> None:
-        state: Any = kwargs.get("past_key_values", kwargs.get("layer_past"))
+        state: Any = cache_in(kwargs)
         piece = getattr(state, "step", None)
         if piece is None or not hasattr(piece, "phase") or not torch.is_grad_enabled():
             return  # the initial FAM goes up alone
@@ -101,7 +102,7 @@ class AuxiliaryLosses:
         if noted is None:
             return
         normed_BTD, attended_BTD, position_embeddings, num_layers = noted
-        state: Any = kwargs.get("past_key_values", kwargs.get("layer_past"))
+        state: Any = cache_in(kwargs)
         updated_BFD = state.layers[layer_idx].next_fam
         length = updated_BFD.shape[1]
         rows_BTD = torch.cat((norm(updated_BFD.to(normed_BTD.dtype)), normed_BTD[:, length:]), dim=1)

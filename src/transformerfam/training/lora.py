@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from transformerfam.adapter import require_peft
+from transformerfam.versions import require_peft
 
 
 class _LoraLinear(torch.autograd.Function):

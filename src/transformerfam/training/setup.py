@@ -4,7 +4,7 @@ from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from transformerfam.adapter import inject_lora, require_peft
+from transformerfam.adapter import inject_lora
 from transformerfam.config import FamConfig
 from transformerfam.convert import convert
 from transformerfam.errors import RecipeError
@@ -17,6 +17,7 @@ from transformerfam.tasks.text import encode, read_text
 from transformerfam.training.lora import fuse_lora
 from transformerfam.training.recipe import Recipe
 from transformerfam.training.tiny import build_tiny_model, build_tiny_tokenizer, draw_prompt, frequent_words
+from transformerfam.versions import require_peft
 
 
 def build_trainee(recipe: Recipe) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:

@@ -6,6 +6,7 @@ import torch
 from torch import nn
 from transformers import DynamicCache
 
+from transformerfam.cache_argument import as_cache
 from transformerfam.models import load_base
 from transformerfam.training.sequences import Batch
 
@@ -49,7 +50,7 @@ class Teacher:
         num_common = _num_common(ids_NT[:, :-num_taught])
         cache = self._cache_behind(ids_NT[0, :num_common], len(ids_NT))
         rest_NT = ids_NT[:, num_common:].to(self.model.device)
-        output = self.model.get_decoder()(rest_NT, past_key_values=cache, output_hidden_states=True)
+        output = self.model.get_decoder()(rest_NT, output_hidden_states=True, **as_cache(cache))
         tails_LNQD = torch.stack([layer[:, -num_taught:] for layer in output.hidden_states[1:]])
         lesson_LBQD = tails_LNQD.new_zeros(len(tails_LNQD), len(batch.keys), *tails_LNQD.shape[2:])
         lesson_LBQD[:, [row for row, key in enumerate(batch.keys) if key is not None]] = tails_LNQD
@@ -60,7 +61,7 @@ class Teacher:
         if self._common_ids_T is None or not torch.equal(ids_T, self._common_ids_T):
             read = DynamicCache(config=self.model.config)
             if len(ids_T):
-                self.model.get_decoder()(ids_T[None].to(self.model.device), past_key_values=read)
+                self.model.get_decoder()(ids_T[None].to(self.model.device), **as_cache(read))
             self._common_ids_T = ids_T
             self._common = [(layer.keys, layer.values) for layer in read.layers] if len(ids_T) else []
         cache = DynamicCache(config=self.model.config)
