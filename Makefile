@@ -38,7 +38,7 @@ test: $(STAMP)  ## all tests but the slow ones, offline (ARGS="-k passkey")
 	@$(OFFLINE) $(BIN)/python -m pytest -n auto $(ARGS)
 
 test-versions: $(STAMP)  ## all tests with the oldest and the newest transformers (VERSIONS="torch==2.9.1", ARGS=--promises)
-	@$(OFFLINE) $(BIN)/python scripts/test_versions.py $(VERSIONS) $(ARGS)
+	@$(OFFLINE) $(BIN)/python scripts/test_versions.py $(foreach word,$(VERSIONS),'$(word)') $(ARGS)
 
 check: lint types layers test  ## lint, docstrings, types, layering, tests
 

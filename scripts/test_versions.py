@@ -7,6 +7,7 @@ seconds. `make test-versions` calls this.
 import argparse
 import json
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -90,11 +91,13 @@ def main() -> None:
         help="oldest, newest, latest, candidate, latest-torch, and further words as one: torch==2.9.1 peft==0.21.0",
     )
     parser.add_argument("--promises", action="store_true", help="the promises alone, a minute an environment")
-    parser.add_argument("--pytest", default="", help="further words for pytest")
+    parser.add_argument("--pytest", default="", help="further words for pytest, as --pytest='-x'")
     arguments = parser.parse_args()
     failed = []
     known = EDGES | LATEST
     words = [word for word in arguments.environments if word not in known]
+    if unknown := [word for word in words if not re.search(r"[=<>~]", word)]:
+        parser.error(f"{unknown[0]} is no environment ({', '.join(known)}) and no requirement such as torch==2.9.1")
     environments = {name: known[name] for name in arguments.environments if name in known}
     environments |= {" ".join(words): words} if words else {}
     for name, requirements in (environments or EDGES).items():
@@ -103,7 +106,7 @@ def main() -> None:
         print(f"{name}: {label}", flush=True)
         start = time.monotonic()
         tests = PROMISES if arguments.promises else []
-        command = [str(python), "-m", "pytest", "-n", "auto", "-q", *tests, *arguments.pytest.split()]
+        command = [str(python), "-m", "pytest", "-n", "auto", "-q", *tests, *shlex.split(arguments.pytest)]
         code = subprocess.run(command, cwd=ROOT).returncode
         print(f"{name}: {label}: {'failed' if code else 'passed'} in {time.monotonic() - start:.0f} s", flush=True)
         failed += [name] * bool(code)

@@ -2,6 +2,7 @@
 
 import importlib.metadata
 import re
+import sys
 import tomllib
 from pathlib import Path
 
@@ -109,7 +110,8 @@ def test_lock_file_fits_the_package_requirements() -> None:
         requirement = Requirement(text)
         if requirement.name != project["name"]:
             assert requirement.specifier.contains(pins[requirement.name]), text
-    assert torch.__version__.split("+")[0] == pins["torch"]
+    if not Path(sys.prefix, "requirements.json").is_file():  # scripts/test_versions.py installed another on purpose
+        assert torch.__version__.split("+")[0] == pins["torch"]
 
 
 def test_version_is_that_of_the_distribution() -> None:

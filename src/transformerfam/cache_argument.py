@@ -57,7 +57,6 @@ def rename_cache(kwargs: dict[str, Any]) -> dict[str, Any]:
     Raises:
         TransformerFamError: both names are given.
     """
-    is_named = NEW_NAME in kwargs or OLD_NAME in kwargs
     rest = dict(kwargs)
     cache = take_cache(rest)
-    return rest | as_cache(cache) if is_named else rest
+    return rest if cache is None else rest | as_cache(cache)
