@@ -1,4 +1,4 @@
-"""Run the tests with other versions of transformers or torch, each in an environment of its own over `.venv`.
+"""Run the tests with other versions of transformers or torch, each in its own environment over `.venv`.
 
 An environment holds what differs from `.venv` alone and sees the rest through it, so that another transformers costs
 seconds. `make test-versions` calls this.

@@ -117,7 +117,7 @@ def test_both_names_of_the_cache_go_on_with_the_reading(way: str, logged: list[s
     ids, state = random_ids(1, 6, seed=2), model.read(random_ids(1, 21))
     given = [use(model, ids, {name: state.fork()}) for name in NAMES]
     assert torch.equal(given[0], given[1])
-    if use is not generate_assisted:  # which begins a reading of its own without a state, and says the same or not
+    if use is not generate_assisted:  # which may say the same without a state
         assert not torch.equal(given[0], use(model, ids, {}))
     assert not [message for message in logged if OLD_NAME in message]
 
@@ -134,7 +134,7 @@ def test_both_names_at_once_are_refused(way: str) -> None:
 
 @torch.no_grad()
 def test_pipeline_takes_a_state_under_both_names(logged: list[str]) -> None:
-    """Catches a pipeline that starts anew."""
+    """Catches a pipeline that drops the state."""
     model = converted()
     tokenizer: Any = Digits()
     model.generation_config.pad_token_id = 0

@@ -22,8 +22,8 @@ MIXED_BACK_END = "fam_mixed"
 """Of rivals that add their memory to what an attention gives; see `rivals.piece`."""
 
 CPU_KERNEL_KNOWS_GROUPS = TorchVersion(torch.__version__) >= "2.9"
-"""Before torch 2.9 (pytorch/pytorch#157893) torch's flash attention for CPUs took every query head's keys from the key
-head of its own number, and read past the end where heads share keys."""
+"""Before torch 2.9 (pytorch/pytorch#157893) torch's flash attention for CPUs took the keys of query head
+h from key head h, and read past the end where heads share keys."""
 
 
 @dataclasses.dataclass(frozen=True)
