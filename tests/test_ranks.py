@@ -8,15 +8,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from tiny_models import save_passkey_model
 from training_recipes import small_values
 
-from transformerfam.errors import CorruptFileError, RecipeError
+from transformerfam.errors import CorruptFileError, RecipeError, UnsupportedVersionError
 from transformerfam.models import load_model
 from transformerfam.reports.rows import read_rows
 from transformerfam.training.ranks import Ranks
 from transformerfam.training.recipe_file import build_recipe
 from transformerfam.training.trainer import Trainer
+from transformerfam.versions import OLDEST_TORCH_THAT_SHARDS, release
 
 RECIPES: dict[str, dict[str, Any]] = {
     "first": {"state_passing": {"probability": 0.8, "rows": "first"}},
@@ -32,6 +34,11 @@ RECIPES: dict[str, dict[str, Any]] = {
     },
     "later": {"state_passing": {"probability": 0.9, "start_step": 2}, "optimizer": {"average_decay": 0.9}},
 }
+
+needs_sharding = pytest.mark.skipif(
+    release(torch.__version__) < release(OLDEST_TORCH_THAT_SHARDS),
+    reason=f"fully_shard trains through several blocks from torch {OLDEST_TORCH_THAT_SHARDS} on",
+)
 
 
 def values_of(name: str) -> dict[str, Any]:
@@ -72,7 +79,9 @@ def losses_of(folder: Path) -> list[list[float]]:
     return [[row["loss"], row["key_loss"], row["key_accuracy"], row["grad_norm"]] for row in rows]
 
 
-@pytest.mark.parametrize("name", RECIPES)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=needs_sharding) if name == "sharded" else name for name in RECIPES]
+)
 def test_two_processes_train_as_one(name: str, tmp_path: Path) -> None:
     """Catches gradients that are not shared, rows that are read twice, and states that go to the wrong process."""
     values = values_of(name)
@@ -125,7 +134,7 @@ def test_evaluation_is_spread_over_processes(tmp_path: Path) -> None:
     assert found[0] == found[1]
 
 
-@pytest.mark.parametrize("name", ["all", "sharded"])
+@pytest.mark.parametrize("name", ["all", pytest.param("sharded", marks=needs_sharding)])
 def test_two_processes_go_on_where_they_stopped(name: str, tmp_path: Path) -> None:
     """Catches passed states or shares of one process that a checkpoint leaves out, or gives to both."""
     values = values_of(name)
@@ -142,6 +151,7 @@ def test_two_processes_go_on_where_they_stopped(name: str, tmp_path: Path) -> No
     assert losses_of(tmp_path / "parts") == losses_of(tmp_path / "whole")
 
 
+@needs_sharding
 def test_one_process_goes_on_with_the_shares_of_two(tmp_path: Path) -> None:
     """Catches shares that are joined in the wrong order, or that only as many processes can take up again."""
     write_toml(tmp_path / "recipe.toml", values_of("sharded"))
@@ -161,6 +171,14 @@ def test_one_process_goes_on_with_the_shares_of_two(tmp_path: Path) -> None:
     (tmp_path / "copy" / "checkpoint-1-2-of-2.safetensors").unlink()
     with pytest.raises(CorruptFileError, match="checkpoint-1-2-of-2.safetensors does not exist"):
         Trainer(build_recipe(values_of("sharded")), tmp_path / "copy", resume=True)
+
+
+def test_torch_that_cannot_shard_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches a run that ends in torch's "got mixed torch.Tensor and DTensor" after its first step."""
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr(torch, "__version__", "2.10.0")
+    with pytest.raises(UnsupportedVersionError, match=r"torch is 2\.10\.0, required for schedule.shard is .*2\.11"):
+        Ranks(build_recipe(values_of("sharded")))
 
 
 def test_what_cannot_be_shared_is_refused(tmp_path: Path) -> None:

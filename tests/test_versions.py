@@ -17,7 +17,7 @@ from tiny_llama import make_tiny_llama, random_ids
 from transformers import pipeline
 
 from transformerfam import FamConfig, FamState, convert, versions
-from transformerfam.cache_argument import CACHE_NAME, NEW_NAME, OLD_NAME
+from transformerfam.cache_argument import CACHE_NAME, NEW_NAME, OLD_NAME, as_cache
 from transformerfam.compiled import compile_decoding
 from transformerfam.errors import (
     MissingPackageError,
@@ -128,8 +128,21 @@ def test_both_names_at_once_are_refused(way: str) -> None:
     """Catches a state that is silently dropped for another one."""
     make, use = WAYS[way]
     model = make()
-    with pytest.raises(TransformerFamError, match=r"both cache and past_key_values are given.*give one of them"):
+    with pytest.raises(TransformerFamError, match=r"two caches are given: cache and past_key_values are two names"):
         use(model, random_ids(1, 6), {name: model.init_state() for name in NAMES})
+
+
+@torch.no_grad()
+def test_state_by_position_goes_on_and_is_refused_beside_another() -> None:
+    """Catches a positional state that one given by name replaces; the decoder's own signature refuses one name."""
+    model, ids = converted(), random_ids(1, 6, seed=2)
+    for reader in (model, model.get_decoder()):
+        state, expected = (model.read(random_ids(1, 21)) for _ in range(2))
+        found = reader(ids, None, None, state)[0]
+        assert torch.equal(found, reader(ids, **as_cache(expected))[0])
+        for name in NAMES:
+            with pytest.raises((TransformerFamError, TypeError), match=r"two caches|multiple values for .* 'cache'"):
+                reader(ids, None, None, state, **{name: state.fork()})
 
 
 @torch.no_grad()

@@ -7,6 +7,7 @@ lost and no deprecation warning appears. Outputs carry the version's own name.
 import dataclasses
 from typing import Any
 
+from transformers import Cache
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from transformerfam.errors import TransformerFamError
@@ -46,17 +47,18 @@ def take_cache(kwargs: dict[str, Any], positional: Any = None) -> Any:
     caches = [cache for cache in given if cache is not None]
     if len(caches) > 1:
         raise TransformerFamError(
-            f"both {NEW_NAME} and {OLD_NAME} are given, which are two names of one argument; give one of them"
+            f"two caches are given: {NEW_NAME} and {OLD_NAME} are two names of one argument; give it once"
         )
     return caches[0] if caches else None
 
 
-def rename_cache(kwargs: dict[str, Any]) -> dict[str, Any]:
+def rename_cache(args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
     """Return a call's keyword arguments with the cache under the installed transformers' name.
 
     Raises:
-        TransformerFamError: both names are given.
+        TransformerFamError: both names are given, or one beside a cache among the positional arguments.
     """
     rest = dict(kwargs)
-    cache = take_cache(rest)
-    return rest if cache is None else rest | as_cache(cache)
+    positional = [value for value in args if isinstance(value, Cache)]
+    cache = take_cache(rest, *positional[:1])
+    return rest if cache is None or positional else rest | as_cache(cache)

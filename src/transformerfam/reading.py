@@ -167,7 +167,7 @@ def forward(self: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
     Raises:
         TransformerFamError: both are given.
     """
-    return type(self).forward(self, *args, **rename_cache(kwargs))
+    return type(self).forward(self, *args, **rename_cache(args, kwargs))
 
 
 def generate(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -176,7 +176,7 @@ def generate(self: Any, *args: Any, **kwargs: Any) -> Any:
     Raises:
         TransformerFamError: both are given.
     """
-    return type(self).generate(self, *args, **rename_cache(kwargs))
+    return type(self).generate(self, *args, **rename_cache(args, kwargs))
 
 
 READER_METHODS: dict[str, Callable[..., Any]] = {

@@ -17,6 +17,10 @@ TESTED: dict[str, tuple[str, str]] = {"torch": ("2.8.0", "2.14.1"), "transformer
 
 OLDEST_PEFT = "0.21.0"
 
+OLDEST_TORCH_THAT_SHARDS = "2.11.0"
+"""Before it, `fully_shard` fails where a layer reads several blocks ahead of one backward pass and recomputes them
+(pytorch/pytorch#153354)."""
+
 
 def release(version: str) -> TorchVersion:
     """Return a version that compares by number, without what a build adds to it (`2.13.0+cpu`)."""

@@ -22,7 +22,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
-from transformerfam.errors import MissingPackageError, RecipeError
+from transformerfam.errors import MissingPackageError, RecipeError, UnsupportedVersionError
 from transformerfam.families import decoder_layers
 from transformerfam.files import write_text
 from transformerfam.reading_state import ReadingState
@@ -33,6 +33,7 @@ from transformerfam.training.sequences import Batch
 from transformerfam.training.sharding import whole
 from transformerfam.training.state_passing import SavedFam
 from transformerfam.training.step import run_step
+from transformerfam.versions import OLDEST_TORCH_THAT_SHARDS, release
 
 
 class StepModule(nn.Module):
@@ -55,6 +56,7 @@ class Ranks:
 
         Raises:
             RecipeError: the batch cannot be shared out evenly, or the processes have different recipes.
+            UnsupportedVersionError: `schedule.shard` with a torch that cannot train so.
             MissingPackageError: several processes without the package accelerate.
         """
         self.accelerator: Any = None
@@ -62,6 +64,11 @@ class Ranks:
         self.is_sharded = recipe.schedule.shard and self.world > 1
         if self.world == 1:
             return
+        if self.is_sharded and release(torch.__version__) < release(OLDEST_TORCH_THAT_SHARDS):
+            raise UnsupportedVersionError(
+                f"torch is {torch.__version__}, required for schedule.shard is at least {OLDEST_TORCH_THAT_SHARDS}; "
+                "install a newer torch, or set schedule.shard to false"
+            )
         try:
             from accelerate import Accelerator, DistributedDataParallelKwargs
         except ImportError as error:
