@@ -16,8 +16,9 @@ from hypothesis import strategies as st
 from tiny_llama import VOCABULARY, make_tiny_llama, random_ids, random_rows
 from torch import Tensor
 
-from transformerfam.config import FamConfig
+from transformerfam.config import UPDATE_PRESETS, FamConfig
 from transformerfam.convert import convert, fam_parameters
+from transformerfam.errors import TransformerFamError
 from transformerfam.reference import ReferenceResult, ReferenceWeights, run_reference
 
 LOGITS_TOLERANCE = 4e-5
@@ -111,6 +112,8 @@ def assert_matches_reference(
         assert_near(fast_grads[name], required, GRADIENT_TOLERANCE, f"gradient of {name}", floor)
 
 
+GATED = UPDATE_PRESETS["gated"]
+
 OPTIONS: list[dict[str, Any]] = [
     {},
     {"fam_length": 0},
@@ -144,6 +147,24 @@ OPTIONS: list[dict[str, Any]] = [
     {"fam_copy": False, "fam_position": "fractional", "zero_first_residual": False},
     {"fam_copy": False, "fam_position": "zero", "num_previous_fams": 2},
     {"fam_copy": False, "fam_layers": (0,), "fam_norm_bound": 0.3},
+    {"fam_residual": "none", "stop_gradient": True},
+    {"fam_residual": "initial", "fam_query_position": "written"},
+    {"fam_query": "initial", "zero_first_residual": False},
+    {"fam_query": "initial", "fam_residual": "initial", "fam_norm_bound": 0.5},
+    {"fam_feeds": "next"},
+    {"fam_feeds": "next", "fam_query": "initial", "fam_residual": "initial", "fam_init": "prefix"},
+    {"fam_update": "gated"},
+    {"fam_update": "gated", "zero_first_residual": False, "fam_length": 3, "num_memory_segments": 2},
+    {"fam_update": "gated", "fam_residual": "none", "num_previous_fams": 2},
+    {"fam_update": "gated", "fam_residual": "initial", "window": 3, "num_sink_tokens": 2},
+    {"fam_update": "gated", "fam_query": "initial", "fam_residual": "none", "fam_position": "fractional"},
+    {"fam_update": "gated", "fam_query": "initial", "fam_layers": (1,), "fam_norm_bound": 0.5},
+    {"fam_update": "gated", "fam_feeds": "next", "fam_position": "zero"},
+    {"fam_update": "gated", "fam_feeds": "next", "fam_residual": "none", "fam_key_bias": -1.0},
+    GATED,
+    GATED | {"num_sink_tokens": 2, "num_memory_segments": 0, "fam_length": 4},
+    GATED | {"fam_init": "prefix", "fam_query_position": "written"},
+    GATED | {"block_size": 1, "fam_length": 1},
     {"num_sink_tokens": 1},
     {"num_sink_tokens": 4, "num_memory_segments": 0},
     {"num_sink_tokens": 3, "num_memory_segments": 2, "fam_length": 0},
@@ -163,18 +184,20 @@ def test_option_matches_reference_over_several_blocks(options: dict[str, Any]) -
 
 
 @pytest.mark.parametrize("num_tokens", [1, 3, 4, 5, 8, 9, 21])
-@pytest.mark.parametrize("options", [{}, {"fam_length": 0}, {"fam_copy": False, "num_sink_tokens": 1}], ids=str)
+@pytest.mark.parametrize("options", [{}, {"fam_length": 0}, {"fam_copy": False, "num_sink_tokens": 1}, GATED], ids=str)
 def test_length_matches_reference(options: dict[str, Any], num_tokens: int) -> None:
     """Catches an error at the edge of a block: lengths 1, B - 1, B, B + 1 and several blocks, at once."""
     assert_matches_reference(make_converted(FamConfig(**{**BASE, **options})), [random_ids(num_tokens)])
 
 
 @pytest.mark.parametrize("zero_first_residual", [True, False])
-@pytest.mark.parametrize("fam_copy", [True, False])
+@pytest.mark.parametrize(
+    "options", [{}, {"fam_copy": False}, {"fam_update": "gated"}, GATED, GATED | {"fam_residual": "previous"}], ids=str
+)
 @pytest.mark.parametrize("is_shared", [True, False])
-def test_saved_fam_matches_reference(is_shared: bool, fam_copy: bool, zero_first_residual: bool) -> None:
-    """Catches a start from a saved FAM that loses its residual, or whose static query is the saved one."""
-    config = FamConfig(**BASE, fam_copy=fam_copy, zero_first_residual=zero_first_residual)
+def test_saved_fam_matches_reference(is_shared: bool, options: dict[str, Any], zero_first_residual: bool) -> None:
+    """Catches a saved FAM that loses its residual, asks where the initial one does, or is replaced ungated."""
+    config = FamConfig(**BASE | options, zero_first_residual=zero_first_residual)
     saved = random_rows(NUM_LAYERS, 2, 32, seed=9) if is_shared else random_rows(NUM_LAYERS, 2, 2, 32, seed=9)
     rows = [random_ids(9), random_ids(6, seed=1)]
     assert_matches_reference(make_converted(config), rows, saved_fam=saved)
@@ -191,9 +214,15 @@ def test_position_offset_matches_reference(fam_position: Any) -> None:
 def configurations(draw: st.DrawFn) -> FamConfig:
     """Draw any valid combination of choices, small."""
     block_size = draw(st.integers(1, 5))
+    fam_length = draw(st.integers(0, min(3, block_size)))
+    fam_feeds = draw(st.sampled_from(["same", "next"]))
     return FamConfig(
         block_size=block_size,
-        fam_length=draw(st.integers(0, min(3, block_size))),
+        fam_length=fam_length,
+        fam_update=draw(st.sampled_from(["paper", "gated"])) if fam_length else "paper",
+        fam_query=draw(st.sampled_from(["previous", "initial"])),
+        fam_residual=draw(st.sampled_from(["previous", "none", "initial"])),
+        fam_feeds=fam_feeds,
         num_memory_segments=draw(st.integers(0, 3)),
         stop_gradient=draw(st.booleans()),
         window=draw(st.none() | st.integers(1, 12)),
@@ -202,9 +231,8 @@ def configurations(draw: st.DrawFn) -> FamConfig:
         fam_query_position=draw(st.sampled_from(["written", "current"])),
         fam_init=draw(st.sampled_from(["prompt", "prefix"])),
         zero_first_residual=draw(st.booleans()),
-        fam_copy=draw(st.booleans()),
         num_sink_tokens=draw(st.integers(0, block_size)),
-        fam_layers=draw(st.sampled_from([None, None, (0,), (1,)])),
+        fam_layers=draw(st.sampled_from([None, None, (0,), (1,)])) if fam_feeds == "same" else None,
         fam_norm_bound=draw(st.sampled_from([None, None, 0.5])),
         fam_key_bias=draw(st.sampled_from([0.0, -1.5])),
     )
@@ -264,6 +292,7 @@ def test_any_split_gives_same_state_and_logits_in_place(
         {},
         {"fam_length": 0, "num_sink_tokens": 2},
         {"fam_copy": False, "num_previous_fams": 2},
+        GATED,
         {"fam_position": "zero", "fam_init": "prefix"},
         {"fam_position": "fractional", "fam_layers": (1,), "window": 5},
     ],
@@ -327,13 +356,18 @@ def test_row_of_padding_alone_stays_where_it_is() -> None:
 @pytest.mark.parametrize("implementation", ["eager", "sdpa", "fam"])
 @pytest.mark.parametrize("num_key_value_heads", [1, 4])
 @pytest.mark.parametrize("fam_key_bias", [-1.0, 0.0])
+@pytest.mark.parametrize("options", [{}, GATED, {"fam_update": "gated"}], ids=str)
 def test_attention_back_end_matches_reference(
-    implementation: str, num_key_value_heads: int, fam_key_bias: float
+    implementation: str, num_key_value_heads: int, fam_key_bias: float, options: dict[str, Any]
 ) -> None:
-    """Catches a mask that one attention back end reads otherwise, and groups of heads."""
+    """Catches a mask that one attention back end reads otherwise, groups of heads, and a gate that is left out."""
     base = make_tiny_llama(NUM_LAYERS, num_key_value_heads=num_key_value_heads)
-    model = convert(base, FamConfig(**{**BASE, "fam_key_bias": fam_key_bias}))
+    model: Any = convert(base, FamConfig(**BASE | options | {"fam_key_bias": fam_key_bias}))
     model.set_attn_implementation(implementation)
+    if implementation == "sdpa" and options:
+        with pytest.raises(TransformerFamError, match=r"fam_update is 'gated'.*set_attn_implementation\('fam'\)"):
+            model(input_ids=random_ids(1, 10))
+        return
     assert_matches_reference(model, [random_ids(10), random_ids(7, seed=1)], padding_side="left")
     assert_matches_reference(model, [random_ids(11, seed=2)], splits=[2, 3])
 

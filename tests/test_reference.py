@@ -15,7 +15,7 @@ from torch import Tensor
 from transformerfam.config import FamConfig
 from transformerfam.errors import TransformerFamError, UnsupportedModelError
 from transformerfam.reference import ReferenceResult, ReferenceWeights, fam_positions, run_reference
-from transformerfam.reference_layer import LayerWeights
+from transformerfam.reference_layer import LayerWeights, attend, feed_forward, make_keys, make_queries
 
 EXACT = {"rtol": 0, "atol": 1e-9}
 BASE = {"fam_key_bias": 0.0, "block_size": 4, "fam_length": 2, "num_memory_segments": 1}
@@ -73,8 +73,8 @@ def unit(x: complex) -> complex:
     return x / abs(x) * math.sqrt(2)
 
 
-def attend_by_hand(query: tuple[complex, float], keys: list[tuple[complex, float, float]]) -> complex:
-    """Mix layer inputs: a pair is a complex number, so a rotation by a position is a product with exp(i position).
+def shares_by_hand(query: tuple[complex, float], keys: list[tuple[complex, float, float]]) -> list[float]:
+    """Give each key's share: a pair is a complex number, so a rotation by a position is a product with exp(i position).
 
     Args:
         query: layer input and position.
@@ -86,7 +86,12 @@ def attend_by_hand(query: tuple[complex, float], keys: list[tuple[complex, float
         for k, p, bias in keys
     ]
     weights = [math.exp(score) for score in scores]
-    return sum(weight * unit(k) for weight, (k, _, _) in zip(weights, keys, strict=True)) / sum(weights)
+    return [weight / sum(weights) for weight in weights]
+
+
+def attend_by_hand(query: tuple[complex, float], keys: list[tuple[complex, float, float]]) -> complex:
+    """Mix layer inputs by their shares."""
+    return sum(share * unit(k) for share, (k, _, _) in zip(shares_by_hand(query, keys), keys, strict=True))
 
 
 def normed(values: list[complex]) -> Tensor:
@@ -132,6 +137,83 @@ def test_fam_two_blocks_equals_formula(query_position: Any) -> None:
         Y + attend_by_hand((Y, 4), [(second, 3, 0), (Y, 4, 0)]),
     ]
     torch.testing.assert_close(result.hidden, normed(expected), **EXACT)
+
+
+@pytest.mark.parametrize("residual", ["previous", "none", "initial"])
+@pytest.mark.parametrize("query", ["previous", "initial"])
+@pytest.mark.parametrize("is_saved", [False, True])
+def test_gated_two_blocks_equal_formula(query: Any, residual: Any, is_saved: bool) -> None:
+    """Catches a gate by the wrong keys' share, in the first update of a reading, or not in that of a saved FAM."""
+    config = FamConfig(
+        fam_key_bias=0.0,
+        block_size=2,
+        fam_length=1,
+        num_memory_segments=0,
+        fam_update="gated",
+        fam_query=query,
+        fam_residual=residual,
+    )
+    saved, ids = torch.tensor([[[-1.0, 3.0]]], dtype=torch.float64), torch.tensor([0, 1, 2, 0])
+    result = run_reference(one_pair_weights(), config, ids, initial=PROMPT, saved_fam=saved if is_saved else None)
+    fam = -1 + 3j if is_saved else P
+    for start, (first, second) in ((0, (X, Y)), (2, (Z, X))):
+        asking = fam if query == "previous" else P
+        seen = [(fam, start - 1, 0), (first, start, 0), (second, start + 1, 0)]
+        left_out = residual == "none" or (residual == "previous" and start == 0 and not is_saved)
+        value = attend_by_hand((asking, start + 1), seen)
+        value += 0 if left_out else fam if residual == "previous" else P
+        share = sum(shares_by_hand((asking, start + 1), seen)[1:])
+        fam = value if start == 0 and not is_saved else fam + share * (value - fam)
+        found = result.fams[1 + start // 2]
+        torch.testing.assert_close(found, torch.tensor([[[fam.real, fam.imag]]], dtype=torch.float64), **EXACT)
+
+
+@pytest.mark.parametrize("update", ["paper", "gated"])
+def test_new_value_goes_up_to_the_next_layer(update: Any) -> None:
+    """Catches a value that stays in its layer, the gate of the layer below, or a lowest FAM that moves.
+
+    In the first block layer 1 takes over what layer 0 made; the layers below are those of a model of one layer.
+    """
+    options: dict[str, Any] = {"fam_update": update, "fam_query": "initial", "fam_residual": "initial"}
+    same = run(8, **options)
+    moved = run(8, **options, fam_feeds="next")
+    for fam in moved.fams[1:]:
+        torch.testing.assert_close(fam[0], moved.fams[0][0], **EXACT)
+    torch.testing.assert_close(moved.fams[1][1], same.fams[1][0], **EXACT)
+    assert (moved.fams[2][1] - moved.fams[1][1]).abs().max() > 1e-3
+
+
+def test_layer_without_fam_carries_rows_up() -> None:
+    """Catches rows that jump over a layer: layer 1 sees the block with them, as with a FAM of no key in sight."""
+    options: dict[str, Any] = {"fam_residual": "initial", "fam_query": "initial", "fam_feeds": "next"}
+    result = run(4, num_layers=3, fam_layers=(0, 2), **options)
+    weights = ReferenceWeights.from_llama(make_tiny_llama(3)).to(torch.float64)
+    config = FamConfig(**{**BASE, **options}, fam_layers=(0, 2))
+    hidden = weights.embedding_VD[random_ids(4)]
+    key_positions, query_positions = fam_positions(config, 0)
+    rows = result.fams[0][0]
+    for layer_idx in (0, 1):
+        layer = weights.layers[layer_idx]
+        seen = make_keys(weights, layer, hidden, [0.0, 1.0, 2.0, 3.0])
+        fam_keys = make_keys(weights, layer, rows, key_positions) if layer_idx == 0 else []
+        attended = [
+            torch.stack(
+                [
+                    attend(weights, one, position, fam_keys + (seen[: place + 1] if is_causal else seen))
+                    for place, (one, position) in enumerate(
+                        zip(make_queries(weights, layer, inputs), positions, strict=True)
+                    )
+                ]
+            )
+            @ layer.output_DxHK.T
+            + inputs
+            for inputs, positions, is_causal in (
+                (hidden, [0.0, 1.0, 2.0, 3.0], True),
+                (rows, query_positions, False),
+            )
+        ]
+        hidden, rows = (feed_forward(weights, layer, one) + one for one in attended)
+    torch.testing.assert_close(result.fams[1][2], rows, **EXACT)
 
 
 def test_options_of_third_block_equal_formula() -> None:
@@ -278,6 +360,11 @@ CHANGES: list[tuple[dict[str, Any], int]] = [
     ({"fam_init": "prefix"}, 0),
     ({"zero_first_residual": False}, 4),
     ({"fam_copy": False}, 8),
+    ({"fam_update": "gated"}, 8),
+    ({"fam_query": "initial"}, 8),
+    ({"fam_residual": "none"}, 8),
+    ({"fam_residual": "initial"}, 4),
+    ({"fam_feeds": "next"}, 4),
     ({"num_sink_tokens": 1}, 8),
     ({"fam_layers": (0,)}, 0),
     ({"fam_layers": (1,)}, 0),

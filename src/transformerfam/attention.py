@@ -7,11 +7,15 @@ A *piece* is a run of tokens of one block. Its rows are
 Source: sections 2.1, 2.2 and B.2.1, Algorithms 1 and 2 of arXiv 2404.09173.
 """
 
+import dataclasses
+
 import torch
 
 from transformerfam.cache_layer import FamLayer
+from transformerfam.errors import TransformerFamError
 from transformerfam.kernels import Sight
 from transformerfam.masks import Phase, piece_mask
+from transformerfam.memory import PassingStep
 from transformerfam.positions import fam_offsets, first_position, query_shift
 from transformerfam.state import FamState
 
@@ -22,7 +26,7 @@ def bounded(rows_BFD: torch.Tensor, bound: float) -> torch.Tensor:
     return rows_BFD * (bound * mean_square.rsqrt()).to(rows_BFD.dtype)
 
 
-class Piece:
+class Piece(PassingStep):
     """One piece on its way through the layers: what it sees, what it writes, and how it moves the state on.
 
     Args:
@@ -43,14 +47,14 @@ class Piece:
         self.completes = [n + c == config.block_size and c > 0 for n, c in zip(fills, counts, strict=True)]
         begins = any(n == 0 and c > 0 for n, c in zip(fills, counts, strict=True))
         self.num_rows = config.num_rows if config.fam_length and (begins or any(self.completes)) else 0
-        # The residual is left out of a first update, and of every update without FAM copy.
-        without_residual = [
-            not config.fam_copy or (config.zero_first_residual and n == 0 and not from_saved)
-            for n, from_saved in zip(state.num_blocks_per_row, state.starts_from_saved_fam, strict=True)
+        self.updates = self.num_rows > 0 and any(self.completes)
+        firsts = [
+            done and n == 0 and not from_saved
+            for done, n, from_saved in zip(
+                self.completes, state.num_blocks_per_row, state.starts_from_saved_fam, strict=True
+            )
         ]
-        self.residual_left_out = self._flags(
-            [left_out and done for left_out, done in zip(without_residual, self.completes, strict=True)]
-        )
+        self.is_first_update = self._flags(firsts)
 
     def _flags(self, flags: list[bool]) -> bool | torch.Tensor:
         """Return one bool when all sequences agree, else a tensor `(B,)`."""
@@ -73,7 +77,7 @@ class Piece:
         else:
             written = fam_offsets(config) + start
             query = written + self.query_shift
-            rows = (query if config.fam_copy else torch.cat((query, written)))[None]
+            rows = (query if self.num_rows == len(query) else torch.cat((query, written)))[None]
             rows = rows.to(torch.float32) if config.fam_position == "fractional" else rows.long()
         batch = max(len(rows), len(tokens))
         return torch.cat((rows.expand(batch, -1), tokens.to(rows.dtype).expand(batch, -1)), dim=1).to(device)
@@ -112,22 +116,82 @@ class Piece:
         num_filled += plan.has_fam * (phase.num_older_fams(config)[0] + 1) * config.fam_length
         if num_filled != seen.stop - seen.start:
             return None
-        return Sight(self.num_rows, sections.fam - seen.start, plan.window if cuts else None)
+        sight = Sight(self.num_rows, sections.fam - seen.start, plan.window if cuts else None)
+        return dataclasses.replace(sight, first_block_key=self._first_block_key(layer))
+
+    def _first_block_key(self, layer: FamLayer) -> int | None:
+        """Return the first key of the block among those in sight, where the share of attention on it is wanted."""
+        if not self.wants_weights or layer.fam is None:
+            return None
+        return layer.sections.block - self.phase.window_of_slots(self.config, layer.plan, layer.sections).start
+
+    def masked_sight(self, layer: FamLayer, mask: torch.Tensor) -> Sight | torch.Tensor:
+        """Return what a back end that knows `Sight` gets where a mask is needed."""
+        first = self._first_block_key(layer)
+        if first is None:
+            return mask
+        return Sight(self.num_rows, first - self.config.fam_length, first_block_key=first, mask=mask)
+
+    @property
+    def wants_weights(self) -> bool:
+        """Whether the share of the rows' attention on the block moves the FAM."""
+        return self.updates and self.config.fam_update == "gated"
 
     def enter_layer(self, layer: FamLayer, hidden_BTD: torch.Tensor) -> torch.Tensor:
-        """Replace the FAM rows in front of a layer by that layer's own FAM.
+        """Replace the rows in front of a layer by the residual to which their attention is added.
+
+        Source: Algorithm 2; B.1 for the first update, whose residual is zero.
+        """
+        if not self.num_rows or layer.fam is None:
+            return hidden_BTD
+        if self.updates and self.config.fam_feeds == "next" and not layer.is_lowest:
+            layer.value_from_below = hidden_BTD[:, : self.config.fam_length].to(layer.fam.dtype, copy=True)
+        rows = self._with_key_rows(layer, self._residual(layer)).to(hidden_BTD.dtype)
+        if torch.is_grad_enabled():
+            return torch.cat((rows, hidden_BTD[:, self.num_rows :]), dim=1)
+        hidden_BTD[:, : self.num_rows] = rows  # the layer before has noted what its own rows became
+        return hidden_BTD
+
+    def enter_branch(self, layer: FamLayer, hidden_BTD: torch.Tensor) -> torch.Tensor:
+        """Replace the rows in front of the norm by those that ask, where they are not the residual itself.
 
         Source: Algorithm 2, the input of QKV(norm(F)).
         """
         if not self.num_rows or layer.fam is None:
             return hidden_BTD
-        rows = layer.fam.to(hidden_BTD.dtype)
-        if layer.query_fam is not None:
-            rows = torch.cat((layer.query_fam.to(hidden_BTD.dtype), rows), dim=1)
-        if torch.is_grad_enabled():
-            return torch.cat((rows, hidden_BTD[:, self.num_rows :]), dim=1)
-        hidden_BTD[:, : self.num_rows] = rows  # the layer before has noted what its own rows became
-        return hidden_BTD
+        asking = self._asking(layer)
+        if asking is self._residual(layer):
+            return hidden_BTD
+        rows = self._with_key_rows(layer, asking).to(hidden_BTD.dtype)
+        return torch.cat((rows, hidden_BTD[:, self.num_rows :]), dim=1)
+
+    def _asking(self, layer: FamLayer) -> torch.Tensor:
+        """Return the rows `(B, F, D)` that ask."""
+        rows = layer.fam if self.config.fam_query == "previous" else layer.initial_fam
+        assert rows is not None
+        return rows
+
+    def _residual(self, layer: FamLayer) -> torch.Tensor:
+        """Return the rows `(B, F, D)` to which attention is added: those that ask where nothing is updated."""
+        assert layer.fam is not None
+        choice, is_first = self.config.fam_residual, self.is_first_update
+        if not self.updates:
+            return self._asking(layer)
+        if choice == "initial":
+            assert layer.initial_fam is not None
+            return layer.initial_fam
+        if choice == "none" or (self.config.zero_first_residual and is_first is True):
+            return torch.zeros_like(layer.fam)
+        if self.config.zero_first_residual and isinstance(is_first, torch.Tensor):
+            return layer.fam.masked_fill(is_first.to(layer.fam.device)[:, None, None], 0)
+        return layer.fam
+
+    def _with_key_rows(self, layer: FamLayer, rows_BFD: torch.Tensor) -> torch.Tensor:
+        """Return the rows with those behind them that make the FAM's keys, where the query is another."""
+        if self.num_rows == self.config.fam_length:
+            return rows_BFD
+        assert layer.fam is not None
+        return torch.cat((rows_BFD, layer.fam), dim=1)
 
     def attend(
         self, layer: FamLayer, key_BGTK: torch.Tensor, value_BGTK: torch.Tensor
@@ -141,7 +205,9 @@ class Piece:
         if self.num_rows and layer.fam is not None:
             rows = slice(self.num_rows - self.config.fam_length, self.num_rows)
             fam_key, fam_value = key_BGTK[:, :, rows], value_BGTK[:, :, rows]
-            if self.config.fam_copy:  # the key row is the query row, which stands where the update will stand
+            if (
+                self.num_rows == self.config.fam_length
+            ):  # the key row is the query row, which stands where the update will stand
                 fam_key, fam_value = layer.turner.turn(fam_key, fam_value, -self.query_shift)
             if torch.is_grad_enabled() and self.phase.is_uniform and self.phase.fills[0] == 0:
                 # FAM and tokens stand side by side, and out of place one write is cheaper than two.
@@ -175,54 +241,75 @@ class Piece:
         spread = new_BGTK.take_along_dim(source, dim=2)
         return torch.where(is_new, spread.to(old_BGTK.dtype), old_BGTK)
 
-    def after_attention(self, layer: FamLayer, output_BTD: torch.Tensor, factor: float = 1.0) -> torch.Tensor:
-        """Take the FAM rows' input out of what is added to it behind attention where that residual must be zero.
+    def note_weights(self, layer: FamLayer, weights: torch.Tensor | None) -> None:
+        """Note the share of the rows' attention that fell on the block, mean over heads.
 
         Args:
             layer: the layer's part of the state.
-            output_BTD: what is added, times `factor`, to the residual.
-            factor: of the family.
+            weights: shares `(B, H, F)`, or weights of all rows over all keys in sight `(B, H, num_rows + T, S)`.
 
-        Source: B.1, `Af = SelfAttention(...) + 0` in the first update; C.3 for the static summary.
+        Raises:
+            TransformerFamError: the back end gives neither.
         """
-        left_out = self.residual_left_out
-        if not self.num_rows or layer.fam is None or left_out is False:
-            return output_BTD
-        length = self.config.fam_length
-        residual = (layer.fam if layer.query_fam is None else layer.query_fam).to(output_BTD.dtype)
-        if isinstance(left_out, torch.Tensor):
-            residual = residual * left_out.to(residual)[:, None, None]
-        if factor != 1:
-            residual = residual / factor
-        return torch.cat((output_BTD[:, :length] - residual, output_BTD[:, length:]), dim=1)
+        first = self._first_block_key(layer)
+        if first is None:
+            return
+        if weights is None:
+            raise TransformerFamError(
+                "fam_update is 'gated', and this attention back end gives no weights, by which rows move; set "
+                "model.set_attn_implementation('fam'), or 'eager' for models with soft caps or sinks"
+            )
+        if weights.dim() == 4:
+            weights = weights[:, :, : self.config.fam_length, first:].float().sum(-1)
+        layer.share = weights.mean(1)
 
     def leave_layer(self, layer: FamLayer, hidden_BTD: torch.Tensor) -> None:
         """Note what the FAM rows became; it is the layer's FAM once the whole piece is through.
 
         Source: Algorithm 2, `F_t = FF(norm(Af)) + Af`.
         """
-        if not any(self.completes) or layer.fam is None:
+        if not self.updates or layer.fam is None:
             return
-        updated = hidden_BTD[:, : self.config.fam_length].to(layer.fam.dtype, copy=True)
-        done = self._flags(self.completes)
-        if hidden_BTD.dtype != layer.fam.dtype and self.config.fam_copy:
-            # Add only the change, so that the part of the FAM that the model's type cannot hold is not lost.
-            change = updated - layer.fam.to(hidden_BTD.dtype).to(layer.fam.dtype)
-            left_out = self.residual_left_out
-            if left_out is False:
-                updated = layer.fam + change
-            elif isinstance(left_out, torch.Tensor):
-                updated = torch.where(left_out.to(updated.device)[:, None, None], updated, layer.fam + change)
+        if self.config.fam_feeds == "same":
+            updated = hidden_BTD[:, : self.config.fam_length].to(layer.fam.dtype, copy=True)
+            if hidden_BTD.dtype != layer.fam.dtype:
+                # The part of the residual that the model's type cannot hold is not lost.
+                residual = self._residual(layer)
+                updated = updated + (residual - residual.to(hidden_BTD.dtype).to(residual.dtype))
+        elif layer.value_from_below is None:
+            return  # the lowest layer's FAM stays
+        else:
+            updated, layer.value_from_below = layer.value_from_below, None
+        if self.config.fam_update == "gated":
+            updated = self._gated(layer, updated)
         layer.fam_before_bound = updated if torch.is_grad_enabled() else None
         if self.config.fam_norm_bound is not None:
             updated = bounded(updated, self.config.fam_norm_bound)
+        done = self._flags(self.completes)
         if isinstance(done, torch.Tensor):
             updated = torch.where(done.to(updated.device)[:, None, None], updated, layer.fam)
         layer.next_fam = updated
 
+    def _gated(self, layer: FamLayer, value_BFD: torch.Tensor) -> torch.Tensor:
+        """Move the rows towards their new value by their share; a first update in a reading is the value itself."""
+        assert layer.share is not None
+        is_first = self.is_first_update
+        if is_first is True:
+            return value_BFD
+        assert layer.fam is not None
+        moved = torch.lerp(layer.fam, value_BFD, layer.share[..., None].to(layer.fam.dtype))
+        if is_first is False:
+            return moved
+        return torch.where(is_first.to(moved.device)[:, None, None], value_BFD, moved)
+
     def advance(self) -> None:
-        """Move the state on: count the tokens, and make complete blocks memory segments and FAMs the past."""
+        """Move the state on: count the tokens, and make complete blocks memory segments and FAMs the past.
+
+        Raises:
+            TransformerFamError: a share of attention is not a number; the state stays in front of the piece.
+        """
         state = self.state
+        self._check_shares()
         done = self._flags(self.completes)
         for layer in state.layers:
             layer.keep_fam()
@@ -231,6 +318,17 @@ class Piece:
         for row, (count, completes) in enumerate(zip(self.counts, self.completes, strict=True)):
             state.block_fill[row] = 0 if completes else state.block_fill[row] + count
             state.num_blocks_per_row[row] += completes
+
+    def _check_shares(self) -> None:
+        """Refuse shares that are no numbers: they would be in the FAM for good."""
+        shares = [layer.share for layer in self.state.layers if layer.share is not None]
+        for layer in self.state.layers:
+            layer.share = None
+        if shares and not bool(torch.stack([share.detach() for share in shares]).isfinite().all()):
+            raise TransformerFamError(
+                "the attention of a FAM row is not a number, so the memory is not updated; look for values out of "
+                f"range in the weights or the input, or read in another type than {shares[0].dtype}"
+            )
 
     def _roll(self, layer: FamLayer, done: bool | torch.Tensor) -> None:
         """Shift the memory segments and older FAMs of a layer by one block, turned back by `block_size`."""

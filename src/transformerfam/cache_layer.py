@@ -100,11 +100,12 @@ class FamLayer(CacheLayerMixin):
         keys: `(B, G, slots, K)`, zeros.
         values: `(B, G, slots, K)`, zeros.
         fam: `(B, F, D)`, or None on a layer without FAM.
-        query_fam: `(B, F, D)` initial FAM that asks in every block, kept only with `fam_copy=False`.
+        initial_fam: `(B, F, D)` initial FAM, kept where it takes part in every update.
         plan: what the layer keeps and sees.
         kind: number of the plan among those of the state's layers.
         sections: where what stands in keys and values.
         turner: turns both.
+        is_lowest: whether no layer below carries FAM.
     """
 
     is_compileable = False
@@ -114,11 +115,12 @@ class FamLayer(CacheLayerMixin):
         keys: torch.Tensor,
         values: torch.Tensor,
         fam: torch.Tensor | None,
-        query_fam: torch.Tensor | None,
+        initial_fam: torch.Tensor | None,
         plan: LayerPlan,
         kind: int,
         sections: Sections,
         turner: Turner,
+        is_lowest: bool = False,
     ) -> None:
         super().__init__()
         self.keys: torch.Tensor = keys
@@ -128,14 +130,17 @@ class FamLayer(CacheLayerMixin):
         self.sections = sections
         self.turner = turner
         self.fam = fam
-        self.query_fam = query_fam
+        self.initial_fam = initial_fam
+        self.is_lowest = is_lowest
+        self.value_from_below: torch.Tensor | None = None  # with `fam_feeds="next"`, while a piece goes through
+        self.share: torch.Tensor | None = None  # `(B, F)`, of the rows' attention on the block; likewise
         self.next_fam: torch.Tensor | None = None  # written by a piece, kept when the whole piece is through
         self.fam_before_bound: torch.Tensor | None = None  # the last update, noted while gradients are recorded
         self.is_initialized = True
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """Return what the layer carries, by name."""
-        named = {"keys": self.keys, "values": self.values, "fam": self.fam, "query_fam": self.query_fam}
+        named = {"keys": self.keys, "values": self.values, "fam": self.fam, "initial_fam": self.initial_fam}
         return {name: tensor for name, tensor in named.items() if tensor is not None}
 
     def map(self, function: Callable[[torch.Tensor], torch.Tensor]) -> None:

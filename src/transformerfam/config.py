@@ -2,14 +2,27 @@
 
 import dataclasses
 import difflib
+import inspect
 import json
 import math
-from dataclasses import dataclass
+from dataclasses import InitVar, dataclass
 from typing import Any, Literal
 
 from transformerfam.errors import TransformerFamError
 
 FAM_DTYPES = ("float32", "bfloat16", "float16")
+
+UPDATE_PRESETS: dict[str, dict[str, Any]] = {
+    "paper": {},
+    "gated": {
+        "fam_update": "gated",
+        "fam_query": "initial",
+        "fam_residual": "initial",
+        "fam_feeds": "next",
+        "fam_key_bias": 0.0,
+    },
+}
+"""What differs from the defaults, by name: the paper's update, and ours."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,11 +71,27 @@ class FamConfig:
     layer."""
 
     zero_first_residual: bool = True
-    """Leave the initial FAM out of the first update's residual, since it holds no context."""
+    """Leave the initial FAM out of the first update's residual, since it holds no context. It concerns
+    `fam_residual="previous"` alone."""
 
-    fam_copy: bool = True
-    """Make the FAM's query and residual from the previous FAM. False is the static summary ("SUM FAM"): the initial
-    FAM asks in every block, and no residual is added."""
+    fam_update: Literal["paper", "gated"] = "paper"
+    """What becomes of a row: its new value Z takes its place (the paper's), or the row moves towards Z by the share a
+    of its attention that fell on the block, not on the FAM: `F + a (Z - F)`. Its first update in a reading is Z itself.
+    A gated row that finds nothing in a block stays as it was. The gate is ours, not the paper's."""
+
+    fam_query: Literal["previous", "initial"] = "previous"
+    """Which rows ask in a block: the previous FAM (the paper's), or always the initial FAM."""
+
+    fam_residual: Literal["previous", "none", "initial"] = "previous"
+    """What is added to the rows' attention: the previous FAM (the paper's), nothing, or the initial FAM."""
+
+    fam_feeds: Literal["same", "next"] = "same"
+    """Where the new value goes: into the FAM of the layer that made it (the paper's), or, as any hidden state, into
+    that of the next layer with FAM. The lowest layer's FAM then stays as it began."""
+
+    fam_copy: InitVar[bool | None] = None
+    """Former name of two choices: False is `fam_query="initial", fam_residual="none"`, the static summary of C.3
+    ("SUM FAM")."""
 
     num_sink_tokens: int = 0
     """First tokens of the text whose keys stay visible for good, just in front of the memory segments."""
@@ -84,7 +113,8 @@ class FamConfig:
     fam_dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """Type in which the FAM is kept from block to block, whatever the type of the model."""
 
-    def __post_init__(self) -> None:
+    def __post_init__(self, fam_copy: bool | None) -> None:
+        self._take_fam_copy(fam_copy)
         if self.fam_layers is not None:  # JSON and TOML give lists
             object.__setattr__(self, "fam_layers", tuple(self.fam_layers))
         if self.fam_norm_bound == math.inf:  # TOML has no null
@@ -107,6 +137,10 @@ class FamConfig:
             ("fam_position", ("last", "fractional", "zero")),
             ("fam_query_position", ("written", "current")),
             ("fam_init", ("prompt", "prefix")),
+            ("fam_update", ("paper", "gated")),
+            ("fam_query", ("previous", "initial")),
+            ("fam_residual", ("previous", "none", "initial")),
+            ("fam_feeds", ("same", "next")),
             ("fam_dtype", FAM_DTYPES),
         ):
             require_field(self, name, getattr(self, name) in allowed, f"one of {', '.join(allowed)}")
@@ -114,6 +148,35 @@ class FamConfig:
             layers = self.fam_layers
             valid = len(layers) > 0 and min(layers) >= 0 and len(set(layers)) == len(layers)
             require_field(self, "fam_layers", valid, "None or distinct layer indices, at least one")
+            moves_up = self.fam_length == 0 or self.fam_feeds == "same" or len(layers) > 1
+            require_field(self, "fam_feeds", moves_up, "'same' where one layer alone carries FAM, which feeds no other")
+        require_field(
+            self,
+            "fam_update",
+            self.fam_length > 0 or self.fam_update == "paper",
+            "'paper' with fam_length 0, where there is no row to update",
+        )
+
+    def _take_fam_copy(self, fam_copy: bool | None) -> None:
+        """Set query and residual by their former common name.
+
+        Raises:
+            TransformerFamError: they were given, too, and say something else.
+        """
+        if fam_copy is None:
+            return
+        given, asked = (self.fam_query, self.fam_residual), ("previous", "previous")
+        if not fam_copy:
+            asked = ("initial", "none")
+            if given == ("previous", "previous"):
+                object.__setattr__(self, "fam_query", asked[0])
+                object.__setattr__(self, "fam_residual", asked[1])
+                return
+        if given != asked:
+            raise TransformerFamError(
+                f"fam_copy={fam_copy} is fam_query={asked[0]!r} and fam_residual={asked[1]!r}, given are {given[0]!r} "
+                f"and {given[1]!r}; leave fam_copy out"
+            )
 
     @property
     def num_fam_slots(self) -> int:
@@ -128,7 +191,18 @@ class FamConfig:
     @property
     def num_rows(self) -> int:
         """Rows in front of the tokens of a piece that begins or completes a block."""
-        return self.fam_length if self.fam_copy else 2 * self.fam_length
+        return self.fam_length if self.fam_query == "previous" else 2 * self.fam_length
+
+    @property
+    def is_papers_update(self) -> bool:
+        """Whether query, residual, update and where it goes are those of Algorithm 2."""
+        choices = (self.fam_update, self.fam_query, self.fam_residual, self.fam_feeds)
+        return choices == ("paper", "previous", "previous", "same")
+
+    @property
+    def needs_initial_fam(self) -> bool:
+        """Whether the initial FAM takes part in every update."""
+        return self.fam_length > 0 and "initial" in (self.fam_query, self.fam_residual)
 
     def carries_fam(self, layer_idx: int) -> bool:
         """Say whether the decoder layer `layer_idx` has a FAM."""
@@ -137,6 +211,25 @@ class FamConfig:
     def replace(self, **changes: Any) -> "FamConfig":
         """Return a copy with `changes`; an unknown field is refused with the nearest known one."""
         return FamConfig.from_dict({**dataclasses.asdict(self), **changes})
+
+    @classmethod
+    def preset(cls, name: str, **changes: Any) -> "FamConfig":
+        """Return the paper's configuration (`"paper"`, as `FamConfig()`) or that of the gated memory (`"gated"`).
+
+        Args:
+            name: one of `UPDATE_PRESETS`.
+            **changes: fields that differ from the preset.
+
+        Raises:
+            TransformerFamError: there is no such preset or field, or a value is out of range.
+        """
+        if name not in UPDATE_PRESETS:
+            raise TransformerFamError(f"there is no preset {name!r}; known are {', '.join(UPDATE_PRESETS)}")
+        return cls.from_dict(UPDATE_PRESETS[name] | changes)
+
+    def without_fam(self, **changes: Any) -> "FamConfig":
+        """Return BSWA with the same blocks and segments, and `changes`."""
+        return self.replace(**{"fam_length": 0, "fam_layers": None, "fam_update": "paper"} | changes)
 
     def to_dict(self) -> dict[str, Any]:
         """Return the fields as plain JSON values."""
@@ -168,7 +261,7 @@ def values_to_fields(cls: type, values: dict[str, Any]) -> dict[str, Any]:
     Raises:
         TransformerFamError: one is not; the message has the nearest field.
     """
-    known = [field.name for field in dataclasses.fields(cls)]
+    known = list(inspect.signature(cls).parameters)
     for name in values:
         if name not in known:
             nearest = difflib.get_close_matches(name, known, n=1)

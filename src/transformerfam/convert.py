@@ -1,7 +1,7 @@
 """Give a transformers decoder a working memory, in place.
 
 The model's own forward runs unchanged, one piece at a time. FAM comes in through four seams: extra rows in front of
-the tokens, the cache, the mask, and the residual of the first update. Where they are in a family's layers, `families`
+the tokens, the cache, the mask, and the rows' residual. Where they are in a family's layers, `families`
 says.
 """
 
@@ -106,7 +106,7 @@ def attach(model: PreTrainedModel, config: FamConfig, layouts: Sequence[LayerLay
         model.set_attn_implementation(own.get(model.config._attn_implementation, model.config._attn_implementation))
     handles = []
     for layer_idx, layer in enumerate(decoder_layers(model)):
-        handles += LayerSeam(layer_idx, family, family.branch_factor(model.config)).attach(layer)
+        handles += LayerSeam(layer_idx, family, model.config).attach(layer)
     bind_method(decoder, "forward", read_pieces)
     for name, function in METHODS.items():
         bind_method(model, name, function)
@@ -148,13 +148,15 @@ class LayerSeam:
     Args:
         layer_idx: number of the layer.
         family: where in the layer they sit.
-        branch_factor: what the branch is multiplied with before it is added to the residual.
+        config: of the model.
     """
 
-    def __init__(self, layer_idx: int, family: Family, branch_factor: float) -> None:
+    def __init__(self, layer_idx: int, family: Family, config: Any) -> None:
         self.layer_idx = layer_idx
         self.family = family
-        self.branch_factor = branch_factor
+        self.branch_factor = family.branch_factor(config)  # before the branch is added to the residual
+        self.entries = family.entries(config)
+        self._entered: tuple[Any, Any] | None = None  # what goes through the layer
         self._behind_attention: tuple[Any, Any] | None = None  # what went through attention and comes to the branch
 
     def attach(self, layer: nn.Module) -> list[Any]:
@@ -165,6 +167,10 @@ class LayerSeam:
             layer.register_forward_hook(self.leave_layer, with_kwargs=True),
             attention.register_forward_hook(self.after_attention, with_kwargs=True),
         ]
+        for name in self.entries:
+            handles.append(part_of(layer, name).register_forward_pre_hook(self.enter_branch, with_kwargs=True))
+        if not self.family.has_attention_interface:
+            handles.append(attention.register_forward_pre_hook(self.ask_for_weights, with_kwargs=True))
         if branch is not attention:
             handles.append(branch.register_forward_hook(self.after_branch))
         return handles
@@ -173,7 +179,7 @@ class LayerSeam:
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         """Put the layer's FAM and mask in place."""
-        found = self._find(kwargs)
+        found = self._entered = self._find(kwargs)
         if found is None:
             return None
         step, layer = found
@@ -186,15 +192,36 @@ class LayerSeam:
             kind = hidden_BTD.device.type
             dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden_BTD.dtype
             mask = step.mask(layer, dtype, hidden_BTD.device)
+            mask = step.masked_sight(layer, mask) if takes_sight else mask
         if back_end == "flex_attention":  # it looks every sequence's mask up
             mask = mask.expand(len(hidden_BTD), -1, -1, -1)
         return (hidden_BTD, *args[1:]), kwargs | {"attention_mask": mask}
 
+    def enter_branch(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        """Put the rows that ask in front of what the norm, or attention itself, is given."""
+        if self._entered is None:
+            return None
+        step, layer = self._entered
+        if args:
+            return (step.enter_branch(layer, args[0]), *args[1:]), kwargs
+        return args, kwargs | {"hidden_states": step.enter_branch(layer, kwargs["hidden_states"])}
+
+    def ask_for_weights(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        """Let an attention that does not go through transformers' interface give its weights."""
+        if self._entered is None or not self._entered[0].wants_weights:
+            return None
+        return args, kwargs | {"output_attentions": True}
+
     def after_attention(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
-        """Take out the residual, or note what goes on to the norm behind attention."""
+        """Hand weights and output to the piece, or note what goes on to the norm behind attention."""
         found = self._find(kwargs)
         if found is None:
             return output
+        found[0].note_weights(found[1], output[1])
         if self.family.branch != self.family.attention:
             self._behind_attention = found
             return output
@@ -202,7 +229,7 @@ class LayerSeam:
         return (step.after_attention(layer, output[0], self.branch_factor), *output[1:])
 
     def after_branch(self, module: nn.Module, args: tuple[Any, ...], output_BTD: torch.Tensor) -> torch.Tensor:
-        """Take out the residual behind the norm."""
+        """Hand what the norm gives to the piece."""
         found, self._behind_attention = self._behind_attention, None
         if found is None:
             return output_BTD
@@ -211,7 +238,7 @@ class LayerSeam:
 
     def leave_layer(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         """Note what the FAM rows became."""
-        found = self._find(kwargs)
+        found, self._entered = self._find(kwargs), None
         if found is not None:
             step, layer = found
             step.leave_layer(layer, output[0] if isinstance(output, tuple) else output)

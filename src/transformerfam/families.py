@@ -30,6 +30,23 @@ def _falcon_is_parallel(config: Any) -> bool:
     return bool(config.parallel_attn or config.new_decoder_architecture)
 
 
+def _one_norm(config: Any) -> tuple[str, ...]:
+    return ("input_layernorm",)
+
+
+def _attention_itself(config: Any) -> tuple[str, ...]:
+    return ("self_attn",)
+
+
+def _neox_norms(config: Any) -> tuple[str, ...]:
+    return ("input_layernorm", "post_attention_layernorm") if config.use_parallel_residual else ("input_layernorm",)
+
+
+def _falcon_norms(config: Any) -> tuple[str, ...]:
+    has_two = config.new_decoder_architecture and config.num_ln_in_parallel_attn == 2
+    return ("ln_attn", "ln_mlp") if has_two else ("input_layernorm",)
+
+
 def _one(config: Any) -> float:
     return 1.0
 
@@ -47,6 +64,7 @@ class Family:
         layers: the decoder's list of layers.
         attention: a layer's attention.
         output_projection: the last matrix of an attention.
+        entries: the submodules of a layer that are given its input, beside the residual, from the configuration.
         branch: the submodule of a layer whose output is added to the residual behind attention: attention itself, or a
             norm behind it.
         branch_factor: what that output is multiplied with before it is added, from the configuration.
@@ -62,6 +80,7 @@ class Family:
     layers: str = "layers"
     attention: str = "self_attn"
     output_projection: str = "o_proj"
+    entries: Callable[[Any], tuple[str, ...]] = _one_norm
     branch: str = "self_attn"
     branch_factor: Callable[[Any], float] = _one
     behind: str = "post_attention_layernorm"
@@ -95,6 +114,7 @@ FAMILIES = {
     "phi3": Family(name="Phi-3", special="one matrix for queries, keys and values; RoPE of type longrope is refused"),
     "olmo2": Family(
         name="OLMo 2",
+        entries=_attention_itself,
         branch="post_attention_layernorm",
         behind="mlp",
         special="norms behind attention and feed-forward alone; norms on queries and keys",
@@ -114,6 +134,7 @@ FAMILIES = {
         name="GPT-NeoX (Pythia)",
         attention="attention",
         output_projection="dense",
+        entries=_neox_norms,
         branch="attention",
         is_parallel=_parallel_if_configured,
         special="parallel residual; RoPE on a part of every head",
@@ -134,6 +155,7 @@ FAMILIES = {
         layers="h",
         attention="self_attention",
         output_projection="dense",
+        entries=_falcon_norms,
         branch="self_attention",
         is_parallel=_falcon_is_parallel,
         has_attention_interface=False,

@@ -15,7 +15,7 @@ from transformers.integrations import flash_attention
 from transformers.masking_utils import flash_attention_mask
 
 from transformerfam.errors import TransformerFamError
-from transformerfam.kernels import Sight
+from transformerfam.kernels import Sight, attend_rows
 
 FLASH_BACK_ENDS = {"flash_attention_2": "fam_fa2", "flash_attention_3": "fam_fa3"}
 """transformers' names, and those that a converted model goes on with."""
@@ -32,7 +32,7 @@ def attend_piece_by_flash(
     scaling: float | None = None,
     sliding_window: int | None = None,
     **kwargs: Any,
-) -> tuple[torch.Tensor, None]:
+) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Attend from FAM rows and tokens, in transformers' attention interface; shapes are those of `attend_piece`.
 
     Args:
@@ -74,24 +74,30 @@ def attend_piece_by_flash(
         return output
 
     everything = slice(None)
-    if not isinstance(attention_mask, Sight):
-        if attention_mask is not None and attention_mask.dim() == 4:
+    mask = attention_mask.mask if isinstance(attention_mask, Sight) else attention_mask
+    if not isinstance(attention_mask, Sight) or mask is not None:
+        if mask is not None and mask.dim() == 4:
             raise TransformerFamError(
                 "flash attention takes no mask, which this piece needs: sequences that stand at different places "
                 "(padding), fam_key_bias other than 0, a window on a layer with FAM, or compiled decoding; set "
                 "model.set_attn_implementation('fam') before"
             )
-        return call(everything, everything, True, sliding_window, attention_mask), None
+        return call(everything, everything, True, sliding_window, mask), None
     num_rows = attention_mask.num_rows
     tokens = call(slice(num_rows, None), everything, True, attention_mask.window)
     if not num_rows:
         return tokens, None
+    if attention_mask.first_block_key is not None:  # flash attention gives no weights
+        soft_cap, sinks_H = kwargs.get("softcap"), kwargs.get("s_aux")
+        asking = query[:, :, :num_rows]
+        rows, share = attend_rows(asking, key, value, attention_mask, dropout, scaling, soft_cap, sinks_H)
+        return torch.cat((rows.to(tokens.dtype), tokens), dim=1), share
     rows = call(slice(num_rows), slice(attention_mask.first_row_key, None), False, None)
     return torch.cat((rows, tokens), dim=1), None
 
 
 def _with_kernels(implementation: str) -> Any:
-    def attend(*args: Any, **kwargs: Any) -> tuple[torch.Tensor, None]:
+    def attend(*args: Any, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
         return attend_piece_by_flash(implementation, *args, **kwargs)
 
     return attend

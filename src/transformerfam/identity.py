@@ -111,8 +111,11 @@ class ModelIdentity:
         Warns:
             UserWarning: only the weights differ.
         """
-        for part, here in (("architecture", self.architecture), ("fam_config", config.to_dict())):
-            there = metadata[part]
+        of_before = FamConfig.from_dict(metadata["fam_config"]).to_dict()  # fields may have come since
+        for part, here, there in (
+            ("architecture", self.architecture, metadata["architecture"]),
+            ("fam_config", config.to_dict(), of_before),
+        ):
             different = [key for key in sorted({*here, *there}) if here.get(key) != there.get(key)]
             if different:
                 key = different[0]

@@ -34,11 +34,16 @@ class Sight:
         num_rows: FAM rows in front of the tokens; each sees the keys from `first_row_key` on.
         first_row_key: index of the first of those keys.
         window: last keys that a token sees, itself included; None is all. Only back ends that know windows take it.
+        first_block_key: index of the first key of the block, where the share of the rows' attention that falls on the
+            block is wanted: that of the F rows in front, F keys of the FAM lying between the two indices.
+        mask: bias on all logits, `(1 or B, 1, num_rows + T, S)`, where the share is wanted and a mask is needed.
     """
 
     num_rows: int
     first_row_key: int
     window: int | None = None
+    first_block_key: int | None = None
+    mask: torch.Tensor | None = None
 
 
 def _full_and_causal(
@@ -152,6 +157,59 @@ def _attend(
     return output.reshape(batch, num_heads, num_tokens, -1).transpose(1, 2)
 
 
+def attend_rows(
+    query_BHRK: torch.Tensor,
+    key_BGSK: torch.Tensor,
+    value_BGSK: torch.Tensor,
+    sight: Sight,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    soft_cap: float | None = None,
+    sinks_H: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Attend from FAM rows, and give the share of their attention that falls on the block; softmax in float32.
+
+    Args:
+        query_BHRK: of all rows in front of the tokens; the F rows in front ask.
+        key_BGSK: all keys in sight.
+        value_BGSK: likewise.
+        sight: with `first_block_key`.
+        dropout: probability that an attention weight is dropped; the share is that in front of it.
+        scaling: factor on the logits.
+        soft_cap: largest logit, taken by tanh.
+        sinks_H: further logits of every head, whose value is zero.
+
+    Returns:
+        `(B, R, H, K)`, zeros for rows that do not ask, and shares `(B, H, F)`.
+
+    Source: the gate is ours; see `FamConfig.fam_update`.
+    """
+    assert sight.first_block_key is not None
+    seen = slice(sight.first_row_key, None)
+    num_asking, groups = sight.first_block_key - sight.first_row_key, key_BGSK.shape[1]
+    exact = torch.promote_types(query_BHRK.dtype, torch.float32)
+    with torch.autocast(query_BHRK.device.type, enabled=False):
+        query_BGrFK = query_BHRK[:, :, :num_asking].unflatten(1, (groups, -1)).to(exact)
+        logits = query_BGrFK @ key_BGSK[:, :, None, seen].to(exact).mT
+        logits = logits * (query_BHRK.shape[-1] ** -0.5 if scaling is None else scaling)
+        if soft_cap is not None:
+            logits = soft_cap * torch.tanh(logits / soft_cap)
+        if sight.mask is not None:
+            logits = logits + sight.mask[:, :, None, :num_asking, seen].to(exact)
+        if sinks_H is not None:
+            sinks = sinks_H.to(exact).view(1, groups, -1, 1, 1).expand(*logits.shape[:-1], 1)
+            logits = torch.cat((logits, sinks), dim=-1)
+        weights = logits.softmax(-1)
+        if sinks_H is not None:
+            weights = weights[..., :-1]
+        share = weights[..., num_asking:].sum(-1)
+        weights = torch.nn.functional.dropout(weights, dropout)
+        output = (weights.to(value_BGSK.dtype) @ value_BGSK[:, :, None, seen]).flatten(1, 2).transpose(1, 2)
+    if num_asking < query_BHRK.shape[2]:
+        output = torch.nn.functional.pad(output, (0, 0, 0, 0, 0, query_BHRK.shape[2] - num_asking))
+    return output.contiguous(), share.flatten(1, 2)
+
+
 def attend_piece(
     module: torch.nn.Module,
     query: torch.Tensor,
@@ -161,7 +219,7 @@ def attend_piece(
     dropout: float = 0.0,
     scaling: float | None = None,
     **kwargs: Any,
-) -> tuple[torch.Tensor, None]:
+) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Attend from FAM rows and tokens, in transformers' attention interface.
 
     Args:
@@ -176,7 +234,7 @@ def attend_piece(
         **kwargs: go on to transformers' `sdpa`.
 
     Returns:
-        `(B, R + T, H, K)`, and None for the weights.
+        `(B, R + T, H, K)`; for the weights None, or the shares `(B, H, F)` that the `Sight` asks for.
     """
     if torch.is_autocast_enabled(query.device.type):  # which knows torch's attention, and not the kernels in it
         dtype = torch.get_autocast_dtype(query.device.type)
@@ -188,16 +246,23 @@ def attend_piece(
     num_rows, first = attention_mask.num_rows, attention_mask.first_row_key
     if not num_rows:
         return _attend(query, key, value, True, dropout, scaling), None
-    rows = _attend(query[:, :, :num_rows], key[:, :, first:], value[:, :, first:], False, dropout, scaling)
+    share = None
+    if attention_mask.first_block_key is not None:
+        rows, share = attend_rows(query[:, :, :num_rows], key, value, attention_mask, dropout, scaling)
+    else:
+        rows = _attend(query[:, :, :num_rows], key[:, :, first:], value[:, :, first:], False, dropout, scaling)
     if query.shape[2] == num_rows:
-        return rows, None
+        return rows, share
+    if attention_mask.mask is not None:
+        tokens = query[:, :, num_rows:], key, value, attention_mask.mask[:, :, num_rows:]
+        return torch.cat((rows, sdpa_attention_forward(module, *tokens, dropout, scaling, **kwargs)[0]), dim=1), share
     if query.shape[2] != key.shape[2]:
-        return torch.cat((rows, _attend(query[:, :, num_rows:], key, value, True, dropout, scaling)), dim=1), None
+        return torch.cat((rows, _attend(query[:, :, num_rows:], key, value, True, dropout, scaling)), dim=1), share
     output = _attend(query, key, value, True, dropout, scaling)  # causal for the FAM rows too: theirs is replaced
     if output.requires_grad:
-        return torch.cat((rows, output[:, num_rows:]), dim=1), None
+        return torch.cat((rows, output[:, num_rows:]), dim=1), share
     output[:, :num_rows] = rows
-    return output, None
+    return output, share
 
 
 AttentionInterface.register(BACK_END, attend_piece)

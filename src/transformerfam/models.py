@@ -98,7 +98,7 @@ def load_model(
         adapter.config = config
         adapter.apply(model, merge=merge)
     else:
-        convert(model, config.replace(fam_length=0) if system == "bswa" else config)
+        convert(model, config.without_fam() if system == "bswa" else config)
     return model.eval(), tokenizer
 
 

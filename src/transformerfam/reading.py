@@ -49,7 +49,7 @@ def init_state(
     num_layers = len(memory.layouts)
     fam_dtype = getattr(torch, config.fam_dtype)
     saved = [fam is not None] * batch_size if is_saved is None else list(is_saved)
-    initial = initial_fam(decoder) if config.fam_length and not (all(saved) and config.fam_copy) else None
+    initial = initial_fam(decoder) if config.needs_initial_fam or (config.fam_length and not all(saved)) else None
     if fam is not None:
         expected = (num_layers, batch_size, config.fam_length, weight.shape[1])
         fam = fam[:, None].expand(-1, batch_size, -1, -1) if fam.dim() == 3 else fam
@@ -60,13 +60,14 @@ def init_state(
             )
     layers = []
     kinds: dict[LayerPlan, int] = {}
+    lowest = next((i for i in range(num_layers) if config.carries_fam(i)), None)
     for i, (plan, layout) in enumerate(zip(memory.plans(), memory.layouts, strict=True)):
         sections = Sections.of(config, plan)
         keys, values = (
             torch.zeros(batch_size, heads, sections.num_slots, width, dtype=weight.dtype, device=weight.device)
             for heads, width in (layout.key_shape, layout.value_shape)
         )
-        rows = asking = start = None
+        rows = kept = start = None
         if config.carries_fam(i):
             if initial is not None:
                 start = rows = initial[i].to(fam_dtype).expand(batch_size, -1, -1)
@@ -76,10 +77,10 @@ def init_state(
                     rows = torch.where(torch.tensor(saved, device=weight.device)[:, None, None], rows, start)
             assert rows is not None
             rows = rows.clone(memory_format=torch.contiguous_format)
-            if not config.fam_copy and start is not None:
-                asking = start.clone(memory_format=torch.contiguous_format)
+            if config.needs_initial_fam and start is not None:
+                kept = start.clone(memory_format=torch.contiguous_format)
         kind = kinds.setdefault(plan, len(kinds))
-        layers.append(FamLayer(keys, values, rows, asking, plan, kind, sections, layout.turner))
+        layers.append(FamLayer(keys, values, rows, kept, plan, kind, sections, layout.turner, i == lowest))
     return FamState(
         layers,
         config,

@@ -22,6 +22,7 @@ from transformerfam.reference_layer import (
     ReferenceWeights,
     SeenKey,
     attend,
+    attention_shares,
     feed_forward,
     make_keys,
     make_queries,
@@ -50,7 +51,7 @@ class LayerMemory:
     initial_fam_FD: Tensor
     """What the model starts from, whether or not the sequence started from a saved FAM."""
     fam_FD: Tensor
-    is_first_residual_zero: bool
+    starts_from_saved_fam: bool
     fam_keys: list[list[SeenKey]] = field(default_factory=list)
     """Keys of the FAMs so far, the initial one first."""
     block_keys: list[list[SeenKey]] = field(default_factory=list)
@@ -114,7 +115,7 @@ def run_reference(
         LayerMemory(
             initial_fam_FD=initial_fam_LFD[layer_idx],
             fam_FD=first_fam_LFD[layer_idx],
-            is_first_residual_zero=config.zero_first_residual and saved_fam is None,
+            starts_from_saved_fam=saved_fam is not None,
         )
         for layer_idx in range(len(weights.layers))
     ]
@@ -123,8 +124,11 @@ def run_reference(
     for start in range(0, len(input_ids), config.block_size):
         block_ids = input_ids[start : start + config.block_size]
         hidden_TD = weights.embedding_VD[block_ids]
+        rows_FD: Tensor | None = None  # what the layer below made of its FAM
         for layer_idx, memory in enumerate(memories):
-            hidden_TD = _run_block(weights, config, layer_idx, hidden_TD, memory, position_offset + start)
+            hidden_TD, rows_FD = _run_block(
+                weights, config, layer_idx, hidden_TD, rows_FD, memory, position_offset + start
+            )
         hidden_blocks.append(hidden_TD)
         if len(block_ids) == config.block_size:
             fams.append(_stack_fams(config, memories))
@@ -137,10 +141,24 @@ def _run_block(
     config: FamConfig,
     layer_idx: int,
     block_TD: Tensor,
+    below_FD: Tensor | None,
     memory: LayerMemory,
     block_start: int,
-) -> Tensor:
-    """Run one layer over one block, complete or not, and move its memory on when the block is complete."""
+) -> tuple[Tensor, Tensor | None]:
+    """Run one layer over one block, complete or not, and move its memory on when the block is complete.
+
+    Args:
+        weights: the decoder.
+        config: every choice.
+        layer_idx: number of the layer.
+        block_TD: the layer's input.
+        below_FD: what comes up from the FAM of the layers below; None below the lowest FAM, and in part of a block.
+        memory: what the layer carries.
+        block_start: position of the block's first token.
+
+    Returns:
+        The layer's output, (T, D), and what goes up to the FAM of the layers above, (F, D) or None.
+    """
     layer = weights.layers[layer_idx]
     has_fam = config.carries_fam(layer_idx)
     fam_key_positions, fam_query_positions = fam_positions(config, block_start)
@@ -158,34 +176,81 @@ def _run_block(
     attended_TD = torch.stack(attention_rows) @ layer.output_DxHK.T + block_TD
     out_TD = feed_forward(weights, layer, attended_TD) + attended_TD
 
+    above_FD = None
     if len(block_TD) == config.block_size:
         if has_fam:
-            memory.fam_FD = _update_fam(weights, config, layer, memory, block_keys, fam_query_positions)
+            above_FD, shares_F = _compress(weights, config, layer, memory, block_keys, fam_query_positions)
+            memory.fam_FD = _update_fam(config, memory, above_FD if config.fam_feeds == "same" else below_FD, shares_F)
+        elif below_FD is not None:  # a layer without FAM carries the rows up: they see its block
+            queries = make_queries(weights, layer, below_FD)
+            above_FD, _ = _run_rows(weights, layer, queries, fam_query_positions, block_keys, below_FD)
         memory.block_keys.append(block_keys)
-    return out_TD
+    return out_TD, above_FD
 
 
-def _update_fam(
+def _compress(
     weights: ReferenceWeights,
     config: FamConfig,
     layer: LayerWeights,
     memory: LayerMemory,
     block_keys: list[SeenKey],
     query_positions: list[float],
-) -> Tensor:
-    """Compress a complete block and the FAM before it into the next FAM, (F, D)."""
-    query_fam_FD = memory.fam_FD if config.fam_copy else memory.initial_fam_FD
+) -> tuple[Tensor, Tensor]:
+    """Compress a complete block and the FAM before it into a new value of every row.
+
+    Returns:
+        New values (F, D), and the shares of the rows' attention that fell on the block, (F,), mean over heads.
+    """
+    is_first_update = len(memory.block_keys) == 0 and not memory.starts_from_saved_fam
+    residual_FD = {
+        "previous": torch.zeros_like(memory.fam_FD)
+        if is_first_update and config.zero_first_residual
+        else memory.fam_FD,
+        "none": torch.zeros_like(memory.fam_FD),
+        "initial": memory.initial_fam_FD,
+    }[config.fam_residual]
+    asking_FD = memory.fam_FD if config.fam_query == "previous" else memory.initial_fam_FD
+    queries = make_queries(weights, layer, asking_FD)
     seen = memory.fam_keys[-1] + block_keys
-    attention_rows = [
-        attend(weights, query_HK, position, seen)
-        for query_HK, position in zip(make_queries(weights, layer, query_fam_FD), query_positions, strict=True)
-    ]
-    attended_FD = torch.stack(attention_rows) @ layer.output_DxHK.T
-    is_first_update = len(memory.block_keys) == 0
-    if config.fam_copy and not (is_first_update and memory.is_first_residual_zero):
-        attended_FD = attended_FD + memory.fam_FD
-    fam_FD = feed_forward(weights, layer, attended_FD) + attended_FD
-    return _bound_rows(config, fam_FD)
+    value_FD, shares_FHN = _run_rows(weights, layer, queries, query_positions, seen, residual_FD)
+    return value_FD, shares_FHN[:, :, config.fam_length :].sum(dim=2).mean(dim=1)
+
+
+def _run_rows(
+    weights: ReferenceWeights,
+    layer: LayerWeights,
+    queries: Tensor,
+    positions: list[float],
+    seen: list[SeenKey],
+    residual_FD: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """Run a layer over FAM rows that all see the same keys.
+
+    Returns:
+        The layer's output (F, D), and the shares of attention that fell on every key, (F, H, N).
+    """
+    rows = list(zip(queries, positions, strict=True))
+    attention = torch.stack([attend(weights, query_HK, position, seen) for query_HK, position in rows])
+    shares = torch.stack([attention_shares(weights, query_HK, position, seen) for query_HK, position in rows])
+    attended_FD = attention @ layer.output_DxHK.T + residual_FD
+    return feed_forward(weights, layer, attended_FD) + attended_FD, shares
+
+
+def _update_fam(config: FamConfig, memory: LayerMemory, value_FD: Tensor | None, shares_F: Tensor) -> Tensor:
+    """Move the FAM to its new value: at once, or by the share of its attention that fell on the block.
+
+    Args:
+        config: every choice.
+        memory: what the layer carries.
+        value_FD: the new value; None where the FAM of the lowest layer stays, since it is fed from below.
+        shares_F: the shares.
+    """
+    if value_FD is None:
+        return memory.fam_FD
+    is_first_update = len(memory.block_keys) == 0 and not memory.starts_from_saved_fam
+    if config.fam_update == "gated" and not is_first_update:
+        value_FD = memory.fam_FD + shares_F[:, None] * (value_FD - memory.fam_FD)
+    return _bound_rows(config, value_FD)
 
 
 def _bound_rows(config: FamConfig, fam_FD: Tensor) -> Tensor:

@@ -140,20 +140,28 @@ def make_queries(weights: ReferenceWeights, layer: LayerWeights, input_TD: Tenso
 
 
 def attend(weights: ReferenceWeights, query_HK: Tensor, position: float, seen: list[SeenKey]) -> Tensor:
-    """Let one query attend to the keys that it sees: one softmax over all of them.
+    """Let one query attend to the keys that it sees.
 
     Returns:
         (H * K,) mixed values of all heads, before the output projection.
     """
-    key_NGK = rotate(weights, torch.stack([key.key_GK for key in seen]), [key.position for key in seen])
     value_NGK = torch.stack([key.value_GK for key in seen])
+    value_NHK = value_NGK.repeat_interleave(weights.num_attention_heads // weights.num_key_value_heads, dim=1)
+    return torch.einsum("hn,nhk->hk", attention_shares(weights, query_HK, position, seen), value_NHK).flatten()
+
+
+def attention_shares(weights: ReferenceWeights, query_HK: Tensor, position: float, seen: list[SeenKey]) -> Tensor:
+    """Give the shares of one query's attention that fall on the keys that it sees: one softmax over all of them.
+
+    Returns:
+        (H, N), one per head and key.
+    """
+    key_NGK = rotate(weights, torch.stack([key.key_GK for key in seen]), [key.position for key in seen])
     bias_N = query_HK.new_tensor([key.bias for key in seen])
     query_HK = rotate(weights, query_HK[None], [position])[0]
-    num_groups = weights.num_attention_heads // weights.num_key_value_heads
-    key_NHK = key_NGK.repeat_interleave(num_groups, dim=1)
-    value_NHK = value_NGK.repeat_interleave(num_groups, dim=1)
+    key_NHK = key_NGK.repeat_interleave(weights.num_attention_heads // weights.num_key_value_heads, dim=1)
     logits_HN = torch.einsum("hk,nhk->hn", query_HK, key_NHK) / weights.head_dim**0.5 + bias_N
-    return torch.einsum("hn,nhk->hk", logits_HN.softmax(dim=-1), value_NHK).flatten()
+    return logits_HN.softmax(dim=-1)
 
 
 def rotate(weights: ReferenceWeights, rows_NHK: Tensor, positions: list[float]) -> Tensor:

@@ -77,7 +77,16 @@ def check_structure(model: Any, config: FamConfig) -> None:
                 f"RoPE of type {rope_type!r} changes with the length of the text, so keys cannot be turned; set "
                 "another type"
             )
+    if config.fam_update == "gated" and model.config._attn_implementation == "flex_attention":
+        raise UnsupportedModelError(
+            "fam_update is 'gated', and attention back end 'flex_attention' gives no weights, by which rows move; call "
+            "model.set_attn_implementation('sdpa') first"
+        )
     num_layers = len(decoder_layers(model))
+    if config.fam_length and config.fam_feeds == "next" and num_layers == 1:
+        raise UnsupportedModelError(
+            "fam_feeds is 'next', and a model of one layer has no next one to feed; required is fam_feeds='same'"
+        )
     if config.fam_layers is not None and max(config.fam_layers) >= num_layers:
         raise UnsupportedModelError(
             f"fam_layers names layer {max(config.fam_layers)}, the model has layers 0 to {num_layers - 1}"
@@ -192,8 +201,17 @@ def _check_rows(model: PreTrainedModel, ids: torch.Tensor) -> None:
 def _check_first_residual(model: PreTrainedModel, ids: torch.Tensor) -> None:
     """In the first update, what goes on behind attention must be the attention branch alone.
 
-    Where the feed-forward layer is added to the same residual, the layer's output must be the two branches alone.
+    Where the feed-forward layer is added to the same residual, the layer's output must be the two branches alone. The
+    branches must be those of an update with a residual.
     """
+    without, sum_without = _branches(model, ids, is_saved=False)
+    with_residual, _ = _branches(model, ids, is_saved=True)
+    _require_equal("first residual", sum_without, without)
+    _require_equal("row", without, with_residual)
+
+
+def _branches(model: PreTrainedModel, ids: torch.Tensor, is_saved: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return what a layer adds to the residual of FAM rows in the first update, and the sum that goes on."""
     decoder, family, config = model.get_decoder(), family_of(model), model.config
     layer_idx = next(i for i in range(len(decoder.fam.layouts)) if decoder.fam.config.carries_fam(i))
     layer: Any = decoder_layers(model)[layer_idx]
@@ -220,13 +238,12 @@ def _check_first_residual(model: PreTrainedModel, ids: torch.Tensor) -> None:
     try:
         with _probing(model, fam_init=decoder.fam.config.fam_init):
             state = model.init_state(1, fam=_any_fam(model))
-            state.starts_from_saved_fam = [False]
+            state.starts_from_saved_fam = [is_saved]
             decoder(input_ids=ids[:, :PROBE_BLOCK_SIZE], past_key_values=state)
     finally:
         for handle in handles:
             handle.remove()
-    required = family.branch_factor(config) * seen["attention"]
-    _require_equal("first residual", seen["sum"], required + seen.get("feed-forward", 0))
+    return family.branch_factor(config) * seen["attention"] + seen.get("feed-forward", 0), seen["sum"]
 
 
 def _any_fam(model: PreTrainedModel) -> torch.Tensor:

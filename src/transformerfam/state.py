@@ -20,6 +20,9 @@ from transformerfam.reading_state import ReadingState
 
 STATE_FORMAT_VERSION = 1
 
+FORMER_NAMES = {"initial_fam": "query_fam"}
+"""What files that were written before call a layer's tensors."""
+
 
 class Step(Protocol):
     """What the state asks of the piece that is going through the model."""
@@ -207,7 +210,8 @@ class FamState(ReadingState):
         state.identity.check(metadata["identity"], config, str(path))
         for i, layer in enumerate(state.layers):
             for name, tensor in layer.tensors().items():
-                stored = tensors.pop(f"layers.{i}.{name}", None)
+                stored = tensors.pop(f"layers.{i}.{FORMER_NAMES.get(name, name)}", None)
+                stored = tensors.pop(f"layers.{i}.{name}", stored)
                 if stored is None or stored.shape != tensor.shape or stored.dtype != tensor.dtype:
                     there = "nothing" if stored is None else f"{stored.dtype} {tuple(stored.shape)}"
                     raise StateMismatchError(

@@ -63,7 +63,7 @@ def attach(model: PreTrainedModel, config: RivalConfig) -> PreTrainedModel:
         model.set_attn_implementation(MIXED_BACK_END)
     family, handles = family_of(model), []
     for layer_idx, layer in enumerate(decoder_layers(model)):
-        handles += LayerSeam(layer_idx, family, family.branch_factor(model.config)).attach(layer)
+        handles += LayerSeam(layer_idx, family, model.config).attach(layer)
     bind_method(decoder, "forward", read_segments)
     methods: dict[str, Callable[..., Any]] = {"init_state": init_state} | READER_METHODS
     for name, function in methods.items():

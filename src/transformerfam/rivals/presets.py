@@ -9,12 +9,12 @@ from transformerfam.errors import TransformerFamError
 NUM_SINK_TOKENS = 4
 """First tokens that StreamingLLM keeps."""
 
-_BSWA: dict[str, Any] = {"fam_length": 0, "fam_layers": None}
+_BSWA: dict[str, Any] = {"fam_length": 0, "fam_layers": None, "fam_update": "paper"}
 
 PRESETS: dict[str, dict[str, Any]] = {
     "fam": {},
     "fam_prefix": {"fam_init": "prefix"},
-    "static_summary": {"fam_copy": False},
+    "static_summary": {"fam_query": "initial", "fam_residual": "none"},
     "bswa": _BSWA,
     **{f"bswa_m{m}": _BSWA | {"num_memory_segments": m} for m in range(13)},
     "bswa_stop_gradient": _BSWA | {"num_memory_segments": 1, "stop_gradient": True},

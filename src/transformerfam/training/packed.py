@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from transformerfam.attention import bounded
 from transformerfam.config import FamConfig
-from transformerfam.memory import StepCache, memory_of, run_decoder
+from transformerfam.memory import PassingStep, StepCache, memory_of, run_decoder
 from transformerfam.positions import Turner, fam_offsets, first_position, query_shift
 from transformerfam.state import FamState
 from transformerfam.training.blocks import block_spans
@@ -22,7 +22,7 @@ from transformerfam.training.stored_filler import StoredFiller
 from transformerfam.training.teacher import Lesson
 
 
-class PackedBlock:
+class PackedBlock(PassingStep):
     """One block of all sequences on its way through the layers.
 
     Args:
@@ -84,9 +84,23 @@ class PackedBlock:
         return packed.unflatten(dim, (len(self.is_first_B), -1))
 
     def enter_layer(self, layer: int, hidden_1ND: torch.Tensor) -> torch.Tensor:
-        """Put the layer's FAM in the place of the FAM rows."""
+        """Put the layer's FAM in the place of the FAM rows; zeros in a first update, which has no residual."""
+        rows = self.fams[layer]
+        if self._has_first_update:
+            rows = rows.masked_fill(self.is_first_B[:, None, None].to(rows.device), 0)
+        return self._with_rows(hidden_1ND, rows)
+
+    def enter_branch(self, layer: int, hidden_1ND: torch.Tensor) -> torch.Tensor:
+        """Put the layer's FAM where attention is made from, if its residual is another."""
+        return self._with_rows(hidden_1ND, self.fams[layer]) if self._has_first_update else hidden_1ND
+
+    @property
+    def _has_first_update(self) -> bool:
+        return self.is_whole and bool(self.is_first_B.any())
+
+    def _with_rows(self, hidden_1ND: torch.Tensor, rows_BFD: torch.Tensor) -> torch.Tensor:
         tokens = self.by_sequence(hidden_1ND, 1)[0, :, self.config.fam_length :]
-        return torch.cat((self.fams[layer].to(tokens.dtype), tokens), dim=1).flatten(0, 1)[None]
+        return torch.cat((rows_BFD.to(tokens.dtype), tokens), dim=1).flatten(0, 1)[None]
 
     def sight(self, layer: int) -> None:
         """Return None: sequences stand side by side here, and only a mask keeps them apart."""
@@ -106,15 +120,6 @@ class PackedBlock:
         )
         filler_key, filler_value = self.filler[layer]
         return torch.cat((filler_key, key), dim=2), torch.cat((filler_value, value), dim=2)
-
-    def after_attention(self, layer: int, output_1ND: torch.Tensor, factor: float) -> torch.Tensor:
-        """Take the FAM rows' input out of what is added to it behind attention in a first update."""
-        if not self.is_whole or not bool(self.is_first_B.any()):
-            return output_1ND
-        output = self.by_sequence(output_1ND, 1)[0]
-        rows = output[:, : self.config.fam_length]
-        rows = rows - self.fams[layer].to(rows.dtype) / factor * self.is_first_B[:, None, None].to(rows.device)
-        return torch.cat((rows, output[:, self.config.fam_length :]), dim=1).flatten(0, 1)[None]
 
     def leave_layer(self, layer: int, hidden_1ND: torch.Tensor) -> None:
         """Note what the FAM rows became."""

@@ -236,8 +236,13 @@ class Recipe:
         )
         _require(
             not self.loss.reconstruction
-            or (self.fam.fam_copy and self.fam.fam_query_position == "current" and self.fam.fam_position != "zero"),
-            "loss.reconstruction is above 0, required is fam.fam_copy, fam.fam_query_position = 'current' and a "
+            or (
+                self.fam.is_papers_update
+                and self.fam.fam_query_position == "current"
+                and self.fam.fam_position != "zero"
+            ),
+            "loss.reconstruction is above 0, required is the paper's update (fam_update, fam_query, fam_residual and "
+            "fam_feeds as by default), fam.fam_query_position = 'current' and a "
             "fam.fam_position other than 'zero', so that the updated FAM stands where its query stood",
         )
 
@@ -283,11 +288,13 @@ class Recipe:
     def _require_packable(self) -> None:
         """Refuse what a batch on stored filler cannot do."""
         fam, why = self.fam, "schedule.stored_blocks is above 0, required is"
-        is_plain = fam.num_memory_slots == 0 and fam.num_previous_fams == 1 and fam.fam_layers is None and fam.fam_copy
+        is_plain = (
+            fam.num_memory_slots == 0 and fam.num_previous_fams == 1 and fam.fam_layers is None and fam.is_papers_update
+        )
         _require(
             is_plain and fam.fam_length > 0 and fam.fam_position != "zero",
-            f"{why} a fam section with fam_length above 0, all layers, fam_copy, a position other than 'zero', and no "
-            "memory segments, sink tokens or further previous FAMs: stored filler stands in none of them",
+            f"{why} a fam section with fam_length above 0, all layers, the paper's update, a position other than 'zero', and "
+            "no memory segments, sink tokens or further previous FAMs: stored filler stands in none of them",
         )
         _require(
             self.loss.fam_change == 0 and self.schedule.gradient_tokens is None,
