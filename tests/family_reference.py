@@ -44,6 +44,7 @@ class _GivenKeys(Cache):
 
 @dataclasses.dataclass
 class _Memory:
+    initial: Tensor
     fam: Tensor
     fam_keys: KeysAndValues | None = None
     block_keys: list[KeysAndValues] = dataclasses.field(default_factory=list)
@@ -68,6 +69,7 @@ class FamilyReference:
         self.layers = list(_one_of(self.decoder, LAYERS))
         self.last_mlp: list[Tensor] = []
         self.last_branch: list[Tensor] = []
+        self.last_weights: list[Tensor] = []
 
     def read(self, ids_T: Tensor, initial: Tensor) -> tuple[Tensor, Tensor]:
         """Return the hidden states behind the last norm, `(T, D)`, and the last FAM, `(L, F, D)`.
@@ -77,12 +79,13 @@ class FamilyReference:
             initial: the prompt `(F, D)`, or the prefix `(L, F, D)`.
         """
         size = self.config.block_size
-        memories = [_Memory(fam) for fam in self._initial_fams(initial)]
+        memories = [_Memory(fam, fam) for fam in self._initial_fams(initial)]
         blocks = []
         for start in range(0, len(ids_T), size):
             hidden = self._embed(ids_T[start : start + size])
+            rows: Tensor | None = None  # what comes up from the FAM of the layers below
             for layer_idx, memory in enumerate(memories):
-                hidden = self._run_block(layer_idx, hidden, memory, start)
+                hidden, rows = self._run_block(layer_idx, hidden, rows, memory, start)
             blocks.append(hidden)
         last_norm = _one_of(self.decoder, LAST_NORM)
         fams = [m.fam if self.config.carries_fam(i) else torch.zeros_like(m.fam) for i, m in enumerate(memories)]
@@ -101,7 +104,9 @@ class FamilyReference:
             rows, _ = self._run_layer(layer_idx, rows, positions, [], torch.zeros(len(rows), len(rows)))
         return inputs
 
-    def _run_block(self, layer_idx: int, block_TD: Tensor, memory: _Memory, start: int) -> Tensor:
+    def _run_block(
+        self, layer_idx: int, block_TD: Tensor, below: Tensor | None, memory: _Memory, start: int
+    ) -> tuple[Tensor, Tensor | None]:
         config, num_tokens = self.config, len(block_TD)
         has_fam, own_window = config.carries_fam(layer_idx), self.own_windows[layer_idx]
         is_local = own_window is not None and None in self.own_windows and not has_fam
@@ -125,17 +130,30 @@ class FamilyReference:
             mask = torch.cat((mask[:, :num_past], bias, mask[:, num_past:]), dim=1)
         positions = [float(start + token) for token in range(num_tokens)]
         out_TD, block_keys = self._run_layer(layer_idx, block_TD, positions, given, mask)
+        above = None
         if num_tokens == config.block_size:
             if has_fam:
                 assert memory.fam_keys is not None
+                asking = memory.fam if config.fam_query == "previous" else memory.initial
                 seen = [memory.fam_keys, block_keys]
                 shown = torch.zeros(config.fam_length, config.fam_length + num_tokens)
-                updated, _ = self._run_layer(layer_idx, memory.fam, query_positions, seen, shown, sees_own=False)
-                if config.zero_first_residual and not memory.block_keys:
-                    updated = self._without_residual(layer_idx)
-                memory.fam = updated
+                self._run_layer(layer_idx, asking, query_positions, seen, shown, sees_own=False)
+                is_first = not memory.block_keys
+                left_out = config.fam_residual == "none" or (
+                    config.fam_residual == "previous" and config.zero_first_residual and is_first
+                )
+                residual = memory.initial if config.fam_residual == "initial" else memory.fam
+                above = self._with_residual(layer_idx, residual * (not left_out))
+                value = above if config.fam_feeds == "same" else below
+                if value is not None:
+                    share = self.last_weights[-1][:, :, config.fam_length :].sum(-1).mean(0)[:, None]
+                    is_moved = config.fam_update == "gated" and not is_first
+                    memory.fam = memory.fam + share * (value - memory.fam) if is_moved else value
+            elif below is not None:
+                shown = torch.zeros(config.fam_length, num_tokens)
+                above, _ = self._run_layer(layer_idx, below, query_positions, [block_keys], shown, sees_own=False)
             memory.block_keys.append(block_keys)
-        return out_TD
+        return out_TD, above
 
     def _run_layer(
         self,
@@ -157,6 +175,7 @@ class FamilyReference:
             module.register_forward_hook(lambda _m, _a, output, to=to: to.append(self._clone(output)))
             for module, to in ((behind, self.last_branch), (mlp, self.last_mlp))
         ]
+        handles.append(attention.register_forward_hook(lambda _m, _a, output: self.last_weights.append(output[1][0])))
         arguments: dict[str, Any] = {
             CACHE_ARGUMENT.get(model_config.model_type, CACHE_NAME): cache,
             "attention_mask": mask.to(rows_TD.dtype)[None, None],
@@ -164,7 +183,7 @@ class FamilyReference:
             "position_embeddings": self.decoder.rotary_emb(rows_TD[None], position_ids, *kinds),
         }
         if model_config.model_type == "falcon":
-            arguments["alibi"] = None
+            arguments |= {"alibi": None, "output_attentions": True}
         try:
             output = layer(rows_TD[None], **arguments)
         finally:
@@ -180,11 +199,11 @@ class FamilyReference:
     def _has_norm_behind(self) -> bool:
         return self.model.config.model_type in ("gemma2", "gemma3_text", "olmo2")
 
-    def _without_residual(self, layer_idx: int) -> Tensor:
-        """Return what the last run layer would have made with nothing where its rows are added to the attention."""
+    def _with_residual(self, layer_idx: int, residual: Tensor) -> Tensor:
+        """Return what the last run layer would have made had attention been added to other rows than it was made of."""
         config, layer = self.model.config, self.layers[layer_idx]
         factor = getattr(config, "residual_multiplier", 1.0)
-        attended = self.last_branch[-1] * factor
+        attended = residual + self.last_branch[-1] * factor
         is_parallel = {
             "cohere2": True,
             "phi": True,

@@ -86,7 +86,7 @@ configurations = st.builds(
     num_previous_fams=st.integers(1, 3),
     num_sink_tokens=st.integers(0, 2),
     window=st.sampled_from([None, None, None, 3]),
-    fam_copy=st.booleans(),
+    fam_query=st.sampled_from(["previous", "initial"]),
     fam_layers=st.sampled_from([None, (1,)]),
     fam_key_bias=st.sampled_from([0.0, 0.0, 0.0, -2.0]),
 )
