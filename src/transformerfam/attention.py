@@ -15,9 +15,9 @@ from transformerfam.cache_layer import FamLayer
 from transformerfam.errors import TransformerFamError
 from transformerfam.kernels import Sight
 from transformerfam.masks import Phase, piece_mask
-from transformerfam.memory import PassingStep
 from transformerfam.positions import fam_offsets, first_position, query_shift
 from transformerfam.state import FamState
+from transformerfam.steps import PassingStep
 
 
 def bounded(rows_BFD: torch.Tensor, bound: float) -> torch.Tensor:

@@ -18,8 +18,9 @@ from transformerfam.attention import Piece
 from transformerfam.errors import TransformerFamError
 from transformerfam.kernels import BACK_END
 from transformerfam.masks import buffer_mask
-from transformerfam.memory import PassingStep, StepCache, memory_of, run_decoder
+from transformerfam.memory import StepCache, memory_of, run_decoder
 from transformerfam.state import FamState
+from transformerfam.steps import PassingStep
 
 
 @dataclasses.dataclass

@@ -7,7 +7,7 @@ import warnings
 from typing import Any
 
 from transformerfam.config import FamConfig
-from transformerfam.errors import StateMismatchError
+from transformerfam.errors import StateMismatchError, TransformerFamError
 from transformerfam.files import digest_tensors
 
 ARCHITECTURE_KEYS = (
@@ -41,6 +41,14 @@ def describe_architecture(model: Any) -> dict[str, Any]:
     values = model.config.to_dict()
     chosen = {"class": type(model).__name__} | {key: values.get(key) for key in ARCHITECTURE_KEYS}
     return json.loads(json.dumps(chosen))
+
+
+def _in_todays_fields(values: dict[str, Any], config: FamConfig) -> dict[str, Any]:
+    """Return a stored configuration with the fields that have come since, and former ones in their place."""
+    try:
+        return type(config).from_dict(values).to_dict()
+    except TransformerFamError:  # of a version to come; the difference is named
+        return values
 
 
 def _plain_name(name: str) -> str:
@@ -111,10 +119,9 @@ class ModelIdentity:
         Warns:
             UserWarning: only the weights differ.
         """
-        of_before = FamConfig.from_dict(metadata["fam_config"]).to_dict()  # fields may have come since
         for part, here, there in (
             ("architecture", self.architecture, metadata["architecture"]),
-            ("fam_config", config.to_dict(), of_before),
+            ("fam_config", config.to_dict(), _in_todays_fields(metadata["fam_config"], config)),
         ):
             different = [key for key in sorted({*here, *there}) if here.get(key) != there.get(key)]
             if different:

@@ -17,6 +17,7 @@ from transformerfam.errors import TransformerFamError
 from transformerfam.identity import ModelIdentity
 from transformerfam.kernels import Sight
 from transformerfam.positions import Turner, fam_offsets, first_position
+from transformerfam.steps import PassingStep
 
 
 @dataclasses.dataclass(frozen=True)
@@ -204,37 +205,6 @@ def personal_memory(model: PreTrainedModel, fam_LFD: torch.Tensor) -> list[nn.Pa
     memory.prefix = nn.Parameter(fam_LFD.to(weight.device, weight.dtype, copy=True))
     _change_config(model, fam_init="prefix", zero_first_residual=False)
     return [memory.prefix]
-
-
-class PassingStep:
-    """A step that leaves what goes through the layers as it is."""
-
-    def enter_layer(self, layer: Any, hidden_BTD: torch.Tensor) -> torch.Tensor:
-        """Return a layer's input: the residual to which attention is added."""
-        return hidden_BTD
-
-    def enter_branch(self, layer: Any, hidden_BTD: torch.Tensor) -> torch.Tensor:
-        """Return what attention is made from, beside that residual: the input of the norm in front of it."""
-        return hidden_BTD
-
-    def masked_sight(self, layer: Any, mask: torch.Tensor) -> Any:
-        """Return what a back end that knows `Sight` gets where a mask is needed."""
-        return mask
-
-    @property
-    def wants_weights(self) -> bool:
-        """Whether attention is to give its weights."""
-        return False
-
-    def note_weights(self, layer: Any, weights: torch.Tensor | None) -> None:
-        """Take what attention gives as its weights."""
-
-    def after_attention(self, layer: Any, output_BTD: torch.Tensor, factor: float) -> torch.Tensor:
-        """Return what is added to the residual behind attention."""
-        return output_BTD
-
-    def leave_layer(self, layer: Any, hidden_BTD: torch.Tensor) -> None:
-        """Note nothing."""
 
 
 class InitialFam(PassingStep):

@@ -16,6 +16,7 @@ from transformerfam.families import FAMILIES, decoder_layers, family_of, own_win
 from transformerfam.flash import FLASH_BACK_ENDS
 from transformerfam.kernels import BACK_END
 from transformerfam.layouts import RELATIVE_TOLERANCE, inverse_frequencies, relative_error
+from transformerfam.memory import memory_of
 from transformerfam.versions import does_not_fit
 
 PROBE_BLOCK_SIZE = 4
@@ -201,19 +202,23 @@ def _check_rows(model: PreTrainedModel, ids: torch.Tensor) -> None:
 def _check_first_residual(model: PreTrainedModel, ids: torch.Tensor) -> None:
     """In the first update, what goes on behind attention must be the attention branch alone.
 
-    Where the feed-forward layer is added to the same residual, the layer's output must be the two branches alone. The
-    branches must be those of an update with a residual.
+    Where the feed-forward layer is added to the same residual, the layer's output must be the two branches alone. In
+    the update of a saved FAM the branches must be the same, and the residual be there once.
     """
-    without, sum_without = _branches(model, ids, is_saved=False)
-    with_residual, _ = _branches(model, ids, is_saved=True)
-    _require_equal("first residual", sum_without, without)
-    _require_equal("row", without, with_residual)
+    fam = _any_fam(model)
+    layer_idx = next(i for i in range(len(fam)) if memory_of(model).config.carries_fam(i))
+    branches, first_sum = _branches(model, ids, fam, layer_idx, is_saved=False)
+    branches_of_saved, sum_of_saved = _branches(model, ids, fam, layer_idx, is_saved=True)
+    _require_equal("row", branches, branches_of_saved)
+    _require_equal("first residual", first_sum, branches)
+    _require_equal("first residual", sum_of_saved, branches_of_saved + fam[layer_idx].to(branches))
 
 
-def _branches(model: PreTrainedModel, ids: torch.Tensor, is_saved: bool) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return what a layer adds to the residual of FAM rows in the first update, and the sum that goes on."""
+def _branches(
+    model: PreTrainedModel, ids: torch.Tensor, fam_LFD: torch.Tensor, layer_idx: int, *, is_saved: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return what a layer adds to the residual of FAM rows in an update, and the sum that goes on."""
     decoder, family, config = model.get_decoder(), family_of(model), model.config
-    layer_idx = next(i for i in range(len(decoder.fam.layouts)) if decoder.fam.config.carries_fam(i))
     layer: Any = decoder_layers(model)[layer_idx]
     seen: dict[str, torch.Tensor] = {}
 
@@ -237,7 +242,7 @@ def _branches(model: PreTrainedModel, ids: torch.Tensor, is_saved: bool) -> tupl
         handles.append(part_of(layer, family.behind).register_forward_pre_hook(note_input))
     try:
         with _probing(model, fam_init=decoder.fam.config.fam_init):
-            state = model.init_state(1, fam=_any_fam(model))
+            state = model.init_state(1, fam=fam_LFD)
             state.starts_from_saved_fam = [is_saved]
             decoder(input_ids=ids[:, :PROBE_BLOCK_SIZE], past_key_values=state)
     finally:

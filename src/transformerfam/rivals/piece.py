@@ -22,9 +22,10 @@ from transformerfam.errors import UnsupportedModelError
 from transformerfam.families import family_of
 from transformerfam.identity import ModelIdentity
 from transformerfam.kernels import MIXED_BACK_END
-from transformerfam.memory import LayerLayout, PassingStep
+from transformerfam.memory import LayerLayout
 from transformerfam.rivals.config import RivalConfig
 from transformerfam.rivals.state import Lane
+from transformerfam.steps import PassingStep
 
 
 class Rival(nn.Module):

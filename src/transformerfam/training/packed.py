@@ -12,9 +12,10 @@ from transformers import PreTrainedModel
 
 from transformerfam.attention import bounded
 from transformerfam.config import FamConfig
-from transformerfam.memory import PassingStep, StepCache, memory_of, run_decoder
+from transformerfam.memory import StepCache, memory_of, run_decoder
 from transformerfam.positions import Turner, fam_offsets, first_position, query_shift
 from transformerfam.state import FamState
+from transformerfam.steps import PassingStep
 from transformerfam.training.blocks import block_spans
 from transformerfam.training.scores import Scores, StepOutput, score
 from transformerfam.training.sequences import Batch

@@ -293,8 +293,9 @@ class Recipe:
         )
         _require(
             is_plain and fam.fam_length > 0 and fam.fam_position != "zero",
-            f"{why} a fam section with fam_length above 0, all layers, the paper's update, a position other than 'zero', and "
-            "no memory segments, sink tokens or further previous FAMs: stored filler stands in none of them",
+            f"{why} a fam section with fam_length above 0, all layers, the paper's update, a position other than "
+            "'zero', and no memory segments, sink tokens or further previous FAMs: stored filler stands in none of "
+            "them",
         )
         _require(
             self.loss.fam_change == 0 and self.schedule.gradient_tokens is None,
