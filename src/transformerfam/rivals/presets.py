@@ -3,7 +3,7 @@
 import difflib
 from typing import Any
 
-from transformerfam.config import FamConfig
+from transformerfam.config import UPDATE_PRESETS, FamConfig
 from transformerfam.errors import TransformerFamError
 
 NUM_SINK_TOKENS = 4
@@ -13,6 +13,7 @@ _BSWA: dict[str, Any] = {"fam_length": 0, "fam_layers": None, "fam_update": "pap
 
 PRESETS: dict[str, dict[str, Any]] = {
     "fam": {},
+    "fam_gated": UPDATE_PRESETS["gated"],
     "fam_prefix": {"fam_init": "prefix"},
     "static_summary": {"fam_query": "initial", "fam_residual": "none"},
     "bswa": _BSWA,
