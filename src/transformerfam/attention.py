@@ -32,9 +32,10 @@ class Piece(PassingStep):
     Args:
         state: the state that it advances.
         counts: tokens that each sequence adds, at most what its block still takes.
+        takes_queries: whether the attention back end takes queries that the state has of the initial FAM.
     """
 
-    def __init__(self, state: FamState, counts: list[int]) -> None:
+    def __init__(self, state: FamState, counts: list[int], takes_queries: bool = False) -> None:
         config = state.config
         self.state = state
         self.config = config
@@ -46,7 +47,9 @@ class Piece(PassingStep):
         fills = state.block_fill
         self.completes = [n + c == config.block_size and c > 0 for n, c in zip(fills, counts, strict=True)]
         begins = any(n == 0 and c > 0 for n, c in zip(fills, counts, strict=True))
-        self.num_rows = config.num_rows if config.fam_length and (begins or any(self.completes)) else 0
+        self.has_queries = takes_queries and any(layer.query is not None for layer in state.layers)
+        num_rows = config.fam_length if self.has_queries else config.num_rows
+        self.num_rows = num_rows if config.fam_length and (begins or any(self.completes)) else 0
         self.updates = self.num_rows > 0 and any(self.completes)
         firsts = [
             done and n == 0 and not from_saved
@@ -101,7 +104,8 @@ class Piece(PassingStep):
         """
         if layer.kind not in self._sights:
             self._sights[layer.kind] = self._sight(layer)
-        return self._sights[layer.kind]
+        sight, query = self._sights[layer.kind], self._query(layer)
+        return sight if sight is None or query is None else dataclasses.replace(sight, query=query)
 
     def _sight(self, layer: FamLayer) -> Sight | None:
         config, phase, plan, sections = self.config, self.phase, layer.plan, layer.sections
@@ -119,6 +123,10 @@ class Piece(PassingStep):
         sight = Sight(self.num_rows, sections.fam - seen.start, plan.window if cuts else None)
         return dataclasses.replace(sight, first_block_key=self._first_block_key(layer))
 
+    def _query(self, layer: FamLayer) -> torch.Tensor | None:
+        """Return what asks in the place of the rows' own queries, where the block is compressed."""
+        return layer.query if self.has_queries and self.updates else None
+
     def _first_block_key(self, layer: FamLayer) -> int | None:
         """Return the first key of the block among those in sight, where the share of attention on it is wanted."""
         if not self.wants_weights or layer.fam is None:
@@ -127,10 +135,11 @@ class Piece(PassingStep):
 
     def masked_sight(self, layer: FamLayer, mask: torch.Tensor) -> Sight | torch.Tensor:
         """Return what a back end that knows `Sight` gets where a mask is needed."""
-        first = self._first_block_key(layer)
-        if first is None:
+        first, query = self._first_block_key(layer), self._query(layer)
+        if first is None and query is None:
             return mask
-        return Sight(self.num_rows, first - self.config.fam_length, first_block_key=first, mask=mask)
+        num_seen = 0 if first is None else first - self.config.fam_length
+        return Sight(self.num_rows, num_seen, first_block_key=first, mask=mask, query=query)
 
     @property
     def wants_weights(self) -> bool:
@@ -166,8 +175,8 @@ class Piece(PassingStep):
         return torch.cat((rows, hidden_BTD[:, self.num_rows :]), dim=1)
 
     def _asking(self, layer: FamLayer) -> torch.Tensor:
-        """Return the rows `(B, F, D)` that ask."""
-        rows = layer.fam if self.config.fam_query == "previous" else layer.initial_fam
+        """Return the rows `(B, F, D)` that ask, or, where their queries are cached, those of the keys."""
+        rows = layer.fam if self.has_queries or self.config.fam_query == "previous" else layer.initial_fam
         assert rows is not None
         return rows
 

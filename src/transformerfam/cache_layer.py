@@ -132,6 +132,7 @@ class FamLayer(CacheLayerMixin):
         self.fam = fam
         self.initial_fam = initial_fam
         self.is_lowest = is_lowest
+        self.query: torch.Tensor | None = None  # `(1, H, F, K)` of the initial FAM, a constant of the weights
         self.value_from_below: torch.Tensor | None = None  # with `fam_feeds="next"`, while a piece goes through
         self.share: torch.Tensor | None = None  # `(B, F)`, of the rows' attention on the block; likewise
         self.next_fam: torch.Tensor | None = None  # written by a piece, kept when the whole piece is through

@@ -99,6 +99,7 @@ def attach(model: PreTrainedModel, config: FamConfig, layouts: Sequence[LayerLay
     decoder, family, embedding = model.get_decoder(), family_of(model), model.get_input_embeddings()
     config = _with_fam_layers(config, layouts)
     memory = FamMemory(config, embedding, layouts)
+    memory.caches_queries = family.has_attention_interface and not family.is_parallel(model.config)
     memory.identity = ModelIdentity(model, describe_architecture(model))
     decoder.fam = memory
     if family.has_attention_interface:

@@ -15,7 +15,7 @@ from transformers.integrations import flash_attention
 from transformers.masking_utils import flash_attention_mask
 
 from transformerfam.errors import TransformerFamError
-from transformerfam.kernels import Sight, attend_rows
+from transformerfam.kernels import Sight, asking_rows, attend_rows
 
 FLASH_BACK_ENDS = {"flash_attention_2": "fam_fa2", "flash_attention_3": "fam_fa3"}
 """transformers' names, and those that a converted model goes on with."""
@@ -89,9 +89,11 @@ def attend_piece_by_flash(
         return tokens, None
     if attention_mask.first_block_key is not None:  # flash attention gives no weights
         soft_cap, sinks_H = kwargs.get("softcap"), kwargs.get("s_aux")
-        asking = query[:, :, :num_rows]
-        rows, share = attend_rows(asking, key, value, attention_mask, dropout, scaling, soft_cap, sinks_H)
+        rows, share = attend_rows(
+            asking_rows(query, attention_mask), key, value, attention_mask, dropout, scaling, soft_cap, sinks_H
+        )
         return torch.cat((rows.to(tokens.dtype), tokens), dim=1), share
+    query = torch.cat((asking_rows(query, attention_mask), query[:, :, num_rows:]), dim=2)
     rows = call(slice(num_rows), slice(attention_mask.first_row_key, None), False, None)
     return torch.cat((rows, tokens), dim=1), None
 

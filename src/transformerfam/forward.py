@@ -16,7 +16,7 @@ from transformerfam.attention import Piece
 from transformerfam.cache_argument import CACHE_NAME, as_cache, take_cache
 from transformerfam.errors import StateMismatchError, TransformerFamError
 from transformerfam.identity import ModelIdentity
-from transformerfam.memory import FamMemory, run_decoder
+from transformerfam.memory import QUERY_BACK_ENDS, FamMemory, run_decoder
 from transformerfam.reading_state import ReadingState
 from transformerfam.state import FamState
 
@@ -209,7 +209,7 @@ def _run_piece(
     decoder: Any, state: FamState, tokens_BTD: torch.Tensor, counts: list[int], kwargs: dict[str, Any]
 ) -> MoeModelOutputWithPast:
     """Send one piece through the layers, and move the state on once it is through."""
-    piece = Piece(state, counts)
+    piece = Piece(state, counts, takes_queries=decoder.config._attn_implementation in QUERY_BACK_ENDS)
     if piece.num_rows:
         rows = tokens_BTD.new_zeros(len(tokens_BTD), piece.num_rows, tokens_BTD.shape[2])
         tokens_BTD = torch.cat((rows, tokens_BTD), dim=1)

@@ -36,7 +36,9 @@ class Sight:
         window: last keys that a token sees, itself included; None is all. Only back ends that know windows take it.
         first_block_key: index of the first key of the block, where the share of the rows' attention that falls on the
             block is wanted: that of the F rows in front, F keys of the FAM lying between the two indices.
-        mask: bias on all logits, `(1 or B, 1, num_rows + T, S)`, where the share is wanted and a mask is needed.
+        mask: bias on all logits, `(1 or B, 1, num_rows + T, S)`, where a mask is needed.
+        query: `(1, H, F, K)` what asks in the place of the rows' own queries.
+        queries: where the rows' own queries `(B, H, R, K)` are noted, if anywhere.
     """
 
     num_rows: int
@@ -44,6 +46,8 @@ class Sight:
     window: int | None = None
     first_block_key: int | None = None
     mask: torch.Tensor | None = None
+    query: torch.Tensor | None = None
+    queries: list[torch.Tensor] | None = None
 
 
 def _full_and_causal(
@@ -210,6 +214,15 @@ def attend_rows(
     return output.contiguous(), share.flatten(1, 2)
 
 
+def asking_rows(query_BHTK: torch.Tensor, sight: Sight) -> torch.Tensor:
+    """Return the queries of the rows in front of the tokens, `(B, H, R, K)`."""
+    if sight.queries is not None:
+        sight.queries.append(query_BHTK[:, :, : sight.num_rows])
+    if sight.query is None:
+        return query_BHTK[:, :, : sight.num_rows]
+    return sight.query.to(query_BHTK.dtype).expand(len(query_BHTK), -1, -1, -1)
+
+
 def attend_piece(
     module: torch.nn.Module,
     query: torch.Tensor,
@@ -246,11 +259,14 @@ def attend_piece(
     num_rows, first = attention_mask.num_rows, attention_mask.first_row_key
     if not num_rows:
         return _attend(query, key, value, True, dropout, scaling), None
-    share = None
+    asking, share = asking_rows(query, attention_mask), None
     if attention_mask.first_block_key is not None:
-        rows, share = attend_rows(query[:, :, :num_rows], key, value, attention_mask, dropout, scaling)
+        rows, share = attend_rows(asking, key, value, attention_mask, dropout, scaling)
+    elif attention_mask.mask is not None:
+        mask = attention_mask.mask[:, :, :num_rows]
+        rows = sdpa_attention_forward(module, asking, key, value, mask, dropout, scaling, **kwargs)[0]
     else:
-        rows = _attend(query[:, :, :num_rows], key[:, :, first:], value[:, :, first:], False, dropout, scaling)
+        rows = _attend(asking, key[:, :, first:], value[:, :, first:], False, dropout, scaling)
     if query.shape[2] == num_rows:
         return rows, share
     if attention_mask.mask is not None:

@@ -14,10 +14,14 @@ from transformerfam.cache_argument import as_cache
 from transformerfam.cache_layer import LayerPlan
 from transformerfam.config import FamConfig
 from transformerfam.errors import TransformerFamError
+from transformerfam.flash import FLASH_BACK_ENDS
 from transformerfam.identity import ModelIdentity
-from transformerfam.kernels import Sight
-from transformerfam.positions import Turner, fam_offsets, first_position
+from transformerfam.kernels import BACK_END, Sight
+from transformerfam.positions import Turner, fam_offsets, first_position, query_shift
 from transformerfam.steps import PassingStep
+
+QUERY_BACK_ENDS = (BACK_END, *FLASH_BACK_ENDS.values())
+"""Attention back ends that take queries of the rows from elsewhere."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,6 +49,8 @@ class FamMemory(nn.Module):
         layouts: what every layer hands to its cache.
         prompt: `(F, D)` embeddings from which the initial FAM is made (`fam_init="prompt"`).
         prefix: `(L, F, D)` initial FAM of every layer (`fam_init="prefix"`).
+        caches_queries: whether attention can be handed queries of the initial FAM, so that with `fam_query="initial"` F
+            rows go through the layers, not 2 F: not where the feed-forward is given what attention is made from.
     """
 
     def __init__(self, config: FamConfig, embedding: nn.Embedding, layouts: Sequence[LayerLayout]) -> None:
@@ -52,6 +58,7 @@ class FamMemory(nn.Module):
         self.config = config
         self.layouts = tuple(layouts)
         self.identity: ModelIdentity | None = None
+        self.caches_queries = False
         self.compiled_steps: list[Any] = []  # the pieces that go through a compiled graph, see `compiled`
         if config.fam_length == 0:
             return
@@ -232,6 +239,27 @@ class InitialFam(PassingStep):
         return key, value
 
 
+class _InitialQueries(PassingStep):
+    """Send every layer's initial FAM through that layer alone, and note its queries."""
+
+    def __init__(self, fams: Sequence[torch.Tensor]) -> None:
+        self.fams = iter(fams)
+        self.length = fams[0].shape[1]
+        self.queries: list[torch.Tensor] = []
+
+    def enter_layer(self, layer: None, hidden_BTD: torch.Tensor) -> torch.Tensor:
+        """Return the layer's initial FAM."""
+        return next(self.fams).to(hidden_BTD.dtype)
+
+    def sight(self, layer: None) -> Sight:
+        """Let every row see every other, and note what asks."""
+        return Sight(self.length, 0, queries=self.queries)
+
+    def attend(self, layer: None, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keep nothing."""
+        return key, value
+
+
 class StepCache(Cache):
     """The cache of one step: every layer's part of it as it is, and what its keys and values are handed to."""
 
@@ -301,3 +329,25 @@ def initial_fam(decoder: Any) -> list[torch.Tensor]:
     cache = StepCache([None] * len(memory.layouts), step)
     run_decoder(decoder, memory.prompt[None], positions.to(memory.prompt.device), cache)
     return step.fams
+
+
+def initial_queries(decoder: Any, fams: Sequence[torch.Tensor]) -> list[torch.Tensor] | None:
+    """Return what every layer's initial FAM asks with in every block, `(1, H, F, K)` each.
+
+    None where it is no constant (`fam_position="zero"`), or attention cannot be handed it: then the rows that ask go
+    through the layers beside those that make the keys.
+
+    Args:
+        decoder: the converted decoder.
+        fams: every layer's initial FAM, as `initial_fam` gives it.
+    """
+    memory: FamMemory = decoder.fam
+    config = memory.config
+    takes_queries = decoder.config._attn_implementation in QUERY_BACK_ENDS
+    if config.fam_query == "previous" or config.fam_position == "zero" or not (memory.caches_queries and takes_queries):
+        return None
+    positions = (fam_offsets(config) + first_position(config) + query_shift(config))[None].to(fams[0].device)
+    positions = positions.float() if config.fam_position == "fractional" else positions.long()
+    step = _InitialQueries(fams)
+    run_decoder(decoder, torch.zeros_like(fams[0]), positions, StepCache([None] * len(memory.layouts), step))
+    return step.queries

@@ -10,7 +10,7 @@ from transformerfam.cache_argument import CACHE_NAME, rename_cache
 from transformerfam.cache_layer import FamLayer, LayerPlan, Sections
 from transformerfam.errors import ReadInterrupted, StateMismatchError, TransformerFamError
 from transformerfam.forward import check_ids
-from transformerfam.memory import initial_fam, memory_of
+from transformerfam.memory import initial_fam, initial_queries, memory_of
 from transformerfam.progress import reading_bar
 from transformerfam.reading_state import ReadingState
 from transformerfam.state import FamState
@@ -58,6 +58,7 @@ def init_state(
                 f"fam has shape {tuple(fam.shape)}, required is (layers, batch, fam_length, hidden_size) {expected}; "
                 "save it from a state of the same model and configuration"
             )
+    queries = initial_queries(decoder, initial) if initial is not None and config.fam_query == "initial" else None
     layers = []
     kinds: dict[LayerPlan, int] = {}
     lowest = next((i for i in range(num_layers) if config.carries_fam(i)), None)
@@ -80,7 +81,9 @@ def init_state(
             if config.needs_initial_fam and start is not None:
                 kept = start.clone(memory_format=torch.contiguous_format)
         kind = kinds.setdefault(plan, len(kinds))
-        layers.append(FamLayer(keys, values, rows, kept, plan, kind, sections, layout.turner, i == lowest))
+        layer = FamLayer(keys, values, rows, kept, plan, kind, sections, layout.turner, i == lowest)
+        layer.query = queries[i] if queries is not None and config.carries_fam(i) else None
+        layers.append(layer)
     return FamState(
         layers,
         config,

@@ -99,6 +99,12 @@ class FamState(ReadingState):
 
     # Copies
 
+    def detach(self) -> "FamState":
+        """Return the state without its graph, in place of it; see `ReadingState`."""
+        for layer in self.layers:
+            layer.query = None if layer.query is None else layer.query.detach()
+        return super().detach()
+
     def shallow_copy(self) -> "FamState":
         """Return a new state that shares the tensors: the input of a pure block step while gradients are recorded.
 

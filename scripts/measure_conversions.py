@@ -1,0 +1,175 @@
+"""Convert a model without training it, one choice at a time, and measure what the memory costs on a held-out novel.
+
+    python scripts/measure_conversions.py --output docs/results/conversions_smollm2.jsonl
+
+A row holds nats per token above full attention: of all tokens, and of the first 16 of a block; and the share of the
+tokens' attention on FAM keys. The yardsticks are BSWA of the same block and segments, and BSWA of the same bytes of
+state, whose segments are longer by the FAM's rows. Cells that are in the file already are not measured again.
+"""
+
+import argparse
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.nn.functional import cross_entropy
+
+from transformerfam import FamConfig, convert
+from transformerfam.attention_record import record_attention
+from transformerfam.config import UPDATE_PRESETS
+from transformerfam.memory import InitialFam, set_prompt
+from transformerfam.models import load_smollm2
+from transformerfam.novels import load_novel
+from transformerfam.tasks.provenance import provenance
+
+SHAPE = ("block_size", "num_memory_segments", "num_sink_tokens", "fam_length")
+NUM_TOKENS, FIRST_TOKEN, FIRST_IN_BLOCK = 2560, 1024, 16
+PROMPTS = {
+    "sentence": "Here is what has been read so far: who is there, what they said and did, where and when it happened, "
+    "which names and numbers were given, what was promised, what was asked and what is still open. ",
+    "question": "What is the name? Where did it happen? When was it? Who said so? What is the number? Why? ",
+}
+BASE: dict[str, Any] = UPDATE_PRESETS["gated"] | {
+    "block_size": 256,
+    "fam_length": 16,
+    "num_memory_segments": 1,
+    "num_sink_tokens": 4,
+}
+PLAIN = {"prompt": "sentence", "is_causal_prompt": False}
+
+
+def cells(num_layers: int) -> list[dict[str, Any]]:
+    """Return the configurations, each with what differs from `BASE` and `PLAIN`."""
+    found: list[dict[str, Any]] = [{}]
+    for update in ("gated", "paper"):
+        for query in ("initial", "previous"):
+            for residual in ("initial", "previous", "none"):
+                for feeds in ("next", "same"):
+                    choice = {"fam_update": update, "fam_query": query, "fam_residual": residual, "fam_feeds": feeds}
+                    found.append({name: value for name, value in choice.items() if value != BASE[name]})
+    found += [{"num_memory_segments": m, "num_sink_tokens": sinks} for m in (0, 1, 3) for sinks in (0, 4)]
+    found += [{"fam_length": length} for length in (1, 4, 8, 32, 64)]
+    found += [{"block_size": 1024}, {"block_size": 1024, "fam_length": 64}, {"block_size": 512}]
+    found += [{"prompt": prompt} for prompt in ("mean", "random_tokens", "first_token", "question", "text")]
+    found += [{"is_causal_prompt": True}, {"is_causal_prompt": True, "num_memory_segments": 0, "num_sink_tokens": 0}]
+    found += [{"fam_layers": list(range(num_layers * part // 6, num_layers))} for part in (1, 2, 3, 4, 5)]
+    found += [{"fam_query_position": "written"}, {"fam_position": "fractional"}, {"num_previous_fams": 2}]
+    found += [{"fam_key_bias": bias} for bias in (-1.0, -2.0, -4.0)]
+    found += [{"fam_norm_bound": 1.0}, {"zero_first_residual": False, "fam_residual": "previous"}]
+    unique: list[dict[str, Any]] = []
+    for changes in found:
+        changes = {k: v for k, v in changes.items() if v != (BASE | PLAIN).get(k, None)}
+        if changes not in unique:
+            unique.append(changes)
+    return unique
+
+
+def set_rows(model: Any, tokenizer: Any, prompt: str, text_ids: torch.Tensor) -> None:
+    """Let the prompt begin as a cell says; `mean` is what `convert` makes."""
+    length = model.fam_config.fam_length
+    if prompt in PROMPTS:
+        ids = tokenizer(PROMPTS[prompt] * (1 + length // 20))["input_ids"]
+        set_prompt(model, ids[:length] if len(ids) >= length else ids * length)
+    elif prompt == "random_tokens":
+        generator = torch.Generator().manual_seed(0)
+        set_prompt(model, torch.randint(len(tokenizer), (length,), generator=generator).tolist())
+    elif prompt == "first_token":
+        set_prompt(model, [tokenizer.bos_token_id] * length)
+    elif prompt == "text":  # other text of the same book
+        set_prompt(model, text_ids[0, -length:].tolist())
+
+
+@torch.no_grad()
+def losses(model: Any, ids: torch.Tensor, system: str) -> torch.Tensor:
+    """Return every token's loss from the second on, `(T - 1,)`."""
+    hidden = model.get_decoder()(input_ids=ids, use_cache=system == "fam").last_hidden_state[0]
+    parts = []
+    for part in torch.arange(ids.shape[1] - 1).split(512):
+        logits = model.get_output_embeddings()(hidden[part]).float()
+        parts.append(cross_entropy(logits, ids[0, part + 1], reduction="none"))
+    return torch.cat(parts)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", required=True, help="JSON lines")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--attention", action="store_true", help="measure attention on FAM keys in every cell")
+    options = parser.parse_args()
+    torch.set_flush_denormal(True)
+    torch.set_num_threads(options.threads)
+    path = Path(options.output)
+    rows = [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
+    measured = {json.dumps(row["changes"], sort_keys=True) + row["system"] for row in rows}
+    base, tokenizer = load_smollm2()
+    ids = torch.tensor([tokenizer(load_novel("northanger_abbey"))["input_ids"][: NUM_TOKENS + 512]])
+    ids, more = ids[:, :NUM_TOKENS], ids[:, NUM_TOKENS:]
+    full = losses(base, ids, "full")
+    place = torch.arange(1, NUM_TOKENS)  # of the predicted token
+    plain_mask, plain_sight = InitialFam.mask, InitialFam.sight
+    wanted: list[tuple[str, dict[str, Any], dict[str, Any]]] = []
+    seen = set()
+    for changes in cells(base.config.num_hidden_layers):
+        given = BASE | PLAIN | changes
+        wanted.append(("fam_untrained", changes, given))
+        shape = {name: given[name] for name in SHAPE[:3]}
+        longer = given["num_memory_segments"] * given["block_size"] + 3 * given["fam_length"] // 2
+        same_bytes = shape | {"block_size": longer // max(1, given["num_memory_segments"])}
+        for system, values in (("bswa", shape), ("bswa_same_bytes", same_bytes)):
+            name = json.dumps([system, values])
+            if name not in seen and not (system == "bswa_same_bytes" and given["num_memory_segments"] == 0):
+                seen.add(name)
+                wanted.append((system, values, values))
+    for number, (system, changes, given) in enumerate(wanted):
+        if json.dumps(changes, sort_keys=True) + system in measured:
+            continue
+        started = time.monotonic()
+        model, _ = load_smollm2()
+        values = {name: value for name, value in given.items() if name not in PLAIN}
+        if system == "fam_untrained":
+            config = FamConfig(**values)
+            is_causal = given["is_causal_prompt"]
+
+            def causal(self: InitialFam, layer: None, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+                mask = plain_mask(self, layer, dtype, device)
+                return mask + torch.full_like(mask, torch.finfo(dtype).min).triu(1)
+
+            InitialFam.mask = causal if is_causal else plain_mask  # type: ignore[method-assign]
+            InitialFam.sight = (lambda self, layer: None) if is_causal else plain_sight  # type: ignore[assignment]
+            convert(model, config)
+            set_rows(model, tokenizer, given["prompt"], more)
+        else:
+            convert(model, FamConfig(**values, fam_length=0))
+        above = losses(model, ids, "fam") - full
+        late = place >= FIRST_TOKEN
+        begins = late & (place % given["block_size"] < FIRST_IN_BLOCK)
+        row: dict[str, Any] = {
+            "task": "untrained_conversion",
+            "system": system,
+            "model": "smollm2",
+            "changes": changes,
+            **{
+                name: given.get(name) for name in ("block_size", "num_memory_segments", "num_sink_tokens", "fam_length")
+            },
+            "loss_full": float(full[late].mean()),
+            "nats_above_full": float(above[late].mean()),
+            "nats_above_full_at_block_start": float(above[begins].mean()),
+        } | provenance()
+        if system == "fam_untrained" and (options.attention or not changes):
+            first_block = FIRST_TOKEN // given["block_size"]
+            records = [r for r in record_attention(model, ids[0]) if r.num_fam and r.block_idx >= first_block]
+            keys = given["num_memory_segments"] * given["block_size"] + given["num_sink_tokens"] + given["fam_length"]
+            row["attention_on_fam"] = sum(record.to_fam for record in records) / len(records)
+            row["uniform_share"] = records[-1].num_fam / (keys + given["block_size"] / 2)
+        with path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(row) + "\n")
+        seconds = time.monotonic() - started
+        print(
+            f"{number + 1}/{len(wanted)} {system} {changes} {row['nats_above_full']:.3f} ({seconds:.0f} s)", flush=True
+        )
+
+
+if __name__ == "__main__":
+    main()
