@@ -11,10 +11,11 @@ from tiny_llama import make_tiny_llama, random_ids
 from typer.testing import CliRunner
 
 from transformerfam import FamConfig, convert
+from transformerfam.attention import Piece
 from transformerfam.attention_record import record_attention
 from transformerfam.cli import app
 from transformerfam.errors import TransformerFamError
-from transformerfam.reports.attention import draw_map, memory_rows, plot_film, plot_maps, plot_memory
+from transformerfam.reports.attention import draw_map, memory_rows, plot_film, plot_maps, plot_memory, plot_writing
 from transformerfam.reports.rows import read_rows
 from transformerfam.tasks.passkey import PasskeyText
 from transformerfam.training.tiny import build_tiny_tokenizer
@@ -46,6 +47,31 @@ def test_recording_changes_nothing_and_shares_sum_to_one() -> None:
     assert weights.shape == (4, 3 + 8, 8 + 3 + 8)  # no sinks yet: they are in the segment
     assert weights[:, :3, :8].max() == 0  # FAM rows see no memory segment
     assert weights[:, 3:, -1][:, :-1].max() == 0  # and no token sees a later one
+
+
+@pytest.mark.parametrize("query", ["previous", "initial"])
+def test_recorded_share_is_that_by_which_rows_moved(query: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches a share of other rows or keys, and a recording by dense weights that moves the FAM otherwise."""
+    model: Any = convert(
+        make_tiny_llama(3), FamConfig.preset("gated", block_size=8, fam_length=3, fam_query=query, num_sink_tokens=2)
+    )
+    ids, shares = random_ids(1, 40), []
+    records = list(record_attention(model, ids))
+    note_weights = Piece.note_weights
+
+    def note(piece: Piece, layer: Any, weights: Any) -> None:
+        note_weights(piece, layer, weights)
+        if layer.share is not None:
+            shares.append(layer.share[0].tolist())
+
+    monkeypatch.setattr(Piece, "note_weights", note)
+    state = model.read(ids)
+    assert len(shares) == len(records) == 15
+    for record, share in zip(records, shares, strict=True):
+        assert record.to_block_of_rows == pytest.approx(share, abs=1e-5)
+    assert 0.05 < min(map(min, shares)) < max(map(max, shares)) < 1
+    norms = state.fams[:, 0].pow(2).mean(-1).sqrt().mean(-1)
+    torch.testing.assert_close(torch.tensor([r.fam_norm for r in records[-3:]]), norms, atol=1e-5, rtol=1e-5)
 
 
 def test_without_fam_there_is_no_norm() -> None:
@@ -85,6 +111,10 @@ def test_pictures_are_drawn(tmp_path: Path) -> None:
     plot_memory(records, tmp_path / "memory.svg")
     assert (tmp_path / "memory.svg").read_text().count("norm of the FAM") == 1
     assert len(memory_rows(records)) == 9
+    plot_writing(records, tmp_path / "writing.svg")
+    assert "share of a row" in (tmp_path / "writing.svg").read_text()
+    with pytest.raises(TransformerFamError, match="no layer has FAM"):
+        plot_writing([r for r in records if not r.to_block_of_rows], tmp_path / "none.svg")
 
 
 class Canvas:

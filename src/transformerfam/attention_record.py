@@ -43,6 +43,8 @@ class BlockRecord:
         to_block: to their own block.
         fam_norm: root mean square of the FAM's rows behind the block, mean over rows; None without FAM.
         fam_change: length of what the block changed in the FAM over the FAM's length, mean over rows.
+        to_block_of_rows: share of each FAM row's attention that fell on the block, mean over heads: by how much a gated
+            row was rewritten (but for the first update). Empty without FAM.
     """
 
     block_idx: int
@@ -56,6 +58,7 @@ class BlockRecord:
     to_block: float
     fam_norm: float | None
     fam_change: float | None
+    to_block_of_rows: tuple[float, ...] = ()
 
 
 class _Recorder:
@@ -165,11 +168,13 @@ def _record(
     num_fam = min(sections.block - sections.older_fams, num_seen - block_size)
     num_memory = num_seen - block_size - num_fam
     of_tokens_S = weights_HRS[:, num_fam_rows:].mean((0, 1))
-    norm = change = None
+    norm, change, to_block_of_rows = None, None, ()
     if layer.fam is not None and before_BFD is not None:
         after_FD, before_FD = layer.fam[0].float(), before_BFD[0].float()
         norm = float(after_FD.pow(2).mean(-1).sqrt().mean())
         lengths_F = torch.linalg.vector_norm(before_FD, dim=-1).clamp(min=1e-6)
+        of_rows_F = weights_HRS[:, : len(after_FD), num_seen - block_size :].float().sum(-1).mean(0)
+        to_block_of_rows = tuple(of_rows_F.tolist())
         change = float((torch.linalg.vector_norm(after_FD - before_FD, dim=-1) / lengths_F).mean())
     to_memory, to_fam, to_block = (
         float(part.sum()) for part in of_tokens_S.split((num_memory, num_fam, block_size), dim=0)
@@ -186,4 +191,5 @@ def _record(
         to_block,
         norm,
         change,
+        to_block_of_rows,
     )

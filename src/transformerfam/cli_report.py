@@ -12,7 +12,7 @@ from transformerfam.attention_record import record_attention
 from transformerfam.cli_output import say
 from transformerfam.errors import TransformerFamError
 from transformerfam.models import load_model
-from transformerfam.reports.attention import memory_rows, plot_film, plot_maps, plot_memory
+from transformerfam.reports.attention import memory_rows, plot_film, plot_maps, plot_memory, plot_writing
 from transformerfam.reports.next_token import next_token_table
 from transformerfam.reports.passkey import passkey_table, plot_passkey
 from transformerfam.reports.rows import RowFile, read_rows
@@ -70,7 +70,7 @@ def report_attention(
         int | None, typer.Option("--key", help="Tell this pass key in front of the text, and mark it.")
     ] = None,
 ) -> None:
-    """Draw attention maps of one block, a film over blocks, and the FAM's norm, change and share of attention."""
+    """Draw attention maps of one block, a film over blocks, the FAM's norm and change, and what gated rows wrote."""
     chosen_layers, chosen_heads = _numbers(layers, "--layers"), _numbers(heads, "--heads")
     block = blocks - 1 if block is None else block
     if not 0 <= block < blocks:
@@ -92,6 +92,8 @@ def report_attention(
     strip = filmed[:MAX_STRIP] if marks else filmed[-MAX_STRIP:]
     plot_film(strip, chosen_heads[0], output / "film.png", marks)
     plot_memory(records, output / "memory.svg")
+    if loaded.fam_config.fam_update == "gated":
+        plot_writing(records, output / "writing.svg")
     (output / "attention.jsonl").unlink(missing_ok=True)  # its rows are those of the pictures
     with RowFile(output / "attention.jsonl") as rows:
         for row in memory_rows(records):

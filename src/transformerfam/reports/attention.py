@@ -222,9 +222,44 @@ def plot_memory(records: Sequence[BlockRecord], path: str | Path) -> None:
         save_figure(figure, path)
 
 
+def plot_writing(records: Sequence[BlockRecord], path: str | Path) -> None:
+    """Draw what each FAM row wrote, block by block: dark where its attention fell on the block, not on the FAM.
+
+    Layers stand one above the other, the lowest at the bottom, each with its rows.
+
+    Args:
+        records: of all blocks and layers, of a model with FAM.
+        path: file to write.
+
+    Raises:
+        TransformerFamError: no layer has FAM.
+        MissingPackageError: matplotlib is not installed.
+    """
+    by_layer: dict[int, list[tuple[float, ...]]] = {}
+    for record in records:
+        if record.to_block_of_rows:
+            by_layer.setdefault(record.layer_idx, []).append(record.to_block_of_rows)
+    if not by_layer:
+        raise TransformerFamError("no layer has FAM, so no row writes; required is fam_length of at least 1")
+    shares_RN = torch.cat([torch.tensor(own).T for _, own in sorted(by_layer.items())])
+    num_rows, num_blocks = shares_RN.shape
+    length = num_rows // len(by_layer)
+    with new_figure(path, (6.4, 1.2 + min(9.0, 0.06 * num_rows + 0.12 * len(by_layer)))) as (figure, (axes,)):
+        image = axes.pcolormesh(shares_RN.numpy(), cmap="Greys", vmin=0, vmax=1, rasterized=True)
+        for number in range(1, len(by_layer)):
+            axes.axhline(number * length, color="black", linewidth=0.5)
+        axes.set_yticks([(number + 0.5) * length for number in range(len(by_layer))], sorted(by_layer), fontsize=6)
+        axes.set_xlim(0, num_blocks)
+        axes.set_xlabel("block")
+        axes.set_ylabel("layer, and its FAM rows")
+        axes.tick_params(length=0)
+        figure.colorbar(image, ax=axes, label="share of a row's attention on the block", fraction=0.05)
+        save_figure(figure, path)
+
+
 def memory_rows(records: Sequence[BlockRecord]) -> list[dict[str, Any]]:
     """Return the numbers of all records as result rows."""
-    names = ("block_idx", "layer_idx", "to_memory", "to_fam", "to_block", "fam_norm", "fam_change")
+    names = ("block_idx", "layer_idx", "to_memory", "to_fam", "to_block", "fam_norm", "fam_change", "to_block_of_rows")
     return [{"task": "attention"} | {name: getattr(record, name) for name in names} for record in records]
 
 
