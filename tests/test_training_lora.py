@@ -1,6 +1,7 @@
 """Fused LoRA layers are PEFT's: the same outputs and gradients, and PEFT's own way where they are not plain."""
 
 import copy
+from pathlib import Path
 from typing import Any
 
 import peft
@@ -11,8 +12,13 @@ from training_recipes import small_recipe
 
 from transformerfam import FamConfig, convert
 from transformerfam.adapter import inject_lora, merge_lora
+from transformerfam.config import UPDATE_PRESETS
+from transformerfam.errors import RecipeError
+from transformerfam.models import load_model
 from transformerfam.training.lora import fuse_lora, unfuse_lora
-from transformerfam.training.setup import build_trainee
+from transformerfam.training.setup import build_trainee, hold_frozen_weights_in
+from transformerfam.training.tiny import build_tiny_tokenizer
+from transformerfam.training.trainer import Trainer
 
 TARGETS = ("q_proj", "v_proj", "o_proj", "gate_proj", "down_proj")
 
@@ -67,6 +73,55 @@ def test_fused_layers_are_left_copied_and_merged_as_others() -> None:
     merge_lora(model)
     assert not any(isinstance(layer, peft.tuners.lora.LoraLayer) for layer in model.modules())
     torch.testing.assert_close(outputs_and_gradients(model)[0], expected, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("preset", ["paper", "gated"])
+@pytest.mark.parametrize("way", ["autocast", "bfloat16 weights"])
+def test_gradients_in_bfloat16_are_near_those_in_float32(way: str, preset: str) -> None:
+    """Catches a fused product that autocast breaks, and gradients off by more than a tenth of their norm, on a model
+    of sharp attention."""
+    grads = []
+    for is_half in (False, True):
+        torch.manual_seed(0)
+        config = FamConfig.preset(preset, block_size=5, fam_length=2, num_memory_segments=0, fam_key_bias=0.0)
+        model: Any = convert(make_tiny_llama(), config)
+        inject_lora(model, peft.LoraConfig(r=3, lora_alpha=6.0, target_modules=list(TARGETS)))
+        for seed, (name, parameter) in enumerate(model.named_parameters()):
+            if "lora_B" in name:
+                parameter.data = 0.1 * random_rows(*parameter.shape, seed=seed)
+            elif "fam" in name:
+                parameter.data = random_rows(*parameter.shape, seed=seed)
+        if is_half and way != "autocast":
+            hold_frozen_weights_in(torch.bfloat16, model)
+        assert fuse_lora(model) == 2 * len(TARGETS)
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=is_half and way == "autocast"):
+            logits = model(input_ids=random_ids(2, 13), past_key_values=model.init_state(2)).logits
+        (logits.float() * random_rows(*logits.shape, seed=1)).sum().backward()
+        trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        assert {p.dtype for p in trained.values()} == {p.grad.dtype for p in trained.values()} == {torch.float32}
+        grads.append(torch.cat([p.grad.flatten() for p in trained.values()]))
+    assert torch.linalg.vector_norm(grads[1] - grads[0]) < 0.1 * torch.linalg.vector_norm(grads[0])
+
+
+def test_recipe_trains_in_bfloat16(tmp_path: Path, recwarn: pytest.WarningsRecorder) -> None:
+    """Catches a FAM, LoRA or average that is kept in bfloat16, and a memory that says it has another base."""
+    base = make_tiny_llama()
+    base.save_pretrained(tmp_path / "base")
+    build_tiny_tokenizer().save_pretrained(tmp_path / "base")
+    sections: dict[str, Any] = {
+        "model": {"base": str(tmp_path / "base"), "dtype": "bfloat16"},
+        "lora": {"rank": 2, "targets": ["q_proj", "down_proj"]},
+        "fam": UPDATE_PRESETS["gated"],
+    }
+    trainer = Trainer(small_recipe(**sections), tmp_path / "run")
+    assert {p.dtype for p in trainer.model.parameters() if p.requires_grad} == {torch.float32}
+    assert {p.dtype for p in trainer.model.parameters() if not p.requires_grad} == {torch.bfloat16}
+    assert trainer.run().is_complete
+    model, _ = load_model(tmp_path / "run")
+    assert model.dtype == torch.float32
+    assert not [w for w in recwarn if "other" in str(w.message)]
+    with pytest.raises(RecipeError, match="model.dtype is 'bfloat16', required is 'float32' where all weights"):
+        small_recipe(model={"dtype": "bfloat16"})
 
 
 @pytest.mark.filterwarnings("ignore:`lora_bias=True` was passed")

@@ -327,7 +327,8 @@ def initial_fam(decoder: Any) -> list[torch.Tensor]:
         positions = positions.float() if config.fam_position == "fractional" else positions.long()
     step = InitialFam()
     cache = StepCache([None] * len(memory.layouts), step)
-    run_decoder(decoder, memory.prompt[None], positions.to(memory.prompt.device), cache)
+    rows = memory.prompt.to(decoder.get_input_embeddings().weight.dtype)  # it may be trained in another
+    run_decoder(decoder, rows[None], positions.to(rows.device), cache)
     return step.fams
 
 
@@ -349,5 +350,8 @@ def initial_queries(decoder: Any, fams: Sequence[torch.Tensor]) -> list[torch.Te
     positions = (fam_offsets(config) + first_position(config) + query_shift(config))[None].to(fams[0].device)
     positions = positions.float() if config.fam_position == "fractional" else positions.long()
     step = _InitialQueries(fams)
-    run_decoder(decoder, torch.zeros_like(fams[0]), positions, StepCache([None] * len(memory.layouts), step))
+    weight = decoder.get_input_embeddings().weight
+    run_decoder(
+        decoder, torch.zeros_like(fams[0], dtype=weight.dtype), positions, StepCache([None] * len(memory.layouts), step)
+    )
     return step.queries

@@ -45,6 +45,9 @@ class _LoraLinear(torch.autograd.Function):
 def fuse_lora(model: PreTrainedModel) -> int:
     """Let LoRA layers add their product in place; outputs and gradients stay PEFT's, up to rounding.
 
+    The factors may be of another type than the base layer, as float32 factors of a bfloat16 model: products are then of
+    the base layer's type, or of autocast's, and gradients of the factors' own.
+
     Layers with dropout, a bias of their own, another variant (DoRA and the like), several adapters or a trained base
     layer stay as they are.
 
@@ -76,14 +79,20 @@ def _can_be_fused(module: Any) -> bool:
         return False
     factors = (module.lora_A[names[0]], module.lora_B[names[0]])
     is_plain = isinstance(module.lora_dropout[names[0]], nn.Identity)
-    return is_plain and all(f.bias is None and f.weight.dtype == base.weight.dtype for f in factors)
+    return is_plain and base.weight.is_floating_point() and all(f.bias is None for f in factors)
 
 
 def _forward(module: Any, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
     base = module.get_base_layer()
-    if args or kwargs or module.disable_adapters or module.merged or x.dtype != base.weight.dtype:
+    kind = x.device.type
+    is_autocast = torch.is_autocast_enabled(kind)
+    dtype = torch.get_autocast_dtype(kind) if is_autocast else base.weight.dtype
+    if args or kwargs or module.disable_adapters or module.merged or not (is_autocast or x.dtype == dtype):
         return type(module).forward(module, x, *args, **kwargs)
     (name,) = module.active_adapters
-    down, up = module.lora_A[name].weight, module.lora_B[name].weight
-    output = _LoraLinear.apply(x.flatten(0, -2), base.weight, base.bias, down, up, module.scaling[name])
+    factors = (module.lora_A[name].weight.to(dtype), module.lora_B[name].weight.to(dtype))
+    bias = None if base.bias is None else base.bias.to(dtype)
+    with torch.autocast(kind, enabled=False):
+        input_ND, weight_OD = x.to(dtype).flatten(0, -2), base.weight.to(dtype)
+        output = _LoraLinear.apply(input_ND, weight_OD, bias, *factors, module.scaling[name])
     return output.unflatten(0, x.shape[:-1])

@@ -64,6 +64,11 @@ class Recipe:
             "model.prompt_text is given beside model.memory, which has its own prompt, or fam.fam_init is 'prefix'; "
             "leave one of them out",
         )
+        _require(
+            self.model.dtype == "float32" or (self.lora is not None and self.rival is None),
+            f"model.dtype is {self.model.dtype!r}, required is 'float32' where all weights, or those of a rival, are "
+            "trained; add a lora section, or leave model.dtype out",
+        )
         for stage in self.schedule.curriculum:
             _require_range("filler_tokens", *stage.filler_tokens)
             low, high = stage.repeated_tokens or (8, 8)

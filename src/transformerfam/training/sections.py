@@ -14,6 +14,9 @@ class ModelSection:
     """Name or folder of a trained memory of that base to start from: its prompt or prefix, and its weights or LoRA."""
     prompt_text: str | None = None
     """Text whose last `fam.fam_length` tokens the prompt begins as; None is the mean embedding."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Type of the frozen weights, and so of products and activations, with LoRA. LoRA, prompt, FAM and the optimizer
+    stay float32. bfloat16 is faster where the processor multiplies it (AVX-512 BF16, AMX, a GPU)."""
     num_hidden_layers: int = 4
     hidden_size: int = 128
     num_attention_heads: int = 4

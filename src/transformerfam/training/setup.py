@@ -2,13 +2,14 @@
 
 from typing import Any
 
+import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from transformerfam.adapter import inject_lora
 from transformerfam.config import FamConfig
 from transformerfam.convert import convert
 from transformerfam.errors import RecipeError
-from transformerfam.memory import prefix_from_prompt, set_prompt
+from transformerfam.memory import memory_of, prefix_from_prompt, set_prompt
 from transformerfam.models import BASE_NOTE, load_base, load_model
 from transformerfam.rivals import attach
 from transformerfam.tasks.facts import words
@@ -52,9 +53,21 @@ def build_trainee(recipe: Recipe) -> tuple[PreTrainedModel, PreTrainedTokenizerB
             r=lora.rank, lora_alpha=lora.alpha, target_modules=list(lora.targets), lora_dropout=0.0, bias="none"
         )
         inject_lora(model, config)
+    if section.dtype != "float32":
+        hold_frozen_weights_in(getattr(torch, section.dtype), model)
     if recipe.lora is not None and recipe.lora.fused:
         fuse_lora(model)
     return model, tokenizer
+
+
+def hold_frozen_weights_in(dtype: torch.dtype, model: PreTrainedModel) -> None:
+    """Hold what is not trained in another type; the memory stays that of the base weights as they were."""
+    identity = memory_of(model).identity
+    assert identity is not None
+    identity.base_digest_before_merge = identity.base_digest()
+    for parameter in model.parameters():
+        if not parameter.requires_grad:
+            parameter.data = parameter.data.to(dtype)
 
 
 def _words_of(recipe: Recipe) -> list[str]:
