@@ -66,7 +66,7 @@ def converted(name: str, is_shared: bool = True, **fields: Any) -> Any:
     """Return a converted copy with the memory open, as training leaves it; shared are the weights of the base."""
     base = base_model(name)
     shared = {id(parameter): parameter for parameter in base.parameters() if is_shared}
-    return convert(copy.deepcopy(base, shared), FamConfig(fam_key_bias=0.0, **fields)).eval()
+    return convert(copy.deepcopy(base, shared), FamConfig(**{"fam_key_bias": 0.0} | fields)).eval()
 
 
 def next_block(name: str, **fields: Any) -> tuple[Any, Callable[[], Any]]:

@@ -74,20 +74,37 @@ class ModelShape:
         return self.num_layers * 2 * self.num_key_value_heads * self.head_dim
 
 
-def block_flops(shape: ModelShape, config: FamConfig, memory_segments: int | None = None) -> int:
+def rows_in_front(config: FamConfig, caches_queries: bool = False) -> int:
+    """Return the rows that go through the layers in front of a block's tokens.
+
+    Args:
+        config: the configuration.
+        caches_queries: whether the family and the attention back end take cached queries of the initial FAM, by which F
+            rows serve where 2 F would.
+    """
+    if caches_queries and config.fam_position != "zero":
+        return config.fam_length
+    return config.num_rows if config.fam_length else 0
+
+
+def block_flops(
+    shape: ModelShape, config: FamConfig, memory_segments: int | None = None, caches_queries: bool = False
+) -> int:
     """Return the operations of reading one block with its update of the FAM, without logits.
 
     Args:
         shape: the model's sizes.
         config: block size, FAM length, memory segments and older FAMs; every layer is taken to carry FAM.
         memory_segments: memory segments in sight; None is all that the configuration has, as from the m-th block on.
+        caches_queries: as for `rows_in_front`.
     """
     size, length = config.block_size, config.fam_length
     segments = config.num_memory_segments if memory_segments is None else memory_segments
     before = config.num_sink_tokens + segments * size + config.num_fam_slots
     token_pairs = size * before + size * (size + 1) // 2
-    row_pairs = config.num_rows * (length + size) if length else 0
-    rows = size + (config.num_rows if length else 0)
+    num_rows = rows_in_front(config, caches_queries)
+    row_pairs = num_rows * (length + size)
+    rows = size + num_rows
     return rows * shape.flops_per_row + (token_pairs + row_pairs) * shape.flops_per_pair
 
 

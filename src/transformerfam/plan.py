@@ -19,6 +19,7 @@ from transformers import Adafactor, AutoConfig, LlamaConfig, PreTrainedModel
 from transformerfam.cache_layer import LayerPlan
 from transformerfam.config import FamConfig
 from transformerfam.convert import fam_parameters
+from transformerfam.costs import rows_in_front
 from transformerfam.errors import TransformerFamError, UnsupportedModelError
 from transformerfam.fake_model import AllocatedBytes, build_on_meta, convert_fake, make_fake
 from transformerfam.families import FAMILIES, decoder_layers
@@ -281,22 +282,24 @@ def _flops(model: Any, training: Training) -> tuple[float, float]:
     num_experts = num_experts or getattr(config, "n_routed_experts", None) or 1
     share = (getattr(config, "num_experts_per_tok", None) or 1) / num_experts
     per_row = sum(2 * p.numel() * (share if ".experts." in name else 1.0) for name, p in _matrices(model))
-    size, length = fam.block_size, fam.fam_length
-    rows_per_token = 1 + (fam.num_rows if length else 0) / size
-    pairs = sum(_pairs_per_token(fam, plan) for plan in model.get_decoder().fam.plans())
+    size = fam.block_size
+    memory = model.get_decoder().fam
+    num_rows = rows_in_front(fam, memory.caches_queries)
+    rows_per_token = 1 + num_rows / size
+    pairs = sum(_pairs_per_token(fam, plan, num_rows) for plan in memory.plans())
     layers = per_row * rows_per_token + 2 * heads * widths * pairs
     logits = 2 * config.hidden_size * config.vocab_size
     return layers, (3 if training == "lora" else 4) * layers + (2 if training == "lora" else 3) * logits
 
 
-def _pairs_per_token(fam: FamConfig, plan: LayerPlan) -> float:
+def _pairs_per_token(fam: FamConfig, plan: LayerPlan, num_rows: int) -> float:
     """Return the keys that a token sees on average in one layer, and those of its share of the FAM rows."""
     size = fam.block_size
     seen = plan.num_sink_tokens + plan.num_memory_tokens + (size + 1) / 2
     if plan.window is not None:
         seen = min(seen, plan.window)
     if plan.has_fam:
-        seen += fam.num_fam_slots + fam.num_rows * (fam.fam_length + size) / size
+        seen += fam.num_fam_slots + num_rows * (fam.fam_length + size) / size
     return seen
 
 
