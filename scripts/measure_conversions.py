@@ -92,9 +92,36 @@ def losses(model: Any, ids: torch.Tensor, system: str) -> torch.Tensor:
     return torch.cat(parts)
 
 
+def table(rows: list[dict[str, Any]]) -> str:
+    """Return all cells as a Markdown table, the yardsticks beside each."""
+    yardsticks = {
+        (row["system"], *(row[name] for name in SHAPE[:3])): row["nats_above_full"]
+        for row in rows
+        if row["system"] != "fam_untrained"
+    }
+    lines = [
+        "| what differs | nats above full attention | first 16 tokens of a block | BSWA | BSWA of the same bytes |",
+        "|---|---|---|---|---|",
+    ]
+    for row in rows:
+        if row["system"] != "fam_untrained":
+            continue
+        size, segments, sinks = (row[name] for name in SHAPE[:3])
+        longer = (segments * size + 3 * row["fam_length"] // 2) // max(1, segments)
+        cells = [yardsticks.get(("bswa", size, segments, sinks))]
+        cells.append(yardsticks.get(("bswa_same_bytes", longer, segments, sinks)))
+        shown = ["" if cell is None else f"{cell:.3f}" for cell in cells]
+        changes = row["changes"].items()
+        what = ", ".join(f"`{k}` {f'{v[0]} to {v[-1]}' if isinstance(v, list) else v}" for k, v in changes)
+        here = [row[name] for name in ("nats_above_full", "nats_above_full_at_block_start")]
+        lines.append("| " + " | ".join([what or "nothing", *(f"{value:.3f}" for value in here), *shown]) + " |")
+    return "\n".join(lines) + "\n"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", required=True, help="JSON lines")
+    parser.add_argument("--table", help="Markdown file for the table of all rows")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--attention", action="store_true", help="measure attention on FAM keys in every cell")
     options = parser.parse_args()
@@ -165,10 +192,13 @@ def main() -> None:
             row["uniform_share"] = records[-1].num_fam / (keys + given["block_size"] / 2)
         with path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
+        rows.append(row)
         seconds = time.monotonic() - started
         print(
             f"{number + 1}/{len(wanted)} {system} {changes} {row['nats_above_full']:.3f} ({seconds:.0f} s)", flush=True
         )
+    if options.table:
+        Path(options.table).write_text(table(rows), encoding="utf-8")
 
 
 if __name__ == "__main__":
