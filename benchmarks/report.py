@@ -44,7 +44,8 @@ PLOTS = {
 
 def last_of_each_cell(rows: Iterable[Row]) -> list[Row]:
     """Return the rows, of cells that were measured more than once the last."""
-    names = ("figure", "model", "system", "num_tokens", "block_size", "num_memory_segments", "machine", "threads")
+    names: tuple[str, ...] = ("figure", "model", "system", "num_tokens", "block_size", "num_memory_segments", "machine")
+    names += ("threads", "fam_update", "frozen_dtype")
     return list({tuple(row.get(name) for name in names): row for row in rows}.values())
 
 

@@ -10,7 +10,7 @@ import torch
 from typer.testing import CliRunner
 
 from benchmarks import __main__ as command
-from benchmarks import counts, efficiency, overhead, peers, prefill, state
+from benchmarks import counts, efficiency, overhead, peers, prefill, state, training_dtype
 from benchmarks.models import converted, random_tokens
 from benchmarks.placement import Placement
 from benchmarks.report import slope, write_report
@@ -19,7 +19,7 @@ EVERY_ROW = {"task", "figure", "threads", "torch", "transformers", "version", "g
 runner = CliRunner()
 
 
-@pytest.mark.parametrize("question", [overhead, efficiency, state])
+@pytest.mark.parametrize("question", [overhead, efficiency, state, training_dtype])
 def test_rows_carry_median_spread_and_where_they_come_from(question: Any) -> None:
     """Catches a figure without its spread, or one that cannot be told from another machine's."""
     rows = list(question.run("random_8m", repeats=3, quick=True))
