@@ -193,8 +193,9 @@ def attend_rows(
     num_asking, groups = sight.first_block_key - sight.first_row_key, key_BGSK.shape[1]
     exact = torch.promote_types(query_BHRK.dtype, torch.float32)
     with torch.autocast(query_BHRK.device.type, enabled=False):
-        query_BGrFK = query_BHRK[:, :, :num_asking].unflatten(1, (groups, -1)).to(exact)
-        logits = query_BGrFK @ key_BGSK[:, :, None, seen].to(exact).mT
+        # The heads of a group share keys: they are rows of one product.
+        query_BGNK = query_BHRK[:, :, :num_asking].unflatten(1, (groups, -1)).flatten(2, 3).to(exact)
+        logits = (query_BGNK @ key_BGSK[:, :, seen].to(exact).mT).unflatten(2, (-1, num_asking))
         logits = logits * (query_BHRK.shape[-1] ** -0.5 if scaling is None else scaling)
         if soft_cap is not None:
             logits = soft_cap * torch.tanh(logits / soft_cap)
@@ -208,7 +209,8 @@ def attend_rows(
             weights = weights[..., :-1]
         share = weights[..., num_asking:].sum(-1)
         weights = torch.nn.functional.dropout(weights, dropout)
-        output = (weights.to(value_BGSK.dtype) @ value_BGSK[:, :, None, seen]).flatten(1, 2).transpose(1, 2)
+        output = weights.flatten(2, 3).to(value_BGSK.dtype) @ value_BGSK[:, :, seen]
+        output = output.unflatten(2, (-1, num_asking)).flatten(1, 2).transpose(1, 2)
     if num_asking < query_BHRK.shape[2]:
         output = torch.nn.functional.pad(output, (0, 0, 0, 0, 0, query_BHRK.shape[2] - num_asking))
     return output.contiguous(), share.flatten(1, 2)
