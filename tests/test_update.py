@@ -188,6 +188,22 @@ def test_impossible_choices_are_refused() -> None:
 
 
 @torch.no_grad()
+@every_update
+def test_interrupted_update_is_forgotten(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches rows of a piece that was not read to its end, kept by a shorter one that follows."""
+    model, ids = converted(**UPDATES[name]), random_ids(1, 30)
+    state = model.read(ids[:, :14])
+    before, mlp = state.fams.clone(), model.model.layers[1].mlp
+    with monkeypatch.context() as patched:
+        patched.setattr(mlp, "forward", lambda _: (_ for _ in ()).throw(RuntimeError("stop")))
+        with pytest.raises(RuntimeError, match="stop"):
+            model(input_ids=ids[:, 14:18], past_key_values=state)
+    model.read(ids[:, 14:15], state)
+    assert torch.equal(state.fams, before)
+    torch.testing.assert_close(model.read(ids[:, 15:], state).fams, model.read(ids).fams, atol=1e-5, rtol=1e-5)
+
+
+@torch.no_grad()
 def test_share_that_is_no_number_is_refused_and_the_state_stays(monkeypatch: pytest.MonkeyPatch) -> None:
     """Catches a NaN that stays in the memory for good."""
     model, ids = converted(**GATED), random_ids(1, 30)

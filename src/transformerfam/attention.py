@@ -37,6 +37,8 @@ class Piece(PassingStep):
 
     def __init__(self, state: FamState, counts: list[int], takes_queries: bool = False) -> None:
         config = state.config
+        for layer in state.layers:
+            layer.forget_piece()
         self.state = state
         self.config = config
         self.counts = counts
@@ -214,9 +216,7 @@ class Piece(PassingStep):
         if self.num_rows and layer.fam is not None:
             rows = slice(self.num_rows - self.config.fam_length, self.num_rows)
             fam_key, fam_value = key_BGTK[:, :, rows], value_BGTK[:, :, rows]
-            if (
-                self.num_rows == self.config.fam_length
-            ):  # the key row is the query row, which stands where the update will stand
+            if self.num_rows == self.config.fam_length:  # the rows stand where the update will stand
                 fam_key, fam_value = layer.turner.turn(fam_key, fam_value, -self.query_shift)
             if torch.is_grad_enabled() and self.phase.is_uniform and self.phase.fills[0] == 0:
                 # FAM and tokens stand side by side, and out of place one write is cheaper than two.

@@ -165,6 +165,10 @@ class FamLayer(CacheLayerMixin):
         if missing:
             self.keys, self.values = (nn.functional.pad(t, (0, 0, 0, missing)) for t in (self.keys, self.values))
 
+    def forget_piece(self) -> None:
+        """Let go of what an interrupted piece has left behind."""
+        self.next_fam = self.value_from_below = self.share = None
+
     def keep_fam(self) -> None:
         """Make the FAM that the piece wrote the layer's FAM."""
         if self.next_fam is not None and self.fam is not None:

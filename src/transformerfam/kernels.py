@@ -222,7 +222,7 @@ def asking_rows(query_BHTK: torch.Tensor, sight: Sight) -> torch.Tensor:
         sight.queries.append(query_BHTK[:, :, : sight.num_rows])
     if sight.query is None:
         return query_BHTK[:, :, : sight.num_rows]
-    return sight.query.to(query_BHTK.dtype).expand(len(query_BHTK), -1, -1, -1)
+    return sight.query.to(query_BHTK).expand(len(query_BHTK), -1, -1, -1)
 
 
 def attend_piece(
