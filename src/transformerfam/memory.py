@@ -311,6 +311,12 @@ def run_decoder(
         )
 
 
+def _row_positions(config: FamConfig, shift: int = 0) -> torch.Tensor:
+    """Return where the initial FAM stands, `(1, F)`, moved by `shift`."""
+    positions = (fam_offsets(config) + first_position(config) + shift)[None]
+    return positions.float() if config.fam_position == "fractional" else positions.long()
+
+
 def initial_fam(decoder: Any) -> list[torch.Tensor]:
     """Return every layer's initial FAM, `(1, F, D)` each.
 
@@ -323,8 +329,7 @@ def initial_fam(decoder: Any) -> list[torch.Tensor]:
     if config.fam_position == "zero":
         positions = torch.zeros(1, config.fam_length, dtype=torch.long)
     else:
-        positions = (fam_offsets(config) + first_position(config))[None]
-        positions = positions.float() if config.fam_position == "fractional" else positions.long()
+        positions = _row_positions(config)
     step = InitialFam()
     cache = StepCache([None] * len(memory.layouts), step)
     rows = memory.prompt.to(decoder.get_input_embeddings().weight.dtype)  # it may be trained in another
@@ -347,8 +352,7 @@ def initial_queries(decoder: Any, fams: Sequence[torch.Tensor]) -> list[torch.Te
     takes_queries = decoder.config._attn_implementation in QUERY_BACK_ENDS
     if config.fam_query == "previous" or config.fam_position == "zero" or not (memory.caches_queries and takes_queries):
         return None
-    positions = (fam_offsets(config) + first_position(config) + query_shift(config))[None].to(fams[0].device)
-    positions = positions.float() if config.fam_position == "fractional" else positions.long()
+    positions = _row_positions(config, query_shift(config)).to(fams[0].device)
     step = _InitialQueries(fams)
     weight = decoder.get_input_embeddings().weight
     run_decoder(

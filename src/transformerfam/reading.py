@@ -58,7 +58,7 @@ def init_state(
                 f"fam has shape {tuple(fam.shape)}, required is (layers, batch, fam_length, hidden_size) {expected}; "
                 "save it from a state of the same model and configuration"
             )
-    queries = initial_queries(decoder, initial) if initial is not None and config.fam_query == "initial" else None
+    queries = None if initial is None else initial_queries(decoder, initial)
     layers = []
     kinds: dict[LayerPlan, int] = {}
     lowest = next((i for i in range(num_layers) if config.carries_fam(i)), None)

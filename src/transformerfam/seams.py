@@ -78,6 +78,11 @@ def check_structure(model: Any, config: FamConfig) -> None:
                 f"RoPE of type {rope_type!r} changes with the length of the text, so keys cannot be turned; set "
                 "another type"
             )
+    _check_update(model, config)
+
+
+def _check_update(model: Any, config: FamConfig) -> None:
+    """Refuse layers that are not there, and an update that the model cannot do."""
     if config.fam_update == "gated" and model.config._attn_implementation == "flex_attention":
         raise UnsupportedModelError(
             "fam_update is 'gated', and attention back end 'flex_attention' gives no weights, by which rows move; call "

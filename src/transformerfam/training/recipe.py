@@ -64,11 +64,6 @@ class Recipe:
             "model.prompt_text is given beside model.memory, which has its own prompt, or fam.fam_init is 'prefix'; "
             "leave one of them out",
         )
-        _require(
-            self.model.dtype == "float32" or (self.lora is not None and self.rival is None),
-            f"model.dtype is {self.model.dtype!r}, required is 'float32' where all weights, or those of a rival, are "
-            "trained; add a lora section, or leave model.dtype out",
-        )
         for stage in self.schedule.curriculum:
             _require_range("filler_tokens", *stage.filler_tokens)
             low, high = stage.repeated_tokens or (8, 8)
@@ -213,7 +208,12 @@ class Recipe:
         return self.fam.fam_length > 0 if self.rival is None else rival_class(self.rival.system).has_memory
 
     def _require_parts(self) -> None:
-        """Refuse batches and weights that cannot be parted as the recipe says."""
+        """Refuse batches and weights that cannot be parted, or held in another type, as the recipe says."""
+        _require(
+            self.model.dtype == "float32" or (self.lora is not None and self.rival is None),
+            f"model.dtype is {self.model.dtype!r}, required is 'float32' where all weights, or those of a rival, are "
+            "trained; add a lora section, or leave model.dtype out",
+        )
         _require(
             not self.schedule.shard or self.optimizer.kind == "adamw",
             "schedule.shard is true and optimizer.kind is 'adafactor', whose row and column sums are not shared out; "
@@ -299,8 +299,7 @@ class Recipe:
         _require(
             is_plain and fam.fam_length > 0 and fam.fam_position != "zero",
             f"{why} a fam section with fam_length above 0, all layers, the paper's update, a position other than "
-            "'zero', and no memory segments, sink tokens or further previous FAMs: stored filler stands in none of "
-            "them",
+            "'zero', and no memory segments, sink tokens or further previous FAMs, which hold no stored filler",
         )
         _require(
             self.loss.fam_change == 0 and self.schedule.gradient_tokens is None,
