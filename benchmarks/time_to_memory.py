@@ -9,7 +9,8 @@ from pathlib import Path
 from benchmarks.harness import Row, row
 from transformerfam.models import load_model
 from transformerfam.progress import training_bar
-from transformerfam.tasks.passkey_evaluation import MEMORY_ZEROED, PasskeyEvaluation
+from transformerfam.tasks.controls import MEMORY_ZEROED
+from transformerfam.tasks.passkey_evaluation import PasskeyEvaluation
 from transformerfam.training.checkpoint import CHECKPOINT_FILE
 from transformerfam.training.recipe_file import load_recipe
 from transformerfam.training.trainer import Trainer

@@ -19,7 +19,9 @@ from transformerfam.tasks import (
     evaluate_passkey,
     passkey_evaluation,
 )
+from transformerfam.tasks.passkey import load_shuffled
 from transformerfam.tasks.text import encode
+from transformerfam.tasks.wordings import Wording
 from transformerfam.training.tiny import build_tiny_tokenizer
 
 PAPERS_TEXT = (
@@ -156,7 +158,7 @@ def test_row_has_every_promised_field(model, tokenizer):
     assert set(row) == {
         *("task", "system", "model", "seed", "version", "git_commit", "machine"),
         *("filler_tokens", "num_blocks", "key", "answer", "correct", "max_training_filler_tokens"),
-        *("jitter", "filler", "prefix_tokens"),
+        *("jitter", "filler", "prefix_tokens", "placing", "num_digits", "num_mentions", "wording"),
     }
     assert (row["task"], row["system"], row["model"], row["seed"]) == ("passkey", "fam", "m", 5)
     assert (row["filler_tokens"], row["filler"], row["max_training_filler_tokens"]) == (3, "sentences", 512)
@@ -263,7 +265,13 @@ def test_finished_questions_are_left_out_and_the_rest_is_the_same(model, tokeniz
     assert sorted(rows[:4] + list(options.rows(model, tokenizer)), key=key) == sorted(rows, key=key)
 
 
-@pytest.mark.parametrize("change", [{"seed": 6}, {"model": "other"}, {"filler": "a.txt"}, {"prefix_tokens": 9}])
+@pytest.mark.parametrize(
+    "change",
+    [
+        *({"seed": 6}, {"model": "other"}, {"filler": "a.txt"}, {"prefix_tokens": 9}),
+        *({"placing": "uniform"}, {"num_digits": 6}, {"num_mentions": 2}, {"wording": "other"}),
+    ],
+)
 def test_rows_of_another_run_do_not_count_as_finished(model, tokenizer, change):
     """Would catch a run that is skipped because another one with the same keys stands in the file."""
     rows = [row | change for row in evaluate(model, tokenizer)]
@@ -318,3 +326,208 @@ def test_options_out_of_range_are_refused(model, tokenizer, options, message):
     """Would catch a run of hours that fails at its end, or does nothing."""
     with pytest.raises(TransformerFamError, match=message):
         evaluate(model, tokenizer, **options)
+
+
+# Keys anywhere, mentioned several times, in other words
+
+
+def text_of_row(tokenizer, row, start):
+    """Return the tokens in front of a row's answer, told once at its place."""
+    text = PasskeyText(tokenizer)
+    place = row["prefix_tokens"]
+    ids = text.filler.slice(start, place).tolist() + text.intro_ids(row["key"])
+    rest = row["filler_tokens"] - place + row["jitter"]
+    return ids + text.filler.slice(start + place, rest).tolist() + text.question_ids
+
+
+def test_uniform_keys_stand_in_every_part_of_the_text_and_beyond_the_window(model, tokenizer):
+    """Would catch depths that leave out a part of the text, or a key that the question still sees."""
+    rows = evaluate(model, tokenizer, filler_lengths=[200, 400], num_keys=8, prefix_tokens="uniform")
+    window = tiny_models.BLOCK_SIZE * (model.fam_config.num_memory_segments + 1)
+    for length in (200, 400):
+        places = sorted(row["prefix_tokens"] for row in rows if row["filler_tokens"] == length)
+        free = length - window
+        assert [int(8 * (place + 0.99) / free) for place in places] == list(range(8))
+        assert max(places) <= length - window
+    assert {row["placing"] for row in rows} == {"uniform"}
+    for row in rows[:6]:
+        ids = text_of_row(tokenizer, row, 0)
+        assert row["answer"] == answer_alone(model, tokenizer, ids, len(PasskeyText(tokenizer).key_ids(row["key"])))
+
+
+def test_a_key_is_told_as_often_as_asked_for(model, tokenizer, monkeypatch):
+    """Would catch mentions that are dropped, stand behind the last place, or are not spread."""
+    read = []
+    plain = passkey_evaluation.read_ragged
+
+    def note(model, rows, *rest):
+        read.append(rows[0].tolist())
+        return plain(model, rows, *rest)
+
+    monkeypatch.setattr(passkey_evaluation, "read_ragged", note)
+    intro = PasskeyText(tokenizer).intro_ids(draw_keys(1, 5)[0])
+    for prefix, places in ((90, [30, 60, 90]), ("uniform", None)):
+        read.clear()
+        options = {"num_mentions": 3, "filler_lengths": [300], "num_keys": 1, "prefix_tokens": prefix}
+        row = evaluate(model, tokenizer, **options)[0]
+        ids = [token for piece in read for token in piece]
+        starts = [i for i in range(len(ids)) if ids[i : i + len(intro)] == intro]
+        told = [start - number * len(intro) for number, start in enumerate(starts)]
+        assert len(told) == 3 == row["num_mentions"]
+        assert told[-1] == row["prefix_tokens"]
+        if places is None:
+            window = tiny_models.BLOCK_SIZE * (model.fam_config.num_memory_segments + 1)
+            third = (300 - window) / 3
+            assert [int(place // third) for place in told] == [0, 1, 2]
+        else:
+            assert told == places
+
+
+def test_keys_have_as_many_digits_as_asked_for(model, tokenizer):
+    """Would catch keys of five digits whatever is asked, and digits of an answer that are not read to the end."""
+    for digits in (3, 8):
+        rows = evaluate(model, tokenizer, num_digits=digits, filler_lengths=[3])
+        assert {len(str(row["key"])) for row in rows} == {row["num_digits"] for row in rows} == {digits}
+        assert {row["key"] for row in rows} == set(draw_keys(3, 5, digits))
+    assert len(set(draw_keys(900, 0, 3))) == 900
+
+
+WORDING = Wording("The sky is{key}. Remember {key}!", " What is the sky?", " Sky is {key} green", "sky")
+
+
+def test_another_wording_tells_asks_and_counts_its_own_key(model, tokenizer):
+    """Would catch pieces of the paper's wording left in, and a key that is tokenised otherwise than it stands."""
+    text = PasskeyText(tokenizer, wording=WORDING)
+    assert text.intro_ids(123) == [
+        token for part in ("The sky is", "123", ". Remember", " 123", "!") for token in encode(tokenizer, part)
+    ]
+    assert text.question_ids == encode(tokenizer, " What is the sky? Sky is")
+    rows = evaluate(model, tokenizer, wording=WORDING, filler_lengths=[40])
+    assert {row["wording"] for row in rows} == {"sky"}
+    row = rows[0]
+    sequence = text.sequence(row["key"], row["filler_tokens"] + row["jitter"])
+    ids = sequence.intro_ids + sequence.filler_ids + sequence.question_ids
+    assert row["answer"] == answer_alone(model, tokenizer, ids, len(sequence.answer_ids))
+
+
+def test_wording_is_read_from_a_file(tmp_path):
+    """Would catch a wording without its key, which no reader could answer."""
+    path = tmp_path / "mine.toml"
+    good = {"intro": "It is {key}.", "question": "What is it?", "answer": " It is {key}"}
+    write = lambda values: path.write_text("\n".join(f'{k} = "{v}"' for k, v in values.items()))  # noqa: E731
+    write(good)
+    assert Wording.load(path) == Wording(**good, name="mine")
+    for change, message in (
+        ({"intro": "It is."}, "the intro .* required is at least one {key}"),
+        ({"answer": "It is"}, "the answer .* required is {key} once"),
+        ({"question": "Is it {key}?"}, "the question .* required is no {key}"),
+        ({"more": "x"}, "has intro, question, answer, more, required are intro, question and answer"),
+    ):
+        write(good | change)
+        with pytest.raises(TransformerFamError, match=message):
+            Wording.load(path)
+    path.write_text("intro = 3")
+    with pytest.raises(TransformerFamError, match="has intro, required are"):
+        Wording.load(path)
+    with pytest.raises(TransformerFamError, match="cannot read the wording"):
+        Wording.load(tmp_path / "nowhere.toml")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"num_mentions": 0}, "num_mentions is 0, required is at least 1"),
+        ({"num_digits": 0}, "num_digits is 0, required is 1 to 9"),
+        ({"num_digits": 1, "num_keys": 10}, "num_keys is 10, required is 1 to 9, the keys of 1 digits"),
+        ({"prefix_tokens": "anywhere"}, "prefix_tokens is 'anywhere'"),
+        ({"prefix_tokens": "uniform"}, "a text of 3 tokens has no place for a key"),
+        ({"systems": ("fam_memory_swapped",), "batch_size": 1}, "gives each text the memory of another"),
+    ],
+)
+def test_tellings_that_cannot_be_are_refused(model, tokenizer, options, message):
+    """Would catch a run that tells nothing, or a control that is the system itself."""
+    with pytest.raises(TransformerFamError, match=message):
+        evaluate(model, tokenizer, **options)
+
+
+def test_a_killed_reading_goes_on_from_its_checkpoint(tmp_path, model, tokenizer, monkeypatch):
+    """Would catch hours of reading lost by a kill, other answers after it, or a checkpoint of other keys taken up."""
+    monkeypatch.setattr(passkey_evaluation, "READ_TOKENS", 32)
+    options = {"filler_lengths": [600], "checkpoint": tmp_path / "rows.jsonl", "checkpoint_seconds": 0.0, "num_keys": 2}
+    whole = evaluate(model, tokenizer, filler_lengths=[600], num_keys=2)
+    plain, pieces = passkey_evaluation.read_ragged, []
+
+    def killed(model, rows, *rest):
+        pieces.append(len(rows[0]))
+        if len(pieces) == 15:
+            raise KeyboardInterrupt
+        return plain(model, rows, *rest)
+
+    monkeypatch.setattr(passkey_evaluation, "read_ragged", killed)
+    with pytest.raises(KeyboardInterrupt):
+        evaluate(model, tokenizer, **options)
+    assert len(list(tmp_path.glob("*.reading.safetensors"))) == 1
+    num_before = sum(pieces[:14])
+    del pieces[:]
+    pieces += [0] * 20  # it is not killed again
+    assert evaluate(model, tokenizer, **options, seed=6) == evaluate(
+        model, tokenizer, filler_lengths=[600], num_keys=2, seed=6
+    )
+    del pieces[20:]
+    assert evaluate(model, tokenizer, **options) == whole
+    assert sum(pieces[20:]) < 640 - num_before + 150
+    assert list(tmp_path.glob("*.reading.safetensors")) == []
+
+
+def test_text_that_repeats_comes_in_another_order(tmp_path, tokenizer):
+    """Would catch a million tokens of one chapter read again and again, word for word."""
+    words = ["The sky is blue.", "Here we go again.", "There and back.", "The sun is yellow. The grass is green."]
+    book = tmp_path / "book.txt"
+    book.write_text(" ".join(words[i % 3] + words[-1] * (i % 5) for i in range(40)), encoding="utf-8")
+    stream, plain = load_shuffled(tokenizer, book), FillerStream(encode(tokenizer, book.read_text()), "book")
+    n = len(plain)
+    assert torch.equal(stream.slice(3, n - 3), plain.slice(3, n - 3))
+    again = stream.slice(n, n)
+    assert not torch.equal(again, plain.slice(n, n))
+    assert torch.equal(again.sort().values, plain.slice(n, n).sort().values)
+    assert not torch.equal(stream.slice(2 * n, n), again)
+    assert torch.equal(torch.cat((stream.slice(5, n), stream.slice(n + 5, n))), stream.slice(5, 2 * n))
+    assert torch.equal(stream.rows(torch.tensor([2, n + 2]), n)[1], stream.slice(n + 2, n))
+
+
+def test_memory_of_another_text_and_of_none_answer_as_such_readings_would(model, tokenizer):
+    """Would catch controls that change nothing, or more than the memory."""
+    systems = ("fam", "fam_memory_swapped", "fam_memory_initial")
+    rows = evaluate(model, tokenizer, filler_lengths=[40], num_keys=2, systems=systems, jitter=False)
+    assert [row["system"] for row in rows] == [system for system in systems for _ in range(2)]
+    answers = {system: [row["answer"] for row in rows if row["system"] == system] for system in systems}
+    text = PasskeyText(tokenizer)
+    for row in rows[:2]:
+        sequence = text.sequence(row["key"], 40)
+        read = sequence.intro_ids + sequence.filler_ids
+        state = model.read(torch.tensor([read]))
+        begun = model.init_state(1)
+        fill = state.block_fill[0]
+        assert fill > 0
+        model.read(torch.tensor([read[-fill:]]), begun)  # the same block behind the initial FAM
+        initial = state.fork().initial_memory()
+        for layer, other in zip(initial.layers, begun.layers, strict=True):
+            fam = slice(layer.sections.fam, layer.sections.block)
+            assert torch.allclose(layer.keys[..., fam, :], other.keys[..., fam, :], atol=1e-5)
+            assert torch.allclose(layer.values[..., fam, :], other.values[..., fam, :], atol=1e-5)
+        assert torch.equal(initial.fams, begun.fams)
+    assert answers["fam_memory_swapped"] != answers["fam"]
+
+
+def test_paragraphs_are_found_by_their_empty_lines(tmp_path):
+    """Would catch paragraphs cut in their middle where the tokenizer shows where they end."""
+    paragraphs = ["a b c", "d e", "f g h i", "k l", "m"]
+    core = Tokenizer(models.WordLevel({w: i for i, w in enumerate(["?", "\n", *"abcdefghiklm"])}, unk_token="?"))
+    core.pre_tokenizer = pre_tokenizers.Split(" ", "removed")
+    lines = PreTrainedTokenizerFast(tokenizer_object=core, unk_token="?")
+    book = tmp_path / "book.txt"
+    book.write_text(" \n \n ".join([*paragraphs, ""]), encoding="utf-8")
+    stream = load_shuffled(lines, book)
+    again = lines.decode(stream.slice(2 * len(stream), len(stream)))
+    assert sorted(part.strip() for part in again.split("\n") if part.strip()) == sorted(paragraphs)
+    assert again != lines.decode(stream.slice(0, len(stream)))

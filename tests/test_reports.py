@@ -12,6 +12,7 @@ from transformerfam.reports.figure import label_ends, new_figure, save_figure
 from transformerfam.reports.next_token import next_token_table
 from transformerfam.reports.passkey import passkey_table, plot_passkey
 from transformerfam.reports.rows import RowFile, accuracy_by_length, read_rows, wilson_interval
+from transformerfam.tasks.telling import Telling
 
 
 def passkey_rows(system="fam", model="tiny", lengths=(512, 8192), num_keys=20, num_wrong=1, **fields):
@@ -53,18 +54,29 @@ def test_accuracy_counts_whole_keys_by_length_and_keeps_series_apart():
     rows = passkey_rows() + passkey_rows("bswa", num_wrong=20) + passkey_rows(filler="book.txt") + [{"task": "other"}]
     rows += [row | {"prefix_tokens": 9} for row in passkey_rows()]
     rows += [row | {"prefix_tokens": 9, "old_key": 12345} for row in passkey_rows()]
+    for change in ({"placing": "uniform"}, {"num_digits": 6}, {"num_mentions": 2}, {"wording": "w"}):
+        rows += [row | change for row in passkey_rows()]
     curves = accuracy_by_length(rows)
-    assert [tuple(series) for series in curves] == [
-        ("tiny", "bswa", "sentences", 0, False),
-        ("tiny", "fam", "book.txt", 0, False),
-        ("tiny", "fam", "sentences", 0, False),
-        ("tiny", "fam", "sentences", 9, False),
-        ("tiny", "fam", "sentences", 9, True),
+    assert [(*series[:3], tuple(series.telling)) for series in curves] == [
+        ("tiny", "bswa", "sentences", (0, False, False, 5, 1, "paper")),
+        ("tiny", "fam", "book.txt", (0, False, False, 5, 1, "paper")),
+        ("tiny", "fam", "sentences", (0, False, False, 5, 1, "paper")),
+        ("tiny", "fam", "sentences", (0, False, False, 5, 1, "w")),
+        ("tiny", "fam", "sentences", (0, False, False, 5, 2, "paper")),
+        ("tiny", "fam", "sentences", (0, False, False, 6, 1, "paper")),
+        ("tiny", "fam", "sentences", (0, False, True, 5, 1, "paper")),
+        ("tiny", "fam", "sentences", (9, False, False, 5, 1, "paper")),
+        ("tiny", "fam", "sentences", (9, True, False, 5, 1, "paper")),
     ]
     labels = [series.label(curves) for series in curves if series.filler == "sentences" and series.system == "fam"]
-    told = ("0 behind the start", "9 behind the start", "9 behind another key")
-    assert labels == [f"fam (sentences) {place}" for place in told]
-    point = curves["tiny", "fam", "sentences", 0, False][1]
+    places = ["0 behind the start"] * 4 + ["anywhere behind the start", "9 behind the start", "9 behind another key"]
+    ways = ["5 digits, told 1 times, worded paper"] * 7
+    ways[1:4] = [
+        *("5 digits, told 1 times, worded w", "5 digits, told 2 times, worded paper"),
+        "6 digits, told 1 times, worded paper",
+    ]
+    assert labels == [f"fam (sentences) {place}, {way}" for place, way in zip(places, ways, strict=True)]
+    point = curves["tiny", "fam", "sentences", Telling()][1]
     assert (point.filler_tokens, point.num_correct, point.num_questions, point.share) == (8192, 19, 20, 0.95)
 
 

@@ -17,18 +17,21 @@ from transformerfam.cli_plan import plan_command
 from transformerfam.cli_report import report_app
 from transformerfam.demo import draw_seed, prepare_demo, run_demo
 from transformerfam.errors import ReadInterrupted, TransformerFamError
-from transformerfam.models import find_device, load_model, save_model
+from transformerfam.models import GATED, find_device, load_model, name_in_rows, save_model
 from transformerfam.processes import INTERRUPTED, own_device, process_share
 from transformerfam.progress import tokens_bar, training_bar
 from transformerfam.reports.next_token import next_token_table
 from transformerfam.reports.passkey import passkey_table
 from transformerfam.reports.rows import RowFile, read_rows
 from transformerfam.state import FamState
+from transformerfam.tasks.controls import CONTROLS
 from transformerfam.tasks.next_token import evaluate_next_token
-from transformerfam.tasks.passkey_evaluation import MEMORY_ZEROED, PasskeyEvaluation, finished_questions
+from transformerfam.tasks.passkey import NUM_DIGITS, PAPER
+from transformerfam.tasks.passkey_evaluation import PasskeyEvaluation, finished_questions
 from transformerfam.tasks.provenance import memory_notes
 from transformerfam.tasks.reading import count_tokens, generate_text, read_text_stream
 from transformerfam.tasks.text import STANDARD_INPUT, list_files, stream_text
+from transformerfam.tasks.wordings import Wording
 from transformerfam.training.averaging import average_memories
 from transformerfam.training.recipe_file import load_recipe, parse_overrides
 from transformerfam.training.trainer import Trainer
@@ -58,7 +61,12 @@ app.command("compare")(compare_command)
 
 ModelOption = Annotated[str, typer.Option("--model", help="tiny, smollm2, or a folder.")]
 SystemOption = Annotated[
-    str, typer.Option("--system", help="fam, bswa, fam_memory_zeroed or fam_untrained; several with commas.")
+    str | None,
+    typer.Option(
+        "--system",
+        help="fam (the model's own memory, in rows fam_gated where it is gated), bswa, fam_untrained, "
+        f"{', '.join(CONTROLS)}; several with commas. By default the model's own memory.",
+    ),
 ]
 DeviceOption = Annotated[str, typer.Option("--device", help="cpu, cuda, cuda:1 or another of torch.")]
 SetOption = Annotated[list[str] | None, typer.Option("--set", help="key=value; may be given more than once.")]
@@ -76,23 +84,39 @@ def evaluate_passkey_command(
     model: ModelOption = "tiny",
     num_keys: Annotated[int, typer.Option("--num-keys", help="Keys, each asked at every length.")] = 20,
     seed: Annotated[int, typer.Option("--seed", help="Seed of keys and jitter.")] = 0,
-    system: SystemOption = "fam",
+    system: SystemOption = None,
     filler: Annotated[
         str, typer.Option("--filler", help="sentences (the paper's), persuasion, northanger_abbey, or a UTF-8 file.")
     ] = "sentences",
     jitter: Annotated[bool, typer.Option(help="Add up to a block of filler to each question.")] = True,
     batch_size: Annotated[int, typer.Option("--batch-size", help="Keys that are read side by side.")] = 10,
-    prefix_tokens: Annotated[int, typer.Option("--prefix-tokens", help="Tokens of filler in front of the intro.")] = 0,
+    prefix_tokens: Annotated[
+        str,
+        typer.Option(
+            "--prefix-tokens",
+            help="Tokens of filler in front of the key; uniform: keys anywhere in texts of --filler-tokens, beyond the "
+            "window of the question.",
+        ),
+    ] = "0",
     overwritten: Annotated[
         bool, typer.Option("--overwritten", help="Tell another key in front of those: the last must come back.")
     ] = False,
+    digits: Annotated[int, typer.Option("--digits", help="Digits of a key.")] = NUM_DIGITS,
+    mentions: Annotated[int, typer.Option("--mentions", help="Times that a key is told.")] = 1,
+    wording: Annotated[
+        Path | None, typer.Option("--wording", help="TOML file with intro, question and answer, which hold {key}.")
+    ] = None,
     device: DeviceOption = "cpu",
     overrides: SetOption = None,
 ) -> None:
-    """Hide five-digit keys in filler, read once per key, and ask at every length."""
+    """Hide keys in filler, read once per key, and ask at every length; a killed run goes on where it was."""
     lengths = [_whole_number(text, "--filler-tokens") for text in filler_tokens.split(",")]
+    prefix: Any = prefix_tokens if prefix_tokens == "uniform" else _whole_number(prefix_tokens, "--prefix-tokens")
+    words = PAPER if wording is None else Wording.load(wording)
     with RowFile(output) as rows:
-        for loaded, systems in _systems_by_model(system).items():
+        for loaded, asked in _systems_by_model(system).items():
+            loaded_model, tokenizer = _load(model, loaded, parse_overrides(overrides), device)
+            systems = [name_in_rows(name, loaded_model) for name in asked]
             with tokens_bar(f"passkey, {', '.join(systems)}") as update:
                 evaluation = PasskeyEvaluation(
                     filler_lengths=lengths,
@@ -102,8 +126,12 @@ def evaluate_passkey_command(
                     filler=filler,
                     jitter=jitter,
                     batch_size=batch_size,
-                    prefix_tokens=prefix_tokens,
+                    prefix_tokens=prefix,
                     overwritten=overwritten,
+                    num_digits=digits,
+                    num_mentions=mentions,
+                    wording=words,
+                    checkpoint=output,
                     model_name=_named_with(model, overrides),
                     process=process_share(),
                     max_training_filler_tokens=memory_notes(model, loaded).get("max_training_filler_tokens"),
@@ -111,7 +139,7 @@ def evaluate_passkey_command(
                 )
                 evaluation.finished = finished_questions(rows.rows, evaluation)
                 try:
-                    for row in evaluation.rows(*_load(model, loaded, parse_overrides(overrides), device)):
+                    for row in evaluation.rows(loaded_model, tokenizer):
                         rows.append(row)
                 except KeyboardInterrupt as interrupt:
                     say(f"interrupted; {output} keeps {len(rows.rows)} rows; run the same command again to go on")
@@ -124,7 +152,7 @@ def evaluate_passkey_command(
 def evaluate_next_token_command(
     file: Annotated[str, typer.Argument(help="UTF-8 text, a folder, persuasion, northanger_abbey, or - (stdin).")],
     model: ModelOption = "tiny",
-    system: SystemOption = "fam",
+    system: SystemOption = None,
     num_tokens: Annotated[int | None, typer.Option("--num-tokens", help="Tokens to read; all if not given.")] = None,
     segment_tokens: Annotated[
         int | None, typer.Option("--segment-tokens", help="Also a row for every N tokens.")
@@ -134,12 +162,12 @@ def evaluate_next_token_command(
     overrides: SetOption = None,
 ) -> None:
     """Measure loss and accuracy of predicting every token of a text."""
-    if file == STANDARD_INPUT and "," in system:
+    if file == STANDARD_INPUT and "," in (system or ""):
         raise TransformerFamError("standard input can be read once; give one system, or a file")
     shown = []
     with RowFile(output) if output is not None else contextlib.nullcontext() as rows:
         for loaded, systems in _systems_by_model(system).items():
-            if loaded not in systems:
+            if systems[0] in CONTROLS:
                 raise TransformerFamError(f"system {systems[0]!r} belongs to the passkey task; take fam or bswa")
             loaded_model, tokenizer = _load(model, loaded, parse_overrides(overrides), device)
             with tokens_bar(f"next token, {loaded}") as update:
@@ -149,7 +177,7 @@ def evaluate_next_token_command(
                     file,
                     num_tokens=num_tokens,
                     segment_tokens=segment_tokens,
-                    system=loaded,
+                    system=name_in_rows(systems[0], loaded_model),
                     model_name=_named_with(model, overrides),
                     progress=update,
                 )
@@ -301,11 +329,11 @@ def _load(
     return loaded.to(place), tokenizer
 
 
-def _systems_by_model(systems: str) -> dict[str, list[str]]:
-    """Group the names of systems by the model that serves them; a zeroed memory is the same model."""
+def _systems_by_model(systems: str | None) -> dict[str, list[str]]:
+    """Group the names of systems by the model that serves them: controls ask the model's own memory."""
     groups: dict[str, list[str]] = {}
-    for name in dict.fromkeys(part.strip() for part in systems.split(",")):
-        groups.setdefault("fam" if name == MEMORY_ZEROED else name, []).append(name)
+    for name in dict.fromkeys(part.strip() for part in (systems or "fam").split(",")):
+        groups.setdefault("fam" if name in (*CONTROLS, GATED) else name, []).append(name)
     return groups
 
 

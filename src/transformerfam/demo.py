@@ -21,8 +21,8 @@ from transformerfam.models import load_base, load_model
 from transformerfam.novels import load_novel
 from transformerfam.state import FamState
 from transformerfam.tasks.passkey import FILLER_SENTENCES, FIRST_KEY, LAST_KEY, FillerStream, PasskeyText
-from transformerfam.tasks.passkey_evaluation import READ_TOKENS, greedy_tokens
 from transformerfam.tasks.provenance import memory_notes
+from transformerfam.tasks.ragged import READ_TOKENS, greedy_tokens
 from transformerfam.tasks.text import encode
 
 NOVEL = "persuasion"

@@ -36,6 +36,8 @@ RIVAL_FILE = "rival.safetensors"
 RIVAL_FORMAT_VERSION = 1
 NAMED_MODELS = ("tiny", "smollm2")
 BSWA_FOLDER = "bswa"
+GATED = "fam_gated"
+"""What rows call a trained memory with the gated update."""
 BASE_NOTE = "base_model"  # in an adapter's notes: the name or folder of the model that it was trained on
 
 
@@ -52,6 +54,18 @@ def find_device(name: str) -> torch.device:
         reason = str(error).partition("\n")[0]
         raise TransformerFamError(f"device {name!r} cannot be used here ({reason}); take cpu") from error
     return device
+
+
+def name_in_rows(system: str, model: PreTrainedModel) -> str:
+    """Return what rows call a system: `fam` is `fam_gated` where the model's update is gated.
+
+    Raises:
+        TransformerFamError: `fam_gated` is asked for, and the update is the paper's.
+    """
+    is_gated = model.fam_config.fam_update == "gated"
+    if system == GATED and not is_gated:
+        raise TransformerFamError("system 'fam_gated' is asked for, and the model's memory is not gated; take fam")
+    return GATED if system == "fam" and is_gated else system
 
 
 def load_model(

@@ -103,6 +103,18 @@ class ReadingState(Cache, abc.ABC):
     def zero_memory(self) -> Self:
         """Set what was remembered to zero: the control `..._memory_zeroed`."""
 
+    @abc.abstractmethod
+    def swap_memory(self) -> Self:
+        """Give every sequence what the one before it remembers: the control `..._memory_swapped`.
+
+        Raises:
+            TransformerFamError: there is one sequence alone.
+        """
+
+    @abc.abstractmethod
+    def initial_memory(self) -> Self:
+        """Put the memory of a reading that has read nothing in place of this one: the control `..._memory_initial`."""
+
     def fork(self) -> Self:
         """Return an independent copy; this one stays as it is."""
         return self.shallow_copy().map(torch.clone)
@@ -195,3 +207,15 @@ class ReadingState(Cache, abc.ABC):
         """
         name = type(self).__name__
         raise TransformerFamError(f"a {name} cannot be reset; start a new one with model.init_state()")
+
+
+def require_several(batch_size: int) -> None:
+    """Refuse to swap memories where there is one sequence alone.
+
+    Raises:
+        TransformerFamError: there is.
+    """
+    if batch_size < 2:
+        raise TransformerFamError(
+            "a memory is swapped for that of another sequence, and there is one alone; read at least 2 side by side"
+        )

@@ -16,7 +16,7 @@ from transformerfam.config import FamConfig
 from transformerfam.errors import StateMismatchError, TransformerFamError
 from transformerfam.files import load_tensors, save_tensors
 from transformerfam.identity import ModelIdentity
-from transformerfam.reading_state import ReadingState
+from transformerfam.reading_state import ReadingState, require_several
 
 STATE_FORMAT_VERSION = 1
 
@@ -146,6 +146,33 @@ class FamState(ReadingState):
                 section = layer.keys[..., layer.sections.older_fams : layer.sections.block, :]
                 layer.fam = torch.zeros_like(layer.fam)
                 layer.put(layer.sections.older_fams, torch.zeros_like(section), torch.zeros_like(section))
+        return self
+
+    def swap_memory(self) -> "FamState":
+        """Give every sequence the FAM of the one before it: the control `fam_memory_swapped`.
+
+        Raises:
+            TransformerFamError: there is one sequence alone.
+        """
+        require_several(self.batch_size)
+        return self._put_fams(self.fams.roll(1, dims=1)) if self.has_memory else self
+
+    def initial_memory(self) -> "FamState":
+        """Put the initial FAM in place of this reading's: the control `fam_memory_initial`."""
+        return self._put_fams(self.identity.model.init_state(self.batch_size).fams) if self.has_memory else self
+
+    @torch.no_grad()
+    def _put_fams(self, fam_LBFD: torch.Tensor) -> "FamState":
+        """Put other FAMs `(L, B, F, D)` in place of the last ones, with the keys and values that they make."""
+        begun = self.identity.model.init_state(self.batch_size, fam=fam_LBFD, position_offset=self.position_offset)
+        begun.num_blocks_per_row = list(self.num_blocks_per_row)
+        any_ids_B1 = torch.zeros(self.batch_size, 1, dtype=torch.long, device=fam_LBFD.device)
+        self.identity.model.read(any_ids_B1, begun)  # writes the FAM's keys and values
+        for layer, other in zip(self.layers, begun.layers, strict=True):
+            if layer.fam is not None:
+                layer.fam = other.fam
+                section = slice(layer.sections.fam, layer.sections.block)
+                layer.put(layer.sections.fam, other.keys[..., section, :], other.values[..., section, :])
         return self
 
     # The contract of a transformers cache

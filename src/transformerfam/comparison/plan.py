@@ -11,7 +11,7 @@ from typing import Any, Literal
 from transformerfam.config import FamConfig
 from transformerfam.errors import RecipeError, TransformerFamError
 from transformerfam.rivals import PRESETS, RIVAL_NAMES, preset
-from transformerfam.tasks.passkey_evaluation import MEMORY_ZEROED
+from transformerfam.tasks.controls import MEMORY_ZEROED
 from transformerfam.training.recipe import Recipe
 from transformerfam.training.recipe_file import apply_override, build_dataclass, build_recipe, set_value
 

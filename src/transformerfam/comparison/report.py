@@ -13,7 +13,7 @@ from transformerfam.comparison.run import BYTES_LENGTHS, BYTES_TASK, TRAINED_TAS
 from transformerfam.errors import TransformerFamError
 from transformerfam.reports.rows import Row
 from transformerfam.tasks.named_keys_evaluation import KEY_BITS
-from transformerfam.tasks.passkey_evaluation import telling_of
+from transformerfam.tasks.telling import Telling
 
 EMPTY = "empty"
 
@@ -76,7 +76,9 @@ def kinds(comparison: Comparison) -> dict[Kind, str]:
 
 def _kind_of(row: Row) -> Kind:
     number: int | None = row.get("num_supports")
-    return telling_of(row) if number is None else number
+    if number is not None:
+        return number
+    return Telling.of_row(row)[:2]
 
 
 def cells(comparison: Comparison, rows: Iterable[Row], kind: Kind = (0, False)) -> dict[str, dict[int, Cell]]:

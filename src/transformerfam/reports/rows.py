@@ -9,7 +9,7 @@ from types import TracebackType
 from typing import Any, NamedTuple
 
 from transformerfam.errors import CorruptFileError, TransformerFamError
-from transformerfam.tasks.passkey_evaluation import telling_of
+from transformerfam.tasks.telling import Telling
 
 Row = dict[str, Any]
 
@@ -155,9 +155,7 @@ class Series(NamedTuple):
     model: str
     system: str
     filler: str
-    prefix_tokens: int = 0
-    is_overwritten: bool = False
-    """Whether another key was told before, in front of the prefix."""
+    telling: Telling = Telling()
 
     def label(self, others: Iterable["Series"]) -> str:
         """Return the shortest name that tells this curve from the `others`: system, then what differs."""
@@ -167,8 +165,8 @@ class Series(NamedTuple):
             parts.insert(0, self.model)
         if len({series.filler for series in others}) > 1:
             parts.append(f"({self.filler})")
-        if len({(series.prefix_tokens, series.is_overwritten) for series in others}) > 1:
-            parts.append(f"{self.prefix_tokens:,} behind " + ("another key" if self.is_overwritten else "the start"))
+        if len({series.telling for series in others}) > 1:
+            parts.append(self.telling.label([series.telling for series in others]))
         return " ".join(parts)
 
 
@@ -178,7 +176,7 @@ def accuracy_by_length(rows: Iterable[Row]) -> dict[Series, list[Accuracy]]:
     for row in rows:
         if row["task"] != "passkey":
             continue
-        series = Series(str(row["model"]), row["system"], row.get("filler", "sentences"), *telling_of(row))
+        series = Series(str(row["model"]), row["system"], row.get("filler", "sentences"), Telling.of_row(row))
         count = counts.setdefault(series, {}).setdefault(row["filler_tokens"], [0, 0])
         count[0] += bool(row["correct"])
         count[1] += 1

@@ -14,7 +14,7 @@ import torch
 from transformerfam.errors import StateMismatchError, TransformerFamError
 from transformerfam.files import load_tensors, save_tensors
 from transformerfam.identity import ModelIdentity
-from transformerfam.reading_state import ReadingState
+from transformerfam.reading_state import ReadingState, require_several
 from transformerfam.rivals.config import RivalConfig
 
 STATE_FORMAT_VERSION = 1
@@ -172,6 +172,25 @@ class RivalState(ReadingState):
         """Set the memory to zero; what stands in the segment at hand stays."""
         for lane in self.lanes:
             lane.memory = {name: torch.zeros_like(tensor) for name, tensor in lane.memory.items()}
+        return self
+
+    def swap_memory(self) -> "RivalState":
+        """Give every sequence the memory of the one before it that stands at the same place.
+
+        Raises:
+            TransformerFamError: one stands alone.
+        """
+        for lane in self.lanes:
+            require_several(len(lane.rows))
+            lane.memory = {name: tensor.roll(1, dims=0) for name, tensor in lane.memory.items()}
+        return self
+
+    def initial_memory(self) -> "RivalState":
+        """Put the memory of a reading that has read nothing in place of this one, where it has a fixed size."""
+        for lane in self.lanes:
+            begun = self.identity.model.init_state(len(lane.rows)).lanes[0].memory
+            own = lane.memory.items()
+            lane.memory = {name: begun[name] if name in begun else torch.zeros_like(tensor) for name, tensor in own}
         return self
 
     def update(

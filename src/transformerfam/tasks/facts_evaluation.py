@@ -9,7 +9,7 @@ import torch
 
 from transformerfam.reading_state import ReadingState
 from transformerfam.tasks.facts import FactsText, HiddenStory, draw_story
-from transformerfam.tasks.passkey_evaluation import READ_TOKENS, greedy_tokens, padded, read_ragged
+from transformerfam.tasks.ragged import READ_TOKENS, greedy_tokens, padded, read_ragged
 from transformerfam.tasks.texts_evaluation import TextsEvaluation
 
 TASK = "facts"

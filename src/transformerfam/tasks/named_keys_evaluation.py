@@ -13,7 +13,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformerfam.reading_state import ReadingState
 from transformerfam.tasks.named_keys import NamedKeys, NamedKeysText, draw_named_keys
 from transformerfam.tasks.passkey import FIRST_KEY, LAST_KEY
-from transformerfam.tasks.passkey_evaluation import READ_TOKENS, greedy_tokens, padded, read_ragged
+from transformerfam.tasks.ragged import READ_TOKENS, greedy_tokens, padded, read_ragged
 from transformerfam.tasks.texts_evaluation import TextsEvaluation
 
 TASK = "named-keys"

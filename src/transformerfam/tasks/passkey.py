@@ -1,8 +1,10 @@
 """Passkey retrieval: the paper's text, and one reading per key that is asked at every length."""
 
+import dataclasses
+import functools
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +13,7 @@ from torch import Tensor
 
 from transformerfam.errors import TransformerFamError
 from transformerfam.tasks.text import encode, read_text
+from transformerfam.tasks.wordings import KEY, Wording
 
 BEFORE_KEY = (
     "There is an important info hidden inside a lot of irrelevant text. Find it and memorize them. "
@@ -21,7 +24,19 @@ BETWEEN_KEYS = ". Remember it."
 AFTER_KEY = " is the pass key."
 FILLER_SENTENCES = " The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again."
 QUESTION = " What is the pass key? The pass key is"
-FIRST_KEY, LAST_KEY = 10_000, 99_999
+PARAGRAPH_TOKENS = 64
+"""Tokens of a paragraph where a text has none."""
+PAPER = Wording(
+    intro=f"{BEFORE_KEY} {KEY}{BETWEEN_KEYS} {KEY}{AFTER_KEY}",
+    question=" What is the pass key?",
+    answer=f" The pass key is {KEY}",
+    name="paper",
+)
+"""The paper's wording (D.1)."""
+SHORT = dataclasses.replace(PAPER, intro=PAPER.intro.replace(BEFORE_KEY, SHORT_BEFORE_KEY), name="short")
+"""The paper's without the two sentences in front."""
+NUM_DIGITS = 5
+FIRST_KEY, LAST_KEY = 10 ** (NUM_DIGITS - 1), 10**NUM_DIGITS - 1
 
 
 @dataclass(frozen=True)
@@ -77,6 +92,47 @@ class FillerStream:
         return self.period_T[(starts[:, None] + torch.arange(length)) % len(self)]
 
 
+class ShuffledStream(FillerStream):
+    """A filler whose paragraphs stand in another order each time that it repeats, so that no text is read twice."""
+
+    def __init__(self, ids: Sequence[int] | Tensor, name: str, ends: Sequence[int]) -> None:
+        """Keep the filler and its paragraphs.
+
+        Args:
+            ids: token ids, at least one.
+            name: as for `FillerStream`.
+            ends: one past the last token of every paragraph, in order.
+
+        Raises:
+            TransformerFamError: `ids` is empty.
+        """
+        super().__init__(ids, name)
+        bounds = [0, *ends, len(self)]
+        self._paragraphs = [self.period_T[a:b] for a, b in itertools.pairwise(bounds) if a < b]
+        self._order = functools.lru_cache(maxsize=4)(self._shuffled)  # of the last repetitions
+
+    def _shuffled(self, repetition: int) -> Tensor:
+        """Return one period in its order for a repetition; 0 is the text as it was written."""
+        if repetition == 0:
+            return self.period_T
+        order = torch.randperm(len(self._paragraphs), generator=torch.Generator().manual_seed(repetition % (1 << 62)))
+        return torch.cat([self._paragraphs[i] for i in order.tolist()])
+
+    def slice(self, start: int, length: int) -> Tensor:
+        """Return the tokens `start` to `start + length` of the endless filler, shape (length,)."""
+        parts, stop = [], start + length
+        while start < stop:
+            repetition, place = divmod(start, len(self))
+            part = self._order(repetition)[place : place + stop - start]
+            parts.append(part)
+            start += len(part)
+        return torch.cat(parts) if parts else self.period_T[:0]
+
+    def rows(self, starts: Tensor, length: int) -> Tensor:
+        """Return one slice of `length` tokens per start; `starts` has shape (B,), the result (B, length)."""
+        return torch.stack([self.slice(int(start), length) for start in starts])
+
+
 class PasskeyText:
     """Write passkey texts for one tokenizer: each constant piece is tokenised once, then ids are joined.
 
@@ -84,24 +140,28 @@ class PasskeyText:
     """
 
     def __init__(
-        self, tokenizer: Any, filler: str | Path | FillerStream = "sentences", before_key: str = BEFORE_KEY
+        self, tokenizer: Any, filler: str | Path | FillerStream = "sentences", wording: Wording = PAPER
     ) -> None:
         """Tokenise the constant pieces.
 
         Args:
             tokenizer: a Hugging Face tokenizer.
             filler: "sentences" (the paper's), the name of a held-out novel, a UTF-8 text file, or a stream of tokens.
-            before_key: what stands in front of the key where it is told.
+            wording: how the key is told and asked for.
 
         Raises:
             TransformerFamError: the tokenizer has no tokens for digits, or the file cannot be read.
         """
         self._tokenizer = tokenizer
         self.filler = filler if isinstance(filler, FillerStream) else load_filler(tokenizer, filler)
-        self.before_key_ids = encode(tokenizer, before_key)
-        self.between_keys_ids = encode(tokenizer, BETWEEN_KEYS)
-        self.after_key_ids = encode(tokenizer, AFTER_KEY)
-        self.question_ids = encode(tokenizer, QUESTION)
+        self.wording = wording
+        pieces = wording.intro.split(KEY)
+        self._intro_pieces = [encode(tokenizer, piece.removesuffix(" ")) for piece in pieces[:-1]]
+        self._intro_leads = [piece[len(piece.removesuffix(" ")) :] for piece in pieces[:-1]]
+        self._intro_end = encode(tokenizer, pieces[-1])
+        self.question_ids = encode(tokenizer, wording.asked)
+        before_answer = wording.question + wording.answer.split(KEY)[0]
+        self._answer_lead = before_answer[len(before_answer.removesuffix(" ")) :]
         unknown_id = getattr(tokenizer, "unk_token_id", None)
         if unknown_id is not None and unknown_id in self.key_ids(1234567890):
             raise TransformerFamError(
@@ -109,7 +169,7 @@ class PasskeyText:
                 "use a model whose vocabulary holds digits"
             )
 
-    @cached_property
+    @functools.cached_property
     def _digit_ids(self) -> tuple[list[int], list[int]] | None:
         """The tokens in front of a key and the token of each digit; None if the tokenizer joins digits."""
         lead_ids = encode(self._tokenizer, " 1234567890")
@@ -120,25 +180,35 @@ class PasskeyText:
                 return None
         return lead_ids, by_digit
 
-    def key_ids(self, key: int) -> list[int]:
-        """Return the tokens of " <key>", with which a key stands in the text and in the answer."""
-        if self._digit_ids is None:
-            return encode(self._tokenizer, f" {key}")
+    def _number_ids(self, key: int, lead: str) -> list[int]:
+        """Return the tokens of a key behind `lead`, a space or nothing."""
+        if lead != " " or self._digit_ids is None:
+            return encode(self._tokenizer, f"{lead}{key}")
         lead_ids, by_digit = self._digit_ids
         return lead_ids + [by_digit[int(digit)] for digit in str(key)]
 
+    def key_ids(self, key: int) -> list[int]:
+        """Return the tokens with which a key stands in the answer, those of " <key>" behind a space."""
+        return self._number_ids(key, self._answer_lead)
+
+    def _intro(self, key: int) -> tuple[list[int], list[int]]:
+        """Return the sentences that tell a key, and where in them its tokens stand."""
+        ids: list[int] = []
+        places: list[int] = []
+        for piece, lead in zip(self._intro_pieces, self._intro_leads, strict=True):
+            ids += piece
+            key_ids = self._number_ids(key, lead)
+            places += range(len(ids), len(ids) + len(key_ids))
+            ids += key_ids
+        return ids + self._intro_end, places
+
     def intro_ids(self, key: int) -> list[int]:
         """Return the sentences that tell the key."""
-        key_ids = self.key_ids(key)
-        return self.before_key_ids + key_ids + self.between_keys_ids + key_ids + self.after_key_ids
+        return self._intro(key)[0]
 
     def key_places(self, key: int) -> list[int]:
-        """Return where in `intro_ids` the tokens of the key stand, both times."""
-        num_before, num_key, num_between = (
-            len(ids) for ids in (self.before_key_ids, self.key_ids(key), self.between_keys_ids)
-        )
-        again = num_before + num_key + num_between
-        return [*range(num_before, num_before + num_key), *range(again, again + num_key)]
+        """Return where in `intro_ids` the tokens of the key stand, every time that it is told."""
+        return self._intro(key)[1]
 
     def decode(self, ids: list[int]) -> str:
         """Return what a model said as text, without space around it."""
@@ -219,14 +289,41 @@ def load_filler(tokenizer: Any, filler: str | Path) -> FillerStream:
     return FillerStream(encode(tokenizer, read_text(filler)), Path(filler).name)
 
 
-def draw_keys(num_keys: int, seed: int) -> list[int]:
-    """Draw different five-digit keys; the first keys of a longer draw are those of a shorter one.
+def load_shuffled(tokenizer: Any, filler: str | Path) -> FillerStream:
+    """Tokenise a filler as `load_filler` does; paragraphs of a text come in another order when it repeats."""
+    stream = load_filler(tokenizer, filler)
+    if stream.name == "sentences":
+        return stream
+    ids = stream.period_T.tolist()
+    num_newlines = {token: str(tokenizer.decode([token])).count("\n") for token in set(ids)}
+    ends, run = [], 0
+    for place, token in enumerate(ids):
+        if run >= 2 and num_newlines[token] == 0:
+            ends.append(place)
+        run = run + num_newlines[token] if num_newlines[token] else 0
+    if not ends:  # one paragraph, or a tokenizer that knows no line breaks
+        ends = list(range(PARAGRAPH_TOKENS, len(ids), PARAGRAPH_TOKENS))
+    return ShuffledStream(ids, stream.name, ends)
+
+
+def draw_keys(num_keys: int, seed: int, num_digits: int = NUM_DIGITS) -> list[int]:
+    """Draw different keys; the first keys of a longer draw are those of a shorter one.
 
     Raises:
-        TransformerFamError: `num_keys` is outside 1 to 90,000.
+        TransformerFamError: `num_digits` is not 1 to 9, or there are not so many keys.
     """
-    num_possible = LAST_KEY - FIRST_KEY + 1
+    if not 1 <= num_digits <= 9:
+        raise TransformerFamError(f"num_digits is {num_digits}, required is 1 to 9; change num_digits")
+    first = 10 ** (num_digits - 1)
+    num_possible = 9 * first
     if not 1 <= num_keys <= num_possible:
-        raise TransformerFamError(f"num_keys is {num_keys}, required is 1 to {num_possible}; change num_keys")
+        raise TransformerFamError(
+            f"num_keys is {num_keys}, required is 1 to {num_possible}, the keys of {num_digits} digits; change num_keys"
+        )
     generator = torch.Generator().manual_seed(seed)
-    return (FIRST_KEY + torch.randperm(num_possible, generator=generator)[:num_keys]).tolist()
+    if num_digits <= 6:
+        return (first + torch.randperm(num_possible, generator=generator)[:num_keys]).tolist()
+    drawn: dict[int, None] = {}
+    while len(drawn) < num_keys:  # no list of a billion keys
+        drawn[first + int(torch.randint(num_possible, (), generator=generator))] = None
+    return list(drawn)

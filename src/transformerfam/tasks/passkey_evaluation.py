@@ -1,23 +1,29 @@
 """Passkey retrieval measured: one reading per key, forked and asked at every length."""
 
+import hashlib
+import json
+import random
+import time
+import warnings
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from transformerfam.errors import TransformerFamError
 from transformerfam.reading_state import ReadingState
-from transformerfam.tasks.passkey import FillerStream, PasskeyText, draw_keys
+from transformerfam.state import FamState
+from transformerfam.tasks.controls import CONTROLS, MEMORY_SWAPPED
+from transformerfam.tasks.passkey import NUM_DIGITS, PAPER, FillerStream, PasskeyText, draw_keys, load_shuffled
+from transformerfam.tasks.placed_text import PlacedText
 from transformerfam.tasks.provenance import provenance
-
-READ_TOKENS = 4096
-"""Tokens of filler per row that are handed to the model at once: what keeps memory constant at any length."""
-
-MEMORY_ZEROED = "fam_memory_zeroed"
+from transformerfam.tasks.ragged import READ_TOKENS, greedy_tokens, read_ragged
+from transformerfam.tasks.telling import Telling
+from transformerfam.tasks.wordings import Wording
 
 Question = tuple[str, int, int]
 """System, filler tokens and key: what tells one question of a run from another."""
@@ -41,19 +47,38 @@ class PasskeyEvaluation:
     """Seed of keys, jitter and places in a book."""
 
     systems: Sequence[str] = ("fam",)
-    """Names for the rows; "fam_memory_zeroed" zeroes the memory before the question, on a fork of its own."""
+    """Names for the rows; those in `CONTROLS` change the memory in front of the question, on another fork."""
 
     filler: str | Path | FillerStream = "sentences"
-    """"sentences" (the paper's), the name of a held-out novel, a UTF-8 text file, or a stream of tokens."""
+    """"sentences" (the paper's), the name of a held-out novel, a UTF-8 text file, or a stream of tokens. A text that is
+    too short repeats with its paragraphs in another order."""
 
     jitter: bool = True
     """Add up to a block of filler to each question, so that questions stand at every place in a block."""
 
-    prefix_tokens: int = 0
-    """Tokens of filler in front of the intro; the paper has none. It moves the key within its block."""
+    prefix_tokens: int | Literal["uniform"] = 0
+    """Tokens of filler in front of the last telling of the key; the paper has none. "uniform": keys stand at any place
+    of the text, spread evenly over it, and at least the window's tokens before the question; `filler_lengths` are then
+    those of whole texts, of which each is read."""
 
     overwritten: bool = False
     """Tell another key in front of those tokens of filler: the one that was told last must come back."""
+
+    num_digits: int = NUM_DIGITS
+    """Digits of a key."""
+
+    num_mentions: int = 1
+    """Times that a key is told, evenly over the prefix or, with "uniform", over the text."""
+
+    wording: Wording = PAPER
+    """How keys are told and asked for."""
+
+    checkpoint: str | Path | None = None
+    """Beginning of the name of a file to which the reading is saved now and again, so that a killed run goes on; it is
+    deleted once the reading is done. None saves nothing."""
+
+    checkpoint_seconds: float = 300.0
+    """Seconds from one save to the next."""
 
     batch_size: int = 8
     """Keys that are read side by side."""
@@ -81,8 +106,15 @@ class PasskeyEvaluation:
             )
         if self.batch_size < 1:
             raise TransformerFamError(f"batch_size is {self.batch_size}, required is at least 1; change batch_size")
-        if self.prefix_tokens < 0:
-            raise TransformerFamError(f"prefix_tokens is {self.prefix_tokens}, required is at least 0")
+        if self.prefix_tokens != "uniform" and (isinstance(self.prefix_tokens, str) or self.prefix_tokens < 0):
+            raise TransformerFamError(f"prefix_tokens is {self.prefix_tokens!r}, required is at least 0, or 'uniform'")
+        if self.num_mentions < 1:
+            raise TransformerFamError(f"num_mentions is {self.num_mentions}, required is at least 1: a key is told")
+        if MEMORY_SWAPPED in self.systems and min(self.batch_size, self.num_keys) < 2:
+            raise TransformerFamError(
+                f"{MEMORY_SWAPPED} gives each text the memory of another, and texts are read "
+                f"{min(self.batch_size, self.num_keys)} at a time; required are at least 2 keys and a batch_size of 2"
+            )
         if not self.systems:
             raise TransformerFamError("systems is empty, at least one name is required, for example fam")
         self.filler_lengths = lengths
@@ -94,16 +126,29 @@ class PasskeyEvaluation:
             model: a converted model.
             tokenizer: its tokenizer.
         """
-        text = PasskeyText(tokenizer, self.filler)
-        keys = draw_keys(self.num_keys, self.seed)
+        filler = self.filler if isinstance(self.filler, FillerStream) else load_shuffled(tokenizer, self.filler)
+        text = PasskeyText(tokenizer, filler, self.wording)
+        keys = draw_keys(self.num_keys, self.seed, self.num_digits)
         own = keys[self.process[0] :: self.process[1]]
+        window = _window(model)
+        if self.prefix_tokens == "uniform" and self.filler_lengths[0] <= window:
+            raise TransformerFamError(
+                f"a text of {self.filler_lengths[0]} tokens has no place for a key in front of the {window} tokens in "
+                f"sight of the question; give --filler-tokens above {window}, or --prefix-tokens a number"
+            )
+        lengths = list(self.filler_lengths)
+        readings = [[length] for length in lengths] if self.prefix_tokens == "uniform" else [lengths]
         missing = [key for key in own if any(self._systems_missing(key, n) for n in self.filler_lengths)]
-        block_size = model.fam_config.block_size
         batches = [missing[start : start + self.batch_size] for start in range(0, len(missing), self.batch_size)]
-        for batch_idx, batch in enumerate(batches):
-            key_indices = [keys.index(key) for key in batch]
-            share = (batch_idx * self.batch_size, len(missing))
-            yield from _Batch(self, model, text, batch, key_indices, block_size, share).rows()
+        if len(batches) > 1 and len(batches[-1]) == 1 and MEMORY_SWAPPED in self.systems:
+            batches[-2:] = [batches[-2][:-1], batches[-2][-1:] + batches[-1]]  # nobody is read alone
+        total = len(missing) * sum(group[-1] for group in readings)
+        done = 0
+        for batch in batches:
+            for group in readings:
+                reading = _Reading(self, model, text, batch, [keys.index(key) for key in batch], group, (done, total))
+                yield from reading.rows()
+                done += len(batch) * group[-1]
 
     def jitters(self, num_filler_tokens: int, block_size: int) -> list[int]:
         """Return each key's additional filler at one length: spread evenly over a block, in random order."""
@@ -117,21 +162,51 @@ class PasskeyEvaluation:
     def _systems_missing(self, key: int, num_filler_tokens: int) -> list[str]:
         return [name for name in self.systems if (name, num_filler_tokens, key) not in self.finished]
 
+    def places(self, key_idx: int, num_filler_tokens: int, window: int) -> list[int]:
+        """Return the tokens of filler in front of every telling of a key, in order.
+
+        Args:
+            key_idx: number of the key.
+            num_filler_tokens: of the text, with "uniform".
+            window: tokens in front of a question that it sees.
+        """
+        if self.prefix_tokens != "uniform":
+            return [self.prefix_tokens * (i + 1) // self.num_mentions for i in range(self.num_mentions)]
+        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + num_filler_tokens)
+        order = torch.randperm(self.num_keys, generator=generator).tolist()
+        within = torch.rand(self.num_keys, generator=generator).tolist()
+        share = (order[key_idx] + within[key_idx]) / self.num_keys  # each key in a stratum of its own
+        free = num_filler_tokens - window
+        return [int((i + share) * free / self.num_mentions) for i in range(self.num_mentions)]
+
+    @property
+    def telling(self) -> Telling:
+        """How the keys are told."""
+        return Telling(
+            0 if self.prefix_tokens == "uniform" else self.prefix_tokens,
+            is_overwritten=self.overwritten,
+            is_uniform=self.prefix_tokens == "uniform",
+            num_digits=self.num_digits,
+            num_mentions=self.num_mentions,
+            wording=self.wording.name,
+        )
+
+
+def _window(model: Any) -> int:
+    """Return the tokens that a question may see: its block and the memory segments."""
+    config = model.fam_config
+    return int(config.block_size * (config.num_memory_segments + 1))
+
 
 def finished_questions(rows: Iterable[Mapping[str, Any]], options: PasskeyEvaluation) -> frozenset[Question]:
-    """Return the questions that `rows` answered with the same model, seed, filler and beginning as `options`."""
+    """Return the questions that `rows` answered with the same model, seed, filler and telling as `options`."""
     name = options.filler.name if isinstance(options.filler, FillerStream) else Path(options.filler).name
-    wanted = (options.model_name, options.seed, name, options.prefix_tokens, options.overwritten)
+    wanted = (options.model_name, options.seed, name, options.telling)
     return frozenset(
         (row["system"], row["filler_tokens"], row["key"])
         for row in rows
-        if row["task"] == "passkey" and (row["model"], row["seed"], row.get("filler"), *telling_of(row)) == wanted
+        if row["task"] == "passkey" and (row["model"], row["seed"], row.get("filler"), Telling.of_row(row)) == wanted
     )
-
-
-def telling_of(row: Mapping[str, Any]) -> tuple[int, bool]:
-    """Return how a row's key was told: tokens of filler in front of it, and whether another key stood before those."""
-    return row.get("prefix_tokens", 0), "old_key" in row
 
 
 def evaluate_passkey(model: Any, tokenizer: Any, **options: Any) -> Iterator[dict[str, Any]]:
@@ -151,11 +226,10 @@ def evaluate_passkey(model: Any, tokenizer: Any, **options: Any) -> Iterator[dic
 
 
 @dataclass
-class _Batch:
-    """Keys that are read as the rows of one state.
+class _Reading:
+    """Keys whose texts are read side by side, as the rows of one state, and asked at some lengths.
 
-    The reading itself stays in step: every row reads the same number of filler tokens. Jitter is read on the fork,
-    just before the question.
+    Jitter is read on the fork, just before the question.
     """
 
     options: PasskeyEvaluation
@@ -163,30 +237,94 @@ class _Batch:
     text: PasskeyText
     keys: list[int]
     key_indices: list[int]
-    block_size: int
+    lengths: Sequence[int]
     share: tuple[int, int]
-    """Keys that were done before this batch, and keys in all: for progress."""
+    """Tokens of filler of all keys that were read before this reading, and in all: for progress."""
 
     def rows(self) -> Iterator[dict[str, Any]]:
-        lengths = [n for n in self.options.filler_lengths if any(self._missing(n))]
-        starts_B = self._filler_starts()
-        state = self._read_intros(starts_B - self.options.prefix_tokens)
-        num_read = 0
+        lengths = [n for n in self.lengths if any(self._missing(n))]
+        if not lengths:
+            return
+        path = self._checkpoint_path
+        state, saved_at = self._saved_state(path, self._num_tokens(lengths[0])), time.monotonic()
+        done_B = [0] * len(self.keys) if state is None else list(state.row_lengths)
         for length in lengths:
-            while num_read < length:
-                num_tokens = min(READ_TOKENS, length - num_read)
-                filler_BT = self.text.filler.rows(starts_B + num_read, num_tokens)
-                state = self.model.read(filler_BT, state, progress=self._progress(num_read, lengths[-1]))
-                num_read += num_tokens
-            yield from self._ask(state, length, starts_B + num_read)
+            goals_B = self._num_tokens(length)
+            while done_B != goals_B:
+                counts = [min(READ_TOKENS, goal - done) for goal, done in zip(goals_B, done_B, strict=True)]
+                pieces = [t.slice(n, n + c) for t, n, c in zip(self.texts, done_B, counts, strict=True)]
+                state = read_ragged(self.model, pieces, state, self._progress(max(done_B)))
+                done_B = [done + count for done, count in zip(done_B, counts, strict=True)]
+                if path is not None and time.monotonic() - saved_at > self.options.checkpoint_seconds:
+                    state.save(path)
+                    saved_at = time.monotonic()
+            assert state is not None
+            yield from self._ask(state, length)
+        if path is not None:
+            path.unlink(missing_ok=True)
 
-    def _progress(self, num_read: int, length: int) -> Callable[[int, int, ReadingState], None] | bool:
-        report, (num_before, num_keys) = self.options.progress, self.share
+    @cached_property
+    def texts(self) -> list[PlacedText]:
+        """The text of every key: filler, and the sentences that tell the key, and before it another one if need be."""
+        found = []
+        for row, (key, start) in enumerate(zip(self.keys, self._filler_starts().tolist(), strict=True)):
+            places = self.places[row]
+            sentences = [(place, self.text.intro_ids(key)) for place in places]
+            if self.options.overwritten:
+                draw = random.Random(f"{self.options.seed}/{self.lengths[-1]}/{self.key_indices[row]}/old")
+                is_uniform = self.options.prefix_tokens == "uniform"
+                at = draw.randint(0, places[0]) if is_uniform else 0
+                sentences.insert(0, (at, self.text.intro_ids(self._old_keys[row])))
+            found.append(PlacedText(self.text.filler, start, sentences))
+        return found
+
+    @cached_property
+    def places(self) -> list[list[int]]:
+        """The tokens of filler in front of every telling of every key."""
+        window = _window(self.model)
+        return [self.options.places(index, self.lengths[-1], window) for index in self.key_indices]
+
+    def _ends(self, length: int) -> list[int]:
+        """Return every text's tokens of filler, those in front of the key included."""
+        if self.options.prefix_tokens == "uniform":
+            return [length] * len(self.keys)
+        return [self.options.prefix_tokens + length] * len(self.keys)
+
+    def _num_tokens(self, length: int) -> list[int]:
+        """Return the tokens of every text in front of the question."""
+        return [text.length(end) for text, end in zip(self.texts, self._ends(length), strict=True)]
+
+    @property
+    def _checkpoint_path(self) -> Path | None:
+        """Where this reading is saved; its name says what is read."""
+        if self.options.checkpoint is None or not isinstance(self.model.init_state(1), FamState):
+            return None
+        said = (self.keys, self.options.model_name, self.text.filler.name, str(self.options.telling), self.lengths[-1])
+        digest = hashlib.sha256(json.dumps([*said, self.options.seed]).encode()).hexdigest()[:16]
+        path = Path(self.options.checkpoint)
+        return path.with_name(f"{path.name}.{digest}.reading.safetensors")
+
+    def _saved_state(self, path: Path | None, goals_B: list[int]) -> ReadingState | None:
+        """Return the reading that a killed run has saved; None where there is none of these weights and this place."""
+        if path is None or not path.is_file():
+            return None
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", UserWarning)  # other weights
+            try:
+                state = FamState.load(path, self.model, batch_size=len(self.keys))
+            except (UserWarning, TransformerFamError):
+                return None
+        is_short = all(done <= goal for done, goal in zip(state.row_lengths, goals_B, strict=True))
+        return state if is_short else None
+
+    def _progress(self, num_read: int) -> Callable[[int, int, ReadingState], None] | bool:
+        report, (before, total) = self.options.progress, self.share
         if report is None:
             return False
 
-        def update(done: int, total: int, state: ReadingState) -> None:
-            report(num_before * length + len(self.keys) * (num_read + done), num_keys * length, state)
+        def update(done: int, _: int, state: ReadingState) -> None:
+            filler = min(num_read + done, self.lengths[-1])
+            report(before + len(self.keys) * filler, total, state)
 
         return update
 
@@ -194,40 +332,40 @@ class _Batch:
         return [self.options._systems_missing(key, length) for key in self.keys]
 
     def _filler_starts(self) -> Tensor:
-        """Return (B,) where each key's filler begins: the paper's text at its first word, a book at a place per key."""
+        """Return (B,) where each text's filler begins: the paper's at its first word, a book at a place per key.
+
+        A number of prefix tokens stands in front of that place.
+        """
+        before = 0 if self.options.prefix_tokens == "uniform" else self.options.prefix_tokens
         if self.text.filler.name == "sentences":
-            return torch.zeros(len(self.keys), dtype=torch.long)
+            return torch.full((len(self.keys),), -before)
         generator = torch.Generator().manual_seed(self.options.seed)
         starts = torch.randint(len(self.text.filler), (self.options.num_keys,), generator=generator)
-        return starts[self.key_indices]
-
-    def _read_intros(self, prefix_starts_B: Tensor) -> ReadingState:
-        prefix_BT = self.text.filler.rows(prefix_starts_B, self.options.prefix_tokens)
-        rows = [prefix + self.text.intro_ids(key) for prefix, key in zip(prefix_BT.tolist(), self.keys, strict=True)]
-        if self.options.overwritten:
-            rows = [self.text.intro_ids(key) + ids for key, ids in zip(self._old_keys, rows, strict=True)]
-        return read_ragged(self.model, [torch.tensor(ids) for ids in rows])
+        return starts[self.key_indices] - before
 
     @cached_property
     def _old_keys(self) -> list[int]:
         """Keys that are told before those that count, and differ from all of them."""
         num_keys = self.options.num_keys
-        old_keys = draw_keys(2 * num_keys, self.options.seed)[num_keys:]
+        old_keys = draw_keys(2 * num_keys, self.options.seed, self.options.num_digits)[num_keys:]
         return [old_keys[i] for i in self.key_indices]
 
-    def _ask(self, state: ReadingState, length: int, filler_starts_B: Tensor) -> Iterator[dict[str, Any]]:
+    def _ask(self, state: ReadingState, length: int) -> Iterator[dict[str, Any]]:
         missing = self._missing(length)
-        jitters = [self.options.jitters(length, self.block_size)[i] for i in self.key_indices]
-        ready = state.fork()
-        tails = [self.text.filler.slice(int(start), j) for start, j in zip(filler_starts_B, jitters, strict=True)]
-        ready = read_ragged(self.model, tails, ready)
+        block_size = self.model.fam_config.block_size
+        jitters = [self.options.jitters(length, block_size)[i] for i in self.key_indices]
+        tails = [
+            self.text.filler.slice(text.start + end, jitter)
+            for text, end, jitter in zip(self.texts, self._ends(length), jitters, strict=True)
+        ]
+        ready = read_ragged(self.model, tails, state.fork())
         for system in self.options.systems:
             if not any(system in names for names in missing):
                 continue
             fork = ready.fork()
-            num_blocks = [num_tokens // self.block_size for num_tokens in fork.row_lengths]
-            if system == MEMORY_ZEROED:
-                fork.zero_memory()
+            num_blocks = [num_tokens // block_size for num_tokens in fork.row_lengths]
+            if system in CONTROLS:
+                fork = CONTROLS[system](fork)
             answers = self._answers(fork)
             for row_idx, (answer, is_correct) in enumerate(answers):
                 if system in missing[row_idx]:
@@ -240,6 +378,7 @@ class _Batch:
             old_key = self._old_keys[row_idx]
             is_outdated = measured["answer"] == self.text.decode(self.text.key_ids(old_key))
             measured = measured | {"old_key": old_key, "is_outdated": is_outdated}
+        telling = self.options.telling
         return {
             "task": "passkey",
             "system": system,
@@ -247,7 +386,11 @@ class _Batch:
             "seed": self.options.seed,
             "filler": self.text.filler.name,
             "filler_tokens": length,
-            "prefix_tokens": self.options.prefix_tokens,
+            "prefix_tokens": self.places[row_idx][-1],
+            "placing": "uniform" if telling.is_uniform else "fixed",
+            "num_digits": telling.num_digits,
+            "num_mentions": telling.num_mentions,
+            "wording": telling.wording,
             "key": self.keys[row_idx],
             **measured,
             "max_training_filler_tokens": self.options.max_training_filler_tokens,
@@ -262,42 +405,3 @@ class _Batch:
         said_BT = greedy_tokens(self.model, question_BT, state, max(len(ids) for ids in wanted))
         said = [ids[: len(key_ids)] for ids, key_ids in zip(said_BT.tolist(), wanted, strict=True)]
         return [(self.text.decode(ids), ids == key_ids) for ids, key_ids in zip(said, wanted, strict=True)]
-
-
-def padded(rows: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-    """Return rows of different lengths as `(B, T)`, padded on the left, and the mask of their tokens."""
-    longest = max(len(row) for row in rows)
-    ids_BT = torch.zeros(len(rows), longest, dtype=torch.long)
-    mask_BT = torch.zeros(len(rows), longest, dtype=torch.long)
-    for row_idx, row in enumerate(rows):
-        ids_BT[row_idx, longest - len(row) :] = row
-        mask_BT[row_idx, longest - len(row) :] = 1
-    return ids_BT, mask_BT
-
-
-def read_ragged(model: Any, rows: Sequence[Tensor], state: ReadingState | None = None) -> ReadingState:
-    """Read rows of different lengths into a state."""
-    ids_BT, mask_BT = padded(rows)
-    if ids_BT.shape[1] == 0 and state is not None:
-        return state
-    mask = None if bool(mask_BT.all()) else mask_BT
-    read: ReadingState = model.read(ids_BT, state, attention_mask=mask, progress=False)
-    return read
-
-
-@torch.no_grad()
-def greedy_tokens(
-    model: Any, ids_BT: Tensor, state: ReadingState, num_tokens: int, attention_mask: Tensor | None = None
-) -> Tensor:
-    """Feed `ids_BT` and return the `num_tokens` likeliest next tokens, one after the other, (B, num_tokens).
-
-    The state advances over the input and all tokens but the last. `attention_mask` is of an input padded on the left.
-    """
-    said = []
-    for _ in range(num_tokens):
-        device = next(model.parameters()).device
-        mask = None if attention_mask is None else attention_mask.to(device)
-        output = model(input_ids=ids_BT.to(device), attention_mask=mask, past_key_values=state, logits_to_keep=1)
-        ids_BT, attention_mask = output.logits[:, -1:].argmax(dim=-1), None
-        said.append(ids_BT.cpu())
-    return torch.cat(said, dim=1)

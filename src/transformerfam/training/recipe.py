@@ -85,6 +85,7 @@ class Recipe:
         _require(1 <= low <= high, f"data.key_digits is [{low}, {high}], required is 1 <= low <= high")
         self._require_parts()
         self._require_named()
+        self._require_worded()
         self._require_rival()
         self._require_updates()
         self._require_auxiliary()
@@ -172,11 +173,34 @@ class Recipe:
             self.data.named_keys[1] == 0 or self.data.facts[1] == 0,
             "data.named_keys and data.facts are both above 0, required is one of them",
         )
+        if self.data.worded:
+            return
         _require(
             self.loss.teacher == self.schedule.stored_blocks == 0
             and self.data.boundary_share == self.data.passkey_book == self.data.book == 0,
             "loss.teacher, schedule.stored_blocks, data.boundary_share, data.passkey_book or data.book is given beside "
             "data.named_keys or data.facts, which have no single key; leave it out",
+        )
+
+    def _require_worded(self) -> None:
+        """Refuse worded keys without keys, beside what they do not have, and what only they have without them."""
+        data = self.data
+        for name in ("mentions", "other_numbers"):
+            default = getattr(DataSection, name)
+            _require(
+                data.worded or getattr(data, name) == default,
+                f"data.{name} is given and data.worded is false; set data.worded, or leave it out",
+            )
+        low, high = data.mentions
+        _require(1 <= low <= high, f"data.mentions is [{low}, {high}], required is 1 <= low <= high")
+        _require(0 <= data.other_numbers <= 1, f"data.other_numbers is {data.other_numbers}, required is 0 to 1")
+        _require(
+            not data.worded
+            or (
+                data.named_keys[1] > 0 and self.schedule.stored_blocks == data.boundary_share == data.passkey_book == 0
+            ),
+            "data.worded is true, required are data.named_keys above 0, and no schedule.stored_blocks, "
+            "data.boundary_share or data.passkey_book",
         )
 
     def _require_rival(self) -> None:

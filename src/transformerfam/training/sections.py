@@ -220,6 +220,13 @@ class DataSection:
     """Least and most of the names that are told a second key, which counts."""
     keys_apart: tuple[int, int] = (0, 0)
     """Least and most tokens of filler between two keys that are told."""
+    worded: bool = False
+    """Tell the named keys, and ask for them, in the many wordings and names of `data/key_wordings.toml`, in text of
+    `books` where there are any. `book` is then the share of sequences of text alone."""
+    mentions: tuple[int, int] = (1, 1)
+    """Least and most times that each worded key is told; every key draws one number."""
+    other_numbers: float = 0.0
+    """Share of the sentences that tell a worded key in front of which stands one with another number."""
     facts: tuple[int, int] = (0, 0)
     """Least and most sentences from which the answer to a question on a hidden story follows, 1 to 3; every step draws
     one number. 0: no stories."""

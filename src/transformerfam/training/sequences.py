@@ -13,11 +13,12 @@ from typing import Any
 import torch
 
 from transformerfam.errors import RecipeError
-from transformerfam.tasks.passkey import BEFORE_KEY, SHORT_BEFORE_KEY, FillerStream, PasskeyText
+from transformerfam.tasks.passkey import PAPER, SHORT, FillerStream, PasskeyText
 from transformerfam.tasks.text import encode, read_text
 from transformerfam.training.recipe import Recipe
 from transformerfam.training.sections import DataSection, LossSection, Stage
-from transformerfam.training.told_rows import Held, RepeatedRows, Row, told_rows_of
+from transformerfam.training.told_rows import FactRows, Held, NamedRows, RepeatedRows, Row
+from transformerfam.training.worded_rows import WordedRows
 
 
 @dataclass(frozen=True)
@@ -87,13 +88,19 @@ class SequenceBuilder:
         self.data: DataSection = recipe.data
         self.loss: LossSection = recipe.loss
         book = load_books(tokenizer, recipe.data.books) if recipe.data.books else None
-        before_key = SHORT_BEFORE_KEY if recipe.data.short_intro else BEFORE_KEY
-        in_book = PasskeyText(tokenizer, book, before_key) if book else None
-        in_sentences = PasskeyText(tokenizer, before_key=before_key)
+        wording = SHORT if recipe.data.short_intro else PAPER
+        in_book = PasskeyText(tokenizer, book, wording) if book else None
+        in_sentences = PasskeyText(tokenizer, wording=wording)
         self.texts = {"passkey_sentences": in_sentences, "passkey_book": in_book, "book": in_book}
         text = self.texts["passkey_sentences"]
         assert text is not None
-        self.told = told_rows_of(recipe, tokenizer)
+        self.told: NamedRows | FactRows | WordedRows | None = None  # what writes rows that are no passkeys of one key
+        if recipe.data.worded:
+            self.told = WordedRows(recipe, tokenizer, [book] if book else [in_sentences.filler])
+        elif recipe.data.named_keys[1]:
+            self.told = NamedRows(recipe, tokenizer)
+        elif recipe.data.facts[1]:
+            self.told = FactRows(recipe, tokenizer, recipe.data.fact_filler)
         self.repeated = RepeatedRows(recipe, tokenizer, text.filler)
         self.num_question_tokens = len(text.question_ids)
         _, num_longest_answer = self._num_key_tokens(recipe.data.key_digits[1])
@@ -140,7 +147,8 @@ class SequenceBuilder:
         other_task = self.told if stage.repeated_tokens is None else self.repeated
         if other_task is not None:
             told_rows, question_start = other_task.rows(step, num_filler, stage, carried)
-            return self._weigh(told_rows, draw, question_start, None)
+            batch = self._weigh(told_rows, draw, question_start, None)
+            return batch if self.loss.teacher == 0 else self._with_told_teacher(batch, told_rows, step)
         rows = [self._row(draw, num_prefix, num_digits, num_filler, key) for key in carried]
         length = len(rows[0].ids)
         asked = [self.num_question_tokens + row.num_answer_tokens for row in rows if row.key is not None]
@@ -231,6 +239,29 @@ class SequenceBuilder:
             if key is not None:
                 is_taught[row, -(self.num_question_tokens + len(text.key_ids(key))) : -1] = True
         return dataclasses.replace(batch, teacher_ids_NT=torch.tensor(rows), is_taught_BT=is_taught)
+
+    def _with_told_teacher(self, batch: Batch, rows: Sequence[Row], step: int) -> Batch:
+        """Add what the teacher reads: filler, the sentences that tell the answers, filler, and the questions."""
+        assert self.told is not None
+        asking = [row for row in rows if row.num_asked_tokens]
+        if not asking:
+            return batch
+        draw = random.Random(f"{self.seed}/{step}/teacher")
+        filler, num_filler = self.told.text.filler, draw.randint(*self.loss.teacher_filler_tokens)
+        told = [[token for telling in row.tellings for token in telling] for row in asking]
+        longest = num_filler + max(len(ids) + row.num_asked_tokens for ids, row in zip(told, asking, strict=True))
+        teacher_rows = []
+        for ids, row in zip(told, asking, strict=True):
+            start, num_between = draw.randrange(1 << 30), draw.randint(0, num_filler)
+            num_before = longest - len(ids) - num_between - row.num_asked_tokens
+            before = filler.slice(start, num_before).tolist()
+            between = filler.slice(start + num_before, num_between).tolist()
+            teacher_rows.append(before + ids + between + row.ids[-row.num_asked_tokens :])
+        is_taught = torch.zeros_like(batch.is_key_BT)
+        for number, row in enumerate(rows):
+            if row.num_asked_tokens:
+                is_taught[number, -row.num_asked_tokens : -1] = True
+        return dataclasses.replace(batch, teacher_ids_NT=torch.tensor(teacher_rows), is_taught_BT=is_taught)
 
     def _draw_key(self, draw: random.Random, num_digits: int) -> int:
         if self.data.few_digits == 0 or draw.random() >= self.data.few_digits:

@@ -53,7 +53,7 @@ class Teacher:
         output = self.model.get_decoder()(rest_NT, output_hidden_states=True, **as_cache(cache))
         tails_LNQD = torch.stack([layer[:, -num_taught:] for layer in output.hidden_states[1:]])
         lesson_LBQD = tails_LNQD.new_zeros(len(tails_LNQD), len(batch.keys), *tails_LNQD.shape[2:])
-        lesson_LBQD[:, [row for row, key in enumerate(batch.keys) if key is not None]] = tails_LNQD
+        lesson_LBQD[:, batch.is_key_BT.any(dim=1)] = tails_LNQD
         return Lesson(lesson_LBQD, batch.is_taught_BT)
 
     def _cache_behind(self, ids_T: torch.Tensor, num_rows: int) -> DynamicCache:

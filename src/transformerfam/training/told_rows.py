@@ -16,8 +16,9 @@ from transformerfam.tasks.text import encode
 from transformerfam.training.recipe import Recipe
 from transformerfam.training.sections import Stage
 
-Held = int | tuple[tuple[tuple[int, ...], tuple[int, ...]], ...]
-"""What a memory holds and is asked for: a passkey; of named keys and facts, tokens of questions and their answers."""
+Held = int | tuple[tuple[tuple[int, ...], ...], ...]
+"""What a memory holds and is asked for: a passkey; of named keys and facts, tokens of every question, of its answer,
+and of the sentences that tell it where a teacher reads them."""
 
 
 @dataclass(frozen=True)
@@ -37,6 +38,10 @@ class Row:
     """Tokens up to the end of the last thing that it tells."""
     earlier_answers: tuple[range, ...] = ()
     """Where the answers of further questions stand, in front of the last one."""
+    num_asked_tokens: int = 0
+    """Tokens at the end of all questions and answers together."""
+    tellings: tuple[tuple[int, ...], ...] = ()
+    """What a teacher reads in front of them: the sentences that tell each answer."""
 
 
 class NamedRows:
@@ -73,11 +78,11 @@ class NamedRows:
             before = text.filler.slice(start, num_prefix).tolist() + text.intro_ids(keys, start + num_prefix)
             pairs = [(text.question_ids(name), text.key_ids(keys.newest[name])) for name in names]
             if later.random() < self.ask_later and held is not None:
-                drawn.append(_asked_later(held, text.filler, start, text.end_ids))
+                drawn.append(asked_later(held, text.filler, start, text.end_ids))
                 continue
-            fill = partial(_with_filler, before, text.filler, start + len(before))
-            drawn.append(_Drawn(fill, len(before), _Asked(pairs, text.end_ids), keys.newest[names[-1]]))
-        return _even_rows(drawn, num_filler)
+            fill = partial(with_filler, before, text.filler, start + len(before))
+            drawn.append(Drawn(fill, len(before), Asked(pairs, text.end_ids), keys.newest[names[-1]]))
+        return even_rows(drawn, num_filler)
 
 
 class FactRows:
@@ -109,13 +114,13 @@ class FactRows:
             story = draw_story(draw, num_supports, num_sentences)
             chosen = draw.sample(story.further, min(num_asked - 1, len(story.further)))
             pairs = [*chosen, (story.question, story.answer)]
-            asked = _Asked([(self.text.encode(q), self.text.encode(a)) for q, a in pairs], end_ids)
+            asked = Asked([(self.text.encode(q), self.text.encode(a)) for q, a in pairs], end_ids)
             num_told = sum(len(self.text.encode(sentence)) for sentence in story.sentences)
             if later.random() < self.ask_later and held is not None:
-                drawn.append(_asked_later(held, self.text.filler, draw.randrange(1 << 30), end_ids))
+                drawn.append(asked_later(held, self.text.filler, draw.randrange(1 << 30), end_ids))
                 continue
-            drawn.append(_Drawn(partial(self._hidden, story, draw), num_told, asked, None))
-        return _even_rows(drawn, num_filler)
+            drawn.append(Drawn(partial(self._hidden, story, draw), num_told, asked, None))
+        return even_rows(drawn, num_filler)
 
     def _hidden(self, story: Story, draw: random.Random, num_filler: int) -> tuple[list[int], int]:
         hidden = self.text.hide(story, num_filler, draw)
@@ -169,16 +174,25 @@ class RepeatedRows:
         return rows, length + num_filler
 
 
-class _Asked:
+class Asked:
     """Questions with their answers, one after the other.
 
     Args:
-        pairs: tokens of every question, and of its answer.
+        pairs: tokens of every question, and of its answer; none asks nothing.
         end_ids: what stands between an answer and the next question.
+        tellings: the sentences that tell each answer, for a teacher; none without one.
     """
 
-    def __init__(self, pairs: Sequence[tuple[list[int], list[int]]], end_ids: list[int]) -> None:
-        self.held: Held = tuple((tuple(question), tuple(answer)) for question, answer in pairs)
+    def __init__(
+        self,
+        pairs: Sequence[tuple[list[int], list[int]]],
+        end_ids: list[int],
+        tellings: Sequence[tuple[int, ...]] = (),
+    ) -> None:
+        self.tellings = tuple(tellings)
+        parts = [tuple(question) for question, _ in pairs], [tuple(answer) for _, answer in pairs]
+        told = [self.tellings] if self.tellings else []
+        self.held: Held = tuple(zip(*parts, *told, strict=True))
         self.ids: list[int] = []
         self.answers: list[range] = []
         for question_ids, answer_ids in pairs:
@@ -186,8 +200,10 @@ class _Asked:
             self.answers.append(range(len(self.ids), len(self.ids) + len(answer_ids)))
             self.ids += answer_ids
 
-    def row(self, before: list[int], drawn: "_Drawn", num_told_tokens: int) -> Row:
+    def row(self, before: list[int], drawn: "Drawn", num_told_tokens: int) -> Row:
         """Return the row that asks them behind a text."""
+        if not self.answers:
+            return Row(before, 0, None, is_told=False, held=None)
         places = [range(len(before) + answer.start, len(before) + answer.stop) for answer in self.answers]
         return Row(
             before + self.ids,
@@ -197,45 +213,40 @@ class _Asked:
             self.held,
             num_told_tokens,
             earlier_answers=tuple(places[:-1]),
+            num_asked_tokens=len(self.ids),
+            tellings=self.tellings,
         )
 
 
 @dataclass(frozen=True)
-class _Drawn:
+class Drawn:
     """One sequence before its filler is counted out."""
 
     fill: Callable[[int], tuple[list[int], int]]
     """Gives everything in front of the questions, with so many tokens of filler, and where the last thing told ends."""
     num_told: int
     """Tokens in front of the questions without filler."""
-    asked: _Asked
+    asked: Asked
     key: int | None
     is_told: bool = True
 
 
-def _with_filler(told: list[int], filler: FillerStream, start: int, num_filler: int) -> tuple[list[int], int]:
+def with_filler(told: list[int], filler: FillerStream, start: int, num_filler: int) -> tuple[list[int], int]:
+    """Return what is told and so much filler behind it, and where the telling ends."""
     return told + filler.slice(start, num_filler).tolist(), len(told)
 
 
-def _asked_later(held: Held, filler: FillerStream, start: int, end_ids: list[int]) -> _Drawn:
+def asked_later(held: Held, filler: FillerStream, start: int, end_ids: list[int]) -> Drawn:
     """Return a sequence of filler alone that asks for what the passed state holds."""
     assert not isinstance(held, int), "a passkey, which has rows of its own"
-    pairs = [(list(question), list(answer)) for question, answer in held]
-    return _Drawn(partial(_with_filler, [], filler, start), 0, _Asked(pairs, end_ids), None, is_told=False)
+    pairs = [(list(question), list(answer)) for question, answer, *_ in held]
+    tellings = [telling for _, _, *told in held for telling in told]
+    return Drawn(partial(with_filler, [], filler, start), 0, Asked(pairs, end_ids, tellings), None, is_told=False)
 
 
-def _even_rows(drawn: Sequence[_Drawn], num_filler: int) -> tuple[list[Row], int]:
+def even_rows(drawn: Sequence[Drawn], num_filler: int) -> tuple[list[Row], int]:
     """Return rows of one length, and where the earliest question begins; the longest sequence has `num_filler`."""
     longest = max(one.num_told + len(one.asked.ids) for one in drawn)
     filled = [one.fill(num_filler + longest - one.num_told - len(one.asked.ids)) for one in drawn]
     rows = [one.asked.row(ids, one, num_told) for one, (ids, num_told) in zip(drawn, filled, strict=True)]
     return rows, len(rows[0].ids) - max(len(one.asked.ids) for one in drawn)
-
-
-def told_rows_of(recipe: Recipe, tokenizer: Any) -> NamedRows | FactRows | None:
-    """Return what writes a recipe's rows, None where they are passkeys of one key."""
-    if recipe.data.named_keys[1]:
-        return NamedRows(recipe, tokenizer)
-    if recipe.data.facts[1]:
-        return FactRows(recipe, tokenizer, recipe.data.fact_filler)
-    return None

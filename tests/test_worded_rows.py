@@ -1,0 +1,165 @@
+"""Keys told in many wordings, anywhere and more than once."""
+
+import random
+import re
+
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from training_recipes import small_recipe
+from transformers import PreTrainedTokenizerFast
+
+from transformerfam.errors import RecipeError
+from transformerfam.tasks.wordings import KEY, WordingBank
+from transformerfam.training.sequences import SequenceBuilder
+
+STAGES = [{"filler_tokens": [0, 40]}]
+WORDED = {
+    "worded": True,
+    "named_keys": [2, 4],
+    "retold_keys": [1, 1],
+    "keys_asked": [1, 3],
+    "keys_apart": [0, 60],
+    "key_digits": [3, 8],
+    "mentions": [1, 3],
+    "other_numbers": 0.5,
+    "prefix_tokens": [0, 90],
+}
+
+
+def byte_tokenizer():
+    """Return a tokenizer that knows every text, byte by byte."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    core = Tokenizer(models.BPE({byte: i for i, byte in enumerate(alphabet)}, []))
+    core.pre_tokenizer, core.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=core)
+
+
+TOKENIZER = byte_tokenizer()
+
+
+@pytest.fixture
+def books(tmp_path):
+    (tmp_path / "one.txt").write_text("It was a fine day, and nobody was at home.\n\n" * 30, encoding="utf-8")
+    return str(tmp_path)
+
+
+def builder(books, **sections):
+    data = WORDED | {"books": books} | sections.pop("data", {})
+    return SequenceBuilder(
+        small_recipe(data=data, schedule={"steps": 9, "batch_size": 6, "curriculum": STAGES}, **sections), TOKENIZER
+    )
+
+
+def answers(batch, row):
+    """Return the tokens that a row has to say, question by question, as text."""
+    marks = batch.is_key_BT[row].int()
+    starts = [i for i in range(len(marks)) if marks[i] and (i == 0 or not marks[i - 1])]
+    found = []
+    for start in starts:
+        stop = next((i for i in range(start, len(marks)) if not marks[i]), len(marks))
+        found.append(TOKENIZER.decode(batch.labels_BT[row, start:stop]))
+    return found
+
+
+def tellings(told):
+    """Return what a text tells, name and key in the order in which they are told, found by the bank's own sentences."""
+    bank = WordingBank.load()
+    nouns = "|".join(sorted(map(re.escape, bank.nouns), key=len, reverse=True))
+    owners = "|".join(sorted(map(re.escape, bank.owners), key=len, reverse=True))
+    found = {}
+    for template in (*bank.intros, *bank.changes):
+        pattern = re.escape(template)
+        for field, what in (("name", rf"(?:{nouns})(?: (?:{owners}))?"), ("key", r"\d{3,8}")):
+            escaped = re.escape("{" + field + "}")
+            pattern = pattern.replace(escaped, f"(?P<{field}>{what})", 1).replace(escaped, f"(?P={field})")
+        for match in re.finditer(pattern, told):
+            found[match.start()] = match["name"], match["key"]
+    return [found[place] for place in sorted(found)]
+
+
+def test_every_answer_is_the_key_that_its_text_told_last(books):
+    """Would catch a key that is asked for and was not told, or an outdated one that counts."""
+    sequences, num_outdated, num_several, num_mentioned = builder(books), 0, 0, 0
+    for step in range(12):
+        batch = sequences.batch(step, 0)
+        for row in range(6):
+            told = tellings(TOKENIZER.decode(batch.input_ids_BT[row, : batch.num_told_B[row]]))
+            newest = dict(told)
+            said = answers(batch, row)
+            asked = TOKENIZER.decode(batch.input_ids_BT[row, batch.num_told_B[row] :])
+            for answer in said:
+                name = next(name for name, key in newest.items() if f" {key}" == answer)
+                assert name in asked
+            num_several += len(said) > 1
+            num_outdated += len(set(told)) > len(newest)
+            num_mentioned += len(told) > len(set(told))
+    assert num_outdated == 72
+    assert min(num_several, num_mentioned) > 30
+
+
+def test_rows_have_one_length_and_places_all_over_the_text(books):
+    """Would catch keys that stand at one place of a block alone."""
+    sequences, places = builder(books, data={"named_keys": [1, 1], "retold_keys": [0, 0], "mentions": [1, 1]}), []
+    for step in range(40):
+        batch = sequences.batch(step, 0)
+        assert batch.is_told_B.all()
+        places += batch.num_told_B.tolist()
+    assert len({place % 16 for place in places}) == 16
+
+
+def test_what_a_memory_holds_is_asked_for_later_and_told_to_the_teacher(books):
+    """Would catch a row that asks for a key of another row, or a teacher that is not told it."""
+    sequences = builder(books, state_passing={"probability": 1.0, "rows": "all", "ask_later": 1.0})
+    first = sequences.batch(3, 0)
+    later = sequences.batch(4, 0, list(first.held))
+    assert not later.is_told_B.any()
+    for row in range(6):
+        assert answers(later, row) == answers(first, row)
+        before = TOKENIZER.decode(later.input_ids_BT[row, : later.question_start])
+        assert not any(answer.strip() in before for answer in answers(first, row))
+
+
+def test_book_rows_ask_nothing(books):
+    """Would catch text alone that is weighed as an answer."""
+    batch = builder(books, data={"book": 1.0}).batch(0, 0)
+    assert not batch.is_key_BT.any()
+    assert batch.held == (None,) * 6
+    assert batch.weights_BT.sum() == pytest.approx(0.1)
+
+
+def test_bank_tells_and_asks_by_the_name():
+    """Would catch an entry of the bank without its key or name, which teaches nothing."""
+    bank, draw = WordingBank.load(), random.Random(0)
+    for intro in (*bank.intros, *bank.changes):
+        assert intro.count(KEY) >= 1 <= intro.count("{name}")
+    for question, answer in bank.questions:
+        assert answer.count(KEY) == 1
+        assert answer.split(KEY)[0].endswith(" ")
+        assert "{name}" in question + answer
+    assert all("{number}" in sentence for sentence in bank.distractors)
+    for _ in range(200):
+        names = bank.draw_names(draw, 8)
+        assert len(set(names)) == 8
+        assert not any(a != b and b.startswith(a) for a in names for b in names)
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        ({"worded": True}, "data.worded is true, required are data.named_keys above 0"),
+        ({"mentions": [1, 2]}, "data.mentions is given and data.worded is false"),
+        (WORDED | {"mentions": [0, 2]}, r"data.mentions is \[0, 2\]"),
+        (WORDED | {"other_numbers": 1.5}, "data.other_numbers is 1.5, required is 0 to 1"),
+    ],
+)
+def test_recipes_that_contradict_themselves_are_refused(data, message):
+    """Would catch a training that tells its keys in another way than its recipe says."""
+    with pytest.raises(RecipeError, match=message):
+        small_recipe(data=data)
+
+
+def test_batch_depends_on_seed_and_step_alone(books):
+    """Would catch a resumed run that sees other data."""
+    first, second = (builder(books).batch(2, 0) for _ in range(2))
+    assert torch.equal(first.input_ids_BT, second.input_ids_BT)
