@@ -7,6 +7,7 @@ import torch
 from tiny_models import SECTION
 from training_recipes import small_recipe
 
+from transformerfam.errors import RecipeError
 from transformerfam.models import load_base
 from transformerfam.training.blocks import run_batch
 from transformerfam.training.sequences import SequenceBuilder
@@ -165,3 +166,55 @@ def test_teacher_keeps_the_plain_weights(base):
     for name, value in plain.state_dict().items():
         assert torch.equal(teacher.model.state_dict()[name], value)
     assert not any(p.requires_grad for p in teacher.model.parameters())
+
+
+def test_other_tokens_are_to_be_predicted_as_full_attention_does(base):
+    """A divergence of another token or row, of the keys too, or from a teacher that reads another text. Without FAM and
+    with everything in sight the trainee is the teacher."""
+    loss = {"full_attention": True, "other_tokens": 1.0, "num_other_tokens": 1000, "key": 0.0}
+    teacher = Teacher(base, reads_text=True)
+    found = []
+    for block_size in (512, 16):
+        fam = {"block_size": block_size, "fam_length": 0, "num_memory_segments": 0}
+        recipe = taught_recipe(base, loss=loss, fam=fam)
+        model, _ = build_trainee(recipe)
+        batch = SequenceBuilder(recipe, TOKENIZER).batch(0, 1)
+        lesson = teacher.read(batch)
+        with torch.no_grad():
+            found.append(run_batch(model, batch, model.init_state(3), lesson=lesson).loss)
+    assert abs(found[0]) < 1e-5
+    plain, _ = load_base(base)
+    with torch.no_grad():
+        theirs = plain(batch.input_ids_BT).logits.log_softmax(-1)
+        own = model(batch.input_ids_BT, use_cache=False).logits.log_softmax(-1)
+    away = (theirs.exp() * (theirs - own)).sum(-1)
+    expected = (away * batch.weights_BT)[~batch.is_key_BT].sum()
+    torch.testing.assert_close(found[1], expected, atol=1e-5, rtol=1e-4)
+    assert found[1] > 1e-3
+
+
+def test_training_towards_full_attention_comes_nearer_to_it(base, tmp_path):
+    """A divergence without gradient, or with the wrong sign."""
+    loss = {"full_attention": True, "other_tokens": 1.0, "num_other_tokens": 64, "key": 0.0}
+    recipe = taught_recipe(
+        base, loss=loss, schedule={"steps": 40, "batch_size": 3, "curriculum": [{"filler_tokens": [40, 60]}]}
+    )
+    rows = []
+    Trainer(recipe, tmp_path).run(lambda _, row: rows.append(row["loss"]))
+    assert sum(rows[-8:]) < 0.6 * sum(rows[:8])
+
+
+@pytest.mark.parametrize(
+    ("sections", "message"),
+    [
+        ({"loss": {"full_attention": True}}, "loss.full_attention is set, and model.base is 'tiny-random'"),
+        (
+            {"model": {"base": "smollm2"}, "loss": {"full_attention": True}, "schedule": {"accumulate": 3}},
+            "schedule.accumulate is above 1 beside .* loss.full_attention",
+        ),
+    ],
+)
+def test_full_attention_without_a_teacher_is_refused(sections, message):
+    """A run whose teacher is a random model, or whose parts have means of their own."""
+    with pytest.raises(RecipeError, match=message):
+        small_recipe(**sections)

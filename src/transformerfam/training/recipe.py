@@ -77,9 +77,14 @@ class Recipe:
             _require_range("prefix_tokens", *(limits or (0, 0)))
         _require_range("loss.teacher_filler_tokens", *self.loss.teacher_filler_tokens)
         _require(
-            self.loss.teacher == 0 or self.model.base != "tiny-random",
-            f"loss.teacher is {self.loss.teacher} and model.base is 'tiny-random', required is a base model that was "
-            "trained before, since it is the teacher; set loss.teacher = 0",
+            (self.loss.teacher == 0 and not self.loss.full_attention) or self.model.base != "tiny-random",
+            f"loss.teacher is {self.loss.teacher} or loss.full_attention is set, and model.base is 'tiny-random', "
+            "required is a base model that was trained before, since it is the teacher; set loss.teacher = 0",
+        )
+        _require(
+            not self.loss.full_attention or self.schedule.stored_blocks == 0,
+            "loss.full_attention is set and schedule.stored_blocks is above 0, where the text is not read; leave one "
+            "of them out",
         )
         low, high = self.data.key_digits
         _require(1 <= low <= high, f"data.key_digits is [{low}, {high}], required is 1 <= low <= high")
@@ -250,8 +255,12 @@ class Recipe:
             f"({self.schedule.batch_size})",
         )
         _require(
-            parts == 1 or not (self.schedule.stored_blocks or self.loss.teacher or self.loss.fam_change),
-            "schedule.accumulate is above 1 beside schedule.stored_blocks, loss.teacher or loss.fam_change, whose "
+            parts == 1
+            or not (
+                self.schedule.stored_blocks or self.loss.teacher or self.loss.full_attention or self.loss.fam_change
+            ),
+            "schedule.accumulate is above 1 beside schedule.stored_blocks, loss.teacher, loss.full_attention or "
+            "loss.fam_change, whose "
             "means are over the whole batch; set them to 0, or schedule.accumulate to 1",
         )
 

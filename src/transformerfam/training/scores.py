@@ -7,7 +7,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from transformerfam.training.sequences import Batch
-from transformerfam.training.teacher import Lesson, distance_to_teacher
+from transformerfam.training.teacher import Lesson, distance_to_teacher, divergence_from_teacher
 
 
 @dataclass
@@ -64,7 +64,7 @@ class Scores:
         num_passed_blocks: int,
     ) -> StepOutput:
         """Return the output of a step whose blocks are all summed up here."""
-        num_taught = 1 if lesson is None else int(lesson.is_taught_BT.sum())
+        num_taught = 1 if lesson is None else max(1, int(lesson.is_taught_BT.sum()))
         teacher_loss = self.teacher_loss / num_taught
         return StepOutput(
             loss=self.loss + teacher_weight * teacher_loss,
@@ -108,6 +108,10 @@ def score(
     logits = model.get_output_embeddings()(last_hidden_BND[rows, places]).float()
     losses = nn.functional.cross_entropy(logits, labels, reduction="none")
     is_key = batch.is_key_BT[rows, columns_N[places]].to(device)
+    if lesson is not None and lesson.text_hidden_BTD is not None and not bool(is_key.all()):
+        others = (~is_key).nonzero()[:, 0]
+        away = divergence_from_teacher(lesson, logits[others], rows[others.cpu()], columns_N[places[others.cpu()]])
+        losses = losses.index_put((others,), away)
     is_wrong = (logits.detach().argmax(dim=-1) != labels) & is_key
     scores.num_wrong_B = scores.num_wrong_B.index_add(0, rows.to(device), is_wrong.long())
     scores.loss = (losses * weights_BN[rows, places].to(device)).sum()

@@ -19,32 +19,53 @@ class Lesson:
     """Output of every layer over the last Q tokens of each row, zeros in rows that ask nothing."""
     is_taught_BT: torch.Tensor
     """The tokens of the batch that are compared with it, all among the last Q."""
+    text_hidden_BTD: torch.Tensor | None = None
+    """Hidden states after the last norm over the batch's own tokens, read with full attention; None where predictions
+    are not compared."""
+    head: nn.Module | None = None
+    """The teacher's language-model head, which makes predictions of them."""
 
 
 class Teacher:
     """A base model that reads key and question in one piece, with full attention and its own weights."""
 
-    def __init__(self, base: str, device: torch.device | str = "cpu") -> None:
+    def __init__(
+        self,
+        base: str,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype = torch.float32,
+        reads_text: bool = False,
+    ) -> None:
         """Load the base model a second time, without memory.
 
         Args:
             base: as `model.base` of a recipe.
             device: where it stands.
+            dtype: of its weights.
+            reads_text: whether it reads the batch's own tokens, too, for `loss.full_attention`.
 
         Raises:
             TransformerFamError: there is no such model.
         """
         self.model, _ = load_base(base)
-        self.model.eval().to(device)
+        self.model.eval().to(device, dtype)
+        self.reads_text = reads_text
         self.model.requires_grad_(False)
         self._common_ids_T: torch.Tensor | None = None
         self._common: list[tuple[torch.Tensor, torch.Tensor]] = []
 
     @torch.no_grad()
     def read(self, batch: Batch) -> Lesson | None:
-        """Return the lesson for a batch, None where no row asks."""
+        """Return the lesson for a batch, None where no row asks and no text is compared."""
+        text_hidden_BTD = None
+        if self.reads_text:
+            text_hidden_BTD = self.model.get_decoder()(batch.input_ids_BT.to(self.model.device)).last_hidden_state
+        rest = (text_hidden_BTD, self.model.get_output_embeddings())
         if batch.teacher_ids_NT is None or batch.is_taught_BT is None:
-            return None
+            if not self.reads_text:
+                return None
+            is_taught_BT = torch.zeros_like(batch.is_key_BT)
+            return Lesson(torch.zeros(0, len(batch.keys), 0, 0), is_taught_BT, *rest)
         num_taught = int(batch.is_taught_BT.any(dim=0).sum()) + 1  # the last token predicts nothing
         ids_NT = batch.teacher_ids_NT
         num_common = _num_common(ids_NT[:, :-num_taught])
@@ -54,7 +75,7 @@ class Teacher:
         tails_LNQD = torch.stack([layer[:, -num_taught:] for layer in output.hidden_states[1:]])
         lesson_LBQD = tails_LNQD.new_zeros(len(tails_LNQD), len(batch.keys), *tails_LNQD.shape[2:])
         lesson_LBQD[:, batch.is_key_BT.any(dim=1)] = tails_LNQD
-        return Lesson(lesson_LBQD, batch.is_taught_BT)
+        return Lesson(lesson_LBQD, batch.is_taught_BT, *rest)
 
     def _cache_behind(self, ids_T: torch.Tensor, num_rows: int) -> DynamicCache:
         """Return the cache of so many rows behind tokens that they all begin with, read once and kept for later."""
@@ -91,3 +112,22 @@ def distance_to_teacher(
     from_end = columns_N[places] - lesson.is_taught_BT.shape[1]
     theirs_LKD = lesson.hidden_LBQD[:, rows, from_end]
     return (1 - nn.functional.cosine_similarity(own_LKD, theirs_LKD, dim=-1)).mean(0).sum()
+
+
+def divergence_from_teacher(
+    lesson: Lesson, logits_NV: torch.Tensor, rows_N: torch.Tensor, columns_N: torch.Tensor
+) -> torch.Tensor:
+    """Return how far predictions are from the teacher's, KL(teacher, own) in nats for each, `(N,)`.
+
+    Args:
+        lesson: what the teacher made of the same text.
+        logits_NV: the own predictions.
+        rows_N: the row of the batch of each.
+        columns_N: its token.
+    """
+    assert lesson.text_hidden_BTD is not None
+    assert lesson.head is not None
+    with torch.no_grad():
+        theirs_NV = lesson.head(lesson.text_hidden_BTD[rows_N, columns_N]).float().log_softmax(-1)
+    own_NV = logits_NV.log_softmax(-1)
+    return nn.functional.kl_div(own_NV, theirs_NV, reduction="none", log_target=True).sum(-1)

@@ -77,7 +77,10 @@ class Trainer:
         self.step_module = self.ranks.wrap(self.model)
         self.auxiliary = auxiliary_losses(self.model, recipe)
         self.started_from = None if recipe.model.memory is None else memory_notes(recipe.model.memory)
-        self.teacher = Teacher(recipe.model.base, device) if recipe.loss.teacher > 0 else None
+        self.teacher: Teacher | None = None
+        if recipe.loss.teacher > 0 or recipe.loss.full_attention:
+            dtype = getattr(torch, recipe.model.dtype)
+            self.teacher = Teacher(recipe.model.base, device, dtype, reads_text=recipe.loss.full_attention)
         self.sequences: Any = (SequenceBuilder if recipe.instructions is None else PackedInstructions)(
             recipe, self.tokenizer
         )
