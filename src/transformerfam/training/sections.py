@@ -274,8 +274,8 @@ class LossSection:
     """Least and most tokens of filler between the sentences and the question that the teacher reads."""
     full_attention: bool = False
     """Let the other tokens be predicted as the base model with full attention predicts them, which reads the same
-    sequence: their loss is the divergence KL(base, own), in place of that of the next token. It says more per token, and
-    leaves the model what it is."""
+    sequence: their loss is the divergence KL(base, own), in place of that of the next token. It says more per token,
+    and leaves the model what it is."""
     diversity: float = 0.0
     """Weight of the paper's diversity loss (C.4): the negative entropy of the tokens' attention over the FAM's rows."""
     reconstruction: float = 0.0
