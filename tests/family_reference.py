@@ -13,6 +13,7 @@ from transformers import Cache, PreTrainedModel
 
 from transformerfam.cache_argument import CACHE_NAME
 from transformerfam.config import FamConfig
+from transformerfam.positions import fam_offsets
 from transformerfam.reference import fam_positions
 
 LAYERS = ("layers", "h")
@@ -46,6 +47,8 @@ class _GivenKeys(Cache):
 class _Memory:
     initial: Tensor
     fam: Tensor
+    slots: list[tuple[Tensor, Tensor]] = dataclasses.field(default_factory=list)
+    """Of a FAM of keys and values: all rows that were ever written `(F, D)`, and what is left of them `(G, F)`."""
     fam_keys: KeysAndValues | None = None
     block_keys: list[KeysAndValues] = dataclasses.field(default_factory=list)
 
@@ -80,6 +83,10 @@ class FamilyReference:
         """
         size = self.config.block_size
         memories = [_Memory(fam, fam) for fam in self._initial_fams(initial)]
+        if self.config.has_slots:
+            for layer_idx, memory in enumerate(memories):
+                memory.slots = [(memory.initial, torch.ones(1, 1))]
+                memory.fam = self._fam_of_slots(layer_idx, memory)
         blocks = []
         for start in range(0, len(ids_T), size):
             hidden = self._embed(ids_T[start : start + size])
@@ -111,7 +118,9 @@ class FamilyReference:
         has_fam, own_window = config.carries_fam(layer_idx), self.own_windows[layer_idx]
         is_local = own_window is not None and None in self.own_windows and not has_fam
         key_positions, query_positions = fam_positions(config, start)
-        if has_fam:
+        if has_fam and config.has_slots:
+            memory.fam_keys = self._slot_keys(layer_idx, memory, key_positions)
+        elif has_fam:
             length = config.fam_length
             unseen = torch.zeros(length, length)
             _, memory.fam_keys = self._run_layer(layer_idx, memory.fam, key_positions, [], unseen)
@@ -132,7 +141,20 @@ class FamilyReference:
         out_TD, block_keys = self._run_layer(layer_idx, block_TD, positions, given, mask)
         above = None
         if num_tokens == config.block_size:
-            if has_fam:
+            if has_fam and config.has_slots:
+                assert memory.fam_keys is not None
+                asking = memory.initial if below is None else below
+                seen = [memory.fam_keys, block_keys]
+                shown = torch.zeros(config.fam_length, config.fam_length + num_tokens)
+                above, _ = self._run_layer(layer_idx, asking, query_positions, seen, shown, sees_own=False)
+                share_HF = self.last_weights[-1][:, :, config.fam_length :].sum(-1)
+                num_heads = memory.fam_keys[0].shape[1] if config.fam_share == "head" else 1
+                share_GF = share_HF.unflatten(0, (num_heads, -1)).mean(1)
+                if config.fam_update == "paper" or not memory.block_keys:
+                    share_GF = torch.ones_like(share_GF)
+                memory.slots = [(rows, left * (1 - share_GF)) for rows, left in memory.slots] + [(asking, share_GF)]
+                memory.fam = self._fam_of_slots(layer_idx, memory)
+            elif has_fam:
                 assert memory.fam_keys is not None
                 asking = memory.fam if config.fam_query == "previous" else memory.initial
                 seen = [memory.fam_keys, block_keys]
@@ -154,6 +176,20 @@ class FamilyReference:
                 above, _ = self._run_layer(layer_idx, below, query_positions, [block_keys], shown, sees_own=False)
             memory.block_keys.append(block_keys)
         return out_TD, above
+
+    def _slot_keys(self, layer_idx: int, memory: _Memory, positions: list[float]) -> KeysAndValues:
+        """Return what is left of all rows that were written, as keys and values at positions, `(1, G, F, K)` each."""
+        shown = torch.zeros(len(positions), len(positions))
+        parts = []
+        for rows, left_GF in memory.slots:
+            made = self._run_layer(layer_idx, rows, positions, [], shown)[1]
+            parts.append([left_GF[None, :, :, None] * part for part in made])
+        keys, values = zip(*parts, strict=True)
+        return sum(keys), sum(values)
+
+    def _fam_of_slots(self, layer_idx: int, memory: _Memory) -> Tensor:
+        made = self._slot_keys(layer_idx, memory, fam_offsets(self.config).tolist())
+        return torch.cat([part[0].transpose(0, 1).flatten(1) for part in made], dim=1)
 
     def _run_layer(
         self,

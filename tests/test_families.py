@@ -32,10 +32,17 @@ OPTIONS: dict[str, dict[str, Any]] = {
     },
     "gated": UPDATE_PRESETS["gated"],
     "gated in its layer": {"fam_update": "gated", "fam_key_bias": -1.0},
+    "slots": {
+        "fam_update": "gated",
+        "fam_query": "below",
+        "fam_residual": "below",
+        "fam_feeds": "slots",
+        "fam_share": "head",
+    },
 }
 TOLERANCE = 1e-4
 every_case = pytest.mark.parametrize("case", CASES)
-every_update = pytest.mark.parametrize("options", ["default", "gated"])
+every_update = pytest.mark.parametrize("options", ["default", "gated", "slots"])
 
 
 def draw_ids(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -45,7 +52,7 @@ def draw_ids(*shape: int, seed: int = 0) -> torch.Tensor:
 def config_of(case: str, options: str) -> FamConfig:
     """Return a configuration; a hybrid model of the tests has one layer that would carry FAM, too few for `next`."""
     changes, layer_types = OPTIONS[options], getattr(make_tiny(case).config, "layer_types", None) or []
-    if changes.get("fam_feeds") == "next" and len(set(layer_types)) > 1:
+    if changes.get("fam_feeds", "same") != "same" and len(set(layer_types)) > 1:
         changes = changes | {"fam_layers": (0, 2)}  # layer 1 carries the rows up
     return CONFIG.replace(**changes)
 

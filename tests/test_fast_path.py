@@ -19,7 +19,10 @@ from torch import Tensor
 from transformerfam.config import UPDATE_PRESETS, FamConfig
 from transformerfam.convert import convert, fam_parameters
 from transformerfam.errors import TransformerFamError
+from transformerfam.memory import memory_of
+from transformerfam.positions import fam_offsets
 from transformerfam.reference import ReferenceResult, ReferenceWeights, run_reference
+from transformerfam.reference_layer import rotate
 
 LOGITS_TOLERANCE = 4e-5
 GRADIENT_TOLERANCE = 1.5e-4
@@ -42,6 +45,28 @@ def reference_of(model: Any, ids: Tensor, **options: Any) -> ReferenceResult:
     initial = rows[0] if rows else None
     weights = ReferenceWeights.from_llama(model)
     return run_reference(weights, model.fam_config, ids, initial=initial, dtype=torch.float64, **options)
+
+
+def turned(model: Any, fam: Tensor, sign: int = 1) -> Tensor:
+    """Return a FAM with its keys turned to where it stands behind a block, or back: the reference has them unturned."""
+    config = model.fam_config
+    if not config.has_slots:
+        return fam
+    weights = ReferenceWeights.from_llama(model)
+    parts = fam.view(*fam.shape[:-1], 2, weights.num_key_value_heads, weights.head_dim)
+    key = parts[..., 0, :, :]
+    positions = [sign * position for position in fam_offsets(config).tolist()]
+    rows = [
+        rotate(weights, key.select(-3, row)[None].flatten(0, -3), [p] * key[..., 0, 0, 0].numel())
+        for row, p in enumerate(positions)
+    ]
+    key = torch.stack([row.view(key.select(-3, 0).shape) for row in rows], dim=-3)
+    return torch.stack((key, parts[..., 1, :, :]), dim=-3).flatten(-3)
+
+
+def random_fam(model: Any, *sizes: int) -> Tensor:
+    """Draw saved FAMs, as wide as the model's are."""
+    return random_rows(*sizes, memory_of(model).fam_width(32), seed=9)
 
 
 def run_chunks(model: Any, ids: Tensor, state: Any, splits: list[int], mask: Tensor | None = None) -> Tensor:
@@ -99,11 +124,12 @@ def assert_matches_reference(
     total = torch.zeros((), dtype=torch.float64)
     for row, content in enumerate(rows):
         own_fam = saved_fam[:, row] if saved_fam is not None and saved_fam.ndim == 4 else saved_fam
+        own_fam = None if own_fam is None else turned(model, own_fam, -1)
         result = reference_of(model, content, saved_fam=own_fam, position_offset=position_offset)
         places = mask[row].bool()
         assert_near(logits[row, places], result.logits, LOGITS_TOLERANCE, f"logits of row {row}")
         if model.fam_config.fam_length:
-            assert_near(state.fams[:, row], result.fams[-1], LOGITS_TOLERANCE, f"FAM of row {row}")
+            assert_near(state.fams[:, row], turned(model, result.fams[-1]), LOGITS_TOLERANCE, f"FAM of row {row}")
         total = total + (result.logits * weighting[row, places]).sum()
     total.backward()
     grads = take_gradients(model)
@@ -113,6 +139,13 @@ def assert_matches_reference(
 
 
 GATED = UPDATE_PRESETS["gated"]
+SLOTS: dict[str, Any] = {
+    "fam_update": "gated",
+    "fam_query": "below",
+    "fam_residual": "below",
+    "fam_feeds": "slots",
+    "fam_share": "head",
+}
 
 OPTIONS: list[dict[str, Any]] = [
     {},
@@ -165,6 +198,12 @@ OPTIONS: list[dict[str, Any]] = [
     GATED | {"num_sink_tokens": 2, "num_memory_segments": 0, "fam_length": 4},
     GATED | {"fam_init": "prefix", "fam_query_position": "written"},
     GATED | {"block_size": 1, "fam_length": 1},
+    SLOTS,
+    SLOTS | {"fam_update": "paper", "fam_share": "row"},
+    SLOTS | {"fam_share": "row", "num_sink_tokens": 2, "num_memory_segments": 2, "fam_length": 3},
+    SLOTS | {"fam_query_position": "written", "num_previous_fams": 3},
+    SLOTS | {"fam_position": "fractional", "num_memory_segments": 0, "fam_key_bias": -1.0},
+    SLOTS | {"block_size": 1, "fam_length": 1, "window": 3},
     {"num_sink_tokens": 1},
     {"num_sink_tokens": 4, "num_memory_segments": 0},
     {"num_sink_tokens": 3, "num_memory_segments": 2, "fam_length": 0},
@@ -184,7 +223,9 @@ def test_option_matches_reference_over_several_blocks(options: dict[str, Any]) -
 
 
 @pytest.mark.parametrize("num_tokens", [1, 3, 4, 5, 8, 9, 21])
-@pytest.mark.parametrize("options", [{}, {"fam_length": 0}, {"fam_copy": False, "num_sink_tokens": 1}, GATED], ids=str)
+@pytest.mark.parametrize(
+    "options", [{}, {"fam_length": 0}, {"fam_copy": False, "num_sink_tokens": 1}, GATED, SLOTS], ids=str
+)
 def test_length_matches_reference(options: dict[str, Any], num_tokens: int) -> None:
     """Catches an error at the edge of a block: lengths 1, B - 1, B, B + 1 and several blocks, at once."""
     assert_matches_reference(make_converted(FamConfig(**{**BASE, **options})), [random_ids(num_tokens)])
@@ -192,15 +233,17 @@ def test_length_matches_reference(options: dict[str, Any], num_tokens: int) -> N
 
 @pytest.mark.parametrize("zero_first_residual", [True, False])
 @pytest.mark.parametrize(
-    "options", [{}, {"fam_copy": False}, {"fam_update": "gated"}, GATED, GATED | {"fam_residual": "previous"}], ids=str
+    "options",
+    [{}, {"fam_copy": False}, {"fam_update": "gated"}, GATED, GATED | {"fam_residual": "previous"}, SLOTS],
+    ids=str,
 )
 @pytest.mark.parametrize("is_shared", [True, False])
 def test_saved_fam_matches_reference(is_shared: bool, options: dict[str, Any], zero_first_residual: bool) -> None:
     """Catches a saved FAM that loses its residual, asks where the initial one does, or is replaced ungated."""
     config = FamConfig(**BASE | options, zero_first_residual=zero_first_residual)
-    saved = random_rows(NUM_LAYERS, 2, 32, seed=9) if is_shared else random_rows(NUM_LAYERS, 2, 2, 32, seed=9)
-    rows = [random_ids(9), random_ids(6, seed=1)]
-    assert_matches_reference(make_converted(config), rows, saved_fam=saved)
+    model = make_converted(config)
+    saved = random_fam(model, NUM_LAYERS, *([2] if is_shared else [2, 2]))
+    assert_matches_reference(model, [random_ids(9), random_ids(6, seed=1)], saved_fam=saved)
 
 
 @pytest.mark.parametrize("fam_position", ["last", "fractional", "zero"])
@@ -215,25 +258,27 @@ def configurations(draw: st.DrawFn) -> FamConfig:
     """Draw any valid combination of choices, small."""
     block_size = draw(st.integers(1, 5))
     fam_length = draw(st.integers(0, min(3, block_size)))
-    fam_feeds = draw(st.sampled_from(["same", "next"]))
+    fam_feeds = draw(st.sampled_from(["same", "next", "slots"]))
+    has_slots = fam_feeds == "slots"
     return FamConfig(
         block_size=block_size,
         fam_length=fam_length,
         fam_update=draw(st.sampled_from(["paper", "gated"])) if fam_length else "paper",
-        fam_query=draw(st.sampled_from(["previous", "initial"])),
-        fam_residual=draw(st.sampled_from(["previous", "none", "initial"])),
+        fam_query=draw(st.sampled_from(["below"] if has_slots else ["previous", "initial"])),
+        fam_residual=draw(st.sampled_from(["below"] if has_slots else ["previous", "none", "initial"])),
         fam_feeds=fam_feeds,
+        fam_share=draw(st.sampled_from(["row", "head"] if has_slots else ["row"])),
         num_memory_segments=draw(st.integers(0, 3)),
         stop_gradient=draw(st.booleans()),
         window=draw(st.none() | st.integers(1, 12)),
         num_previous_fams=draw(st.integers(1, 3)),
-        fam_position=draw(st.sampled_from(["last", "fractional", "zero"])),
+        fam_position=draw(st.sampled_from(["last", "fractional", *([] if has_slots else ["zero"])])),
         fam_query_position=draw(st.sampled_from(["written", "current"])),
-        fam_init=draw(st.sampled_from(["prompt", "prefix"])),
+        fam_init="prompt" if has_slots else draw(st.sampled_from(["prompt", "prefix"])),
         zero_first_residual=draw(st.booleans()),
         num_sink_tokens=draw(st.integers(0, block_size)),
         fam_layers=draw(st.sampled_from([None, None, (0,), (1,)])) if fam_feeds == "same" else None,
-        fam_norm_bound=draw(st.sampled_from([None, None, 0.5])),
+        fam_norm_bound=None if has_slots else draw(st.sampled_from([None, None, 0.5])),
         fam_key_bias=draw(st.sampled_from([0.0, -1.5])),
     )
 
@@ -252,7 +297,7 @@ def test_any_configuration_matches_reference(
     """Catches choices that disturb one another, chunk edges and rows out of step: outputs and gradients."""
     model = make_converted(config)
     rows = [random_ids(length, seed=row) for row, length in enumerate(lengths)]
-    saved = random_rows(NUM_LAYERS, config.fam_length, 32, seed=9) if is_saved and config.fam_length else None
+    saved = random_fam(model, NUM_LAYERS, config.fam_length) if is_saved and config.fam_length else None
     assert_matches_reference(model, rows, splits=splits, padding_side=padding_side, saved_fam=saved)
 
 

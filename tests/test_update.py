@@ -14,15 +14,24 @@ from transformerfam.config import UPDATE_PRESETS
 from transformerfam.convert import fam_parameters
 from transformerfam.errors import StateMismatchError, TransformerFamError, UnsupportedModelError
 from transformerfam.files import load_tensors, save_tensors
+from transformerfam.memory import personal_memory, prefix_from_prompt
 from transformerfam.state import STATE_FORMAT_VERSION
 
 SHAPE: dict[str, Any] = {"block_size": 6, "fam_length": 3, "num_memory_segments": 1, "fam_key_bias": 0.0}
 GATED = UPDATE_PRESETS["gated"]
+SLOTS: dict[str, Any] = {
+    "fam_update": "gated",
+    "fam_query": "below",
+    "fam_residual": "below",
+    "fam_feeds": "slots",
+    "fam_share": "head",
+}
 UPDATES: dict[str, dict[str, Any]] = {
     "paper": {},
     "static summary": {"fam_query": "initial", "fam_residual": "none"},
     "gated": GATED,
     "gated without residual": {"fam_update": "gated", "fam_residual": "none"},
+    "slots": SLOTS,
 }
 every_update = pytest.mark.parametrize("name", UPDATES)
 
@@ -70,14 +79,14 @@ def test_checkpointed_blocks_have_the_same_gradients(name: str) -> None:
 def test_gated_rows_stay_of_the_size_of_their_values() -> None:
     """Catches rows that grow with the number of blocks, as those of the paper do."""
     ids, sizes = random_ids(1, 6 * 200), {}
-    for name in ("paper", "gated", "gated without residual"):
+    for name in ("paper", "gated", "gated without residual", "slots"):
         model, sizes[name] = converted(**UPDATES[name]), []
         state = model.init_state()
         for block in ids.split(6, dim=1):
             model.read(block, state)
             sizes[name].append(float(state.fams[1].pow(2).mean().sqrt()))
     assert sizes["paper"][-1] > 5 * sizes["paper"][9]
-    for name in ("gated", "gated without residual"):
+    for name in ("gated", "gated without residual", "slots"):
         assert max(sizes[name][100:]) < 2 * max(sizes[name][:10])
 
 
@@ -94,6 +103,8 @@ def test_only_rows_that_are_needed_go_through_the_layers() -> None:
 
     for changes, rows in ((UPDATES["static summary"], 3), (GATED, 3), (GATED | {"fam_query": "previous"}, 3)):
         assert num_rows(converted(**changes), "fam") == rows
+    for back_end in ("fam", "eager"):
+        assert num_rows(converted(**SLOTS), back_end) == 3
     assert num_rows(converted(**GATED), "eager") == 6
     assert num_rows(converted(**GATED, fam_position="zero"), "fam") == 6
     assert num_rows(converted(make_tiny("cohere2"), **GATED | {"fam_feeds": "same"}), "fam") == 6
@@ -180,11 +191,47 @@ def test_impossible_choices_are_refused() -> None:
         FamConfig.preset("gated", fam_layers=(1,))
     with pytest.raises(UnsupportedModelError, match="a model of one layer has no next one to feed"):
         converted(make_tiny_llama(1), **GATED)
+    with pytest.raises(
+        TransformerFamError, match="fam_query is 'previous', required is 'below' with fam_feeds='slots'"
+    ):
+        FamConfig(fam_feeds="slots")
+    with pytest.raises(
+        TransformerFamError, match="fam_residual is 'below', required is 'below' with fam_feeds='slots'"
+    ):
+        FamConfig(fam_residual="below")
+    with pytest.raises(TransformerFamError, match="fam_share is 'head', required is 'row' without fam_feeds='slots'"):
+        FamConfig(fam_share="head")
+    for field, value in (("fam_init", "prefix"), ("fam_position", "zero"), ("fam_norm_bound", 1.0)):
+        with pytest.raises(TransformerFamError, match=f"{field} is .* with fam_feeds='slots'"):
+            FamConfig(**SLOTS | {field: value})
+    with pytest.raises(UnsupportedModelError, match="fam_feeds is 'slots', and a model of one layer has no next one"):
+        converted(make_tiny_llama(1), **SLOTS)
+    slots = converted(**SLOTS)
+    with pytest.raises(TransformerFamError, match="fam_feeds is 'slots', required for a prefix is another"):
+        prefix_from_prompt(slots)
+    with pytest.raises(TransformerFamError, match="required for a personal memory is another fam_feeds"):
+        personal_memory(slots, slots.init_state().fams[:, 0])
     flex = make_tiny_llama()
     flex.set_attn_implementation("flex_attention")
     with pytest.raises(UnsupportedModelError, match="'flex_attention' gives no weights"):
         converted(flex, **GATED)
     assert FamConfig.preset("gated").without_fam().fam_length == 0
+
+
+@torch.no_grad()
+def test_fam_of_slots_serves_any_block_and_any_memory_segments() -> None:
+    """Catches slots that are kept where one configuration has them, and read elsewhere in another."""
+    saved = converted(**SLOTS).read(random_ids(1, 12)).fams
+    for changes in ({"num_memory_segments": 3}, {"block_size": 9}, {"num_sink_tokens": 2, "num_previous_fams": 2}):
+        there = []
+        for shape in (
+            {"num_memory_segments": 0, "block_size": 8},
+            {"num_memory_segments": 0, "block_size": 8} | changes,
+        ):
+            model = converted(**SLOTS | shape)
+            state = model.init_state(1, fam=saved)
+            there.append(model(input_ids=random_ids(1, 5, seed=3), past_key_values=state).logits)
+        torch.testing.assert_close(there[1], there[0], atol=1e-5, rtol=1e-5)
 
 
 @torch.no_grad()

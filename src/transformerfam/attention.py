@@ -11,7 +11,7 @@ import dataclasses
 
 import torch
 
-from transformerfam.cache_layer import FamLayer
+from transformerfam.cache_layer import FamLayer, joined_slots
 from transformerfam.errors import TransformerFamError
 from transformerfam.kernels import Sight
 from transformerfam.masks import Phase, piece_mask
@@ -51,7 +51,9 @@ class Piece(PassingStep):
         begins = any(n == 0 and c > 0 for n, c in zip(fills, counts, strict=True))
         self.has_queries = takes_queries and any(layer.query is not None for layer in state.layers)
         num_rows = config.fam_length if self.has_queries else config.num_rows
-        self.num_rows = num_rows if config.fam_length and (begins or any(self.completes)) else 0
+        self.writes_slots = config.has_slots and begins
+        makes_keys = begins and not config.has_slots
+        self.num_rows = num_rows if config.fam_length and (makes_keys or any(self.completes)) else 0
         self.updates = self.num_rows > 0 and any(self.completes)
         firsts = [
             done and n == 0 and not from_saved
@@ -153,7 +155,7 @@ class Piece(PassingStep):
 
         Source: Algorithm 2; B.1 for the first update, whose residual is zero.
         """
-        if not self.num_rows or layer.fam is None:
+        if not self.num_rows or layer.fam is None or (self.config.has_slots and not layer.is_lowest):
             return hidden_BTD
         if self.updates and self.config.fam_feeds == "next" and not layer.is_lowest:
             layer.value_from_below = hidden_BTD[:, : self.config.fam_length].to(layer.fam.dtype, copy=True)
@@ -168,7 +170,7 @@ class Piece(PassingStep):
 
         Source: Algorithm 2, the input of QKV(norm(F)).
         """
-        if not self.num_rows or layer.fam is None:
+        if not self.num_rows or layer.fam is None or self.config.has_slots:
             return hidden_BTD
         asking = self._asking(layer)
         if asking is self._residual(layer):
@@ -188,7 +190,7 @@ class Piece(PassingStep):
         choice, is_first = self.config.fam_residual, self.is_first_update
         if not self.updates:
             return self._asking(layer)
-        if choice == "initial":
+        if choice in ("initial", "below"):  # what is below the lowest layer's
             assert layer.initial_fam is not None
             return layer.initial_fam
         if choice == "none" or (self.config.zero_first_residual and is_first is True):
@@ -213,22 +215,51 @@ class Piece(PassingStep):
         """
         sections = layer.sections
         key, value = key_BGTK[:, :, self.num_rows :], value_BGTK[:, :, self.num_rows :]
-        if self.num_rows and layer.fam is not None:
+        if self.config.has_slots and layer.fam is not None:
+            self._attend_by_slots(layer, key_BGTK, value_BGTK)
+        elif self.num_rows and layer.fam is not None:
             rows = slice(self.num_rows - self.config.fam_length, self.num_rows)
             fam_key, fam_value = key_BGTK[:, :, rows], value_BGTK[:, :, rows]
             if self.num_rows == self.config.fam_length:  # the rows stand where the update will stand
                 fam_key, fam_value = layer.turner.turn(fam_key, fam_value, -self.query_shift)
-            if torch.is_grad_enabled() and self.phase.is_uniform and self.phase.fills[0] == 0:
-                # FAM and tokens stand side by side, and out of place one write is cheaper than two.
-                layer.put(sections.fam, torch.cat((fam_key, key), dim=2), torch.cat((fam_value, value), dim=2))
-            else:
-                layer.put(sections.fam, fam_key, fam_value)
-                self._put_tokens(layer, key, value)
+            self._put_fam_and_tokens(layer, fam_key, fam_value, key, value)
         else:
             self._put_tokens(layer, key, value)
         seen = self.phase.window_of_slots(self.config, layer.plan, sections)
         # Under autocast queries have another type than what is kept.
         return layer.keys[:, :, seen].to(key_BGTK.dtype), layer.values[:, :, seen].to(value_BGTK.dtype)
+
+    def _attend_by_slots(self, layer: FamLayer, key_BGTK: torch.Tensor, value_BGTK: torch.Tensor) -> None:
+        """Write the slots, where a block begins, and the tokens; note what the rows would make of the slots."""
+        key, value = key_BGTK[:, :, self.num_rows :], value_BGTK[:, :, self.num_rows :]
+        if self.updates:
+            rows = slice(0, self.config.fam_length)
+            distance = -self.query_shift - first_position(self.config)
+            assert layer.fam is not None
+            made_key, made_value = (part[:, :, rows].to(layer.fam.dtype) for part in (key_BGTK, value_BGTK))
+            layer.value_from_below = joined_slots(*layer.turner.turn(made_key, made_value, distance))
+        if self.writes_slots:
+            fam_key, fam_value = layer.turner.turn(*layer.slots(), first_position(self.config))
+            self._put_fam_and_tokens(layer, fam_key.to(key.dtype), fam_value.to(value.dtype), key, value)
+        else:
+            self._put_tokens(layer, key, value)
+
+    def _put_fam_and_tokens(
+        self,
+        layer: FamLayer,
+        fam_key: torch.Tensor,
+        fam_value: torch.Tensor,
+        key_BGTK: torch.Tensor,
+        value_BGTK: torch.Tensor,
+    ) -> None:
+        """Write the FAM's keys and values and the tokens'."""
+        if torch.is_grad_enabled() and self.phase.is_uniform and self.phase.fills[0] == 0:
+            # FAM and tokens stand side by side, and out of place one write is cheaper than two.
+            both = torch.cat((fam_key, key_BGTK), dim=2), torch.cat((fam_value, value_BGTK), dim=2)
+            layer.put(layer.sections.fam, *both)
+        else:
+            layer.put(layer.sections.fam, fam_key, fam_value)
+            self._put_tokens(layer, key_BGTK, value_BGTK)
 
     def _put_tokens(self, layer: FamLayer, key_BGTK: torch.Tensor, value_BGTK: torch.Tensor) -> None:
         """Write the tokens' keys and values behind those of the block so far."""
@@ -251,7 +282,7 @@ class Piece(PassingStep):
         return torch.where(is_new, spread.to(old_BGTK.dtype), old_BGTK)
 
     def note_weights(self, layer: FamLayer, weights: torch.Tensor | None) -> None:
-        """Note the share of the rows' attention that fell on the block, mean over heads.
+        """Note the share of the rows' attention that fell on the block, mean over the heads that move together.
 
         Args:
             layer: the layer's part of the state.
@@ -270,7 +301,10 @@ class Piece(PassingStep):
             )
         if weights.dim() == 4:
             weights = weights[:, :, : self.config.fam_length, first:].float().sum(-1)
-        layer.share = weights.mean(1)
+        if self.config.fam_share == "row":
+            layer.share = weights.mean(1)
+        else:
+            layer.share = weights.unflatten(1, (layer.keys.shape[1], -1)).mean(2).mT  # (B, F, G)
 
     def leave_layer(self, layer: FamLayer, hidden_BTD: torch.Tensor) -> None:
         """Note what the FAM rows became; it is the layer's FAM once the whole piece is through.
@@ -306,7 +340,8 @@ class Piece(PassingStep):
         if is_first is True:
             return value_BFD
         assert layer.fam is not None
-        moved = torch.lerp(layer.fam, value_BFD, layer.share[..., None].to(layer.fam.dtype))
+        share = layer.share[..., None] if layer.share.dim() == 2 else layer.by_head(layer.share)
+        moved = torch.lerp(layer.fam, value_BFD, share.to(layer.fam.dtype))
         if is_first is False:
             return moved
         return torch.where(is_first.to(moved.device)[:, None, None], value_BFD, moved)

@@ -82,6 +82,11 @@ class Sections(NamedTuple):
         return cls(plan.num_sink_tokens, older, fam, block, block + config.block_size)
 
 
+def joined_slots(key_BGFK: torch.Tensor, value_BGFK: torch.Tensor) -> torch.Tensor:
+    """Return keys and values of F slots as the rows `(B, F, W)` of a FAM: all heads' keys, then all heads' values."""
+    return torch.cat([part.transpose(1, 2).flatten(2) for part in (key_BGFK, value_BGFK)], dim=-1)
+
+
 def place(buffer: torch.Tensor, start: int, content: torch.Tensor) -> torch.Tensor:
     """Put `content` at slot `start` of dimension -2: in place, or out of place while gradients are recorded."""
     stop = start + content.shape[-2]
@@ -134,7 +139,7 @@ class FamLayer(CacheLayerMixin):
         self.is_lowest = is_lowest
         self.query: torch.Tensor | None = None  # `(1, H, F, K)` of the initial FAM, a constant of the weights
         self.value_from_below: torch.Tensor | None = None  # with `fam_feeds="next"`, while a piece goes through
-        self.share: torch.Tensor | None = None  # `(B, F)`, of the rows' attention on the block; likewise
+        self.share: torch.Tensor | None = None  # `(B, F)` or `(B, F, G)`, of their attention on the block; likewise
         self.next_fam: torch.Tensor | None = None  # written by a piece, kept when the whole piece is through
         self.fam_before_bound: torch.Tensor | None = None  # the last update, noted while gradients are recorded
         self.is_initialized = True
@@ -153,6 +158,24 @@ class FamLayer(CacheLayerMixin):
         """Write keys and values `(B, G, n, K)` at slot `start`."""
         self.keys = place(self.keys, start, key)
         self.values = place(self.values, start, value)
+
+    def slots(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the FAM as the keys and values `(B, G, F, K)` that it is with `fam_feeds="slots"`.
+
+        They stand where the FAM stands behind a block, as if the next block's first token were at position 0.
+        """
+        assert self.fam is not None
+        widths = [tensor.shape[1] * tensor.shape[3] for tensor in (self.keys, self.values)]
+        key, value = (
+            part.unflatten(-1, (tensor.shape[1], -1)).transpose(1, 2)
+            for part, tensor in zip(self.fam.split(widths, dim=-1), (self.keys, self.values), strict=True)
+        )
+        return key, value
+
+    def by_head(self, share_BFG: torch.Tensor) -> torch.Tensor:
+        """Return the share of every number of the FAM, `(B, F, W)`, with a share for every head of the slots."""
+        parts = [share_BFG.repeat_interleave(tensor.shape[3], dim=-1) for tensor in (self.keys, self.values)]
+        return torch.cat(parts, dim=-1)
 
     def drop_block(self) -> None:
         """Let go of the keys and values of a complete block: what is seen of it later has been copied from there."""

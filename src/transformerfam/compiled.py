@@ -92,7 +92,8 @@ class CompiledToken(CompiledStep):
 
     def serves(self, piece: Piece) -> bool:
         """Whether no sequence begins or completes a block with FAM, too."""
-        return super().serves(piece) and piece.num_rows == 0 and piece.num_tokens == min(piece.counts) == 1
+        is_plain = piece.num_rows == 0 and not piece.writes_slots
+        return super().serves(piece) and is_plain and piece.num_tokens == min(piece.counts) == 1
 
     def run(self, piece: Piece, hidden_B1D: torch.Tensor) -> torch.Tensor:
         """Send a piece through the layers, which write their buffers in place.

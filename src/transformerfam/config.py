@@ -24,6 +24,15 @@ UPDATE_PRESETS: dict[str, dict[str, Any]] = {
 }
 """What differs from the defaults, by name: the paper's update, and ours."""
 
+PLAIN_UPDATE: dict[str, Any] = {
+    "fam_update": "paper",
+    "fam_query": "previous",
+    "fam_residual": "previous",
+    "fam_feeds": "same",
+    "fam_share": "row",
+}
+"""The paper's update in full."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class FamConfig:
@@ -79,15 +88,22 @@ class FamConfig:
     of its attention that fell on the block, not on the FAM: `F + a (Z - F)`. Its first update in a reading is Z itself.
     A gated row that finds nothing in a block stays as it was. The gate is ours, not the paper's."""
 
-    fam_query: Literal["previous", "initial"] = "previous"
-    """Which rows ask in a block: the previous FAM (the paper's), or always the initial FAM."""
+    fam_query: Literal["previous", "initial", "below"] = "previous"
+    """Which rows ask in a block: the previous FAM (the paper's), always the initial FAM, or what the layer below made
+    of the rows, which then go up as tokens do; the lowest layer's are its initial FAM."""
 
-    fam_residual: Literal["previous", "none", "initial"] = "previous"
-    """What is added to the rows' attention: the previous FAM (the paper's), nothing, or the initial FAM."""
+    fam_residual: Literal["previous", "none", "initial", "below"] = "previous"
+    """What is added to the rows' attention: the previous FAM (the paper's), nothing, the initial FAM, or, as in any
+    layer, the rows that came up from below."""
 
-    fam_feeds: Literal["same", "next"] = "same"
-    """Where the new value goes: into the FAM of the layer that made it (the paper's), or, as any hidden state, into
-    that of the next layer with FAM. The lowest layer's FAM then stays as it began."""
+    fam_feeds: Literal["same", "next", "slots"] = "same"
+    """Where the new value goes: into the FAM of the layer that made it (the paper's); as any hidden state into that of
+    the next layer with FAM, while the lowest layer's FAM stays as it began; or into slots of the layer's cache: the FAM
+    is then keys and values, and those that the layer makes of the rows from below are their new value."""
+
+    fam_share: Literal["row", "head"] = "row"
+    """What moves by a share of its own: a row, by the mean over heads; or, with `fam_feeds="slots"`, every key/value
+    head of a slot, by the mean over the query heads that share it."""
 
     fam_copy: InitVar[bool | None] = None
     """Former name of two choices: False is `fam_query="initial", fam_residual="none"`, the static summary of C.3
@@ -138,9 +154,10 @@ class FamConfig:
             ("fam_query_position", ("written", "current")),
             ("fam_init", ("prompt", "prefix")),
             ("fam_update", ("paper", "gated")),
-            ("fam_query", ("previous", "initial")),
-            ("fam_residual", ("previous", "none", "initial")),
-            ("fam_feeds", ("same", "next")),
+            ("fam_query", ("previous", "initial", "below")),
+            ("fam_residual", ("previous", "none", "initial", "below")),
+            ("fam_feeds", ("same", "next", "slots")),
+            ("fam_share", ("row", "head")),
             ("fam_dtype", FAM_DTYPES),
         ):
             require_field(self, name, getattr(self, name) in allowed, f"one of {', '.join(allowed)}")
@@ -150,12 +167,30 @@ class FamConfig:
             require_field(self, "fam_layers", valid, "None or distinct layer indices, at least one")
             moves_up = self.fam_length == 0 or self.fam_feeds == "same" or len(layers) > 1
             require_field(self, "fam_feeds", moves_up, "'same' where one layer alone carries FAM, which feeds no other")
+        self._require_slots()
         require_field(
             self,
             "fam_update",
             self.fam_length > 0 or self.fam_update == "paper",
             "'paper' with fam_length 0, where there is no row to update",
         )
+
+    def _require_slots(self) -> None:
+        """Refuse slots beside what they do not have, and what they alone have without them."""
+        is_slots = self.fam_feeds == "slots"
+        for name in ("fam_query", "fam_residual"):
+            goes_up = getattr(self, name) == "below"
+            require_field(self, name, goes_up == is_slots, "'below' with fam_feeds='slots', and nowhere else")
+        require_field(self, "fam_share", is_slots or self.fam_share == "row", "'row' without fam_feeds='slots'")
+        if is_slots:
+            require_field(self, "fam_init", self.fam_init == "prompt", "'prompt' with fam_feeds='slots'")
+            require_field(self, "fam_position", self.fam_position != "zero", "not 'zero' with fam_feeds='slots'")
+            require_field(self, "fam_norm_bound", self.fam_norm_bound is None, "None with fam_feeds='slots'")
+
+    @property
+    def has_slots(self) -> bool:
+        """Whether there is a FAM, and it is keys and values, not hidden states."""
+        return self.fam_length > 0 and self.fam_feeds == "slots"
 
     def _take_fam_copy(self, fam_copy: bool | None) -> None:
         """Set query and residual by their former common name.
@@ -191,7 +226,7 @@ class FamConfig:
     @property
     def num_rows(self) -> int:
         """Rows in front of the tokens of a piece that begins or completes a block."""
-        return self.fam_length if self.fam_query == "previous" else 2 * self.fam_length
+        return 2 * self.fam_length if self.fam_query == "initial" else self.fam_length
 
     @property
     def is_papers_update(self) -> bool:
@@ -202,7 +237,7 @@ class FamConfig:
     @property
     def needs_initial_fam(self) -> bool:
         """Whether the initial FAM takes part in every update."""
-        return self.fam_length > 0 and "initial" in (self.fam_query, self.fam_residual)
+        return self.fam_length > 0 and (self.has_slots or "initial" in (self.fam_query, self.fam_residual))
 
     def carries_fam(self, layer_idx: int) -> bool:
         """Say whether the decoder layer `layer_idx` has a FAM."""
@@ -229,7 +264,7 @@ class FamConfig:
 
     def without_fam(self, **changes: Any) -> "FamConfig":
         """Return BSWA with the same blocks and segments, and `changes`."""
-        return self.replace(**{"fam_length": 0, "fam_layers": None, "fam_update": "paper"} | changes)
+        return self.replace(**PLAIN_UPDATE | {"fam_length": 0, "fam_layers": None} | changes)
 
     def to_dict(self) -> dict[str, Any]:
         """Return the fields as plain JSON values."""

@@ -68,6 +68,13 @@ class FamMemory(nn.Module):
         else:
             self.prefix = nn.Parameter(rows.expand(len(layouts), -1, -1).clone())
 
+    def fam_width(self, hidden_size: int) -> int:
+        """Return the numbers of one row of the FAM: `hidden_size`, or with slots all heads' keys and values."""
+        if not self.config.has_slots:
+            return hidden_size
+        heads = (self.layouts[0].key_shape, self.layouts[0].value_shape)
+        return sum(count * width for count, width in heads)
+
     def plans(self) -> list[LayerPlan]:
         """Return what every layer keeps and sees with the configuration in force."""
         return LayerPlan.for_layers(self.config, [layout.window for layout in self.layouts])
@@ -142,6 +149,10 @@ def prefix_from_prompt(model: PreTrainedModel) -> None:
     Source: B.1, prompt tuning and prefix tuning.
     """
     memory = memory_of(model)
+    if memory.config.has_slots:
+        raise TransformerFamError(
+            "fam_feeds is 'slots', required for a prefix is another, since rows go up from a prompt"
+        )
     rows_LFD = torch.cat(initial_fam(model.get_decoder()))
     config = memory.config
     if config.fam_residual == "none" or (config.fam_residual == "previous" and config.zero_first_residual):
@@ -199,6 +210,11 @@ def personal_memory(model: PreTrainedModel, fam_LFD: torch.Tensor) -> list[nn.Pa
     Source: B.2.3, "the saved FAM can also be used as a trained prefix for a task or a person".
     """
     memory = memory_of(model)
+    if memory.config.has_slots:
+        raise TransformerFamError(
+            "fam_feeds is 'slots', where a saved FAM is keys and values and no prefix of hidden states; required for a "
+            "personal memory is another fam_feeds"
+        )
     shape = (len(memory.layouts), memory.config.fam_length, model.get_input_embeddings().weight.shape[1])
     if tuple(fam_LFD.shape) != shape:
         raise TransformerFamError(
@@ -219,6 +235,7 @@ class InitialFam(PassingStep):
 
     def __init__(self) -> None:
         self.fams: list[torch.Tensor] = []
+        self.slots: list[tuple[torch.Tensor, torch.Tensor]] = []
 
     def enter_layer(self, layer: None, hidden_BTD: torch.Tensor) -> torch.Tensor:
         """Note a layer's input `(1, F, D)`."""
@@ -235,7 +252,8 @@ class InitialFam(PassingStep):
         return Sight(self.fams[-1].shape[1], 0)
 
     def attend(self, layer: None, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Keep nothing."""
+        """Note the rows' keys and values, `(1, G, F, K)` each."""
+        self.slots.append((key, value))
         return key, value
 
 
@@ -318,14 +336,20 @@ def _row_positions(config: FamConfig, shift: int = 0) -> torch.Tensor:
 
 
 def initial_fam(decoder: Any) -> list[torch.Tensor]:
-    """Return every layer's initial FAM, `(1, F, D)` each.
+    """Return every layer's initial FAM, `(1, F, D)` each: the rows that enter the layer.
 
     Source: B.1, "prompt tuning" and, for the ablation, "prefix tuning".
     """
     memory: FamMemory = decoder.fam
-    config = memory.config
-    if config.fam_init == "prefix":
+    if memory.config.fam_init == "prefix":
         return [rows[None] for rows in memory.prefix]
+    return prompt_pass(decoder).fams
+
+
+def prompt_pass(decoder: Any) -> InitialFam:
+    """Send the prompt of a converted decoder up through its layers, and return what was noted in each."""
+    memory: FamMemory = decoder.fam
+    config = memory.config
     if config.fam_position == "zero":
         positions = torch.zeros(1, config.fam_length, dtype=torch.long)
     else:
@@ -334,7 +358,7 @@ def initial_fam(decoder: Any) -> list[torch.Tensor]:
     cache = StepCache([None] * len(memory.layouts), step)
     rows = memory.prompt.to(decoder.get_input_embeddings().weight.dtype)  # it may be trained in another
     run_decoder(decoder, rows[None], positions.to(rows.device), cache)
-    return step.fams
+    return step
 
 
 def initial_queries(decoder: Any, fams: Sequence[torch.Tensor]) -> list[torch.Tensor] | None:
@@ -350,7 +374,7 @@ def initial_queries(decoder: Any, fams: Sequence[torch.Tensor]) -> list[torch.Te
     memory: FamMemory = decoder.fam
     config = memory.config
     takes_queries = decoder.config._attn_implementation in QUERY_BACK_ENDS
-    if config.fam_query == "previous" or config.fam_position == "zero" or not (memory.caches_queries and takes_queries):
+    if config.fam_query != "initial" or config.fam_position == "zero" or not (memory.caches_queries and takes_queries):
         return None
     positions = _row_positions(config, query_shift(config)).to(fams[0].device)
     step = _InitialQueries(fams)

@@ -7,10 +7,11 @@ import torch
 from transformers import PreTrainedModel
 
 from transformerfam.cache_argument import CACHE_NAME, rename_cache
-from transformerfam.cache_layer import FamLayer, LayerPlan, Sections
+from transformerfam.cache_layer import FamLayer, LayerPlan, Sections, joined_slots
 from transformerfam.errors import ReadInterrupted, StateMismatchError, TransformerFamError
 from transformerfam.forward import check_ids
-from transformerfam.memory import initial_fam, initial_queries, memory_of
+from transformerfam.memory import initial_fam, initial_queries, memory_of, prompt_pass
+from transformerfam.positions import first_position
 from transformerfam.progress import reading_bar
 from transformerfam.reading_state import ReadingState
 from transformerfam.state import FamState
@@ -49,13 +50,21 @@ def init_state(
     num_layers = len(memory.layouts)
     fam_dtype = getattr(torch, config.fam_dtype)
     saved = [fam is not None] * batch_size if is_saved is None else list(is_saved)
-    initial = initial_fam(decoder) if config.needs_initial_fam or (config.fam_length and not all(saved)) else None
+    needs_initial = config.needs_initial_fam or (config.fam_length and not all(saved))
+    asking = initial = initial_fam(decoder) if needs_initial and not config.has_slots else None
+    if needs_initial and config.has_slots:
+        passed = prompt_pass(decoder)
+        asking = passed.fams
+        initial = [
+            joined_slots(*layout.turner.turn(*slots, -first_position(config)))
+            for layout, slots in zip(memory.layouts, passed.slots, strict=True)
+        ]
     if fam is not None:
-        expected = (num_layers, batch_size, config.fam_length, weight.shape[1])
+        expected = (num_layers, batch_size, config.fam_length, memory.fam_width(weight.shape[1]))
         fam = fam[:, None].expand(-1, batch_size, -1, -1) if fam.dim() == 3 else fam
         if tuple(fam.shape) != expected:
             raise StateMismatchError(
-                f"fam has shape {tuple(fam.shape)}, required is (layers, batch, fam_length, hidden_size) {expected}; "
+                f"fam has shape {tuple(fam.shape)}, required is (layers, batch, fam_length, width) {expected}; "
                 "save it from a state of the same model and configuration"
             )
     queries = None if initial is None else initial_queries(decoder, initial)
@@ -78,8 +87,8 @@ def init_state(
                     rows = torch.where(torch.tensor(saved, device=weight.device)[:, None, None], rows, start)
             assert rows is not None
             rows = rows.clone(memory_format=torch.contiguous_format)
-            if config.needs_initial_fam and start is not None:
-                kept = start.clone(memory_format=torch.contiguous_format)
+            if asking is not None and config.needs_initial_fam and (not config.has_slots or i == lowest):
+                kept = asking[i].to(fam_dtype).expand(batch_size, -1, -1).clone(memory_format=torch.contiguous_format)
         kind = kinds.setdefault(plan, len(kinds))
         layer = FamLayer(keys, values, rows, kept, plan, kind, sections, layout.turner, i == lowest)
         layer.query = queries[i] if queries is not None and config.carries_fam(i) else None

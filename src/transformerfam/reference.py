@@ -41,7 +41,8 @@ class ReferenceResult:
     hidden: Tensor
     """Hidden states behind the final norm, (T, D)."""
     fams: list[Tensor]
-    """FAM of all layers, (L, F, D) each: the initial one, then one per complete block; zeros where a layer has none."""
+    """FAM of all layers, (L, F, D) each: the initial one, then one per complete block; zeros where a layer has none.
+    With `fam_feeds="slots"` (L, F, 2 G K): every head's key, not rotated, then every head's value."""
 
 
 @dataclass
@@ -110,7 +111,12 @@ def run_reference(
     weights = weights if dtype is None else weights.to(dtype)
     _check_shapes(weights, config, input_ids, initial, saved_fam)
     initial_fam_LFD = _initial_fam(weights, config, initial, position_offset)
-    first_fam_LFD = initial_fam_LFD if saved_fam is None else saved_fam.to(initial_fam_LFD.dtype)
+    started_LFD = initial_fam_LFD
+    if config.has_slots:
+        started_LFD = torch.stack(
+            [_slots(weights, *pair) for pair in zip(weights.layers, initial_fam_LFD, strict=True)]
+        )
+    first_fam_LFD = started_LFD if saved_fam is None else saved_fam.to(initial_fam_LFD.dtype)
     memories = [
         LayerMemory(
             initial_fam_FD=initial_fam_LFD[layer_idx],
@@ -162,7 +168,9 @@ def _run_block(
     layer = weights.layers[layer_idx]
     has_fam = config.carries_fam(layer_idx)
     fam_key_positions, fam_query_positions = fam_positions(config, block_start)
-    if has_fam:
+    if has_fam and config.has_slots:
+        memory.fam_keys.append(_slot_keys(weights, memory.fam_FD, fam_key_positions))
+    elif has_fam:
         memory.fam_keys.append(make_keys(weights, layer, memory.fam_FD, fam_key_positions))
 
     token_positions = [float(block_start + token) for token in range(len(block_TD))]
@@ -178,7 +186,13 @@ def _run_block(
 
     above_FD = None
     if len(block_TD) == config.block_size:
-        if has_fam:
+        if has_fam and config.has_slots:
+            rows_FD = memory.initial_fam_FD if below_FD is None else below_FD
+            queries, seen = make_queries(weights, layer, rows_FD), memory.fam_keys[-1] + block_keys
+            above_FD, shares_FHN = _run_rows(weights, layer, queries, fam_query_positions, seen, rows_FD)
+            shares_FH = shares_FHN[:, :, config.fam_length :].sum(dim=2)
+            memory.fam_FD = _update_slots(weights, config, memory, _slots(weights, layer, rows_FD), shares_FH)
+        elif has_fam:
             above_FD, shares_F = _compress(weights, config, layer, memory, block_keys, fam_query_positions)
             memory.fam_FD = _update_fam(config, memory, above_FD if config.fam_feeds == "same" else below_FD, shares_F)
         elif below_FD is not None:  # a layer without FAM carries the rows up: they see its block
@@ -251,6 +265,36 @@ def _update_fam(config: FamConfig, memory: LayerMemory, value_FD: Tensor | None,
     if config.fam_update == "gated" and not is_first_update:
         value_FD = memory.fam_FD + shares_F[:, None] * (value_FD - memory.fam_FD)
     return _bound_rows(config, value_FD)
+
+
+def _slots(weights: ReferenceWeights, layer: LayerWeights, rows_FD: Tensor) -> Tensor:
+    """Give the keys and values that a layer makes of rows, (F, 2 G K), not rotated."""
+    keys = make_keys(weights, layer, rows_FD, [0.0] * len(rows_FD))
+    return torch.stack([torch.cat([key.key_GK.flatten(), key.value_GK.flatten()]) for key in keys])
+
+
+def _slot_keys(weights: ReferenceWeights, fam_FW: Tensor, positions: list[float]) -> list[SeenKey]:
+    """List the slots of a FAM as keys and values at their positions."""
+    parts_F2GK = fam_FW.view(len(fam_FW), 2, weights.num_key_value_heads, weights.head_dim)
+    return [SeenKey(parts[0], parts[1], position) for parts, position in zip(parts_F2GK, positions, strict=True)]
+
+
+def _update_slots(
+    weights: ReferenceWeights, config: FamConfig, memory: LayerMemory, value_FW: Tensor, shares_FH: Tensor
+) -> Tensor:
+    """Move the slots to their new value: at once, or by a share for each row or for each key/value head."""
+    is_first_update = len(memory.block_keys) == 0 and not memory.starts_from_saved_fam
+    if config.fam_update == "paper" or is_first_update:
+        return value_FW
+    heads = (2, weights.num_key_value_heads, weights.head_dim)
+    rows = []
+    for old_W, new_W, shares_H in zip(memory.fam_FD, value_FW, shares_FH, strict=True):
+        shares_G = shares_H.view(weights.num_key_value_heads, -1).mean(dim=1)
+        if config.fam_share == "row":
+            shares_G = shares_H.mean().expand(weights.num_key_value_heads)
+        old, new = old_W.view(heads), new_W.view(heads)
+        rows.append((old + shares_G[None, :, None] * (new - old)).flatten())
+    return torch.stack(rows)
 
 
 def _bound_rows(config: FamConfig, fam_FD: Tensor) -> Tensor:
@@ -348,6 +392,8 @@ def _check_shapes(
         raise TransformerFamError(f"input_ids has the shape {tuple(input_ids.shape)}, required is (T,) with T >= 1")
     num_layers, width = len(weights.layers), weights.embedding_VD.shape[1]
     per_layer = (num_layers, config.fam_length, width)
+    saved_width = 2 * weights.num_key_value_heads * weights.head_dim if config.has_slots else width
+    per_saved = (num_layers, config.fam_length, saved_width)
     required = per_layer if config.fam_init == "prefix" else per_layer[1:]
     if config.fam_length > 0 and (initial is None or tuple(initial.shape) != required):
         given = None if initial is None else tuple(initial.shape)
@@ -355,7 +401,7 @@ def _check_shapes(
             f"initial has the shape {given}, required is {required} for fam_init={config.fam_init!r}; "
             "pass the prompt or prefix of the model"
         )
-    if saved_fam is not None and tuple(saved_fam.shape) != per_layer:
+    if saved_fam is not None and tuple(saved_fam.shape) != per_saved:
         raise TransformerFamError(
-            f"saved_fam has the shape {tuple(saved_fam.shape)}, required is {per_layer}; pass a FAM of the same model"
+            f"saved_fam has the shape {tuple(saved_fam.shape)}, required is {per_saved}; pass a FAM of the same model"
         )
