@@ -32,13 +32,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     },
     "gated": UPDATE_PRESETS["gated"],
     "gated in its layer": {"fam_update": "gated", "fam_key_bias": -1.0},
-    "slots": {
-        "fam_update": "gated",
-        "fam_query": "below",
-        "fam_residual": "below",
-        "fam_feeds": "slots",
-        "fam_share": "head",
-    },
+    "slots": UPDATE_PRESETS["slots"],
 }
 TOLERANCE = 1e-4
 every_case = pytest.mark.parametrize("case", CASES)
@@ -199,7 +193,7 @@ def test_every_attention_back_end_gives_the_same(case: str, options: str) -> Non
     ids = draw_ids(2, 23)
     found = {}
     names = back_ends(case)
-    if options == "gated" and "fam" in names:
+    if options != "default" and "fam" in names:
         names.remove("sdpa")  # which gives no weights, and is refused
     for back_end in names:
         config = config_of(case, options)
@@ -219,7 +213,7 @@ GATED_AND_COMPILED = ("llama", "gemma2", "gemma3_text", "olmo2", "falcon", "deep
     ("case", "options"),
     [
         *((case, "default") for case in CASES),
-        *((case, "gated") for case in GATED_AND_COMPILED),
+        *((case, options) for case in GATED_AND_COMPILED for options in ("gated", "slots")),
     ],
 )
 @pytest.mark.parametrize("compile_step", [compile_reading, compile_decoding])

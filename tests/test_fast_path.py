@@ -139,13 +139,7 @@ def assert_matches_reference(
 
 
 GATED = UPDATE_PRESETS["gated"]
-SLOTS: dict[str, Any] = {
-    "fam_update": "gated",
-    "fam_query": "below",
-    "fam_residual": "below",
-    "fam_feeds": "slots",
-    "fam_share": "head",
-}
+SLOTS = UPDATE_PRESETS["slots"]
 
 OPTIONS: list[dict[str, Any]] = [
     {},

@@ -19,13 +19,7 @@ from transformerfam.state import STATE_FORMAT_VERSION
 
 SHAPE: dict[str, Any] = {"block_size": 6, "fam_length": 3, "num_memory_segments": 1, "fam_key_bias": 0.0}
 GATED = UPDATE_PRESETS["gated"]
-SLOTS: dict[str, Any] = {
-    "fam_update": "gated",
-    "fam_query": "below",
-    "fam_residual": "below",
-    "fam_feeds": "slots",
-    "fam_share": "head",
-}
+SLOTS = UPDATE_PRESETS["slots"]
 UPDATES: dict[str, dict[str, Any]] = {
     "paper": {},
     "static summary": {"fam_query": "initial", "fam_residual": "none"},
@@ -181,7 +175,7 @@ def test_impossible_choices_are_refused() -> None:
     """Catches a gate that is silently left out, and a FAM that would never change."""
     with pytest.raises(TransformerFamError, match="fam_update is 'gated', required is 'paper' with fam_length 0"):
         FamConfig.preset("gated", fam_length=0)
-    with pytest.raises(TransformerFamError, match="there is no preset 'gate'; known are paper, gated"):
+    with pytest.raises(TransformerFamError, match="there is no preset 'gate'; known are paper, gated, slots"):
         FamConfig.preset("gate")
     with pytest.raises(TransformerFamError, match="no field 'fam_gate'"):
         FamConfig.preset("gated", fam_gate=True)

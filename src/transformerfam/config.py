@@ -21,8 +21,16 @@ UPDATE_PRESETS: dict[str, dict[str, Any]] = {
         "fam_feeds": "next",
         "fam_key_bias": 0.0,
     },
+    "slots": {
+        "fam_update": "gated",
+        "fam_query": "below",
+        "fam_residual": "below",
+        "fam_feeds": "slots",
+        "fam_share": "head",
+        "fam_key_bias": 0.0,
+    },
 }
-"""What differs from the defaults, by name: the paper's update, and ours."""
+"""What differs from the defaults, by name: the paper's update, and our two."""
 
 PLAIN_UPDATE: dict[str, Any] = {
     "fam_update": "paper",
@@ -249,7 +257,7 @@ class FamConfig:
 
     @classmethod
     def preset(cls, name: str, **changes: Any) -> "FamConfig":
-        """Return the paper's configuration (`"paper"`, as `FamConfig()`) or that of the gated memory (`"gated"`).
+        """Return the paper's configuration (`"paper"`, as `FamConfig()`) or a gated one of ours (`"gated"`, `"slots"`).
 
         Args:
             name: one of `UPDATE_PRESETS`.
