@@ -31,7 +31,7 @@ PROMPTS = {
     "which names and numbers were given, what was promised, what was asked and what is still open. ",
     "question": "What is the name? Where did it happen? When was it? Who said so? What is the number? Why? ",
 }
-BASE: dict[str, Any] = UPDATE_PRESETS["gated"] | {
+BASE: dict[str, Any] = UPDATE_PRESETS["gated_rows"] | {
     "block_size": 256,
     "fam_length": 16,
     "num_memory_segments": 1,

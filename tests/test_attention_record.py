@@ -53,7 +53,8 @@ def test_recording_changes_nothing_and_shares_sum_to_one() -> None:
 def test_recorded_share_is_that_by_which_rows_moved(query: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Catches a share of other rows or keys, and a recording by dense weights that moves the FAM otherwise."""
     model: Any = convert(
-        make_tiny_llama(3), FamConfig.preset("gated", block_size=8, fam_length=3, fam_query=query, num_sink_tokens=2)
+        make_tiny_llama(3),
+        FamConfig.preset("gated_rows", block_size=8, fam_length=3, fam_query=query, num_sink_tokens=2),
     )
     ids, shares = random_ids(1, 40), []
     records = list(record_attention(model, ids))

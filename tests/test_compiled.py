@@ -23,7 +23,8 @@ CONFIGS = {
     "window": FamConfig(block_size=5, fam_length=2, num_memory_segments=1, window=3, num_previous_fams=2),
     "one layer": FamConfig(block_size=5, fam_length=2, num_memory_segments=1, fam_layers=(1,)),
     "static": FamConfig(block_size=5, fam_length=2, num_memory_segments=1, fam_copy=False),
-    "gated": FamConfig.preset("gated", block_size=5, fam_length=2, num_memory_segments=1, num_sink_tokens=1),
+    "gated slots": FamConfig.preset("gated", block_size=5, fam_length=2, num_memory_segments=1, num_sink_tokens=1),
+    "gated": FamConfig.preset("gated_rows", block_size=5, fam_length=2, num_memory_segments=1, num_sink_tokens=1),
     "gated, with a mask": FamConfig(
         block_size=5, fam_length=2, num_memory_segments=1, fam_update="gated", fam_key_bias=-1.0
     ),

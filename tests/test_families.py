@@ -30,9 +30,9 @@ OPTIONS: dict[str, dict[str, Any]] = {
         "window": 4,
         "fam_key_bias": -1.0,
     },
-    "gated": UPDATE_PRESETS["gated"],
+    "gated": UPDATE_PRESETS["gated_rows"],
     "gated in its layer": {"fam_update": "gated", "fam_key_bias": -1.0},
-    "slots": UPDATE_PRESETS["slots"],
+    "slots": UPDATE_PRESETS["gated"],
 }
 TOLERANCE = 1e-4
 every_case = pytest.mark.parametrize("case", CASES)

@@ -138,8 +138,8 @@ def assert_matches_reference(
         assert_near(fast_grads[name], required, GRADIENT_TOLERANCE, f"gradient of {name}", floor)
 
 
-GATED = UPDATE_PRESETS["gated"]
-SLOTS = UPDATE_PRESETS["slots"]
+GATED = UPDATE_PRESETS["gated_rows"]
+SLOTS = UPDATE_PRESETS["gated"]
 
 OPTIONS: list[dict[str, Any]] = [
     {},

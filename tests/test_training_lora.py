@@ -1,6 +1,7 @@
 """Fused LoRA layers are PEFT's: the same outputs and gradients, and PEFT's own way where they are not plain."""
 
 import copy
+import math
 from pathlib import Path
 from typing import Any
 
@@ -75,7 +76,7 @@ def test_fused_layers_are_left_copied_and_merged_as_others() -> None:
     torch.testing.assert_close(outputs_and_gradients(model)[0], expected, atol=1e-4, rtol=1e-4)
 
 
-@pytest.mark.parametrize("preset", ["paper", "gated"])
+@pytest.mark.parametrize("preset", ["paper", "gated", "gated_rows"])
 @pytest.mark.parametrize("way", ["autocast", "bfloat16 weights"])
 def test_gradients_in_bfloat16_are_near_those_in_float32(way: str, preset: str) -> None:
     """Catches a fused product that autocast breaks, and gradients off by more than a tenth of their norm, on a model
@@ -111,7 +112,7 @@ def test_recipe_trains_in_bfloat16(tmp_path: Path, recwarn: pytest.WarningsRecor
     sections: dict[str, Any] = {
         "model": {"base": str(tmp_path / "base"), "dtype": "bfloat16"},
         "lora": {"rank": 2, "targets": ["q_proj", "down_proj"]},
-        "fam": UPDATE_PRESETS["gated"],
+        "fam": UPDATE_PRESETS["gated"] | {"fam_norm_bound": math.inf},
     }
     trainer = Trainer(small_recipe(**sections), tmp_path / "run")
     assert {p.dtype for p in trainer.model.parameters() if p.requires_grad} == {torch.float32}

@@ -18,8 +18,8 @@ from transformerfam.memory import personal_memory, prefix_from_prompt
 from transformerfam.state import STATE_FORMAT_VERSION
 
 SHAPE: dict[str, Any] = {"block_size": 6, "fam_length": 3, "num_memory_segments": 1, "fam_key_bias": 0.0}
-GATED = UPDATE_PRESETS["gated"]
-SLOTS = UPDATE_PRESETS["slots"]
+GATED = UPDATE_PRESETS["gated_rows"]
+SLOTS = UPDATE_PRESETS["gated"]
 UPDATES: dict[str, dict[str, Any]] = {
     "paper": {},
     "static summary": {"fam_query": "initial", "fam_residual": "none"},
@@ -175,14 +175,14 @@ def test_impossible_choices_are_refused() -> None:
     """Catches a gate that is silently left out, and a FAM that would never change."""
     with pytest.raises(TransformerFamError, match="fam_update is 'gated', required is 'paper' with fam_length 0"):
         FamConfig.preset("gated", fam_length=0)
-    with pytest.raises(TransformerFamError, match="there is no preset 'gate'; known are paper, gated, slots"):
+    with pytest.raises(TransformerFamError, match="there is no preset 'gate'; known are paper, gated, gated_rows"):
         FamConfig.preset("gate")
     with pytest.raises(TransformerFamError, match="no field 'fam_gate'"):
         FamConfig.preset("gated", fam_gate=True)
     with pytest.raises(TransformerFamError, match="fam_update is 'lstm', required is one of paper, gated"):
         FamConfig(fam_update="lstm")  # type: ignore[arg-type]
     with pytest.raises(TransformerFamError, match="fam_feeds is 'next', required is 'same' where one layer alone"):
-        FamConfig.preset("gated", fam_layers=(1,))
+        FamConfig.preset("gated_rows", fam_layers=(1,))
     with pytest.raises(UnsupportedModelError, match="a model of one layer has no next one to feed"):
         converted(make_tiny_llama(1), **GATED)
     with pytest.raises(

@@ -16,21 +16,21 @@ UPDATE_PRESETS: dict[str, dict[str, Any]] = {
     "paper": {},
     "gated": {
         "fam_update": "gated",
-        "fam_query": "initial",
-        "fam_residual": "initial",
-        "fam_feeds": "next",
-        "fam_key_bias": 0.0,
-    },
-    "slots": {
-        "fam_update": "gated",
         "fam_query": "below",
         "fam_residual": "below",
         "fam_feeds": "slots",
         "fam_share": "head",
         "fam_key_bias": 0.0,
     },
+    "gated_rows": {
+        "fam_update": "gated",
+        "fam_query": "initial",
+        "fam_residual": "initial",
+        "fam_feeds": "next",
+        "fam_key_bias": 0.0,
+    },
 }
-"""What differs from the defaults, by name: the paper's update, and our two."""
+"""What differs from the defaults, by name: the paper's update, our gated slots, and our gated hidden states."""
 
 PLAIN_UPDATE: dict[str, Any] = {
     "fam_update": "paper",
@@ -257,7 +257,7 @@ class FamConfig:
 
     @classmethod
     def preset(cls, name: str, **changes: Any) -> "FamConfig":
-        """Return the paper's configuration (`"paper"`, as `FamConfig()`) or a gated one of ours (`"gated"`, `"slots"`).
+        """Return the paper's configuration (`"paper"`, as `FamConfig()`) or ours (`"gated"`, `"gated_rows"`).
 
         Args:
             name: one of `UPDATE_PRESETS`.

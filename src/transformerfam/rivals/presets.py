@@ -3,13 +3,13 @@
 import difflib
 from typing import Any
 
-from transformerfam.config import UPDATE_PRESETS, FamConfig
+from transformerfam.config import PLAIN_UPDATE, UPDATE_PRESETS, FamConfig
 from transformerfam.errors import TransformerFamError
 
 NUM_SINK_TOKENS = 4
 """First tokens that StreamingLLM keeps."""
 
-_BSWA: dict[str, Any] = {"fam_length": 0, "fam_layers": None, "fam_update": "paper"}
+_BSWA: dict[str, Any] = PLAIN_UPDATE | {"fam_length": 0, "fam_layers": None}
 
 PRESETS: dict[str, dict[str, Any]] = {
     "fam": {},
