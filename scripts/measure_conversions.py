@@ -29,6 +29,7 @@ NUM_TOKENS, FIRST_TOKEN, FIRST_IN_BLOCK = 2560, 1024, 16
 PROMPTS = {
     "sentence": "Here is what has been read so far: who is there, what they said and did, where and when it happened, "
     "which names and numbers were given, what was promised, what was asked and what is still open. ",
+    "started_sentence": ".\nHere is what has been read so far: who is there, what they said and did, where and when. ",
     "question": "What is the name? Where did it happen? When was it? Who said so? What is the number? Why? ",
 }
 BASE: dict[str, Any] = UPDATE_PRESETS["gated_rows"] | {
@@ -57,6 +58,14 @@ def cells(num_layers: int) -> list[dict[str, Any]]:
     found += [{"fam_layers": list(range(num_layers * part // 6, num_layers))} for part in (1, 2, 3, 4, 5)]
     found += [{"fam_query_position": "written"}, {"fam_position": "fractional"}, {"num_previous_fams": 2}]
     found += [{"fam_key_bias": bias} for bias in (-1.0, -2.0, -4.0)]
+    slots = {name: value for name, value in UPDATE_PRESETS["gated"].items() if value != BASE.get(name)}
+    found += [slots | {"prompt": prompt} for prompt in ("started_sentence", "sentence", "mean", "text")]
+    slots |= {"prompt": "started_sentence"}
+    found += [slots | {"fam_share": "row"}, slots | {"fam_update": "paper"}, slots | {"fam_query_position": "written"}]
+    found += [slots | {"num_memory_segments": m, "num_sink_tokens": sinks} for m in (0, 1, 3) for sinks in (0, 4)]
+    found += [slots | {"fam_length": length} for length in (4, 64)] + [slots | {"block_size": 1024}]
+    found += [slots | {"fam_layers": list(range(num_layers * part // 6, num_layers))} for part in (3, 5)]
+    found += [{"prompt": "started_sentence"}]
     found += [{"fam_norm_bound": 1.0}, {"zero_first_residual": False, "fam_residual": "previous"}]
     unique: list[dict[str, Any]] = []
     for changes in found:

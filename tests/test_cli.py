@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 from transformerfam import FamConfig, FamState, cli, convert, demo
 from transformerfam.adapter import FamAdapter
 from transformerfam.cache_argument import as_cache
-from transformerfam.models import load_model
+from transformerfam.models import load_model, save_model
 from transformerfam.reports.rows import read_rows
 from transformerfam.tasks import provenance
 from transformerfam.tasks.reading import generate_text
@@ -105,6 +105,39 @@ def test_passkey_stopped_by_ctrl_c_keeps_its_rows_and_says_so(folder, tmp_path, 
     assert len(read_rows([output])) == 3
     run_passkey(folder, output)
     assert len(read_rows([output])) == 4
+
+
+def test_passkey_is_told_as_the_options_say(folder, tmp_path):
+    """Would catch an option that is taken and not handed on."""
+    output, wording = tmp_path / "rows.jsonl", tmp_path / "mine.toml"
+    wording.write_text('intro = " The sky is {key}."\nquestion = " What is the sky?"\nanswer = " The sky is {key}"\n')
+    told = ("--prefix-tokens", "uniform", "--digits", 3, "--mentions", 2, "--wording", wording)
+    fixed = ("--model", folder, "--filler-tokens", "200,300", "--num-keys", 2, "--output", output)
+    run("evaluate", "passkey", *fixed, *told, "--system", "fam,fam_memory_swapped,fam_memory_initial")
+    rows = read_rows([output])
+    assert len(rows) == 2 * 2 * 3
+    assert {row["placing"] for row in rows} == {"uniform"}
+    assert {(len(str(row["key"])), row["num_mentions"], row["wording"]) for row in rows} == {(3, 2, "mine")}
+    assert list(tmp_path.glob("*.reading.safetensors")) == []
+    text = run("evaluate", "passkey", *fixed, "--prefix-tokens", "somewhere", status=2)
+    assert "--prefix-tokens has 'somewhere', required are whole numbers" in text
+
+
+def test_rows_of_a_gated_memory_say_so(tmp_path):
+    """Would catch a gated memory counted among the paper's."""
+    plain, gated = tmp_path / "plain", tmp_path / "gated"
+    for folder, update in ((plain, "paper"), (gated, "gated")):
+        save_model(*tiny_models.make_passkey_model(update=update), folder)
+    for folder, asked, name in (
+        (plain, (), "fam"),
+        (gated, (), "fam_gated"),
+        (gated, ("--system", "fam"), "fam_gated"),
+    ):
+        output = tmp_path / f"{folder.name}-{len(asked)}.jsonl"
+        run_passkey(folder, output, *asked)
+        assert {row["system"] for row in read_rows([output])} == {name}
+    text = run_passkey(plain, tmp_path / "none.jsonl", "--system", "fam_gated", status=2)
+    assert "the model's memory is not gated; take fam" in text
 
 
 def test_passkey_takes_a_book(folder, tmp_path, book):

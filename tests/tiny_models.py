@@ -21,13 +21,14 @@ SECTION = ModelSection(
 )
 
 
-def make_passkey_model(fam_length: int = 2) -> tuple[LlamaForCausalLM, PreTrainedTokenizerFast]:
+def make_passkey_model(fam_length: int = 2, update: str = "paper") -> tuple[LlamaForCausalLM, PreTrainedTokenizerFast]:
     """Make a converted model whose vocabulary is that of the passkey text, and its tokenizer."""
     tokenizer = build_tiny_tokenizer()
     model = build_tiny_model(SECTION, len(tokenizer)).eval()
     with torch.no_grad():  # small embeddings, so that attention, and with it the memory, shows in the answers
         model.get_input_embeddings().weight.mul_(0.05)
-    config = FamConfig(fam_key_bias=0.0, block_size=BLOCK_SIZE, fam_length=fam_length, num_memory_segments=0)
+    shape = {"fam_key_bias": 0.0, "block_size": BLOCK_SIZE, "fam_length": fam_length, "num_memory_segments": 0}
+    config = FamConfig.preset(update, **shape)
     return convert(model, config), tokenizer
 
 
