@@ -270,6 +270,22 @@ def test_generate_answers_and_leaves_the_saved_state(folder, tmp_path, book):
     assert state.read_bytes() == before
 
 
+def test_convert_takes_a_preset_and_its_prompt_begins_as_a_text(folder, tmp_path):
+    """Would catch a preset that is not taken, rows that stay at the mean embedding, and a short text for many rows."""
+    text = "The sky is blue."
+    shape = ("--set", "fam_length=9", "--set", "block_size=12")
+    run("convert", folder, tmp_path / "new", *shape, "--prompt-text", text)
+    model, tokenizer = load_model(tmp_path / "new")
+    assert model.fam_config == FamConfig.preset("gated", fam_length=9, block_size=12)
+    ids = (tokenizer(text)["input_ids"] * 3)[:9]
+    assert len(set(ids)) < 9  # the text is taken again where it ends
+    expected = model.get_input_embeddings().weight[ids]
+    assert bool((model.get_decoder().fam.prompt == expected).all())
+    run("convert", folder, tmp_path / "paper", *shape, "--preset", "paper")
+    assert load_model(tmp_path / "paper")[0].fam_config == FamConfig(fam_length=9, block_size=12)
+    assert "there is no preset 'gate'" in run("convert", folder, tmp_path / "no", "--preset", "gate", status=2)
+
+
 def test_convert_saves_a_model_that_load_model_takes(folder, tmp_path):
     """Would catch settings that are lost on the way to the folder."""
     assert "block_size 12, fam_length 3" in run(

@@ -15,8 +15,10 @@ from transformerfam.cli_compare import compare_command
 from transformerfam.cli_output import say
 from transformerfam.cli_plan import plan_command
 from transformerfam.cli_report import report_app
+from transformerfam.config import FamConfig
 from transformerfam.demo import draw_seed, prepare_demo, run_demo
 from transformerfam.errors import ReadInterrupted, TransformerFamError
+from transformerfam.memory import set_prompt
 from transformerfam.models import GATED, find_device, load_model, name_in_rows, save_model
 from transformerfam.processes import INTERRUPTED, own_device, process_share
 from transformerfam.progress import tokens_bar, training_bar
@@ -58,6 +60,13 @@ app.add_typer(evaluate_app, name="evaluate", help="Measure a model; rows go to a
 app.add_typer(report_app, name="report", help="Tables and figures of result rows, and pictures of attention.")
 app.command("plan")(plan_command)
 app.command("compare")(compare_command)
+
+PROMPT_TEXT = (
+    ".\nHere is what has been read so far: who is there, what they said and did, where and when it happened, which "
+    "names and numbers were given, what was promised, what was asked and what is still open. Who reads on will need "
+    "to know all of this, and nothing of it stands anywhere else."
+)
+"""What the prompt of a gated memory begins as; see docs/update.md, "What it costs a model that was not trained"."""
 
 ModelOption = Annotated[str, typer.Option("--model", help="tiny, smollm2, or a folder.")]
 SystemOption = Annotated[
@@ -192,15 +201,26 @@ def evaluate_next_token_command(
 def convert_command(
     model: Annotated[str, typer.Argument(help="smollm2, or a folder that transformers loads.")],
     output: Annotated[Path, typer.Argument(help="Folder for the converted model.")],
+    preset: Annotated[
+        str,
+        typer.Option("--preset", help="gated (ours), paper (Algorithm 2), or gated_rows; --set changes fields of it."),
+    ] = "gated",
+    prompt_text: Annotated[
+        str | None, typer.Option("--prompt-text", help="Text whose first tokens the memory's prompt begins as.")
+    ] = None,
     overrides: SetOption = None,
 ) -> None:
     """Give a model a memory that nobody trained yet, and save it with its weights."""
-    converted, tokenizer = _load(model, "fam_untrained", parse_overrides(overrides))
-    save_model(converted, tokenizer, output)
+    changes = FamConfig.preset(preset, **parse_overrides(overrides)).to_dict()
+    converted, tokenizer = _load(model, "fam_untrained", changes)
     config = converted.fam_config
+    if config.fam_length and config.fam_init == "prompt" and (preset != "paper" or prompt_text is not None):
+        ids = tokenizer(PROMPT_TEXT if prompt_text is None else prompt_text)["input_ids"]
+        set_prompt(converted, (ids * -(-config.fam_length // max(1, len(ids))))[: config.fam_length])
+    save_model(converted, tokenizer, output)
     say(
-        f"{type(converted).__name__} in {output}: block_size {config.block_size}, fam_length {config.fam_length}, "
-        f"num_memory_segments {config.num_memory_segments}; train its memory with fam train"
+        f"{type(converted).__name__} in {output}: {preset}, block_size {config.block_size}, fam_length "
+        f"{config.fam_length}, num_memory_segments {config.num_memory_segments}; train its memory with fam train"
     )
 
 
