@@ -9,7 +9,7 @@ from pathlib import Path
 from benchmarks.harness import Row, row
 from transformerfam.models import load_model
 from transformerfam.progress import training_bar
-from transformerfam.tasks.controls import MEMORY_ZEROED
+from transformerfam.tasks.controls import ZEROED
 from transformerfam.tasks.passkey_evaluation import PasskeyEvaluation
 from transformerfam.training.checkpoint import CHECKPOINT_FILE
 from transformerfam.training.recipe_file import load_recipe
@@ -18,7 +18,7 @@ from transformerfam.training.trainer import Trainer
 RECIPES = tuple(Path("recipes") / f"smollm2_quick_{part}.toml" for part in (1, 2))
 FOLDER = Path("runs") / "time_to_memory"
 LENGTHS = (512, 1024)
-SYSTEMS = ("fam", MEMORY_ZEROED)
+SYSTEMS = ("fam", f"fam{ZEROED}")
 NUM_KEYS = 20
 
 

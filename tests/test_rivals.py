@@ -214,6 +214,24 @@ def test_memory_is_written_and_read(system: str) -> None:
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("system", RECURRENT)
+def test_memory_is_swapped_and_begun_anew_for_the_controls(system: str) -> None:
+    """Catches controls that leave the memory as it is, or change what stands in the segment at hand."""
+    model = with_rival(system)
+    state = model.read(random_ids(2, BLOCK_SIZE + 3))
+    if state.has_memory:
+        assert torch.equal(state.fork().swap_memory().fams, state.fams.roll(1, dims=1))
+        assert torch.equal(state.fork().initial_memory().fams, model.init_state(2).fams)
+    swapped = state.fork().swap_memory()
+    for own, there in zip(state.lanes, swapped.lanes, strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(own.keys, there.keys, strict=True))
+        for name, tensor in own.memory.items():
+            assert torch.equal(there.memory[name], tensor.flip(0))
+    with pytest.raises(TransformerFamError, match="there is one alone; read at least 2 side by side"):
+        state.select([0]).swap_memory()
+
+
+@torch.no_grad()
 @pytest.mark.parametrize("system", RIVAL_NAMES)
 def test_carried_bytes_grow_only_where_the_system_says_so(system: str) -> None:
     """Catches a state that keeps what it should let go."""

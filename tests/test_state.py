@@ -14,6 +14,7 @@ from tiny_llama import make_tiny_llama, random_ids, random_rows
 
 from transformerfam import FamConfig, FamState, convert, files
 from transformerfam import state as state_module
+from transformerfam.config import UPDATE_PRESETS
 from transformerfam.errors import CorruptFileError, StateMismatchError, TransformerFamError
 
 
@@ -66,6 +67,29 @@ def test_zero_memory_erases_what_the_fam_held() -> None:
             layer.put(layer.sections.block, torch.ones(1, 2, 3, 8), torch.ones(1, 2, 3, 8))
         logits.append(model(input_ids=tail[None, 3:], past_key_values=state).logits)
     assert torch.equal(logits[0], logits[1])
+
+
+@pytest.mark.parametrize("preset", ["paper", "gated", "gated_rows"])
+def test_swapped_and_initial_memory_read_on_as_such_readings_would(preset: str) -> None:
+    """Catches a control whose FAM and the keys made from it are of different texts, at a block's start and within."""
+    changes = UPDATE_PRESETS[preset] | {"num_memory_segments": 0, "fam_key_bias": 0.0}
+    model, tail = converted(**changes), random_ids(2, 7, seed=9)
+    for num_begun in (0, 3):
+        texts = torch.cat((random_ids(2, 16), tail[:, :num_begun]), dim=1)
+        state = model.read(texts)
+        swapped, other = state.fork().swap_memory(), model.init_state(2, fam=model.read(texts[[1, 0], :16]).fams)
+        initial = state.fork().initial_memory()
+        assert torch.equal(initial.fams, model.init_state(2).fams)
+        assert torch.equal(swapped.fams, state.fams.flip(1))
+        if num_begun == 0:
+            for there, required in ((swapped, other), (initial, model.init_state(2))):
+                pair = [model(input_ids=tail, past_key_values=state).logits for state in (there, required)]
+                torch.testing.assert_close(*pair, atol=1e-5, rtol=1e-5)
+        else:
+            model.read(tail[:, :num_begun], other)
+            for layer, required in zip(swapped.layers, other.layers, strict=True):
+                fam = slice(layer.sections.fam, layer.sections.block)
+                torch.testing.assert_close(layer.keys[..., fam, :], required.keys[..., fam, :], atol=1e-5, rtol=1e-5)
 
 
 def test_saved_fam_starts_a_reading_with_its_residual() -> None:

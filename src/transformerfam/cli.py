@@ -26,7 +26,7 @@ from transformerfam.reports.next_token import next_token_table
 from transformerfam.reports.passkey import passkey_table
 from transformerfam.reports.rows import RowFile, read_rows
 from transformerfam.state import FamState
-from transformerfam.tasks.controls import CONTROLS
+from transformerfam.tasks.controls import CONTROLS, control_of
 from transformerfam.tasks.next_token import evaluate_next_token
 from transformerfam.tasks.passkey import NUM_DIGITS, PAPER
 from transformerfam.tasks.passkey_evaluation import PasskeyEvaluation, finished_questions
@@ -74,7 +74,7 @@ SystemOption = Annotated[
     typer.Option(
         "--system",
         help="fam (the model's own memory, in rows fam_gated where it is gated), bswa, fam_untrained, "
-        f"{', '.join(CONTROLS)}; several with commas. By default the model's own memory.",
+        f"{', '.join(f'fam{ending}' for ending in CONTROLS)}; several with commas. By default the model's own memory.",
     ),
 ]
 DeviceOption = Annotated[str, typer.Option("--device", help="cpu, cuda, cuda:1 or another of torch.")]
@@ -176,7 +176,7 @@ def evaluate_next_token_command(
     shown = []
     with RowFile(output) if output is not None else contextlib.nullcontext() as rows:
         for loaded, systems in _systems_by_model(system).items():
-            if systems[0] in CONTROLS:
+            if control_of(systems[0]) is not None:
                 raise TransformerFamError(f"system {systems[0]!r} belongs to the passkey task; take fam or bswa")
             loaded_model, tokenizer = _load(model, loaded, parse_overrides(overrides), device)
             with tokens_bar(f"next token, {loaded}") as update:
@@ -350,10 +350,12 @@ def _load(
 
 
 def _systems_by_model(systems: str | None) -> dict[str, list[str]]:
-    """Group the names of systems by the model that serves them: controls ask the model's own memory."""
+    """Group the names of systems by the model that serves them: controls ask that of their system."""
     groups: dict[str, list[str]] = {}
     for name in dict.fromkeys(part.strip() for part in (systems or "fam").split(",")):
-        groups.setdefault("fam" if name in (*CONTROLS, GATED) else name, []).append(name)
+        control = control_of(name)
+        system = name if control is None else control[0]
+        groups.setdefault("fam" if system == GATED else system, []).append(name)
     return groups
 
 

@@ -11,13 +11,12 @@ from typing import Any, Literal
 from transformerfam.config import FamConfig
 from transformerfam.errors import RecipeError, TransformerFamError
 from transformerfam.rivals import PRESETS, RIVAL_NAMES, preset
-from transformerfam.tasks.controls import MEMORY_ZEROED
+from transformerfam.tasks.controls import control_of
 from transformerfam.training.recipe import Recipe
 from transformerfam.training.recipe_file import apply_override, build_dataclass, build_recipe, set_value
 
 UNTRAINED = "fam_untrained"
-CONTROLS = (MEMORY_ZEROED, UNTRAINED)
-SYSTEMS = (*PRESETS, *RIVAL_NAMES, *CONTROLS)
+SYSTEMS = (*PRESETS, *RIVAL_NAMES, UNTRAINED)
 BUDGET = ("steps", "batch_size", "accumulate", "max_seconds", "curriculum", "repeat_updates", "stored_blocks")
 """Keys of the section `schedule` that say how much a system is trained; so does all of the section `data`."""
 
@@ -62,7 +61,7 @@ class Comparison:
     """Plain values of the recipe that all systems are trained by; its section `fam` is that of FAM."""
 
     systems: tuple[str, ...]
-    """Of `PRESETS`, of the rivals, of the controls `fam_memory_zeroed` and `fam_untrained`, and of `variants`."""
+    """Of `PRESETS`, of the rivals, `fam_untrained`, and of `variants`; and of controls, as `fam_memory_swapped`."""
 
     filler_tokens: tuple[int, ...]
     """Lengths at which every run is asked."""
@@ -118,7 +117,7 @@ class Comparison:
     """Let `changes` change what a system is trained on, and how long."""
 
     def __post_init__(self) -> None:
-        for name in (*self.systems, *self.max_filler_tokens, *self.changes):
+        for name in (*self.trained, *self.max_filler_tokens, *self.changes):
             self.system_of(name)
         for names in (self.max_filler_tokens, self.changes):
             for name in names:
@@ -128,10 +127,12 @@ class Comparison:
             raise RecipeError("systems, seeds or filler_tokens is empty, at least one of each is required")
         if not self.tellings or min(self.tellings)[0] < 0:
             raise RecipeError("prefix_tokens and overwritten_tokens are empty or negative, required is one from 0 on")
-        if MEMORY_ZEROED in self.systems and (self.task != "passkey" or "fam" not in self.systems):
-            raise RecipeError(
-                f"{MEMORY_ZEROED} is asked for passkeys of the memory that fam trained; add fam to systems"
-            )
+        for name in self.systems:
+            control = control_of(name)
+            if control is not None and (self.task != "passkey" or control[0] not in self.systems):
+                raise RecipeError(
+                    f"{name} is asked for passkeys of the memory that {control[0]} trained; add {control[0]} to systems"
+                )
         if self.allow_different_budgets:
             return
         for system, changes in self.changes.items():
@@ -144,9 +145,13 @@ class Comparison:
 
     @property
     def runs(self) -> list[RunName]:
-        """All trainings; a control that needs none of its own goes with the run of FAM."""
-        systems = [system for system in self.systems if system != MEMORY_ZEROED]
-        return [RunName(system, seed) for seed in self.seeds for system in systems]
+        """All trainings; a control goes with the run of its system."""
+        return [RunName(system, seed) for seed in self.seeds for system in self.trained]
+
+    @property
+    def trained(self) -> list[str]:
+        """The systems that are trained, which controls are not."""
+        return [system for system in self.systems if control_of(system) is None]
 
     def system_of(self, name: str) -> str:
         """Return the system that a name stands for: itself, or that of a variant.
@@ -174,8 +179,8 @@ class Comparison:
 
     def rows_of(self, run: RunName) -> list[str]:
         """Return the systems that a run's rows are of."""
-        zeroed = run.system == "fam" and MEMORY_ZEROED in self.systems
-        return [run.system, MEMORY_ZEROED] if zeroed else [run.system]
+        controls = [name for name in self.systems if (control_of(name) or ("",))[0] == run.system]
+        return [run.system, *controls]
 
     def lengths_of(self, system: str) -> list[int]:
         """Return the lengths at which a system is asked."""

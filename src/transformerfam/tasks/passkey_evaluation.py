@@ -17,7 +17,7 @@ from torch import Tensor
 from transformerfam.errors import TransformerFamError
 from transformerfam.reading_state import ReadingState
 from transformerfam.state import FamState
-from transformerfam.tasks.controls import CONTROLS, MEMORY_SWAPPED
+from transformerfam.tasks.controls import SWAPPED, control_of
 from transformerfam.tasks.passkey import NUM_DIGITS, PAPER, FillerStream, PasskeyText, draw_keys, load_shuffled
 from transformerfam.tasks.placed_text import PlacedText
 from transformerfam.tasks.provenance import provenance
@@ -47,7 +47,7 @@ class PasskeyEvaluation:
     """Seed of keys, jitter and places in a book."""
 
     systems: Sequence[str] = ("fam",)
-    """Names for the rows; those in `CONTROLS` change the memory in front of the question, on another fork."""
+    """Names for the rows; those of controls change the memory in front of the question, on another fork."""
 
     filler: str | Path | FillerStream = "sentences"
     """"sentences" (the paper's), the name of a held-out novel, a UTF-8 text file, or a stream of tokens. A text that is
@@ -110,9 +110,9 @@ class PasskeyEvaluation:
             raise TransformerFamError(f"prefix_tokens is {self.prefix_tokens!r}, required is at least 0, or 'uniform'")
         if self.num_mentions < 1:
             raise TransformerFamError(f"num_mentions is {self.num_mentions}, required is at least 1: a key is told")
-        if MEMORY_SWAPPED in self.systems and min(self.batch_size, self.num_keys) < 2:
+        if self._swaps and min(self.batch_size, self.num_keys) < 2:
             raise TransformerFamError(
-                f"{MEMORY_SWAPPED} gives each text the memory of another, and texts are read "
+                f"..{SWAPPED} gives each text the memory of another, and texts are read "
                 f"{min(self.batch_size, self.num_keys)} at a time; required are at least 2 keys and a batch_size of 2"
             )
         if not self.systems:
@@ -140,7 +140,7 @@ class PasskeyEvaluation:
         readings = [[length] for length in lengths] if self.prefix_tokens == "uniform" else [lengths]
         missing = [key for key in own if any(self._systems_missing(key, n) for n in self.filler_lengths)]
         batches = [missing[start : start + self.batch_size] for start in range(0, len(missing), self.batch_size)]
-        if len(batches) > 1 and len(batches[-1]) == 1 and MEMORY_SWAPPED in self.systems:
+        if len(batches) > 1 and len(batches[-1]) == 1 and self._swaps:
             batches[-2:] = [batches[-2][:-1], batches[-2][-1:] + batches[-1]]  # nobody is read alone
         total = len(missing) * sum(group[-1] for group in readings)
         done = 0
@@ -149,6 +149,10 @@ class PasskeyEvaluation:
                 reading = _Reading(self, model, text, batch, [keys.index(key) for key in batch], group, (done, total))
                 yield from reading.rows()
                 done += len(batch) * group[-1]
+
+    @property
+    def _swaps(self) -> bool:
+        return any(name.endswith(SWAPPED) for name in self.systems)
 
     def jitters(self, num_filler_tokens: int, block_size: int) -> list[int]:
         """Return each key's additional filler at one length: spread evenly over a block, in random order."""
@@ -364,8 +368,8 @@ class _Reading:
                 continue
             fork = ready.fork()
             num_blocks = [num_tokens // block_size for num_tokens in fork.row_lengths]
-            if system in CONTROLS:
-                fork = CONTROLS[system](fork)
+            if (control := control_of(system)) is not None:
+                fork = control[1](fork)
             answers = self._answers(fork)
             for row_idx, (answer, is_correct) in enumerate(answers):
                 if system in missing[row_idx]:
