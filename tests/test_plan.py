@@ -14,6 +14,7 @@ from typer.testing import CliRunner
 
 from transformerfam import FamConfig, convert
 from transformerfam.cli import app
+from transformerfam.config import UPDATE_PRESETS
 from transformerfam.convert import fam_parameters
 from transformerfam.costs import ModelShape, block_flops
 from transformerfam.errors import TransformerFamError, UnsupportedModelError
@@ -54,6 +55,17 @@ def test_recipe_of_a_paper_size_is_valid_and_has_its_settings(size: str) -> None
     assert recipe.lora is not None
     assert (recipe.instructions.length, recipe.lora.rank, recipe.schedule.batch_size) == (8500, 64, 128)
     assert recipe.optimizer.lr == (1e-4 if size == "1b" else 3e-3)
+
+
+@pytest.mark.parametrize("preset", UPDATE_PRESETS)
+def test_every_update_is_planned_and_counted(preset: str) -> None:
+    config = make_tiny("llama").config
+    fam = FamConfig.preset(preset, block_size=16, fam_length=4, num_memory_segments=2)
+    plan = make_plan("x", fam, context_tokens=64, config=config, training="lora")
+    model: Any = convert(make_tiny("llama"), fam).to(torch.bfloat16)
+    assert plan.bytes_state == model.init_state().num_bytes
+    counted = block_flops(ModelShape.of(config), fam, caches_queries=True) / 16
+    assert plan.flops_per_token_reading == pytest.approx(counted, rel=1e-9)
 
 
 def test_operations_are_the_counted_ones() -> None:

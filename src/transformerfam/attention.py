@@ -10,6 +10,7 @@ Source: sections 2.1, 2.2 and B.2.1, Algorithms 1 and 2 of arXiv 2404.09173.
 import dataclasses
 
 import torch
+from torch._subclasses.fake_tensor import FakeTensor
 
 from transformerfam.cache_layer import FamLayer, joined_slots
 from transformerfam.errors import TransformerFamError
@@ -368,7 +369,9 @@ class Piece(PassingStep):
         shares = [layer.share for layer in self.state.layers if layer.share is not None]
         for layer in self.state.layers:
             layer.share = None
-        if shares and not bool(torch.stack([share.detach() for share in shares]).isfinite().all()):
+        if not shares or isinstance(shares[0], FakeTensor):  # of a plan, which has no values
+            return
+        if not bool(torch.stack([share.detach() for share in shares]).isfinite().all()):
             raise TransformerFamError(
                 "the attention of a FAM row is not a number, so the memory is not updated; look for values out of "
                 f"range in the weights or the input, or read in another type than {shares[0].dtype}"
