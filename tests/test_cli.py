@@ -276,7 +276,7 @@ def test_convert_takes_a_preset_and_its_prompt_begins_as_a_text(folder, tmp_path
     shape = ("--set", "fam_length=9", "--set", "block_size=12")
     run("convert", folder, tmp_path / "new", *shape, "--prompt-text", text)
     model, tokenizer = load_model(tmp_path / "new")
-    assert model.fam_config == FamConfig.preset("gated", fam_length=9, block_size=12)
+    assert model.fam_config == FamConfig.preset("gated", fam_length=9, block_size=12, num_sink_tokens=4)
     ids = (tokenizer(text)["input_ids"] * 3)[:9]
     assert len(set(ids)) < 9  # the text is taken again where it ends
     expected = model.get_input_embeddings().weight[ids]

@@ -25,6 +25,7 @@ from transformerfam.progress import tokens_bar, training_bar
 from transformerfam.reports.next_token import next_token_table
 from transformerfam.reports.passkey import passkey_table
 from transformerfam.reports.rows import RowFile, read_rows
+from transformerfam.rivals.presets import NUM_SINK_TOKENS
 from transformerfam.state import FamState
 from transformerfam.tasks.controls import CONTROLS, control_of
 from transformerfam.tasks.next_token import evaluate_next_token
@@ -210,8 +211,9 @@ def convert_command(
     ] = None,
     overrides: SetOption = None,
 ) -> None:
-    """Give a model a memory that nobody trained yet, and save it with its weights."""
-    changes = FamConfig.preset(preset, **parse_overrides(overrides)).to_dict()
+    """Give a model a memory that nobody trained yet, and save it with its weights; gated with 4 sink tokens."""
+    sinks = {"num_sink_tokens": NUM_SINK_TOKENS} if preset == "gated" else {}
+    changes = FamConfig.preset(preset, **sinks | parse_overrides(overrides)).to_dict()
     converted, tokenizer = _load(model, "fam_untrained", changes)
     config = converted.fam_config
     if config.fam_length and config.fam_init == "prompt" and (preset != "paper" or prompt_text is not None):
@@ -220,7 +222,8 @@ def convert_command(
     save_model(converted, tokenizer, output)
     say(
         f"{type(converted).__name__} in {output}: {preset}, block_size {config.block_size}, fam_length "
-        f"{config.fam_length}, num_memory_segments {config.num_memory_segments}; train its memory with fam train"
+        f"{config.fam_length}, num_memory_segments {config.num_memory_segments}, num_sink_tokens "
+        f"{config.num_sink_tokens}; train its memory with fam train"
     )
 
 
