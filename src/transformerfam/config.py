@@ -110,8 +110,8 @@ class FamConfig:
     is then keys and values, and those that the layer makes of the rows from below are their new value."""
 
     fam_share: Literal["row", "head"] = "row"
-    """What moves by a share of its own: a row, by the mean over heads; or, with `fam_feeds="slots"`, every key/value
-    head of a slot, by the mean over the query heads that share it."""
+    """What has its own share: a row, the mean over heads; or, with `fam_feeds="slots"`, every key/value
+    head of a slot, the mean over the query heads that share it."""
 
     fam_copy: InitVar[bool | None] = None
     """Former name of two choices: False is `fam_query="initial", fam_residual="none"`, the static summary of C.3

@@ -93,7 +93,7 @@ class FillerStream:
 
 
 class ShuffledStream(FillerStream):
-    """A filler whose paragraphs stand in another order each time that it repeats, so that no text is read twice."""
+    """A filler that repeats with its paragraphs in another order, so that no text is read twice."""
 
     def __init__(self, ids: Sequence[int] | Tensor, name: str, ends: Sequence[int]) -> None:
         """Keep the filler and its paragraphs.
@@ -188,7 +188,7 @@ class PasskeyText:
         return lead_ids + [by_digit[int(digit)] for digit in str(key)]
 
     def key_ids(self, key: int) -> list[int]:
-        """Return the tokens with which a key stands in the answer, those of " <key>" behind a space."""
+        """Return the tokens of a key in the answer: those of " <key>" after a space."""
         return self._number_ids(key, self._answer_lead)
 
     def _intro(self, key: int) -> tuple[list[int], list[int]]:

@@ -74,7 +74,7 @@ class PasskeyEvaluation:
     """How keys are told and asked for."""
 
     checkpoint: str | Path | None = None
-    """Beginning of the name of a file to which the reading is saved now and again, so that a killed run goes on; it is
+    """Beginning of the name of a file to which the reading is saved now and again, so that a killed run resumes; it is
     deleted once the reading is done. None saves nothing."""
 
     checkpoint_seconds: float = 300.0
@@ -179,7 +179,7 @@ class PasskeyEvaluation:
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + num_filler_tokens)
         order = torch.randperm(self.num_keys, generator=generator).tolist()
         within = torch.rand(self.num_keys, generator=generator).tolist()
-        share = (order[key_idx] + within[key_idx]) / self.num_keys  # each key in a stratum of its own
+        share = (order[key_idx] + within[key_idx]) / self.num_keys  # each key in its own stratum
         free = num_filler_tokens - window
         return [int((i + share) * free / self.num_mentions) for i in range(self.num_mentions)]
 
@@ -338,7 +338,7 @@ class _Reading:
     def _filler_starts(self) -> Tensor:
         """Return (B,) where each text's filler begins: the paper's at its first word, a book at a place per key.
 
-        A number of prefix tokens stands in front of that place.
+        Prefix tokens come in front of that place.
         """
         before = 0 if self.options.prefix_tokens == "uniform" else self.options.prefix_tokens
         if self.text.filler.name == "sentences":

@@ -17,7 +17,7 @@ class Wording:
     """Sentences that tell a key and ask for it.
 
     Raises:
-        TransformerFamError: `{key}` is missing where it has to stand, or stands in the question.
+        TransformerFamError: `{key}` is missing where it has to be, or is in the question.
     """
 
     intro: str
@@ -25,7 +25,7 @@ class Wording:
     question: str
     """What asks for it."""
     answer: str
-    """What a reader says, with `{key}` once; what stands in front of it is given with the question."""
+    """What a reader says, with `{key}` once; what precedes it is given with the question."""
     name: str = "wording"
     """What rows call it."""
 
@@ -40,7 +40,7 @@ class Wording:
 
     @property
     def asked(self) -> str:
-        """The question and what stands in front of the key in the answer, without a space at the end."""
+        """The question and what precedes the key in the answer, without a space at the end."""
         return (self.question + self.answer.split(KEY)[0]).rstrip(" ")
 
     def told(self, key: int | str) -> str:
