@@ -49,13 +49,15 @@ def test_recording_changes_nothing_and_shares_sum_to_one() -> None:
     assert weights[:, 3:, -1][:, :-1].max() == 0  # and no token sees a later one
 
 
-@pytest.mark.parametrize("query", ["previous", "initial"])
-def test_recorded_share_is_that_by_which_rows_moved(query: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("preset", "changes"), [("gated", {}), ("gated_rows", {}), ("gated_rows", {"fam_query": "previous"})]
+)
+def test_recorded_share_is_that_by_which_rows_moved(
+    preset: str, changes: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Catches a share of other rows or keys, and a recording by dense weights that moves the FAM otherwise."""
-    model: Any = convert(
-        make_tiny_llama(3),
-        FamConfig.preset("gated_rows", block_size=8, fam_length=3, fam_query=query, num_sink_tokens=2),
-    )
+    shape = {"block_size": 8, "fam_length": 3, "num_sink_tokens": 2}
+    model: Any = convert(make_tiny_llama(3), FamConfig.preset(preset, **shape | changes))
     ids, shares = random_ids(1, 40), []
     records = list(record_attention(model, ids))
     note_weights = Piece.note_weights
@@ -63,7 +65,8 @@ def test_recorded_share_is_that_by_which_rows_moved(query: Any, monkeypatch: pyt
     def note(piece: Piece, layer: Any, weights: Any) -> None:
         note_weights(piece, layer, weights)
         if layer.share is not None:
-            shares.append(layer.share[0].tolist())
+            share_F = layer.share[0] if layer.share.dim() == 2 else layer.share[0].mean(-1)  # over key/value heads
+            shares.append(share_F.tolist())
 
     monkeypatch.setattr(Piece, "note_weights", note)
     state = model.read(ids)
