@@ -1,6 +1,6 @@
 """What does the memory cost over BSWA? Time of FAM over time of BSWA, beside the ratio of counted operations.
 
-FAM is the paper's, and the gated one.
+Every preset of the update is measured: `fam_update` of a row is its name.
 """
 
 from collections.abc import Iterator
@@ -18,7 +18,7 @@ BLOCK_SIZE, FAM_LENGTH = 1024, 64
 
 @torch.no_grad()
 def run(model: str = "smollm2", repeats: int = 15, quick: bool = False) -> Iterator[Row]:
-    """Time one block behind full memory segments, both updates and BSWA in turn, for m = 0 and 3."""
+    """Time one block after full memory segments, every update and BSWA in turn, for m = 0 and 3."""
     block_size, fam_length = (64, 4) if quick else (BLOCK_SIZE, FAM_LENGTH)
     for num_segments in (0, 3):
         lengths = {"block_size": block_size, "num_memory_segments": num_segments}

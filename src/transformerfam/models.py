@@ -60,11 +60,11 @@ def name_in_rows(system: str, model: PreTrainedModel) -> str:
     """Return what rows call a system: `fam` is `fam_gated` where the model's update is gated.
 
     Raises:
-        TransformerFamError: `fam_gated` is asked for, and the update is the paper's.
+        TransformerFamError: the system is `fam_gated` and the update is the paper's.
     """
     is_gated = model.fam_config.fam_update == "gated"
     if system == GATED and not is_gated:
-        raise TransformerFamError("system 'fam_gated' is asked for, and the model's memory is not gated; take fam")
+        raise TransformerFamError("the system is 'fam_gated', but the model's memory is not gated; take fam")
     return GATED if system == "fam" and is_gated else system
 
 

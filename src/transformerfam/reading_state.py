@@ -105,7 +105,7 @@ class ReadingState(Cache, abc.ABC):
 
     @abc.abstractmethod
     def swap_memory(self) -> Self:
-        """Give every sequence what the one before it remembers: the control `..._memory_swapped`.
+        """Give every sequence the memory of the previous one: the control `..._memory_swapped`.
 
         Raises:
             TransformerFamError: there is one sequence alone.

@@ -175,7 +175,7 @@ class RivalState(ReadingState):
         return self
 
     def swap_memory(self) -> "RivalState":
-        """Give every sequence the memory of the one before it that stands at the same place.
+        """Give every sequence the memory of the previous one at the same place.
 
         Raises:
             TransformerFamError: one stands alone.

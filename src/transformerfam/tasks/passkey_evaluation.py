@@ -57,7 +57,7 @@ class PasskeyEvaluation:
     """Add up to a block of filler to each question, so that questions stand at every place in a block."""
 
     prefix_tokens: int | Literal["uniform"] = 0
-    """Tokens of filler in front of the last telling of the key; the paper has none. "uniform": keys stand at any place
+    """Tokens of filler before the key is last given; 0 in the paper. "uniform": keys are at any place
     of the text, spread evenly over it, and at least the window's tokens before the question; `filler_lengths` are then
     those of whole texts, of which each is read."""
 

@@ -41,17 +41,7 @@ class WordedRows:
         self.bank = WordingBank.load()
 
     def rows(self, step: int, num_filler: int, stage: Stage, carried: Sequence[Held | None]) -> tuple[list[Row], int]:
-        """Write the rows of a step.
-
-        Args:
-            step: number of the step.
-            num_filler: tokens of filler behind the last key that is told, in the row with the longest sentences.
-            stage: of the curriculum.
-            carried: what the passed state of each row holds.
-
-        Returns:
-            The rows, and where the earliest question begins.
-        """
+        """Write the rows of a step; arguments and result are those of `NamedRows.rows`."""
         draw = random.Random(f"{self.seed}/{step}/worded")
         later, drawn = random.Random(f"{self.seed}/{step}/later"), []
         for held in carried:
