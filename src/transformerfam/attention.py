@@ -216,34 +216,40 @@ class Piece(PassingStep):
         """
         sections = layer.sections
         key, value = key_BGTK[:, :, self.num_rows :], value_BGTK[:, :, self.num_rows :]
-        if self.config.has_slots and layer.fam is not None:
-            self._attend_by_slots(layer, key_BGTK, value_BGTK)
-        elif self.num_rows and layer.fam is not None:
-            rows = slice(self.num_rows - self.config.fam_length, self.num_rows)
-            fam_key, fam_value = key_BGTK[:, :, rows], value_BGTK[:, :, rows]
-            if self.num_rows == self.config.fam_length:  # the rows stand where the update will stand
-                fam_key, fam_value = layer.turner.turn(fam_key, fam_value, -self.query_shift)
-            self._put_fam_and_tokens(layer, fam_key, fam_value, key, value)
-        else:
+        fam = self._fam_keys(layer, key_BGTK, value_BGTK)
+        if fam is None:
             self._put_tokens(layer, key, value)
+        else:
+            self._put_fam_and_tokens(layer, *fam, key, value)
         seen = self.phase.window_of_slots(self.config, layer.plan, sections)
         # Under autocast queries have another type than what is kept.
         return layer.keys[:, :, seen].to(key_BGTK.dtype), layer.values[:, :, seen].to(value_BGTK.dtype)
 
-    def _attend_by_slots(self, layer: FamLayer, key_BGTK: torch.Tensor, value_BGTK: torch.Tensor) -> None:
-        """Write the slots, where a block begins, and the tokens; note what the rows would make of the slots."""
-        key, value = key_BGTK[:, :, self.num_rows :], value_BGTK[:, :, self.num_rows :]
+    def _fam_keys(
+        self, layer: FamLayer, key_BGTK: torch.Tensor, value_BGTK: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """Return the FAM's keys and values to write, None where none are; note what rows would make of slots."""
+        config = self.config
+        if layer.fam is None:
+            return None
+        if not config.has_slots:
+            if not self.num_rows:
+                return None
+            rows = slice(self.num_rows - config.fam_length, self.num_rows)
+            fam_key, fam_value = key_BGTK[:, :, rows], value_BGTK[:, :, rows]
+            if self.num_rows > config.fam_length:
+                return fam_key, fam_value
+            # The rows stand where the update will stand.
+            return layer.turner.turn(fam_key, fam_value, -self.query_shift)
         if self.updates:
-            rows = slice(0, self.config.fam_length)
-            distance = -self.query_shift - first_position(self.config)
-            assert layer.fam is not None
+            rows = slice(0, config.fam_length)
+            distance = -self.query_shift - first_position(config)
             made_key, made_value = (part[:, :, rows].to(layer.fam.dtype) for part in (key_BGTK, value_BGTK))
             layer.value_from_below = joined_slots(*layer.turner.turn(made_key, made_value, distance))
-        if self.writes_slots:
-            fam_key, fam_value = layer.turner.turn(*layer.slots(), first_position(self.config))
-            self._put_fam_and_tokens(layer, fam_key.to(key.dtype), fam_value.to(value.dtype), key, value)
-        else:
-            self._put_tokens(layer, key, value)
+        if not self.writes_slots:
+            return None
+        fam_key, fam_value = layer.turner.turn(*layer.slots(), first_position(config))
+        return fam_key.to(key_BGTK.dtype), fam_value.to(value_BGTK.dtype)
 
     def _put_fam_and_tokens(
         self,
