@@ -230,6 +230,12 @@ def test_memory_of_another_base_is_refused(tmp_path):
         Trainer(small_recipe(model=model), tmp_path / "second")
 
 
+def test_folder_without_a_memory_is_refused(tmp_path):
+    """A path that was mistyped, called a memory of another base model."""
+    with pytest.raises(RecipeError, match=r"there is no memory in '.*nowhere'"):
+        Trainer(small_recipe(model={"memory": str(tmp_path / "nowhere")}), tmp_path / "second")
+
+
 def test_memory_notes_what_it_was_started_from(tmp_path):
     """A trained memory that hides the longer filler of an earlier run, or that run itself."""
     first = {"steps": 1, "curriculum": [{"filler_tokens": [10, 60]}]}

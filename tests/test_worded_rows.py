@@ -1,5 +1,6 @@
 """Keys told in many wordings, anywhere and more than once."""
 
+import itertools
 import random
 import re
 
@@ -98,6 +99,39 @@ def test_every_answer_is_the_key_that_its_text_told_last(books):
     assert min(num_several, num_mentioned) > 30
 
 
+@pytest.mark.parametrize("kind", ["scenes", "passages"])
+def test_keys_in_words_of_their_own_are_told_and_asked_for(tmp_path, kind):
+    """Would catch a key that is asked for and was not told, words of another key, and an outdated one that counts."""
+    words = ("".join(letters) for letters in itertools.product("abcdefghijkl", repeat=4))
+    (tmp_path / "one.txt").write_text(" ".join(words), encoding="utf-8")
+    sequences, bank = builder(str(tmp_path), data={kind: 1.0}), WordingBank.load()
+    questions = {tuple(scene[1:]) for scene in bank.scenes}
+    for step in range(6):
+        batch = sequences.batch(step, 0)
+        for row in range(6):
+            told = TOKENIZER.decode(batch.input_ids_BT[row, : batch.num_told_B[row]])
+            asked = TOKENIZER.decode(batch.input_ids_BT[row, batch.num_told_B[row] :])
+            for answer in answers(batch, row):
+                before, words = asked.split(answer)[0], asked.split(answer)[0].split()
+                if kind == "scenes":
+                    (scene,) = {pair for pair in questions if before.endswith("".join(pair).split(f" {KEY}")[0])}
+                    intro = next(intro for intro, *pair in bank.scenes if tuple(pair) == scene)
+                    keys = re.findall(re.escape(intro).replace(re.escape(KEY), r"(\d+)"), told)
+                else:  # the last three words in front of the question are those in front of the key that was told
+                    keys = re.findall(re.escape(" ".join(words[-3:])) + r"[ :(=]+(\d+)", told)
+                assert f" {keys[-1]}" == answer
+
+
+def test_scenes_are_told_apart_by_their_words():
+    """Would catch two scenes with one question, and one in the words of a wording that is held out."""
+    held_out = {"boarding", "traveller", "mare", "groom", "steward", "slate", "strongbox", "astronomers", "designation"}
+    scenes = WordingBank.load().scenes
+    assert len({tuple(pair) for _, *pair in scenes}) == len(scenes) == len({intro for intro, *_ in scenes})
+    for intro, question, answer in scenes:
+        assert intro.count(KEY) == answer.count(KEY) == 1 > question.count(KEY)
+        assert not set(re.findall(r"\w+", f"{intro} {question} {answer}".lower())) & held_out
+
+
 def test_rows_have_one_length_and_places_all_over_the_text(books):
     """Would catch keys that stand at one place of a block alone."""
     sequences, places = builder(books, data={"named_keys": [1, 1], "retold_keys": [0, 0], "mentions": [1, 1]}), []
@@ -139,7 +173,7 @@ def test_bank_tells_and_asks_by_the_name():
         assert "{name}" in question + answer
     assert all("{number}" in sentence for sentence in bank.distractors)
     for _ in range(200):
-        names = bank.draw_names(draw, 8)
+        names = [name.name for name in bank.draw_names(draw, 8)]
         assert len(set(names)) == 8
         assert not any(a != b and b.startswith(a) for a in names for b in names)
 
@@ -151,6 +185,9 @@ def test_bank_tells_and_asks_by_the_name():
         ({"mentions": [1, 2]}, "data.mentions is given and data.worded is false"),
         (WORDED | {"mentions": [0, 2]}, r"data.mentions is \[0, 2\]"),
         (WORDED | {"other_numbers": 1.5}, "data.other_numbers is 1.5, required is 0 to 1"),
+        (WORDED | {"scenes": 0.6, "passages": 0.5}, "data.scenes is 0.6 and data.passages 0.5, required are shares"),
+        (WORDED | {"passages": -0.1}, "data.scenes is 0.0 and data.passages -0.1, required are shares"),
+        ({"scenes": 0.5}, "data.scenes is given and data.worded is false"),
     ],
 )
 def test_recipes_that_contradict_themselves_are_refused(data, message):

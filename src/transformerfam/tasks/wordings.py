@@ -6,6 +6,7 @@ import random
 import tomllib
 from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar, Protocol
 
 from transformerfam.errors import TransformerFamError
 
@@ -69,6 +70,78 @@ class Wording:
         return cls(**values, name=Path(path).stem)
 
 
+class Topic(Protocol):
+    """What a key is told and asked for by."""
+
+    @property
+    def name(self) -> str:
+        """What tells the topics of a sequence apart."""
+
+    def wording(self, draw: random.Random, is_change: bool = False) -> Wording:
+        """Return a wording.
+
+        Args:
+            draw: source of chance.
+            is_change: whether the key replaces another one.
+        """
+
+
+@dataclass(frozen=True)
+class Name:
+    """A name, for which every sentence of the bank has a place."""
+
+    bank: "WordingBank"
+    name: str
+
+    def wording(self, draw: random.Random, is_change: bool = False) -> Wording:
+        """Return any of the bank's tellings and questions."""
+        intro = draw.choice(self.bank.changes if is_change else self.bank.intros)
+        question, answer = draw.choice(self.bank.questions)
+        intro, question, answer = (text.replace("{name}", self.name) for text in (intro, question, answer))
+        return Wording(intro, question, answer, self.name)
+
+
+@dataclass(frozen=True)
+class Scene:
+    """A key in words that no other key has."""
+
+    bank: "WordingBank"
+    scene: list[str]
+
+    @property
+    def name(self) -> str:
+        """What tells it."""
+        return self.scene[0]
+
+    def wording(self, draw: random.Random, is_change: bool = False) -> Wording:
+        """Return the scene's one wording; a change says that it is one."""
+        intro, question, answer = self.scene
+        return Wording((draw.choice(self.bank.scene_changes) if is_change else "") + intro, question, answer, "scene")
+
+
+@dataclass(frozen=True)
+class Passage:
+    """Words of a book with a key behind them, which their last words ask for."""
+
+    bank: "WordingBank"
+    name: str
+    MIN_WORDS: ClassVar = 3
+    """Fewest words that ask for it."""
+
+    def wording(self, draw: random.Random, is_change: bool = False) -> Wording:
+        """Return a wording that tells the key behind all words, and asks behind some of them."""
+        words = self.name.split(" ")
+        asked = " ".join(words[draw.randint(0, len(words) - self.MIN_WORDS) :])
+        change = draw.choice(self.bank.scene_changes) if is_change else ""
+        question, answer = draw.choice(self.bank.passage_questions)
+        return Wording(
+            change + draw.choice(self.bank.passage_intros).replace("{passage}", self.name),
+            question,
+            answer.replace("{passage}", asked),
+            "passage",
+        )
+
+
 @dataclass(frozen=True)
 class WordingBank:
     """Names of keys, and sentences with `{name}` and `{key}` that tell and ask for them: the material of a training."""
@@ -82,6 +155,14 @@ class WordingBank:
     """Pairs of a question and an answer."""
     distractors: list[str]
     """Sentences with a `{number}` that nobody asks for."""
+    scenes: list[list[str]]
+    """Triples of what tells a key, a question and an answer, each in words that no other has."""
+    scene_changes: list[str]
+    """What stands in front of a key that replaces one of a scene or a passage."""
+    passage_intros: list[str]
+    """What tells a key behind a `{passage}`."""
+    passage_questions: list[list[str]]
+    """Pairs of a question and an answer with a `{passage}`."""
 
     @staticmethod
     @functools.cache
@@ -90,7 +171,7 @@ class WordingBank:
         resource = importlib.resources.files("transformerfam") / "data" / "key_wordings.toml"
         return WordingBank(**tomllib.loads(resource.read_text(encoding="utf-8")))
 
-    def draw_names(self, draw: random.Random, count: int) -> list[str]:
+    def draw_names(self, draw: random.Random, count: int) -> list[Name]:
         """Return different names: a third without an owner, as far as one noun is not used twice alone."""
         names: list[str] = []
         while len(names) < count:
@@ -98,20 +179,11 @@ class WordingBank:
             name = noun if draw.random() < 1 / 3 else f"{noun} {draw.choice(self.owners)}"
             if not any(name.startswith(other) or other.startswith(name) for other in names):
                 names.append(name)
-        return names
+        return [Name(self, name) for name in names]
 
-    def draw_wording(self, draw: random.Random, name: str, is_change: bool = False) -> Wording:
-        """Return a wording for a name.
-
-        Args:
-            draw: source of chance.
-            name: what the key is called.
-            is_change: whether the key replaces another one.
-        """
-        intro = draw.choice(self.changes if is_change else self.intros)
-        question, answer = draw.choice(self.questions)
-        intro, question, answer = (text.replace("{name}", name) for text in (intro, question, answer))
-        return Wording(intro, question, answer, name)
+    def draw_scenes(self, draw: random.Random, count: int) -> list[Scene]:
+        """Return different scenes."""
+        return [Scene(self, scene) for scene in draw.sample(self.scenes, count)]
 
     def draw_distractor(self, draw: random.Random) -> str:
         """Return a sentence with another number."""

@@ -190,7 +190,7 @@ class Recipe:
     def _require_worded(self) -> None:
         """Refuse worded keys without keys, beside what they do not have, and what only they have without them."""
         data = self.data
-        for name in ("mentions", "other_numbers"):
+        for name in ("mentions", "other_numbers", "scenes", "passages"):
             default = getattr(DataSection, name)
             _require(
                 data.worded or getattr(data, name) == default,
@@ -199,6 +199,11 @@ class Recipe:
         low, high = data.mentions
         _require(1 <= low <= high, f"data.mentions is [{low}, {high}], required is 1 <= low <= high")
         _require(0 <= data.other_numbers <= 1, f"data.other_numbers is {data.other_numbers}, required is 0 to 1")
+        _require(
+            min(data.scenes, data.passages) >= 0 and data.scenes + data.passages <= 1,
+            f"data.scenes is {data.scenes} and data.passages {data.passages}, required are shares of 0 or more with a "
+            "sum of at most 1",
+        )
         _require(
             not data.worded
             or (

@@ -223,6 +223,10 @@ class DataSection:
     worded: bool = False
     """Tell the named keys, and ask for them, in the many wordings and names of `data/key_wordings.toml`, in text of
     `books` where there are any. `book` is then the share of sequences of text alone."""
+    scenes: float = 0.0
+    """Share of the worded keys that are told in a sentence of their own words, and not by a name."""
+    passages: float = 0.0
+    """Share of the worded keys that stand behind words of the text they are hidden in; the last ones ask for them."""
     mentions: tuple[int, int] = (1, 1)
     """Least and most times that each worded key is told; every key draws one number."""
     other_numbers: float = 0.0

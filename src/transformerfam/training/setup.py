@@ -104,6 +104,10 @@ def _load_memory(memory: str, config: FamConfig) -> tuple[PreTrainedModel, PreTr
 
 def _require_same_base(memory: str, base: str) -> None:
     there = memory_notes(memory).get(BASE_NOTE)
+    if there is None:
+        raise RecipeError(
+            f"there is no memory in {memory!r} that names its base model; set model.memory to what fam train wrote"
+        )
     if there != base:
         raise RecipeError(
             f"the memory in {memory} belongs to base {there!r}, model.base is {base!r}; set it to {there!r}"

@@ -6,19 +6,23 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+from transformerfam.errors import RecipeError
 from transformerfam.tasks.passkey import FillerStream, PasskeyText
 from transformerfam.tasks.text import encode
-from transformerfam.tasks.wordings import KEY, Wording, WordingBank
+from transformerfam.tasks.wordings import KEY, Passage, Topic, Wording, WordingBank
 from transformerfam.training.recipe import Recipe
 from transformerfam.training.sections import Stage
 from transformerfam.training.told_rows import Asked, Drawn, Held, Row, asked_later, even_rows, with_filler
+
+PASSAGE_WORDS = (4, 12)
+"""Least and most words of a passage that tells a key."""
 
 
 @dataclass(frozen=True)
 class _Told:
     """One sentence that tells a key."""
 
-    name: str
+    topic: Topic
     key: int
     wording: Wording
 
@@ -56,8 +60,8 @@ class WordedRows:
 
     def _drawn(self, draw: random.Random, stage: Stage, filler: FillerStream, start: int) -> Drawn:
         data = self.data
-        told = self._tellings(draw, stage)
-        newest = {one.name: one for one in told}
+        told = self._tellings(draw, stage, filler)
+        newest = {one.topic.name: one for one in told}
         ids = filler.slice(start, draw.randint(*(stage.prefix_tokens or data.prefix_tokens))).tolist()
         for number, one in enumerate(told):
             if number:
@@ -69,33 +73,63 @@ class WordedRows:
         asked = [newest[name] for name in names]
         pairs = []
         for one in asked:
-            wording = self.bank.draw_wording(draw, one.name)
+            wording = one.topic.wording(draw)
             pairs.append((self._encode(wording.asked), self._key_ids(wording, one.key)))
         tellings = [tuple(self._encode(one.wording.told(one.key))) for one in asked]
         fill = partial(with_filler, ids, filler, start + len(ids))
         return Drawn(fill, len(ids), Asked(pairs, self._encode("."), tellings), asked[-1].key)
 
-    def _tellings(self, draw: random.Random, stage: Stage) -> list[_Told]:
-        """Draw what is told, in order: every name once or more often, some again with another key."""
+    def _tellings(self, draw: random.Random, stage: Stage, filler: FillerStream) -> list[_Told]:
+        """Draw what is told, in order: every topic once or more often, some again with another key."""
         data = self.data
-        names = self.bank.draw_names(draw, draw.randint(*(stage.named_keys or data.named_keys)))
-        retold = set(draw.sample(names, min(len(names), draw.randint(*data.retold_keys))))
+        topics = self._topics(draw, draw.randint(*(stage.named_keys or data.named_keys)), filler)
+        retold = draw.sample(range(len(topics)), min(len(topics), draw.randint(*data.retold_keys)))
         queues: list[list[_Told]] = []
-        for name in names:
+        for place, topic in enumerate(topics):
             digits = draw.randint(*(stage.key_digits or data.key_digits))
-            keys = draw.sample(range(10 ** (digits - 1), 10**digits), 2 if name in retold else 1)
+            keys = draw.sample(range(10 ** (digits - 1), 10**digits), 2 if place in retold else 1)
             queue = []
             for number, key in enumerate(keys):
                 for mention in range(draw.randint(*data.mentions)):
                     is_change = number > 0 and mention == 0
-                    queue.append(_Told(name, key, self.bank.draw_wording(draw, name, is_change)))
+                    queue.append(_Told(topic, key, topic.wording(draw, is_change)))
             queues.append(queue)
         told = []
-        while queues:  # in any order, but each name's own stay in theirs
+        while queues:  # in any order, but each topic's own stay in theirs
             queue = draw.choices(queues, [len(queue) for queue in queues])[0]
             told.append(queue.pop(0))
             queues = [queue for queue in queues if queue]
         return told
+
+    def _topics(self, draw: random.Random, count: int, filler: FillerStream) -> list[Topic]:
+        """Draw different topics, of every kind as often as its share says."""
+        names, scenes = self.bank.draw_names(draw, count), self.bank.draw_scenes(draw, count)
+        topics: list[Topic] = []
+        for name, scene in zip(names, scenes, strict=True):
+            kind = draw.random() - self.data.scenes
+            if kind < 0:
+                topics.append(scene)
+            elif kind < self.data.passages:
+                topics.append(self._passage(draw, filler))
+            else:
+                topics.append(name)
+        return topics
+
+    def _passage(self, draw: random.Random, filler: FillerStream) -> Passage:
+        """Cut words out of a filler, without those that the cut may have torn.
+
+        Raises:
+            RecipeError: the filler has too few words.
+        """
+        low, high = PASSAGE_WORDS
+        ids = filler.slice(draw.randrange(1 << 30), 8 * high).tolist()
+        words = self.tokenizer.decode(ids).split()[1:-1][: draw.randint(low, high)]
+        if len(words) < low:
+            raise RecipeError(
+                f"the text {filler.name!r} has {len(words)} words in {8 * high} tokens, data.passages requires at "
+                f"least {low}; set it to 0"
+            )
+        return Passage(self.bank, " ".join(words))
 
     def _encode(self, text: str) -> list[int]:
         return encode(self.tokenizer, text)
