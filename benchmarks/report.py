@@ -7,12 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import matplotlib
-
-matplotlib.use("agg")
-from matplotlib import pyplot
-
 from benchmarks.harness import Row
+from transformerfam.reports.figure import new_figure, save_figure
 from transformerfam.reports.rows import read_rows
 
 
@@ -113,26 +109,25 @@ def _number(value: Any) -> str:
 
 def _plot(rows: Sequence[Row], plot: Plot, path: Path) -> list[str]:
     """Draw one measure against length, a labelled line per system, and return its lines on the page."""
-    figure, axes = pyplot.subplots(figsize=(7, 4.5), layout="constrained")
     lines = ["", f"![{plot.label} against length]({path.name})", ""]
     markers = itertools.cycle("osv^Dx+*")
-    for system in dict.fromkeys(row["system"] for row in rows):
-        of_system = [row for row in rows if row["system"] == system and plot.measure in row]
-        own = sorted((row["num_tokens"], row[plot.measure]) for row in of_system)
-        if not own:
-            continue
-        lengths, values = zip(*own, strict=True)
-        label = system
-        if plot.has_slope and len(own) > 1:
-            exponent = slope(lengths, values)
-            label = f"{system}, slope {exponent:.2f}"
-            reach = f"{lengths[0]:,} to {lengths[-1]:,} tokens"
-            lines.append(f"- {system}: grows with length to the power {exponent:.2f} ({reach})")
-        axes.plot(lengths, values, marker=next(markers), label=label)
-    title = f"{rows[0]['figure']}, {rows[0]['model']}"
-    axes.set(xscale="log", yscale="log", xlabel="tokens", ylabel=plot.label, title=title)
-    axes.grid(visible=True, which="both", alpha=0.2)
-    axes.legend()
-    figure.savefig(path)
-    pyplot.close(figure)
+    with new_figure(path, (7, 4.5)) as (figure, (axes,)):
+        for system in dict.fromkeys(row["system"] for row in rows):
+            of_system = [row for row in rows if row["system"] == system and plot.measure in row]
+            own = sorted((row["num_tokens"], row[plot.measure]) for row in of_system)
+            if not own:
+                continue
+            lengths, values = zip(*own, strict=True)
+            label = system
+            if plot.has_slope and len(own) > 1:
+                exponent = slope(lengths, values)
+                label = f"{system}, slope {exponent:.2f}"
+                reach = f"{lengths[0]:,} to {lengths[-1]:,} tokens"
+                lines.append(f"- {system}: grows with length to the power {exponent:.2f} ({reach})")
+            axes.plot(lengths, values, marker=next(markers), label=label)
+        title = f"{rows[0]['figure']}, {rows[0]['model']}"
+        axes.set(xscale="log", yscale="log", xlabel="tokens", ylabel=plot.label, title=title)
+        axes.grid(visible=True, which="both", alpha=0.2)
+        axes.legend()
+        save_figure(figure, path)
     return lines

@@ -10,6 +10,7 @@ from benchmarks.harness import Row, alternate, ratios, row, spread
 from benchmarks.models import converted, random_tokens
 from transformerfam.adapter import inject_lora
 from transformerfam.config import UPDATE_PRESETS
+from transformerfam.models import NAMED_MODELS, load_model
 from transformerfam.training.blocks import run_batch
 from transformerfam.training.instructions import weighed_batch
 from transformerfam.training.lora import fuse_lora
@@ -17,21 +18,27 @@ from transformerfam.training.setup import hold_frozen_weights_in
 
 DTYPES = ("float32", "bfloat16")
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+TRAINED = "trained"
+"""What rows call the memory that comes with the package."""
 
 
-def lora_steps(model: str, dtype: str, num_tokens: int, fields: dict[str, Any]) -> Callable[[], torch.Tensor]:
-    """Return what runs one step's forward and backward and gives all gradients, one after the other."""
+def trainee(model: str, update: str, fields: dict[str, Any]) -> Any:
+    """Return a model with LoRA in float32: converted with a preset of the update, or the trained memory."""
     torch.manual_seed(0)
-    reader = converted(model, is_shared=False, **fields).float().train()
+    if update == TRAINED:
+        return load_model(model, config_overrides=fields, merge=False)[0].float().train()
+    reader = converted(model, is_shared=False, **UPDATE_PRESETS[update], **fields).float().train()
     inject_lora(reader, LoraConfig(r=16, lora_alpha=32.0, target_modules=TARGETS))
     generator = torch.Generator().manual_seed(0)
     for name, parameter in reader.named_parameters():
         if "lora_B" in name:  # a first factor whose second is zero has no gradient
             parameter.data = 0.01 * torch.randn(parameter.shape, generator=generator).to(parameter)
-    if dtype != "float32":
-        hold_frozen_weights_in(getattr(torch, dtype), reader)
+    return reader
+
+
+def lora_steps(reader: Any, ids_BT: torch.Tensor) -> Callable[[], torch.Tensor]:
+    """Return what runs one step's forward and backward and gives all gradients, one after the other."""
     fuse_lora(reader)
-    ids_BT = random_tokens(model, num_tokens)
     batch = weighed_batch(ids_BT, torch.ones(ids_BT.shape))
     trained = [parameter for parameter in reader.parameters() if parameter.requires_grad]
 
@@ -44,15 +51,25 @@ def lora_steps(model: str, dtype: str, num_tokens: int, fields: dict[str, Any]) 
 
 
 def run(model: str = "smollm2", repeats: int = 5, quick: bool = False) -> Iterator[Row]:
-    """Train LoRA on five blocks in both types in turn, and compare the gradients of one step."""
+    """Train LoRA on five blocks in both types in turn, and compare the gradients of one step.
+
+    `gradient_distance` is that of bfloat16 from float32, `gradient_distance_rounded` that of float32 products whose
+    frozen weights were rounded to bfloat16: what no arithmetic can give back.
+    """
     block_size, fam_length = (64, 4) if quick else (256, 16)
     fields = {"block_size": block_size, "fam_length": fam_length, "num_memory_segments": 1}
     num_tokens = 5 * block_size
-    for update, values in UPDATE_PRESETS.items():
-        steps = {dtype: lora_steps(model, dtype, num_tokens, values | fields) for dtype in DTYPES}
-        expected, found = (steps[dtype]() for dtype in DTYPES)
-        distance = float(torch.linalg.vector_norm(found - expected) / torch.linalg.vector_norm(expected))
-        seconds = alternate(steps, 1 if quick else repeats)
+    ids_BT = random_tokens(model, num_tokens)
+    for update in (*UPDATE_PRESETS, *([TRAINED] if model in NAMED_MODELS else [])):
+        lengths = fields if update != TRAINED else {"block_size": block_size}
+        readers = {name: trainee(model, update, lengths) for name in (*DTYPES, "rounded")}
+        for name in ("bfloat16", "rounded"):
+            hold_frozen_weights_in(torch.bfloat16, readers[name])
+        hold_frozen_weights_in(torch.float32, readers["rounded"])
+        steps = {name: lora_steps(reader, ids_BT) for name, reader in readers.items()}
+        found = {name: step() for name, step in steps.items()}
+        distance = {name: float((found[name] - found["float32"]).norm() / found["float32"].norm()) for name in found}
+        seconds = alternate({dtype: steps[dtype] for dtype in DTYPES}, 1 if quick else repeats)
         for dtype in DTYPES:
             yield row(
                 "training_dtype",
@@ -60,9 +77,10 @@ def run(model: str = "smollm2", repeats: int = 5, quick: bool = False) -> Iterat
                 system="fam",
                 fam_update=update,
                 frozen_dtype=dtype,
-                **fields,
+                **{name: getattr(readers[dtype].fam_config, name) for name in fields},
                 num_tokens=num_tokens,
                 **spread("tokens_per_second", [num_tokens / s for s in seconds[dtype]]),
                 **spread("ratio", ratios(seconds["float32"], seconds[dtype])),
-                gradient_distance=0.0 if dtype == "float32" else distance,
+                gradient_distance=distance[dtype],
+                gradient_distance_rounded=distance["rounded"],
             )
