@@ -1,6 +1,7 @@
 """Convert a model without training it, one choice at a time, and measure what the memory costs on a held-out novel.
 
     python scripts/measure_conversions.py --output docs/results/conversions_smollm2.jsonl
+    python scripts/measure_conversions.py --model FOLDER --best --output docs/results/conversions_gemma3.jsonl
 
 A row holds nats per token above full attention: of all tokens, and of the first 16 of a block; and the share of the
 tokens' attention on FAM keys. The yardsticks are BSWA of the same block and segments, and BSWA of the same bytes of
@@ -8,17 +9,24 @@ state, whose segments are longer by the FAM's rows. Cells that are in the file a
 """
 
 import argparse
+import contextlib
 import json
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch.nn.functional import cross_entropy
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from transformerfam import FamConfig, convert
+from transformerfam import FamConfig, attention, convert
+from transformerfam.attention import Piece
 from transformerfam.attention_record import record_attention
+from transformerfam.cache_layer import FamLayer, LayerPlan, Sections
 from transformerfam.config import UPDATE_PRESETS
+from transformerfam.masks import Phase, piece_mask
 from transformerfam.memory import InitialFam, set_prompt
 from transformerfam.models import load_smollm2
 from transformerfam.novels import load_novel
@@ -38,7 +46,9 @@ BASE: dict[str, Any] = UPDATE_PRESETS["gated_rows"] | {
     "num_memory_segments": 1,
     "num_sink_tokens": 4,
 }
-PLAIN = {"prompt": "sentence", "is_causal_prompt": False}
+PLAIN = {"prompt": "sentence", "is_causal_prompt": False, "rows_see_sinks": False, "rows_are_tokens": False}
+SLOTS = {name: value for name, value in UPDATE_PRESETS["gated"].items() if value != BASE.get(name)}
+STARTED = SLOTS | {"prompt": "started_sentence"}
 
 
 def cells(num_layers: int) -> list[dict[str, Any]]:
@@ -58,21 +68,73 @@ def cells(num_layers: int) -> list[dict[str, Any]]:
     found += [{"fam_layers": list(range(num_layers * part // 6, num_layers))} for part in (1, 2, 3, 4, 5)]
     found += [{"fam_query_position": "written"}, {"fam_position": "fractional"}, {"num_previous_fams": 2}]
     found += [{"fam_key_bias": bias} for bias in (-1.0, -2.0, -4.0)]
-    slots = {name: value for name, value in UPDATE_PRESETS["gated"].items() if value != BASE.get(name)}
-    found += [slots | {"prompt": prompt} for prompt in ("started_sentence", "sentence", "mean", "text")]
-    slots |= {"prompt": "started_sentence"}
+    found += [SLOTS | {"prompt": prompt} for prompt in ("started_sentence", "sentence", "mean", "text")]
+    slots = STARTED
     found += [slots | {"fam_share": "row"}, slots | {"fam_update": "paper"}, slots | {"fam_query_position": "written"}]
     found += [slots | {"num_memory_segments": m, "num_sink_tokens": sinks} for m in (0, 1, 3) for sinks in (0, 4)]
     found += [slots | {"fam_length": length} for length in (4, 64)] + [slots | {"block_size": 1024}]
     found += [slots | {"fam_layers": list(range(num_layers * part // 6, num_layers))} for part in (3, 5)]
     found += [{"prompt": "started_sentence"}]
     found += [{"fam_norm_bound": 1.0}, {"zero_first_residual": False, "fam_residual": "previous"}]
+    found += [cell | {"rows_see_sinks": True} for cell in ({}, SLOTS, slots, SLOTS | {"prompt": "mean"})]
+    found += [cell | {"rows_are_tokens": True} for cell in (slots, slots | {"rows_see_sinks": True})]
     unique: list[dict[str, Any]] = []
     for changes in found:
         changes = {k: v for k, v in changes.items() if v != (BASE | PLAIN).get(k, None)}
         if changes not in unique:
             unique.append(changes)
     return unique
+
+
+def best_cells() -> list[dict[str, Any]]:
+    """Return what cost SmolLM2 least, for another model; FAM is in every layer that takes it."""
+    same_layer = {"fam_feeds": "same"}
+    return [{}, {"prompt": "random_tokens"}, same_layer, STARTED, STARTED | {"rows_see_sinks": True}, SLOTS]
+
+
+@contextlib.contextmanager
+def changed_rows(given: dict[str, Any]) -> Iterator[None]:
+    """Let FAM rows see the sinks, begin as evenly spaced tokens of the block, or go up in their order, as a cell says.
+
+    Source: none; variants that are measured here and not built.
+    """
+
+    def mask_with_sinks(config: FamConfig, plan: LayerPlan, num_rows: int, phase: Phase, *rest: Any) -> torch.Tensor:
+        mask = piece_mask(config, plan, num_rows, phase, *rest)
+        first = phase.window_of_slots(config, plan, Sections.of(config, plan)).start
+        if num_rows and first < plan.num_sink_tokens and phase.has_sinks(config, plan)[0]:
+            mask[:, :, :num_rows, : plan.num_sink_tokens - first] = 0
+        return mask
+
+    def enter_with_tokens(self: Piece, layer: FamLayer, hidden_BTD: torch.Tensor) -> torch.Tensor:
+        hidden_BTD = enter_layer(self, layer, hidden_BTD)
+        if not (self.num_rows and self.updates and layer.is_lowest):
+            return hidden_BTD
+        places = torch.linspace(self.num_rows, hidden_BTD.shape[1] - 1, self.num_rows).long()
+        return torch.cat((hidden_BTD[:, places], hidden_BTD[:, self.num_rows :]), dim=1)
+
+    def causal_mask(self: InitialFam, layer: None, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+        mask = plain_mask(self, layer, dtype, device)
+        return mask + torch.full_like(mask, torch.finfo(dtype).min).triu(1)
+
+    enter_layer, plain_mask = Piece.enter_layer, InitialFam.mask
+    with contextlib.ExitStack() as changes:
+        if given["rows_see_sinks"]:
+            changes.enter_context(patch.object(attention, "piece_mask", mask_with_sinks))
+        if given["rows_are_tokens"]:
+            changes.enter_context(patch.object(Piece, "enter_layer", enter_with_tokens))
+        if given["is_causal_prompt"]:
+            changes.enter_context(patch.object(InitialFam, "mask", causal_mask))
+            changes.enter_context(patch.object(InitialFam, "sight", lambda self, layer: None))
+        yield
+
+
+def load(folder: str | None) -> tuple[Any, Any]:
+    """Return the model of a folder, or SmolLM2, and its tokenizer."""
+    if folder is None:
+        return load_smollm2()
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, local_files_only=True)
+    return model.eval(), AutoTokenizer.from_pretrained(folder, local_files_only=True)
 
 
 def set_rows(model: Any, tokenizer: Any, prompt: str, text_ids: torch.Tensor) -> None:
@@ -131,6 +193,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", required=True, help="JSON lines")
     parser.add_argument("--table", help="Markdown file for the table of all rows")
+    parser.add_argument("--model", help="folder of another model; SmolLM2 if none")
+    parser.add_argument("--best", action="store_true", help="measure only what costs SmolLM2 least")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--attention", action="store_true", help="measure attention on FAM keys in every cell")
     options = parser.parse_args()
@@ -139,15 +203,14 @@ def main() -> None:
     path = Path(options.output)
     rows = [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
     measured = {json.dumps(row["changes"], sort_keys=True) + row["system"] for row in rows}
-    base, tokenizer = load_smollm2()
+    base, tokenizer = load(options.model)
     ids = torch.tensor([tokenizer(load_novel("northanger_abbey"))["input_ids"][: NUM_TOKENS + 512]])
     ids, more = ids[:, :NUM_TOKENS], ids[:, NUM_TOKENS:]
     full = losses(base, ids, "full")
     place = torch.arange(1, NUM_TOKENS)  # of the predicted token
-    plain_mask, plain_sight = InitialFam.mask, InitialFam.sight
     wanted: list[tuple[str, dict[str, Any], dict[str, Any]]] = []
     seen = set()
-    for changes in cells(base.config.num_hidden_layers):
+    for changes in best_cells() if options.best else cells(base.config.num_hidden_layers):
         given = BASE | PLAIN | changes
         wanted.append(("fam_untrained", changes, given))
         shape = {name: given[name] for name in SHAPE[:3]}
@@ -162,29 +225,23 @@ def main() -> None:
         if json.dumps(changes, sort_keys=True) + system in measured:
             continue
         started = time.monotonic()
-        model, _ = load_smollm2()
+        model, _ = load(options.model)
         values = {name: value for name, value in given.items() if name not in PLAIN}
         if system == "fam_untrained":
-            config = FamConfig(**values)
-            is_causal = given["is_causal_prompt"]
-
-            def causal(self: InitialFam, layer: None, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-                mask = plain_mask(self, layer, dtype, device)
-                return mask + torch.full_like(mask, torch.finfo(dtype).min).triu(1)
-
-            InitialFam.mask = causal if is_causal else plain_mask  # type: ignore[method-assign]
-            InitialFam.sight = (lambda self, layer: None) if is_causal else plain_sight  # type: ignore[assignment]
-            convert(model, config)
+            convert(model, FamConfig(**values))
+            if given["rows_see_sinks"]:
+                model.set_attn_implementation("eager")
             set_rows(model, tokenizer, given["prompt"], more)
         else:
             convert(model, FamConfig(**values, fam_length=0))
-        above = losses(model, ids, "fam") - full
+        with changed_rows(PLAIN | given):
+            above = losses(model, ids, "fam") - full
         late = place >= FIRST_TOKEN
         begins = late & (place % given["block_size"] < FIRST_IN_BLOCK)
         row: dict[str, Any] = {
             "task": "untrained_conversion",
             "system": system,
-            "model": "smollm2",
+            "model": "smollm2" if options.model is None else Path(options.model).name,
             "changes": changes,
             **{
                 name: given.get(name) for name in ("block_size", "num_memory_segments", "num_sink_tokens", "fam_length")

@@ -202,7 +202,7 @@ def test_full_disk_leaves_no_half_model_in_the_cache(fake_package: Path, monkeyp
         (folder / "model.safetensors").write_bytes(b"half")
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(smollm2, "_dequantize", fill)
+    monkeypatch.setattr(smollm2, "dequantize", fill)
     with pytest.raises(TransformerFamError, match="No space left.*set TRANSFORMERFAM_CACHE"):
         load_smollm2()
     assert list((fake_package / "cache").iterdir()) == []
@@ -210,7 +210,7 @@ def test_full_disk_leaves_no_half_model_in_the_cache(fake_package: Path, monkeyp
 
 def test_damaged_cache_says_what_to_delete(fake_package: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Catches an error of a JSON parser where the remedy is to delete one folder."""
-    monkeypatch.setattr(smollm2, "_dequantize", lambda gguf_file, folder: (folder / "config.json").write_text("{"))
+    monkeypatch.setattr(smollm2, "dequantize", lambda gguf_file, folder: (folder / "config.json").write_text("{"))
     with pytest.raises(CorruptFileError, match="delete this folder"):
         load_smollm2()
 

@@ -76,7 +76,7 @@ def _fill_cache(gguf_file: Path, folder: Path) -> None:
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
-        _dequantize(gguf_file, temporary)
+        dequantize(gguf_file, temporary)
         if not folder.is_dir():  # else another process was faster with the same bytes
             os.rename(temporary, folder)
     except OSError as error:
@@ -90,7 +90,8 @@ def _fill_cache(gguf_file: Path, folder: Path) -> None:
             shutil.rmtree(temporary, ignore_errors=True)
 
 
-def _dequantize(gguf_file: Path, folder: Path) -> None:
+def dequantize(gguf_file: Path, folder: Path) -> None:
+    """Write the model and the tokenizer of a GGUF file as a folder in float32."""
     source = {"gguf_file": gguf_file.name, "local_files_only": True}
     loaded = AutoModelForCausalLM.from_pretrained(gguf_file.parent, dtype=torch.float32, **source)
     config = loaded.config
