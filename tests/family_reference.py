@@ -48,7 +48,7 @@ class _Memory:
     initial: Tensor
     fam: Tensor
     slots: list[tuple[Tensor, Tensor]] = dataclasses.field(default_factory=list)
-    """Of a FAM of keys and values: all rows that were ever written `(F, D)`, and what is left of them `(G, F)`."""
+    """Of a FAM of keys and values: all rows that were written `(N, D)`, and what is left in each slot `(G, F, N)`."""
     fam_keys: KeysAndValues | None = None
     block_keys: list[KeysAndValues] = dataclasses.field(default_factory=list)
 
@@ -85,7 +85,7 @@ class FamilyReference:
         memories = [_Memory(fam, fam) for fam in self._initial_fams(initial)]
         if self.config.has_slots:
             for layer_idx, memory in enumerate(memories):
-                memory.slots = [(memory.initial, torch.ones(1, 1))]
+                memory.slots = [(memory.initial, torch.eye(len(memory.initial))[None])]
                 memory.fam = self._fam_of_slots(layer_idx, memory)
         blocks = []
         for start in range(0, len(ids_T), size):
@@ -147,12 +147,21 @@ class FamilyReference:
                 seen = [memory.fam_keys, block_keys]
                 shown = torch.zeros(config.fam_length, config.fam_length + num_tokens)
                 above, _ = self._run_layer(layer_idx, asking, query_positions, seen, shown, sees_own=False)
-                share_HF = self.last_weights[-1][:, :, config.fam_length :].sum(-1)
-                num_heads = memory.fam_keys[0].shape[1] if config.fam_share == "head" else 1
-                share_GF = share_HF.unflatten(0, (num_heads, -1)).mean(1)
+                weights_HFT = self.last_weights[-1][:, :, config.fam_length :]
+                weights_GFT = weights_HFT.unflatten(0, (memory.fam_keys[0].shape[1], -1)).mean(1)
+                share_GF = weights_GFT.sum(-1)
+                value_GFN = (
+                    weights_GFT / share_GF[..., None]
+                    if config.fam_value == "block"
+                    else torch.eye(config.fam_length).expand(len(share_GF), -1, -1)
+                )
+                if config.fam_share == "row":
+                    share_GF = share_GF.mean(0).expand_as(share_GF)
                 if config.fam_update == "paper" or not memory.block_keys:
                     share_GF = torch.ones_like(share_GF)
-                memory.slots = [(rows, left * (1 - share_GF)) for rows, left in memory.slots] + [(asking, share_GF)]
+                memory.slots = [(rows, left * (1 - share_GF)[..., None]) for rows, left in memory.slots]
+                written = block_TD if config.fam_value == "block" else asking
+                memory.slots.append((written, share_GF[..., None] * value_GFN))
                 memory.fam = self._fam_of_slots(layer_idx, memory)
             elif has_fam:
                 assert memory.fam_keys is not None
@@ -179,13 +188,17 @@ class FamilyReference:
 
     def _slot_keys(self, layer_idx: int, memory: _Memory, positions: list[float]) -> KeysAndValues:
         """Return what is left of all rows that were written, as keys and values at positions, `(1, G, F, K)` each."""
-        shown = torch.zeros(len(positions), len(positions))
-        parts = []
-        for rows, left_GF in memory.slots:
-            made = self._run_layer(layer_idx, rows, positions, [], shown)[1]
-            parts.append([left_GF[None, :, :, None] * part for part in made])
-        keys, values = zip(*parts, strict=True)
-        return sum(keys), sum(values)
+        keys, values = [], []
+        for slot, position in enumerate(positions):
+            parts = []
+            for rows, left_GFN in memory.slots:
+                shown = torch.zeros(len(rows), len(rows))
+                made = self._run_layer(layer_idx, rows, [position] * len(rows), [], shown)[1]
+                parts.append([(left_GFN[None, :, slot, :, None] * part).sum(2, keepdim=True) for part in made])
+            key, value = zip(*parts, strict=True)
+            keys.append(sum(key))
+            values.append(sum(value))
+        return torch.cat(keys, dim=2), torch.cat(values, dim=2)
 
     def _fam_of_slots(self, layer_idx: int, memory: _Memory) -> Tensor:
         made = self._slot_keys(layer_idx, memory, fam_offsets(self.config).tolist())

@@ -32,11 +32,12 @@ OPTIONS: dict[str, dict[str, Any]] = {
     },
     "gated": UPDATE_PRESETS["gated_rows"],
     "gated in its layer": {"fam_update": "gated", "fam_key_bias": -1.0},
-    "slots": UPDATE_PRESETS["gated"],
+    "slots": UPDATE_PRESETS["gated_slots"],
+    "block": UPDATE_PRESETS["gated"],
 }
 TOLERANCE = 1e-4
 every_case = pytest.mark.parametrize("case", CASES)
-every_update = pytest.mark.parametrize("options", ["default", "gated", "slots"])
+every_update = pytest.mark.parametrize("options", ["default", "gated", "slots", "block"])
 
 
 def draw_ids(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -213,7 +214,7 @@ GATED_AND_COMPILED = ("llama", "gemma2", "gemma3_text", "olmo2", "falcon", "deep
     ("case", "options"),
     [
         *((case, "default") for case in CASES),
-        *((case, options) for case in GATED_AND_COMPILED for options in ("gated", "slots")),
+        *((case, options) for case in GATED_AND_COMPILED for options in ("gated", "slots", "block")),
     ],
 )
 @pytest.mark.parametrize("compile_step", [compile_reading, compile_decoding])

@@ -139,7 +139,8 @@ def assert_matches_reference(
 
 
 GATED = UPDATE_PRESETS["gated_rows"]
-SLOTS = UPDATE_PRESETS["gated"]
+SLOTS = UPDATE_PRESETS["gated_slots"]
+BLOCK = UPDATE_PRESETS["gated"]
 
 OPTIONS: list[dict[str, Any]] = [
     {},
@@ -198,6 +199,12 @@ OPTIONS: list[dict[str, Any]] = [
     SLOTS | {"fam_query_position": "written", "num_previous_fams": 3},
     SLOTS | {"fam_position": "fractional", "num_memory_segments": 0, "fam_key_bias": -1.0},
     SLOTS | {"block_size": 1, "fam_length": 1, "window": 3},
+    BLOCK,
+    BLOCK | {"fam_update": "paper", "fam_share": "row"},
+    BLOCK | {"fam_share": "row", "num_sink_tokens": 2, "num_memory_segments": 2, "fam_length": 3, "fam_layers": (1,)},
+    BLOCK | {"fam_query_position": "written", "num_previous_fams": 3},
+    BLOCK | {"fam_position": "fractional", "num_memory_segments": 0, "fam_key_bias": -1.0},
+    BLOCK | {"block_size": 1, "fam_length": 1, "window": 3},
     {"num_sink_tokens": 1},
     {"num_sink_tokens": 4, "num_memory_segments": 0},
     {"num_sink_tokens": 3, "num_memory_segments": 2, "fam_length": 0},
@@ -218,7 +225,7 @@ def test_option_matches_reference_over_several_blocks(options: dict[str, Any]) -
 
 @pytest.mark.parametrize("num_tokens", [1, 3, 4, 5, 8, 9, 21])
 @pytest.mark.parametrize(
-    "options", [{}, {"fam_length": 0}, {"fam_copy": False, "num_sink_tokens": 1}, GATED, SLOTS], ids=str
+    "options", [{}, {"fam_length": 0}, {"fam_copy": False, "num_sink_tokens": 1}, GATED, SLOTS, BLOCK], ids=str
 )
 def test_length_matches_reference(options: dict[str, Any], num_tokens: int) -> None:
     """Catches an error at the edge of a block: lengths 1, B - 1, B, B + 1 and several blocks, at once."""
@@ -228,7 +235,7 @@ def test_length_matches_reference(options: dict[str, Any], num_tokens: int) -> N
 @pytest.mark.parametrize("zero_first_residual", [True, False])
 @pytest.mark.parametrize(
     "options",
-    [{}, {"fam_copy": False}, {"fam_update": "gated"}, GATED, GATED | {"fam_residual": "previous"}, SLOTS],
+    [{}, {"fam_copy": False}, {"fam_update": "gated"}, GATED, GATED | {"fam_residual": "previous"}, SLOTS, BLOCK],
     ids=str,
 )
 @pytest.mark.parametrize("is_shared", [True, False])
@@ -262,6 +269,7 @@ def configurations(draw: st.DrawFn) -> FamConfig:
         fam_residual=draw(st.sampled_from(["below"] if has_slots else ["previous", "none", "initial"])),
         fam_feeds=fam_feeds,
         fam_share=draw(st.sampled_from(["row", "head"] if has_slots else ["row"])),
+        fam_value=draw(st.sampled_from(["rows", "block"] if has_slots else ["rows"])),
         num_memory_segments=draw(st.integers(0, 3)),
         stop_gradient=draw(st.booleans()),
         window=draw(st.none() | st.integers(1, 12)),

@@ -19,13 +19,15 @@ from transformerfam.state import STATE_FORMAT_VERSION
 
 SHAPE: dict[str, Any] = {"block_size": 6, "fam_length": 3, "num_memory_segments": 1, "fam_key_bias": 0.0}
 GATED = UPDATE_PRESETS["gated_rows"]
-SLOTS = UPDATE_PRESETS["gated"]
+SLOTS = UPDATE_PRESETS["gated_slots"]
+BLOCK = UPDATE_PRESETS["gated"]
 UPDATES: dict[str, dict[str, Any]] = {
     "paper": {},
     "static summary": {"fam_query": "initial", "fam_residual": "none"},
     "gated": GATED,
     "gated without residual": {"fam_update": "gated", "fam_residual": "none"},
     "slots": SLOTS,
+    "block": BLOCK,
 }
 every_update = pytest.mark.parametrize("name", UPDATES)
 
@@ -73,14 +75,14 @@ def test_checkpointed_blocks_have_the_same_gradients(name: str) -> None:
 def test_gated_rows_stay_of_the_size_of_their_values() -> None:
     """Catches rows that grow with the number of blocks, as those of the paper do."""
     ids, sizes = random_ids(1, 6 * 200), {}
-    for name in ("paper", "gated", "gated without residual", "slots"):
+    for name in ("paper", "gated", "gated without residual", "slots", "block"):
         model, sizes[name] = converted(**UPDATES[name]), []
         state = model.init_state()
         for block in ids.split(6, dim=1):
             model.read(block, state)
             sizes[name].append(float(state.fams[1].pow(2).mean().sqrt()))
     assert sizes["paper"][-1] > 5 * sizes["paper"][9]
-    for name in ("gated", "gated without residual", "slots"):
+    for name in ("gated", "gated without residual", "slots", "block"):
         assert max(sizes[name][100:]) < 2 * max(sizes[name][:10])
 
 
@@ -98,7 +100,7 @@ def test_only_rows_that_are_needed_go_through_the_layers() -> None:
     for changes, rows in ((UPDATES["static summary"], 3), (GATED, 3), (GATED | {"fam_query": "previous"}, 3)):
         assert num_rows(converted(**changes), "fam") == rows
     for back_end in ("fam", "eager"):
-        assert num_rows(converted(**SLOTS), back_end) == 3
+        assert num_rows(converted(**SLOTS), back_end) == num_rows(converted(**BLOCK), back_end) == 3
     assert num_rows(converted(**GATED), "eager") == 6
     assert num_rows(converted(**GATED, fam_position="zero"), "fam") == 6
     assert num_rows(converted(make_tiny("cohere2"), **GATED | {"fam_feeds": "same"}), "fam") == 6
@@ -175,7 +177,7 @@ def test_impossible_choices_are_refused() -> None:
     """Catches a gate that is silently left out, and a FAM that would never change."""
     with pytest.raises(TransformerFamError, match="fam_update is 'gated', required is 'paper' with fam_length 0"):
         FamConfig.preset("gated", fam_length=0)
-    with pytest.raises(TransformerFamError, match="there is no preset 'gate'; known are paper, gated, gated_rows"):
+    with pytest.raises(TransformerFamError, match="no preset 'gate'; known are paper, gated, gated_slots, gated_rows"):
         FamConfig.preset("gate")
     with pytest.raises(TransformerFamError, match="no field 'fam_gate'"):
         FamConfig.preset("gated", fam_gate=True)
@@ -200,6 +202,11 @@ def test_impossible_choices_are_refused() -> None:
             FamConfig(**SLOTS | {field: value})
     with pytest.raises(UnsupportedModelError, match="fam_feeds is 'slots', and a model of one layer has no next one"):
         converted(make_tiny_llama(1), **SLOTS)
+    with pytest.raises(TransformerFamError, match="fam_value is 'block', required is 'rows' without fam_feeds='slots'"):
+        FamConfig(fam_value="block")
+    with pytest.raises(TransformerFamError, match="'same', or 'slots' with fam_value='block', where one layer alone"):
+        FamConfig(**SLOTS | {"fam_layers": (1,)})
+    assert converted(make_tiny_llama(1), **BLOCK).read(random_ids(1, 14)).fams.isfinite().all()
     slots = converted(**SLOTS)
     with pytest.raises(TransformerFamError, match="fam_feeds is 'slots', required for a prefix is another"):
         prefix_from_prompt(slots)
@@ -213,16 +220,30 @@ def test_impossible_choices_are_refused() -> None:
 
 
 @torch.no_grad()
-def test_fam_of_slots_serves_any_block_and_any_memory_segments() -> None:
+def test_mean_of_one_key_is_that_key() -> None:
+    """Catches a block of which the slots hold something else than its keys and values, or at another place."""
+    model = converted(**BLOCK | {"block_size": 1, "fam_length": 1, "num_memory_segments": 0, "fam_share": "row"})
+    window = converted(fam_length=0, block_size=1, num_memory_segments=1)
+    ids = random_ids(1, 2)
+    state, expected = model.read(ids[:, :1]), window.read(ids[:, :1])
+    for layer, plain in list(zip(state.layers, expected.layers, strict=True))[:1]:  # those above have seen the prompt
+        key, value = layer.turner.turn(*layer.slots(), 1)  # the segment stands in front of position 1
+        torch.testing.assert_close(key, plain.keys[:, :, :1], atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(value, plain.values[:, :, :1], atol=1e-5, rtol=1e-5)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("update", [SLOTS, BLOCK], ids=["slots", "block"])
+def test_fam_of_slots_serves_any_block_and_any_memory_segments(update: dict[str, Any]) -> None:
     """Catches slots that are kept where one configuration has them, and read elsewhere in another."""
-    saved = converted(**SLOTS).read(random_ids(1, 12)).fams
+    saved = converted(**update).read(random_ids(1, 12)).fams
     for changes in ({"num_memory_segments": 3}, {"block_size": 9}, {"num_sink_tokens": 2, "num_previous_fams": 2}):
         there = []
         for shape in (
             {"num_memory_segments": 0, "block_size": 8},
             {"num_memory_segments": 0, "block_size": 8} | changes,
         ):
-            model = converted(**SLOTS | shape)
+            model = converted(**update | shape)
             state = model.init_state(1, fam=saved)
             there.append(model(input_ids=random_ids(1, 5, seed=3), past_key_values=state).logits)
         torch.testing.assert_close(there[1], there[0], atol=1e-5, rtol=1e-5)

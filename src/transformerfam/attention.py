@@ -16,7 +16,7 @@ from transformerfam.cache_layer import FamLayer, joined_slots
 from transformerfam.errors import TransformerFamError
 from transformerfam.kernels import Sight
 from transformerfam.masks import Phase, piece_mask
-from transformerfam.positions import fam_offsets, first_position, query_shift
+from transformerfam.positions import fam_offsets, first_position, query_shift, row_offsets
 from transformerfam.state import FamState
 from transformerfam.steps import PassingStep
 
@@ -125,15 +125,20 @@ class Piece(PassingStep):
         num_filled += plan.has_fam * (phase.num_older_fams(config)[0] + 1) * config.fam_length
         if num_filled != seen.stop - seen.start:
             return None
-        sight = Sight(self.num_rows, sections.fam - seen.start, plan.window if cuts else None)
-        return dataclasses.replace(sight, first_block_key=self._first_block_key(layer))
+        return Sight(
+            self.num_rows,
+            sections.fam - seen.start,
+            plan.window if cuts else None,
+            self._first_block_key(layer),
+            wants_every_weight=self.config.fam_value == "block",
+        )
 
     def _query(self, layer: FamLayer) -> torch.Tensor | None:
         """Return what asks in the place of the rows' own queries, where the block is compressed."""
         return layer.query if self.has_queries and self.updates else None
 
     def _first_block_key(self, layer: FamLayer) -> int | None:
-        """Return the first key of the block among those in sight, where the share of attention on it is wanted."""
+        """Return the first key of the block among those in sight, where the attention on it is wanted."""
         if not self.wants_weights or layer.fam is None:
             return None
         return layer.sections.block - self.phase.window_of_slots(self.config, layer.plan, layer.sections).start
@@ -144,12 +149,13 @@ class Piece(PassingStep):
         if first is None and query is None:
             return mask
         num_seen = 0 if first is None else first - self.config.fam_length
-        return Sight(self.num_rows, num_seen, first_block_key=first, mask=mask, query=query)
+        every = self.config.fam_value == "block"
+        return Sight(self.num_rows, num_seen, None, first, mask, query, wants_every_weight=every)
 
     @property
     def wants_weights(self) -> bool:
-        """Whether the share of the rows' attention on the block moves the FAM."""
-        return self.updates and self.config.fam_update == "gated"
+        """Whether the rows' attention on the block moves the FAM, or makes its new value."""
+        return self.updates and (self.config.fam_update == "gated" or self.config.fam_value == "block")
 
     def enter_layer(self, layer: FamLayer, hidden_BTD: torch.Tensor) -> torch.Tensor:
         """Replace the rows in front of a layer by the residual to which their attention is added.
@@ -159,7 +165,7 @@ class Piece(PassingStep):
         if not self.num_rows or layer.fam is None or (self.config.has_slots and not layer.is_lowest):
             return hidden_BTD
         if self.updates and self.config.fam_feeds == "next" and not layer.is_lowest:
-            layer.value_from_below = hidden_BTD[:, : self.config.fam_length].to(layer.fam.dtype, copy=True)
+            layer.new_value = hidden_BTD[:, : self.config.fam_length].to(layer.fam.dtype, copy=True)
         rows = self._with_key_rows(layer, self._residual(layer)).to(hidden_BTD.dtype)
         if torch.is_grad_enabled():
             return torch.cat((rows, hidden_BTD[:, self.num_rows :]), dim=1)
@@ -241,11 +247,11 @@ class Piece(PassingStep):
                 return fam_key, fam_value
             # The rows stand where the update will stand.
             return layer.turner.turn(fam_key, fam_value, -self.query_shift)
-        if self.updates:
+        if self.updates and config.fam_value == "rows":
             rows = slice(0, config.fam_length)
             distance = -self.query_shift - first_position(config)
             made_key, made_value = (part[:, :, rows].to(layer.fam.dtype) for part in (key_BGTK, value_BGTK))
-            layer.value_from_below = joined_slots(*layer.turner.turn(made_key, made_value, distance))
+            layer.new_value = joined_slots(*layer.turner.turn(made_key, made_value, distance))
         if not self.writes_slots:
             return None
         fam_key, fam_value = layer.turner.turn(*layer.slots(), first_position(config))
@@ -291,9 +297,12 @@ class Piece(PassingStep):
     def note_weights(self, layer: FamLayer, weights: torch.Tensor | None) -> None:
         """Note the share of the rows' attention that fell on the block, mean over the heads that move together.
 
+        With `fam_value="block"` what the weights make of the block is noted, too.
+
         Args:
             layer: the layer's part of the state.
-            weights: shares `(B, H, F)`, or weights of all rows over all keys in sight `(B, H, num_rows + T, S)`.
+            weights: shares `(B, H, F)`, weights over the block's keys `(B, H, F, T)`, or of all rows over all keys in
+                sight `(B, H, num_rows + T, S)`.
 
         Raises:
             TransformerFamError: the back end gives neither.
@@ -307,11 +316,32 @@ class Piece(PassingStep):
                 "model.set_attn_implementation('fam'), or 'eager' for models with soft caps or sinks"
             )
         if weights.dim() == 4:
-            weights = weights[:, :, : self.config.fam_length, first:].float().sum(-1)
+            if weights.shape[2] > self.config.fam_length:
+                weights = weights[:, :, : self.config.fam_length, first:]
+            weights = weights.float()
+            if self.config.fam_value == "block":
+                layer.new_value = self._mean_of_block(layer, weights)
+            weights = weights.sum(-1)
         if self.config.fam_share == "row":
             layer.share = weights.mean(1)
         else:
             layer.share = weights.unflatten(1, (layer.keys.shape[1], -1)).mean(2).mT  # (B, F, G)
+
+    def _mean_of_block(self, layer: FamLayer, weights_BHFT: torch.Tensor) -> torch.Tensor:
+        """Return the mean of the block's keys and values, `(B, F, W)`, by the weights of each row and head.
+
+        Keys are turned to where no position is, and their means to where the FAM stands, as `FamLayer.slots` has them.
+        """
+        assert layer.fam is not None
+        num_keys, start = weights_BHFT.shape[-1], first_position(self.config)
+        block = slice(layer.sections.block, layer.sections.block + num_keys)
+        exact = torch.promote_types(layer.fam.dtype, torch.float32)
+        key, value = layer.keys[:, :, block].to(exact), layer.values[:, :, block].to(exact)
+        key, value = layer.turner.turn(key, value, range(-start, -start - num_keys, -1))
+        weights_BGFT = weights_BHFT.to(exact).unflatten(1, (key.shape[1], -1)).mean(2)
+        weights_BGFT = weights_BGFT / weights_BGFT.sum(-1, keepdim=True).clamp_min(torch.finfo(exact).tiny)
+        mean = layer.turner.turn(weights_BGFT @ key, weights_BGFT @ value, row_offsets(self.config))
+        return joined_slots(*mean).to(layer.fam.dtype)
 
     def leave_layer(self, layer: FamLayer, hidden_BTD: torch.Tensor) -> None:
         """Note what the FAM rows became; it is the layer's FAM once the whole piece is through.
@@ -326,10 +356,10 @@ class Piece(PassingStep):
                 # The part of the residual that the model's type cannot hold is not lost.
                 residual = self._residual(layer)
                 updated = updated + (residual - residual.to(hidden_BTD.dtype).to(residual.dtype))
-        elif layer.value_from_below is None:
+        elif layer.new_value is None:
             return  # the lowest layer's FAM stays
         else:
-            updated, layer.value_from_below = layer.value_from_below, None
+            updated, layer.new_value = layer.new_value, None
         if self.config.fam_update == "gated":
             updated = self._gated(layer, updated)
         layer.fam_before_bound = updated if torch.is_grad_enabled() else None

@@ -138,7 +138,7 @@ class FamLayer(CacheLayerMixin):
         self.initial_fam = initial_fam
         self.is_lowest = is_lowest
         self.query: torch.Tensor | None = None  # `(1, H, F, K)` of the initial FAM, a constant of the weights
-        self.value_from_below: torch.Tensor | None = None  # with `fam_feeds="next"`, while a piece goes through
+        self.new_value: torch.Tensor | None = None  # of the FAM, where it is not the layer's output; likewise
         self.share: torch.Tensor | None = None  # `(B, F)` or `(B, F, G)`, of their attention on the block; likewise
         self.next_fam: torch.Tensor | None = None  # written by a piece, kept when the whole piece is through
         self.fam_before_bound: torch.Tensor | None = None  # the last update, noted while gradients are recorded
@@ -190,7 +190,7 @@ class FamLayer(CacheLayerMixin):
 
     def forget_piece(self) -> None:
         """Let go of what an interrupted piece has left behind."""
-        self.next_fam = self.value_from_below = self.share = None
+        self.next_fam = self.new_value = self.share = None
 
     def keep_fam(self) -> None:
         """Make the FAM that the piece wrote the layer's FAM."""

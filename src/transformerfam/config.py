@@ -20,6 +20,15 @@ UPDATE_PRESETS: dict[str, dict[str, Any]] = {
         "fam_residual": "below",
         "fam_feeds": "slots",
         "fam_share": "head",
+        "fam_value": "block",
+        "fam_key_bias": 0.0,
+    },
+    "gated_slots": {
+        "fam_update": "gated",
+        "fam_query": "below",
+        "fam_residual": "below",
+        "fam_feeds": "slots",
+        "fam_share": "head",
         "fam_key_bias": 0.0,
     },
     "gated_rows": {
@@ -30,7 +39,8 @@ UPDATE_PRESETS: dict[str, dict[str, Any]] = {
         "fam_key_bias": 0.0,
     },
 }
-"""What differs from the defaults, by name: the paper's update, our gated slots, and our gated hidden states."""
+"""What differs from the defaults, by name: the paper's update; ours with slots for means of the block's keys and
+values, with slots for those of the rows, and with hidden states."""
 
 PLAIN_UPDATE: dict[str, Any] = {
     "fam_update": "paper",
@@ -38,6 +48,7 @@ PLAIN_UPDATE: dict[str, Any] = {
     "fam_residual": "previous",
     "fam_feeds": "same",
     "fam_share": "row",
+    "fam_value": "rows",
 }
 """The paper's update in full."""
 
@@ -107,11 +118,16 @@ class FamConfig:
     fam_feeds: Literal["same", "next", "slots"] = "same"
     """Where the new value goes: into the FAM of the layer that made it (the paper's); as any hidden state into that of
     the next layer with FAM, while the lowest layer's FAM stays as it began; or into slots of the layer's cache: the FAM
-    is then keys and values, and those that the layer makes of the rows from below are their new value."""
+    is then keys and values, and `fam_value` says what their new value is."""
 
     fam_share: Literal["row", "head"] = "row"
     """What has its own share: a row, the mean over heads; or, with `fam_feeds="slots"`, every key/value
     head of a slot, the mean over the query heads that share it."""
+
+    fam_value: Literal["rows", "block"] = "rows"
+    """Of which keys and values a slot's new value is made: those of its row, or the block's own, as their mean weighted
+    by the row's attention, for each head by its own, keys without their positions. What a slot holds is then in the
+    form that the layer reads anyway, and of the same layer, the lowest one's too."""
 
     fam_copy: InitVar[bool | None] = None
     """Former name of two choices: False is `fam_query="initial", fam_residual="none"`, the static summary of C.3
@@ -166,6 +182,7 @@ class FamConfig:
             ("fam_residual", ("previous", "none", "initial", "below")),
             ("fam_feeds", ("same", "next", "slots")),
             ("fam_share", ("row", "head")),
+            ("fam_value", ("rows", "block")),
             ("fam_dtype", FAM_DTYPES),
         ):
             require_field(self, name, getattr(self, name) in allowed, f"one of {', '.join(allowed)}")
@@ -173,8 +190,13 @@ class FamConfig:
             layers = self.fam_layers
             valid = len(layers) > 0 and min(layers) >= 0 and len(set(layers)) == len(layers)
             require_field(self, "fam_layers", valid, "None or distinct layer indices, at least one")
-            moves_up = self.fam_length == 0 or self.fam_feeds == "same" or len(layers) > 1
-            require_field(self, "fam_feeds", moves_up, "'same' where one layer alone carries FAM, which feeds no other")
+            serves = self.fam_length == 0 or not self.feeds_upwards or len(layers) > 1
+            require_field(
+                self,
+                "fam_feeds",
+                serves,
+                "'same', or 'slots' with fam_value='block', where one layer alone carries FAM, which feeds no other",
+            )
         self._require_slots()
         require_field(
             self,
@@ -190,6 +212,7 @@ class FamConfig:
             goes_up = getattr(self, name) == "below"
             require_field(self, name, goes_up == is_slots, "'below' with fam_feeds='slots', and nowhere else")
         require_field(self, "fam_share", is_slots or self.fam_share == "row", "'row' without fam_feeds='slots'")
+        require_field(self, "fam_value", is_slots or self.fam_value == "rows", "'rows' without fam_feeds='slots'")
         if is_slots:
             require_field(self, "fam_init", self.fam_init == "prompt", "'prompt' with fam_feeds='slots'")
             require_field(self, "fam_position", self.fam_position != "zero", "not 'zero' with fam_feeds='slots'")
@@ -199,6 +222,11 @@ class FamConfig:
     def has_slots(self) -> bool:
         """Whether there is a FAM, and it is keys and values, not hidden states."""
         return self.fam_length > 0 and self.fam_feeds == "slots"
+
+    @property
+    def feeds_upwards(self) -> bool:
+        """Whether a FAM is fed by the layers below it, so that the lowest one stays as it began."""
+        return self.fam_feeds == "next" or (self.fam_feeds == "slots" and self.fam_value == "rows")
 
     def _take_fam_copy(self, fam_copy: bool | None) -> None:
         """Set query and residual by their former common name.
@@ -257,7 +285,7 @@ class FamConfig:
 
     @classmethod
     def preset(cls, name: str, **changes: Any) -> "FamConfig":
-        """Return the paper's configuration (`"paper"`, as `FamConfig()`) or ours (`"gated"`, `"gated_rows"`).
+        """Return the paper's configuration (`"paper"`, as `FamConfig()`) or one of ours, see `UPDATE_PRESETS`.
 
         Args:
             name: one of `UPDATE_PRESETS`.

@@ -39,6 +39,7 @@ class Sight:
         mask: bias on all logits, `(1 or B, 1, num_rows + T, S)`, where a mask is needed.
         query: `(1, H, F, K)` what asks in the place of the rows' own queries.
         queries: where the rows' own queries `(B, H, R, K)` are noted, if anywhere.
+        wants_every_weight: whether the weight on every key of the block is wanted, not their sum alone.
     """
 
     num_rows: int
@@ -48,6 +49,7 @@ class Sight:
     mask: torch.Tensor | None = None
     query: torch.Tensor | None = None
     queries: list[torch.Tensor] | None = None
+    wants_every_weight: bool = False
 
 
 def _full_and_causal(
@@ -171,7 +173,7 @@ def attend_rows(
     soft_cap: float | None = None,
     sinks_H: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Attend from FAM rows, and give the share of their attention that falls on the block; softmax in float32.
+    """Attend from FAM rows, and give what of their attention falls on the block; softmax in float32.
 
     Args:
         query_BHRK: of all rows in front of the tokens; the F rows in front ask.
@@ -184,7 +186,8 @@ def attend_rows(
         sinks_H: further logits of every head, whose value is zero.
 
     Returns:
-        `(B, R, H, K)`, zeros for rows that do not ask, and shares `(B, H, F)`.
+        `(B, R, H, K)`, zeros for rows that do not ask, and shares `(B, H, F)`, or weights on the block's keys
+        `(B, H, F, T)`.
 
     Source: the gate is ours; see `FamConfig.fam_update`.
     """
@@ -207,13 +210,15 @@ def attend_rows(
         weights = logits.softmax(-1)
         if sinks_H is not None:
             weights = weights[..., :-1]
-        share = weights[..., num_asking:].sum(-1)
+        on_block = weights[..., num_asking:]
+        if not sight.wants_every_weight:
+            on_block = on_block.sum(-1)
         weights = torch.nn.functional.dropout(weights, dropout)
         output = weights.flatten(2, 3).to(value_BGSK.dtype) @ value_BGSK[:, :, seen]
         output = output.unflatten(2, (-1, num_asking)).flatten(1, 2).transpose(1, 2)
     if num_asking < query_BHRK.shape[2]:
         output = torch.nn.functional.pad(output, (0, 0, 0, 0, 0, query_BHRK.shape[2] - num_asking))
-    return output.contiguous(), share.flatten(1, 2)
+    return output.contiguous(), on_block.flatten(1, 2)
 
 
 def asking_rows(query_BHTK: torch.Tensor, sight: Sight) -> torch.Tensor:
@@ -249,7 +254,7 @@ def attend_piece(
         **kwargs: go on to transformers' `sdpa`.
 
     Returns:
-        `(B, R + T, H, K)`; for the weights None, or the shares `(B, H, F)` that the `Sight` asks for.
+        `(B, R + T, H, K)`; for the weights None, or what the `Sight` asks for, see `attend_rows`.
     """
     if torch.is_autocast_enabled(query.device.type):  # which knows torch's attention, and not the kernels in it
         dtype = torch.get_autocast_dtype(query.device.type)

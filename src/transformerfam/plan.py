@@ -24,6 +24,7 @@ from transformerfam.errors import TransformerFamError, UnsupportedModelError
 from transformerfam.fake_model import AllocatedBytes, build_on_meta, convert_fake, make_fake
 from transformerfam.families import FAMILIES, decoder_layers
 from transformerfam.masks import piece_mask
+from transformerfam.memory import LayerLayout
 from transformerfam.models import NAMED_MODELS, load_base
 from transformerfam.state import FamState
 
@@ -287,7 +288,9 @@ def _flops(model: Any, training: Training) -> tuple[float, float]:
     num_rows = rows_in_front(fam, memory.caches_queries)
     rows_per_token = 1 + num_rows / size
     pairs = sum(_pairs_per_token(fam, plan, num_rows) for plan in memory.plans())
-    layers = per_row * rows_per_token + 2 * heads * widths * pairs
+    carrying = [layout for layout, plan in zip(memory.layouts, memory.plans(), strict=True) if plan.has_fam]
+    means = sum(_means_per_token(fam, layout) for layout in carrying)
+    layers = per_row * rows_per_token + 2 * heads * widths * pairs + means
     logits = 2 * config.hidden_size * config.vocab_size
     return layers, (3 if training == "lora" else 4) * layers + (2 if training == "lora" else 3) * logits
 
@@ -301,6 +304,12 @@ def _pairs_per_token(fam: FamConfig, plan: LayerPlan, num_rows: int) -> float:
     if plan.has_fam:
         seen += fam.num_fam_slots + num_rows * (fam.fam_length + size) / size
     return seen
+
+
+def _means_per_token(fam: FamConfig, layout: LayerLayout) -> int:
+    """Return the operations in one layer by which a token's key and value go into the means of the FAM's slots."""
+    numbers = sum(heads * width for heads, width in (layout.key_shape, layout.value_shape))
+    return 2 * fam.fam_length * numbers if fam.fam_value == "block" else 0
 
 
 def _full_cache_bytes(model: Any, dtype: torch.dtype, num_tokens: int) -> int:

@@ -10,21 +10,29 @@ import torch
 
 from transformerfam.config import FamConfig
 
+Distance = float | range | tuple[float, ...]
+"""Positions by which all tokens are turned, or each by its own."""
+
 
 def first_position(config: FamConfig) -> int:
     """Return the position of a block's first token, large enough that nothing in sight of it stands before 0."""
     return max(config.num_memory_slots, (config.num_previous_fams - 1) * config.block_size + config.fam_length)
 
 
-def fam_offsets(config: FamConfig) -> torch.Tensor:
-    """Return where a FAM stands, `(F,)`, measured from the first token after the block that wrote it.
+def row_offsets(config: FamConfig) -> tuple[float, ...]:
+    """Return where the rows of a FAM stand, measured from the first token after the block that wrote it.
 
     Position `zero` does not depend on the block and is not served here.
     """
     length = config.fam_length
     if config.fam_position == "fractional":
-        return torch.arange(1, length + 1, dtype=torch.float64) / (length + 1) - 1
-    return torch.arange(-length, 0, dtype=torch.float64)
+        return tuple(row / (length + 1) - 1 for row in range(1, length + 1))
+    return tuple(float(row) for row in range(-length, 0))
+
+
+def fam_offsets(config: FamConfig) -> torch.Tensor:
+    """Return `row_offsets` as a tensor, `(F,)`."""
+    return torch.tensor(row_offsets(config), dtype=torch.float64)
 
 
 def query_shift(config: FamConfig) -> int:
@@ -57,14 +65,14 @@ class Turner:
         self.is_interleaved = is_interleaved
         self.is_at_end = is_at_end
         self.is_in_values = is_in_values
-        self._tables: dict[tuple[float | range, torch.dtype, torch.device], tuple[torch.Tensor, torch.Tensor]] = {}
+        self._tables: dict[tuple[Distance, torch.dtype, torch.device], tuple[torch.Tensor, torch.Tensor]] = {}
 
     @torch.inference_mode(mode=False)
-    def _table(self, distance: float | range, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def _table(self, distance: Distance, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         name = (distance, like.dtype, like.device)
         if name not in self._tables:
             assert self.inverse_frequencies is not None
-            if isinstance(distance, range):
+            if isinstance(distance, range | tuple):
                 angles = torch.tensor(distance, dtype=torch.float64)[:, None] * self.inverse_frequencies
             else:
                 angles = distance * self.inverse_frequencies
@@ -75,11 +83,11 @@ class Turner:
         return self._tables[name]
 
     def turn(
-        self, key_BGTK: torch.Tensor, value_BGTK: torch.Tensor, distance: float | range
+        self, key_BGTK: torch.Tensor, value_BGTK: torch.Tensor, distance: Distance
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Return keys and values as they would be `distance` positions further on; what carries none comes as it is.
 
-        A range has one distance for every token.
+        A range or a tuple has one distance for every token.
 
         Source: RoPE; R(p + d) = R(d) R(p).
         """
@@ -89,7 +97,7 @@ class Turner:
             return key_BGTK, self._turned(value_BGTK, distance)
         return self._turned(key_BGTK, distance), value_BGTK
 
-    def _turned(self, rows_BGTK: torch.Tensor, distance: float | range) -> torch.Tensor:
+    def _turned(self, rows_BGTK: torch.Tensor, distance: Distance) -> torch.Tensor:
         cos, sin = self._table(distance, rows_BGTK)
         num_rotary, rest = 2 * cos.shape[-1], rows_BGTK.shape[-1] - 2 * cos.shape[-1]
         if self.is_at_end:

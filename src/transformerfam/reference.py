@@ -190,8 +190,12 @@ def _run_block(
             rows_FD = memory.initial_fam_FD if below_FD is None else below_FD
             queries, seen = make_queries(weights, layer, rows_FD), memory.fam_keys[-1] + block_keys
             above_FD, shares_FHN = _run_rows(weights, layer, queries, fam_query_positions, seen, rows_FD)
-            shares_FH = shares_FHN[:, :, config.fam_length :].sum(dim=2)
-            memory.fam_FD = _update_slots(weights, config, memory, _slots(weights, layer, rows_FD), shares_FH)
+            shares_FHT = shares_FHN[:, :, config.fam_length :]
+            if config.fam_value == "block":
+                value_FW = _means(weights, _slots(weights, layer, block_TD), shares_FHT)
+            else:
+                value_FW = _slots(weights, layer, rows_FD)
+            memory.fam_FD = _update_slots(weights, config, memory, value_FW, shares_FHT.sum(dim=2))
         elif has_fam:
             above_FD, shares_F = _compress(weights, config, layer, memory, block_keys, fam_query_positions)
             memory.fam_FD = _update_fam(config, memory, above_FD if config.fam_feeds == "same" else below_FD, shares_F)
@@ -277,6 +281,21 @@ def _slot_keys(weights: ReferenceWeights, fam_FW: Tensor, positions: list[float]
     """List the slots of a FAM as keys and values at their positions."""
     parts_F2GK = fam_FW.view(len(fam_FW), 2, weights.num_key_value_heads, weights.head_dim)
     return [SeenKey(parts[0], parts[1], position) for parts, position in zip(parts_F2GK, positions, strict=True)]
+
+
+def _means(weights: ReferenceWeights, block_TW: Tensor, shares_FHT: Tensor) -> Tensor:
+    """Give the mean of a block's keys and values, (F, 2 G K), by the attention of each row and key/value head."""
+    num_heads, head_dim = weights.num_key_value_heads, weights.head_dim
+    block_T2GK = block_TW.view(len(block_TW), 2, num_heads, head_dim)
+    rows = []
+    for shares_HT in shares_FHT:
+        mean_2GK = torch.zeros_like(block_T2GK[0])
+        for head, group in enumerate(shares_HT.chunk(num_heads)):
+            share_T = group.mean(dim=0) / group.mean(dim=0).sum()
+            for token, share in enumerate(share_T):
+                mean_2GK[:, head] = mean_2GK[:, head] + share * block_T2GK[token, :, head]
+        rows.append(mean_2GK.flatten())
+    return torch.stack(rows)
 
 
 def _update_slots(
