@@ -47,7 +47,10 @@ BASE: dict[str, Any] = UPDATE_PRESETS["gated_rows"] | {
     "num_sink_tokens": 4,
 }
 PLAIN = {"prompt": "sentence", "is_causal_prompt": False, "rows_see_sinks": False, "rows_are_tokens": False}
-SLOTS = {name: value for name, value in UPDATE_PRESETS["gated"].items() if value != BASE.get(name)}
+SLOTS, BLOCK = (
+    {name: value for name, value in UPDATE_PRESETS[preset].items() if value != BASE.get(name)}
+    for preset in ("gated_slots", "gated")
+)
 STARTED = SLOTS | {"prompt": "started_sentence"}
 
 
@@ -78,6 +81,12 @@ def cells(num_layers: int) -> list[dict[str, Any]]:
     found += [{"fam_norm_bound": 1.0}, {"zero_first_residual": False, "fam_residual": "previous"}]
     found += [cell | {"rows_see_sinks": True} for cell in ({}, SLOTS, slots, SLOTS | {"prompt": "mean"})]
     found += [cell | {"rows_are_tokens": True} for cell in (slots, slots | {"rows_see_sinks": True})]
+    shapes = [{"num_memory_segments": m, "num_sink_tokens": sinks} for m in (0, 1, 3) for sinks in (0, 4)]
+    found += [BLOCK | {"prompt": prompt} | shape for prompt in ("started_sentence", "mean") for shape in shapes]
+    block = BLOCK | {"prompt": "started_sentence"}
+    found += [block | changes for changes in ({"fam_share": "row"}, {"fam_update": "paper"}, {"prompt": "text"})]
+    found += [block | {"fam_length": length} for length in (4, 64)] + [block | {"block_size": 1024}]
+    found += [block | {"rows_see_sinks": True}, BLOCK | {"prompt": "mean", "rows_see_sinks": True}]
     unique: list[dict[str, Any]] = []
     for changes in found:
         changes = {k: v for k, v in changes.items() if v != (BASE | PLAIN).get(k, None)}
@@ -89,7 +98,7 @@ def cells(num_layers: int) -> list[dict[str, Any]]:
 def best_cells() -> list[dict[str, Any]]:
     """Return what cost SmolLM2 least, for another model; FAM is in every layer that takes it."""
     same_layer = {"fam_feeds": "same"}
-    return [{}, {"prompt": "random_tokens"}, same_layer, STARTED, STARTED | {"rows_see_sinks": True}, SLOTS]
+    return [{}, {"prompt": "random_tokens"}, same_layer, STARTED, STARTED | {"rows_see_sinks": True}, SLOTS, BLOCK]
 
 
 @contextlib.contextmanager
