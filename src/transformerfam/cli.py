@@ -15,7 +15,7 @@ from transformerfam.cli_compare import compare_command
 from transformerfam.cli_output import say
 from transformerfam.cli_plan import plan_command
 from transformerfam.cli_report import report_app
-from transformerfam.config import FamConfig
+from transformerfam.config import UPDATE_PRESETS, FamConfig
 from transformerfam.demo import draw_seed, prepare_demo, run_demo
 from transformerfam.errors import ReadInterrupted, TransformerFamError
 from transformerfam.memory import set_prompt
@@ -204,7 +204,7 @@ def convert_command(
     output: Annotated[Path, typer.Argument(help="Folder for the converted model.")],
     preset: Annotated[
         str,
-        typer.Option("--preset", help="gated (ours), paper (Algorithm 2), or gated_rows; --set changes fields of it."),
+        typer.Option("--preset", help=f"Of {', '.join(UPDATE_PRESETS)}; --set changes fields of it."),
     ] = "gated",
     prompt_text: Annotated[
         str | None, typer.Option("--prompt-text", help="Text whose first tokens the memory's prompt begins as.")
@@ -212,7 +212,7 @@ def convert_command(
     overrides: SetOption = None,
 ) -> None:
     """Give a model a memory that nobody trained yet, and save it with its weights; gated with 4 sink tokens."""
-    sinks = {"num_sink_tokens": NUM_SINK_TOKENS} if preset == "gated" else {}
+    sinks = {"num_sink_tokens": NUM_SINK_TOKENS} if preset in ("gated", "gated_slots") else {}
     changes = FamConfig.preset(preset, **sinks | parse_overrides(overrides)).to_dict()
     converted, tokenizer = _load(model, "fam_untrained", changes)
     config = converted.fam_config
