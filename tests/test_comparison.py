@@ -279,6 +279,7 @@ def test_terminal_of_80_columns_shows_whole_numbers() -> None:
     assert "…" not in text
     assert all(f" {length:,} " in texts[0] for length in comparison.filler_tokens)
     assert text.count(" fam_norm_bound ") == 3
+    assert all(texts[0].count(part) for part in (" fam_gated_memory_ ", " swapped "))
     assert f" {trained[0]['num_parameters']:,} " in text
     assert len({row["num_tokens"] for row in trained}) > 1, "the mean is that of one seed"
     assert f" {mean(row['num_tokens'] for row in trained):,.0f} " in text

@@ -183,7 +183,9 @@ def test_impossible_choices_are_refused() -> None:
         FamConfig.preset("gated", fam_gate=True)
     with pytest.raises(TransformerFamError, match="fam_update is 'lstm', required is one of paper, gated"):
         FamConfig(fam_update="lstm")  # type: ignore[arg-type]
-    with pytest.raises(TransformerFamError, match="fam_feeds is 'next', required is 'same' where one layer alone"):
+    with pytest.raises(
+        TransformerFamError, match="fam_feeds is 'next', required is 'same', or 'slots' .* one layer alone"
+    ):
         FamConfig.preset("gated_rows", fam_layers=(1,))
     with pytest.raises(UnsupportedModelError, match="a model of one layer has no next one to feed"):
         converted(make_tiny_llama(1), **GATED)

@@ -16,6 +16,8 @@ from transformerfam.tasks.named_keys_evaluation import KEY_BITS
 from transformerfam.tasks.telling import Telling
 
 EMPTY = "empty"
+LONGEST_NAME = 18
+"""Letters of a system's name that stand in one line, so that seven lengths fit into 80 columns."""
 
 
 class Cell(NamedTuple):
@@ -262,6 +264,14 @@ def _table(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]], ca
     for index, column in enumerate(columns, start=1):
         words = " ".join([column, *(texts[index] for texts in rows)]).split()
         table.add_column(column, justify="right", min_width=max(map(len, words)))
-    for texts in rows:
-        table.add_row(*texts)
+    for name, *texts in rows:
+        table.add_row("\n".join(_lines_of_name(name)), *texts)
     return table
+
+
+def _lines_of_name(name: str) -> list[str]:
+    """Part a name that would leave the numbers no room, behind an underscore."""
+    if len(name) <= LONGEST_NAME or "_" not in name[:LONGEST_NAME]:
+        return [name]
+    place = name.rindex("_", 0, LONGEST_NAME) + 1
+    return [name[:place], *_lines_of_name(name[place:])]

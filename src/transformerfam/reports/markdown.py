@@ -10,7 +10,7 @@ from transformerfam.files import write_text
 
 def markdown_table(table: Table) -> str:
     """Return a table as Markdown: title, columns, rows and caption."""
-    columns = [[str(cell).replace("|", r"\|") for cell in column.cells] for column in table.columns]
+    columns = [[str(cell).replace("|", r"\|").replace("\n", "") for cell in column.cells] for column in table.columns]
     headers = [str(column.header) for column in table.columns]
     rules = ["---:" if column.justify == "right" else "---" for column in table.columns]
     rows = [headers, rules, *zip(*columns, strict=True)]
