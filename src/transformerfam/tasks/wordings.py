@@ -71,7 +71,7 @@ class Wording:
 
 
 class Topic(Protocol):
-    """What a key is told and asked for by."""
+    """What a key belongs to, by which a text tells it and a question names it."""
 
     @property
     def name(self) -> str:
