@@ -19,7 +19,6 @@ from unittest.mock import patch
 
 import torch
 from torch.nn.functional import cross_entropy
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from transformerfam import FamConfig, attention, convert
 from transformerfam.attention import Piece
@@ -28,7 +27,7 @@ from transformerfam.cache_layer import FamLayer, LayerPlan, Sections
 from transformerfam.config import UPDATE_PRESETS
 from transformerfam.masks import Phase, piece_mask
 from transformerfam.memory import InitialFam, set_prompt
-from transformerfam.models import load_smollm2
+from transformerfam.models import load_base
 from transformerfam.novels import load_novel
 from transformerfam.tasks.provenance import provenance
 
@@ -138,14 +137,6 @@ def changed_rows(given: dict[str, Any]) -> Iterator[None]:
         yield
 
 
-def load(folder: str | None) -> tuple[Any, Any]:
-    """Return the model of a folder, or SmolLM2, and its tokenizer."""
-    if folder is None:
-        return load_smollm2()
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, local_files_only=True)
-    return model.eval(), AutoTokenizer.from_pretrained(folder, local_files_only=True)
-
-
 def set_rows(model: Any, tokenizer: Any, prompt: str, text_ids: torch.Tensor) -> None:
     """Let the prompt begin as a cell says; `mean` is what `convert` makes."""
     length = model.fam_config.fam_length
@@ -202,7 +193,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", required=True, help="JSON lines")
     parser.add_argument("--table", help="Markdown file for the table of all rows")
-    parser.add_argument("--model", help="folder of another model; SmolLM2 if none")
+    parser.add_argument("--model", default="smollm2", help="smollm2, or the folder of another model")
     parser.add_argument("--best", action="store_true", help="measure only what costs SmolLM2 least")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--attention", action="store_true", help="measure attention on FAM keys in every cell")
@@ -212,7 +203,7 @@ def main() -> None:
     path = Path(options.output)
     rows = [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
     measured = {json.dumps(row["changes"], sort_keys=True) + row["system"] for row in rows}
-    base, tokenizer = load(options.model)
+    base, tokenizer = load_base(options.model)
     ids = torch.tensor([tokenizer(load_novel("northanger_abbey"))["input_ids"][: NUM_TOKENS + 512]])
     ids, more = ids[:, :NUM_TOKENS], ids[:, NUM_TOKENS:]
     full = losses(base, ids, "full")
@@ -234,7 +225,7 @@ def main() -> None:
         if json.dumps(changes, sort_keys=True) + system in measured:
             continue
         started = time.monotonic()
-        model, _ = load(options.model)
+        model, _ = load_base(options.model)
         values = {name: value for name, value in given.items() if name not in PLAIN}
         if system == "fam_untrained":
             convert(model, FamConfig(**values))
@@ -250,7 +241,7 @@ def main() -> None:
         row: dict[str, Any] = {
             "task": "untrained_conversion",
             "system": system,
-            "model": "smollm2" if options.model is None else Path(options.model).name,
+            "model": Path(options.model).name,
             "changes": changes,
             **{
                 name: given.get(name) for name in ("block_size", "num_memory_segments", "num_sink_tokens", "fam_length")

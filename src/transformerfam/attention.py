@@ -125,13 +125,9 @@ class Piece(PassingStep):
         num_filled += plan.has_fam * (phase.num_older_fams(config)[0] + 1) * config.fam_length
         if num_filled != seen.stop - seen.start:
             return None
-        return Sight(
-            self.num_rows,
-            sections.fam - seen.start,
-            plan.window if cuts else None,
-            self._first_block_key(layer),
-            wants_every_weight=self.config.fam_value == "block",
-        )
+        sight = Sight(self.num_rows, sections.fam - seen.start, plan.window if cuts else None)
+        first = self._first_block_key(layer)
+        return dataclasses.replace(sight, first_block_key=first, wants_every_weight=config.takes_block)
 
     def _query(self, layer: FamLayer) -> torch.Tensor | None:
         """Return what asks in the place of the rows' own queries, where the block is compressed."""
@@ -149,13 +145,13 @@ class Piece(PassingStep):
         if first is None and query is None:
             return mask
         num_seen = 0 if first is None else first - self.config.fam_length
-        every = self.config.fam_value == "block"
-        return Sight(self.num_rows, num_seen, None, first, mask, query, wants_every_weight=every)
+        every = self.config.takes_block
+        return Sight(self.num_rows, num_seen, first_block_key=first, mask=mask, query=query, wants_every_weight=every)
 
     @property
     def wants_weights(self) -> bool:
         """Whether the rows' attention on the block moves the FAM, or makes its new value."""
-        return self.updates and (self.config.fam_update == "gated" or self.config.fam_value == "block")
+        return self.updates and (self.config.fam_update == "gated" or self.config.takes_block)
 
     def enter_layer(self, layer: FamLayer, hidden_BTD: torch.Tensor) -> torch.Tensor:
         """Replace the rows in front of a layer by the residual to which their attention is added.
@@ -247,7 +243,7 @@ class Piece(PassingStep):
                 return fam_key, fam_value
             # The rows stand where the update will stand.
             return layer.turner.turn(fam_key, fam_value, -self.query_shift)
-        if self.updates and config.fam_value == "rows":
+        if self.updates and not config.takes_block:
             rows = slice(0, config.fam_length)
             distance = -self.query_shift - first_position(config)
             made_key, made_value = (part[:, :, rows].to(layer.fam.dtype) for part in (key_BGTK, value_BGTK))
@@ -319,7 +315,7 @@ class Piece(PassingStep):
             if weights.shape[2] > self.config.fam_length:
                 weights = weights[:, :, : self.config.fam_length, first:]
             weights = weights.float()
-            if self.config.fam_value == "block":
+            if self.config.takes_block:
                 layer.new_value = self._mean_of_block(layer, weights)
             weights = weights.sum(-1)
         if self.config.fam_share == "row":
@@ -337,7 +333,7 @@ class Piece(PassingStep):
         block = slice(layer.sections.block, layer.sections.block + num_keys)
         exact = torch.promote_types(layer.fam.dtype, torch.float32)
         key, value = layer.keys[:, :, block].to(exact), layer.values[:, :, block].to(exact)
-        key, value = layer.turner.turn(key, value, range(-start, -start - num_keys, -1))
+        key, value = layer.turner.turn(key, value, tuple(range(-start, -start - num_keys, -1)))
         weights_BGFT = weights_BHFT.to(exact).unflatten(1, (key.shape[1], -1)).mean(2)
         weights_BGFT = weights_BGFT / weights_BGFT.sum(-1, keepdim=True).clamp_min(torch.finfo(exact).tiny)
         mean = layer.turner.turn(weights_BGFT @ key, weights_BGFT @ value, row_offsets(self.config))

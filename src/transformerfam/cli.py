@@ -212,7 +212,7 @@ def convert_command(
     overrides: SetOption = None,
 ) -> None:
     """Give a model a memory that nobody trained yet, and save it with its weights; gated with 4 sink tokens."""
-    sinks = {"num_sink_tokens": NUM_SINK_TOKENS} if preset in ("gated", "gated_slots") else {}
+    sinks = {"num_sink_tokens": NUM_SINK_TOKENS} if FamConfig.preset(preset).has_slots else {}
     changes = FamConfig.preset(preset, **sinks | parse_overrides(overrides)).to_dict()
     converted, tokenizer = _load(model, "fam_untrained", changes)
     config = converted.fam_config

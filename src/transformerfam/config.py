@@ -190,7 +190,7 @@ class FamConfig:
             layers = self.fam_layers
             valid = len(layers) > 0 and min(layers) >= 0 and len(set(layers)) == len(layers)
             require_field(self, "fam_layers", valid, "None or distinct layer indices, at least one")
-            serves = self.fam_length == 0 or not self.feeds_upwards or len(layers) > 1
+            serves = not self.feeds_upwards or len(layers) > 1
             require_field(
                 self,
                 "fam_feeds",
@@ -224,9 +224,14 @@ class FamConfig:
         return self.fam_length > 0 and self.fam_feeds == "slots"
 
     @property
+    def takes_block(self) -> bool:
+        """Whether slots take the means of the block's own keys and values."""
+        return self.has_slots and self.fam_value == "block"
+
+    @property
     def feeds_upwards(self) -> bool:
         """Whether a FAM is fed by the layers below it, so that the lowest one stays as it began."""
-        return self.fam_feeds == "next" or (self.fam_feeds == "slots" and self.fam_value == "rows")
+        return self.fam_length > 0 and self.fam_feeds != "same" and not self.takes_block
 
     def _take_fam_copy(self, fam_copy: bool | None) -> None:
         """Set query and residual by their former common name.

@@ -105,7 +105,7 @@ def block_flops(
     num_rows = rows_in_front(config, caches_queries)
     row_pairs = num_rows * (length + size)
     rows = size + num_rows
-    mixed = length * size if config.fam_value == "block" else 0  # keys and values of which means are made
+    mixed = length * size if config.takes_block else 0  # keys and values of which means are made
     means = mixed * shape.flops_per_pair * shape.num_key_value_heads // shape.num_heads
     return rows * shape.flops_per_row + (token_pairs + row_pairs) * shape.flops_per_pair + means
 

@@ -309,7 +309,7 @@ def _pairs_per_token(fam: FamConfig, plan: LayerPlan, num_rows: int) -> float:
 def _means_per_token(fam: FamConfig, layout: LayerLayout) -> int:
     """Return the operations in one layer by which a token's key and value go into the means of the FAM's slots."""
     numbers = sum(heads * width for heads, width in (layout.key_shape, layout.value_shape))
-    return 2 * fam.fam_length * numbers if fam.fam_value == "block" else 0
+    return 2 * fam.fam_length * numbers if fam.takes_block else 0
 
 
 def _full_cache_bytes(model: Any, dtype: torch.dtype, num_tokens: int) -> int:

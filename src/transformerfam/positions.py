@@ -87,7 +87,7 @@ class Turner:
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Return keys and values as they would be `distance` positions further on; what carries none comes as it is.
 
-        A range or a tuple has one distance for every token.
+        A range or a tuple has one distance for every token; of a tuple the table is kept, for the next block.
 
         Source: RoPE; R(p + d) = R(d) R(p).
         """

@@ -191,7 +191,7 @@ def _run_block(
             queries, seen = make_queries(weights, layer, rows_FD), memory.fam_keys[-1] + block_keys
             above_FD, shares_FHN = _run_rows(weights, layer, queries, fam_query_positions, seen, rows_FD)
             shares_FHT = shares_FHN[:, :, config.fam_length :]
-            if config.fam_value == "block":
+            if config.takes_block:
                 value_FW = _means(weights, _slots(weights, layer, block_TD), shares_FHT)
             else:
                 value_FW = _slots(weights, layer, rows_FD)

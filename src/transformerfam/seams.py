@@ -89,7 +89,7 @@ def _check_update(model: Any, config: FamConfig) -> None:
             "model.set_attn_implementation('sdpa') first"
         )
     num_layers = len(decoder_layers(model))
-    if config.fam_length and config.feeds_upwards and num_layers == 1:
+    if config.feeds_upwards and num_layers == 1:
         raise UnsupportedModelError(
             f"fam_feeds is {config.fam_feeds!r}, and a model of one layer has no next one to feed; required is "
             "fam_feeds='same', or 'slots' with fam_value='block'"

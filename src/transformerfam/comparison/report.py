@@ -17,7 +17,7 @@ from transformerfam.tasks.telling import Telling
 
 EMPTY = "empty"
 LONGEST_NAME = 18
-"""Letters of a system's name that stand in one line, so that seven lengths fit into 80 columns."""
+"""Longest part of a system's name on one line, in letters: seven lengths then fit into 80 columns."""
 
 
 class Cell(NamedTuple):

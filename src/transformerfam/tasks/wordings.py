@@ -116,7 +116,7 @@ class Scene:
     def wording(self, draw: random.Random, is_change: bool = False) -> Wording:
         """Return the scene's one wording; a change says that it is one."""
         intro, question, answer = self.scene
-        return Wording((draw.choice(self.bank.scene_changes) if is_change else "") + intro, question, answer, "scene")
+        return Wording(self.bank.draw_change(draw, is_change) + intro, question, answer, "scene")
 
 
 @dataclass(frozen=True)
@@ -132,7 +132,7 @@ class Passage:
         """Return a wording that tells the key behind all words, and asks behind some of them."""
         words = self.name.split(" ")
         asked = " ".join(words[draw.randint(0, len(words) - self.MIN_WORDS) :])
-        change = draw.choice(self.bank.scene_changes) if is_change else ""
+        change = self.bank.draw_change(draw, is_change)
         question, answer = draw.choice(self.bank.passage_questions)
         return Wording(
             change + draw.choice(self.bank.passage_intros).replace("{passage}", self.name),
@@ -158,7 +158,7 @@ class WordingBank:
     scenes: list[list[str]]
     """Triples of what tells a key, a question and an answer, each in words that no other has."""
     scene_changes: list[str]
-    """What stands in front of a key that replaces one of a scene or a passage."""
+    """What precedes a scene or a passage that replaces a key."""
     passage_intros: list[str]
     """What tells a key behind a `{passage}`."""
     passage_questions: list[list[str]]
@@ -184,6 +184,10 @@ class WordingBank:
     def draw_scenes(self, draw: random.Random, count: int) -> list[Scene]:
         """Return different scenes."""
         return [Scene(self, scene) for scene in draw.sample(self.scenes, count)]
+
+    def draw_change(self, draw: random.Random, is_change: bool) -> str:
+        """Return what precedes a scene or a passage: nothing, unless it replaces a key."""
+        return draw.choice(self.scene_changes) if is_change else ""
 
     def draw_distractor(self, draw: random.Random) -> str:
         """Return a sentence with another number."""
