@@ -157,6 +157,7 @@ class FamilyReference:
                 )
                 if config.fam_share == "row":
                     share_GF = share_GF.mean(0).expand_as(share_GF)
+                share_GF = torch.relu(share_GF - config.fam_share_threshold) / (1 - config.fam_share_threshold)
                 if config.fam_update == "paper" or not memory.block_keys:
                     share_GF = torch.ones_like(share_GF)
                 memory.slots = [(rows, left * (1 - share_GF)[..., None]) for rows, left in memory.slots]
@@ -178,6 +179,7 @@ class FamilyReference:
                 value = above if config.fam_feeds == "same" else below
                 if value is not None:
                     share = self.last_weights[-1][:, :, config.fam_length :].sum(-1).mean(0)[:, None]
+                    share = torch.relu(share - config.fam_share_threshold) / (1 - config.fam_share_threshold)
                     is_moved = config.fam_update == "gated" and not is_first
                     memory.fam = memory.fam + share * (value - memory.fam) if is_moved else value
             elif below is not None:

@@ -200,7 +200,11 @@ OPTIONS: list[dict[str, Any]] = [
     SLOTS | {"fam_position": "fractional", "num_memory_segments": 0, "fam_key_bias": -1.0},
     SLOTS | {"block_size": 1, "fam_length": 1, "window": 3},
     BLOCK,
-    BLOCK | {"fam_update": "paper", "fam_share": "row"},
+    BLOCK | {"fam_share_threshold": 0.0},
+    BLOCK | {"fam_share_threshold": 0.8, "fam_share": "row"},
+    {"fam_update": "gated", "fam_share_threshold": 0.75},
+    GATED | {"fam_share_threshold": 0.7},
+    BLOCK | {"fam_update": "paper", "fam_share": "row", "fam_share_threshold": 0.0},
     BLOCK | {"fam_share": "row", "num_sink_tokens": 2, "num_memory_segments": 2, "fam_length": 3, "fam_layers": (1,)},
     BLOCK | {"fam_query_position": "written", "num_previous_fams": 3},
     BLOCK | {"fam_position": "fractional", "num_memory_segments": 0, "fam_key_bias": -1.0},
@@ -261,10 +265,12 @@ def configurations(draw: st.DrawFn) -> FamConfig:
     fam_length = draw(st.integers(0, min(3, block_size)))
     fam_feeds = draw(st.sampled_from(["same", "next", "slots"]))
     has_slots = fam_feeds == "slots"
+    fam_update = draw(st.sampled_from(["paper", "gated"])) if fam_length else "paper"
     return FamConfig(
         block_size=block_size,
         fam_length=fam_length,
-        fam_update=draw(st.sampled_from(["paper", "gated"])) if fam_length else "paper",
+        fam_update=fam_update,
+        fam_share_threshold=draw(st.sampled_from([0.0, 0.5, 0.8])) if fam_update == "gated" else 0.0,
         fam_query=draw(st.sampled_from(["below"] if has_slots else ["previous", "initial"])),
         fam_residual=draw(st.sampled_from(["below"] if has_slots else ["previous", "none", "initial"])),
         fam_feeds=fam_feeds,

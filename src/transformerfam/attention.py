@@ -367,13 +367,16 @@ class Piece(PassingStep):
         layer.next_fam = updated
 
     def _gated(self, layer: FamLayer, value_BFD: torch.Tensor) -> torch.Tensor:
-        """Move the rows towards their new value by their share; a first update in a reading is the value itself."""
+        """Move the rows towards their new value by their share above the threshold; a first update is the value itself."""
         assert layer.share is not None
         is_first = self.is_first_update
         if is_first is True:
             return value_BFD
         assert layer.fam is not None
-        share = layer.share[..., None] if layer.share.dim() == 2 else layer.by_head(layer.share)
+        share, threshold = layer.share, self.config.fam_share_threshold
+        if threshold > 0:
+            share = (share - threshold).clamp_min(0) / (1 - threshold)
+        share = share[..., None] if share.dim() == 2 else layer.by_head(share)
         moved = torch.lerp(layer.fam, value_BFD, share.to(layer.fam.dtype))
         if is_first is False:
             return moved

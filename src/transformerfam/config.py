@@ -20,6 +20,7 @@ UPDATE_PRESETS: dict[str, dict[str, Any]] = {
         "fam_residual": "below",
         "fam_feeds": "slots",
         "fam_share": "head",
+        "fam_share_threshold": 0.5,
         "fam_value": "block",
         "fam_key_bias": 0.0,
     },
@@ -48,6 +49,7 @@ PLAIN_UPDATE: dict[str, Any] = {
     "fam_residual": "previous",
     "fam_feeds": "same",
     "fam_share": "row",
+    "fam_share_threshold": 0.0,
     "fam_value": "rows",
 }
 """The paper's update in full."""
@@ -124,6 +126,10 @@ class FamConfig:
     """What has its own share: a row, the mean over heads; or, with `fam_feeds="slots"`, every key/value
     head of a slot, the mean over the query heads that share it."""
 
+    fam_share_threshold: float = 0.0
+    """Share up to which a gated row stays exactly as it was: it moves by `max(0, a - t) / (1 - t)`. Without it (0) every
+    block takes a little of every row, and what a row holds fades with the number of blocks."""
+
     fam_value: Literal["rows", "block"] = "rows"
     """Of which keys and values a slot's new value is made: those of its row, or the block's own, as their mean weighted
     by the row's attention, for each head by its own, keys without their positions. What a slot holds is then in the
@@ -173,6 +179,13 @@ class FamConfig:
             f"0 to block_size ({self.block_size})",
         )
         require_field(self, "fam_norm_bound", self.fam_norm_bound is None or self.fam_norm_bound > 0, "None or above 0")
+        require_field(self, "fam_share_threshold", 0 <= self.fam_share_threshold < 1, "at least 0 and below 1")
+        require_field(
+            self,
+            "fam_share_threshold",
+            self.fam_share_threshold == 0 or self.fam_update == "gated",
+            "0 with fam_update='paper', which has no share",
+        )
         for name, allowed in (
             ("fam_position", ("last", "fractional", "zero")),
             ("fam_query_position", ("written", "current")),

@@ -267,7 +267,8 @@ def _update_fam(config: FamConfig, memory: LayerMemory, value_FD: Tensor | None,
         return memory.fam_FD
     is_first_update = len(memory.block_keys) == 0 and not memory.starts_from_saved_fam
     if config.fam_update == "gated" and not is_first_update:
-        value_FD = memory.fam_FD + shares_F[:, None] * (value_FD - memory.fam_FD)
+        steps_F = torch.stack([_step(config, share) for share in shares_F])
+        value_FD = memory.fam_FD + steps_F[:, None] * (value_FD - memory.fam_FD)
     return _bound_rows(config, value_FD)
 
 
@@ -311,9 +312,17 @@ def _update_slots(
         shares_G = shares_H.view(weights.num_key_value_heads, -1).mean(dim=1)
         if config.fam_share == "row":
             shares_G = shares_H.mean().expand(weights.num_key_value_heads)
+        steps_G = torch.stack([_step(config, share) for share in shares_G])
         old, new = old_W.view(heads), new_W.view(heads)
-        rows.append((old + shares_G[None, :, None] * (new - old)).flatten())
+        rows.append((old + steps_G[None, :, None] * (new - old)).flatten())
     return torch.stack(rows)
+
+
+def _step(config: FamConfig, share: Tensor) -> Tensor:
+    """Give the step that a row takes towards its new value: none up to the threshold, all of it at a share of one."""
+    if share <= config.fam_share_threshold:
+        return torch.zeros_like(share)
+    return (share - config.fam_share_threshold) / (1 - config.fam_share_threshold)
 
 
 def _bound_rows(config: FamConfig, fam_FD: Tensor) -> Tensor:
