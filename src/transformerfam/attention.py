@@ -367,7 +367,7 @@ class Piece(PassingStep):
         layer.next_fam = updated
 
     def _gated(self, layer: FamLayer, value_BFD: torch.Tensor) -> torch.Tensor:
-        """Move the rows towards their new value by their share above the threshold; a first update is the value itself."""
+        """Move the rows towards their new value by their share above the threshold; the first time all the way."""
         assert layer.share is not None
         is_first = self.is_first_update
         if is_first is True:

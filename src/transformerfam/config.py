@@ -127,8 +127,8 @@ class FamConfig:
     head of a slot, the mean over the query heads that share it."""
 
     fam_share_threshold: float = 0.0
-    """Share up to which a gated row stays exactly as it was: it moves by `max(0, a - t) / (1 - t)`. Without it (0) every
-    block takes a little of every row, and what a row holds fades with the number of blocks."""
+    """Share t up to which a gated row stays exactly as it was: it moves by `max(0, a - t) / (1 - t)`. Without it (0)
+    every block takes a little of every row, and what a row holds fades with the number of blocks."""
 
     fam_value: Literal["rows", "block"] = "rows"
     """Of which keys and values a slot's new value is made: those of its row, or the block's own, as their mean weighted
