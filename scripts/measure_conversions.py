@@ -51,6 +51,7 @@ SLOTS, BLOCK = (
     for preset in ("gated_slots", "gated")
 )
 STARTED = SLOTS | {"prompt": "started_sentence"}
+ANY_SHARE = {"fam_share_threshold": 0.0}
 
 
 def cells(num_layers: int) -> list[dict[str, Any]]:
@@ -81,14 +82,18 @@ def cells(num_layers: int) -> list[dict[str, Any]]:
     found += [cell | {"rows_see_sinks": True} for cell in ({}, SLOTS, slots, SLOTS | {"prompt": "mean"})]
     found += [cell | {"rows_are_tokens": True} for cell in (slots, slots | {"rows_see_sinks": True})]
     shapes = [{"num_memory_segments": m, "num_sink_tokens": sinks} for m in (0, 1, 3) for sinks in (0, 4)]
-    found += [BLOCK | {"prompt": prompt} | shape for prompt in ("started_sentence", "mean") for shape in shapes]
-    block = BLOCK | {"prompt": "started_sentence"}
+    block = BLOCK | ANY_SHARE
+    found += [block | {"prompt": prompt} | shape for prompt in ("started_sentence", "mean") for shape in shapes]
+    block |= {"prompt": "started_sentence"}
     found += [block | changes for changes in ({"fam_share": "row"}, {"fam_update": "paper"}, {"prompt": "text"})]
     found += [block | {"fam_length": length} for length in (4, 64)] + [block | {"block_size": 1024}]
-    found += [block | {"rows_see_sinks": True}, BLOCK | {"prompt": "mean", "rows_see_sinks": True}]
+    found += [block | {"rows_see_sinks": True}, block | {"prompt": "mean", "rows_see_sinks": True}]
+    block = BLOCK | {"prompt": "started_sentence"}
+    found += [block | shape for shape in shapes] + [block | {"block_size": 1024}, BLOCK | {"prompt": "mean"}]
+    found += [block | {"fam_share_threshold": threshold} for threshold in (0.25, 0.75, 0.9)]
     unique: list[dict[str, Any]] = []
     for changes in found:
-        changes = {k: v for k, v in changes.items() if v != (BASE | PLAIN).get(k, None)}
+        changes = {k: v for k, v in changes.items() if v != (BASE | PLAIN | ANY_SHARE).get(k, None)}
         if changes not in unique:
             unique.append(changes)
     return unique
@@ -97,7 +102,7 @@ def cells(num_layers: int) -> list[dict[str, Any]]:
 def best_cells() -> list[dict[str, Any]]:
     """Return what cost SmolLM2 least, for another model; FAM is in every layer that takes it."""
     same_layer = {"fam_feeds": "same"}
-    return [{}, {"prompt": "random_tokens"}, same_layer, STARTED, STARTED | {"rows_see_sinks": True}, SLOTS, BLOCK]
+    return [{}, {"prompt": "random_tokens"}, same_layer, STARTED, STARTED | {"rows_see_sinks": True}, SLOTS, BLOCK | ANY_SHARE, BLOCK]
 
 
 @contextlib.contextmanager
