@@ -102,7 +102,16 @@ def cells(num_layers: int) -> list[dict[str, Any]]:
 def best_cells() -> list[dict[str, Any]]:
     """Return what cost SmolLM2 least, for another model; FAM is in every layer that takes it."""
     same_layer = {"fam_feeds": "same"}
-    return [{}, {"prompt": "random_tokens"}, same_layer, STARTED, STARTED | {"rows_see_sinks": True}, SLOTS, BLOCK | ANY_SHARE, BLOCK]
+    return [
+        {},
+        {"prompt": "random_tokens"},
+        same_layer,
+        STARTED,
+        STARTED | {"rows_see_sinks": True},
+        SLOTS,
+        BLOCK | ANY_SHARE,
+        BLOCK,
+    ]
 
 
 @contextlib.contextmanager

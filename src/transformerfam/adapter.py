@@ -22,6 +22,7 @@ from transformerfam.convert import convert, memory_of
 from transformerfam.errors import CorruptFileError, StateMismatchError, TransformerFamError
 from transformerfam.files import digest_tensors, load_tensors, save_tensors, write_text
 from transformerfam.identity import describe_architecture
+from transformerfam.row_lora import refuse_merge
 from transformerfam.state import FamState
 from transformerfam.versions import require_peft
 
@@ -39,7 +40,13 @@ def inject_lora(model: PreTrainedModel, lora_config: Any) -> None:
 
 
 def merge_lora(model: PreTrainedModel) -> None:
-    """Add the LoRA weights to the base weights, in place; outputs stay the same."""
+    """Add the LoRA weights to the base weights, in place; outputs stay the same.
+
+    Raises:
+        TransformerFamError: LoRA acts on FAM rows alone (`fam_lora="rows"`).
+    """
+    if memory_of(model).config.fam_lora == "rows":
+        refuse_merge()
     peft = require_peft()
     identity = memory_of(model).identity
     assert identity is not None
@@ -185,7 +192,8 @@ class FamAdapter:
 
         Args:
             model: the base model, not converted yet.
-            merge: add LoRA to the weights, which is faster and gives the same outputs.
+            merge: add LoRA to the weights, which is faster and gives the same outputs; LoRA that acts on FAM rows alone
+                stays apart all the same.
 
         Returns:
             The same object.
@@ -224,7 +232,7 @@ class FamAdapter:
             result = peft.set_peft_model_state_dict(model, {name: value.float() for name, value in self.lora.items()})
             if result.unexpected_keys:
                 raise StateMismatchError(f"adapter has LoRA for unknown parts: {result.unexpected_keys[:3]}")
-            if merge:
+            if merge and self.config.fam_lora == "all":
                 merge_lora(model)
         return model
 

@@ -49,11 +49,11 @@ class Piece(PassingStep):
         self._sights: dict[int, Sight | None] = {}
         fills = state.block_fill
         self.completes = [n + c == config.block_size and c > 0 for n, c in zip(fills, counts, strict=True)]
-        begins = any(n == 0 and c > 0 for n, c in zip(fills, counts, strict=True))
+        self.begins = any(n == 0 and c > 0 for n, c in zip(fills, counts, strict=True))
         self.has_queries = takes_queries and any(layer.query is not None for layer in state.layers)
         num_rows = config.fam_length if self.has_queries else config.num_rows
-        self.writes_slots = config.has_slots and begins
-        makes_keys = begins and not config.has_slots
+        self.writes_slots = config.has_slots and self.begins
+        makes_keys = self.begins and not config.has_slots
         self.num_rows = num_rows if config.fam_length and (makes_keys or any(self.completes)) else 0
         self.updates = self.num_rows > 0 and any(self.completes)
         firsts = [

@@ -51,6 +51,7 @@ PLAIN_UPDATE: dict[str, Any] = {
     "fam_share": "row",
     "fam_share_threshold": 0.0,
     "fam_value": "rows",
+    "fam_lora": "all",
 }
 """The paper's update in full."""
 
@@ -135,6 +136,10 @@ class FamConfig:
     by the row's attention, for each head by its own, keys without their positions. What a slot holds is then in the
     form that the layer reads anyway, and of the same layer, the lowest one's too."""
 
+    fam_lora: Literal["all", "rows"] = "all"
+    """What LoRA acts on: tokens and FAM rows, or FAM rows alone. Tokens then go through the base model's own weights,
+    and differ from the base model by what they read in the memory alone; such LoRA is never merged."""
+
     fam_copy: InitVar[bool | None] = None
     """Former name of two choices: False is `fam_query="initial", fam_residual="none"`, the static summary of C.3
     ("SUM FAM")."""
@@ -196,6 +201,7 @@ class FamConfig:
             ("fam_feeds", ("same", "next", "slots")),
             ("fam_share", ("row", "head")),
             ("fam_value", ("rows", "block")),
+            ("fam_lora", ("all", "rows")),
             ("fam_dtype", FAM_DTYPES),
         ):
             require_field(self, name, getattr(self, name) in allowed, f"one of {', '.join(allowed)}")
@@ -216,6 +222,12 @@ class FamConfig:
             "fam_update",
             self.fam_length > 0 or self.fam_update == "paper",
             "'paper' with fam_length 0, where there is no row to update",
+        )
+        require_field(
+            self,
+            "fam_lora",
+            self.fam_length > 0 or self.fam_lora == "all",
+            "'all' with fam_length 0, where there is no row",
         )
 
     def _require_slots(self) -> None:

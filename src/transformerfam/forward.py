@@ -18,6 +18,7 @@ from transformerfam.errors import StateMismatchError, TransformerFamError
 from transformerfam.identity import ModelIdentity
 from transformerfam.memory import QUERY_BACK_ENDS, FamMemory, run_decoder
 from transformerfam.reading_state import ReadingState
+from transformerfam.row_lora import bind_lora, rows_in_front
 from transformerfam.state import FamState
 
 State = TypeVar("State", bound=ReadingState)
@@ -216,12 +217,15 @@ def _run_piece(
     step = next((step for step in decoder.fam.compiled_steps if step.serves(piece)), None)
     if step is not None and kwargs.get("output_hidden_states", decoder.config.output_hidden_states):
         step = None  # a compiled step gives the last ones alone
+    if piece.begins and state.config.fam_lora == "rows":
+        bind_lora(decoder.fam.identity.model)
     state.step = piece
     try:
-        if step is not None:
-            output = MoeModelOutputWithPast(last_hidden_state=step.run(piece, tokens_BTD))
-        else:
-            output = run_decoder(decoder, tokens_BTD, piece.position_ids(tokens_BTD.device), state, **kwargs)
+        with rows_in_front(piece.num_rows):
+            if step is not None:
+                output = MoeModelOutputWithPast(last_hidden_state=step.run(piece, tokens_BTD))
+            else:
+                output = run_decoder(decoder, tokens_BTD, piece.position_ids(tokens_BTD.device), state, **kwargs)
         piece.advance()
     finally:
         state.step = None

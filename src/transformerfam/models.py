@@ -83,7 +83,8 @@ def load_model(
             has it (sub-folder `bswa`), else the base weights with `fam_length` 0; "fam_untrained" the base weights
             with a memory that nobody trained; the name of a rival is what `save_rival` wrote.
         config_overrides: fields of `FamConfig` to change.
-        merge: add LoRA to the weights, which is faster; False keeps it apart for further training.
+        merge: add LoRA to the weights, which is faster, unless it acts on FAM rows alone; False keeps it apart for
+            further training.
 
     Returns:
         The converted model in evaluation mode, and its tokenizer.

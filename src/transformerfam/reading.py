@@ -14,6 +14,7 @@ from transformerfam.memory import initial_fam, initial_queries, memory_of, promp
 from transformerfam.positions import first_position
 from transformerfam.progress import reading_bar
 from transformerfam.reading_state import ReadingState
+from transformerfam.row_lora import bind_lora
 from transformerfam.state import FamState
 
 Progress = Callable[[int, int, FamState], None]
@@ -45,6 +46,8 @@ def init_state(
     if batch_size < 1:
         raise TransformerFamError(f"batch_size is {batch_size}, required is at least 1")
     decoder, memory = self.get_decoder(), memory_of(self)
+    if memory.config.fam_lora == "rows":
+        bind_lora(self)
     assert memory.identity is not None
     config, weight = memory.config, self.get_input_embeddings().weight
     num_layers = len(memory.layouts)

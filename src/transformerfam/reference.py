@@ -110,11 +110,11 @@ def run_reference(
     """
     weights = weights if dtype is None else weights.to(dtype)
     _check_shapes(weights, config, input_ids, initial, saved_fam)
-    initial_fam_LFD = _initial_fam(weights, config, initial, position_offset)
+    initial_fam_LFD = _initial_fam(weights.rows, config, initial, position_offset)
     started_LFD = initial_fam_LFD
     if config.has_slots:
         started_LFD = torch.stack(
-            [_slots(weights, *pair) for pair in zip(weights.layers, initial_fam_LFD, strict=True)]
+            [_slots(weights.rows, *pair) for pair in zip(weights.rows.layers, initial_fam_LFD, strict=True)]
         )
     first_fam_LFD = started_LFD if saved_fam is None else saved_fam.to(initial_fam_LFD.dtype)
     memories = [
@@ -165,13 +165,13 @@ def _run_block(
     Returns:
         The layer's output, (T, D), and what goes up to the FAM of the layers above, (F, D) or None.
     """
-    layer = weights.layers[layer_idx]
+    layer, fam_layer = weights.layers[layer_idx], weights.rows.layers[layer_idx]
     has_fam = config.carries_fam(layer_idx)
     fam_key_positions, fam_query_positions = fam_positions(config, block_start)
     if has_fam and config.has_slots:
         memory.fam_keys.append(_slot_keys(weights, memory.fam_FD, fam_key_positions))
     elif has_fam:
-        memory.fam_keys.append(make_keys(weights, layer, memory.fam_FD, fam_key_positions))
+        memory.fam_keys.append(make_keys(weights.rows, fam_layer, memory.fam_FD, fam_key_positions))
 
     token_positions = [float(block_start + token) for token in range(len(block_TD))]
     block_keys = make_keys(weights, layer, block_TD, token_positions)
@@ -188,20 +188,20 @@ def _run_block(
     if len(block_TD) == config.block_size:
         if has_fam and config.has_slots:
             rows_FD = memory.initial_fam_FD if below_FD is None else below_FD
-            queries, seen = make_queries(weights, layer, rows_FD), memory.fam_keys[-1] + block_keys
-            above_FD, shares_FHN = _run_rows(weights, layer, queries, fam_query_positions, seen, rows_FD)
+            queries, seen = make_queries(weights.rows, fam_layer, rows_FD), memory.fam_keys[-1] + block_keys
+            above_FD, shares_FHN = _run_rows(weights.rows, fam_layer, queries, fam_query_positions, seen, rows_FD)
             shares_FHT = shares_FHN[:, :, config.fam_length :]
             if config.takes_block:
                 value_FW = _means(weights, _slots(weights, layer, block_TD), shares_FHT)
             else:
-                value_FW = _slots(weights, layer, rows_FD)
+                value_FW = _slots(weights.rows, fam_layer, rows_FD)
             memory.fam_FD = _update_slots(weights, config, memory, value_FW, shares_FHT.sum(dim=2))
         elif has_fam:
-            above_FD, shares_F = _compress(weights, config, layer, memory, block_keys, fam_query_positions)
+            above_FD, shares_F = _compress(weights.rows, config, fam_layer, memory, block_keys, fam_query_positions)
             memory.fam_FD = _update_fam(config, memory, above_FD if config.fam_feeds == "same" else below_FD, shares_F)
         elif below_FD is not None:  # a layer without FAM carries the rows up: they see its block
-            queries = make_queries(weights, layer, below_FD)
-            above_FD, _ = _run_rows(weights, layer, queries, fam_query_positions, block_keys, below_FD)
+            queries = make_queries(weights.rows, fam_layer, below_FD)
+            above_FD, _ = _run_rows(weights.rows, fam_layer, queries, fam_query_positions, block_keys, below_FD)
         memory.block_keys.append(block_keys)
     return out_TD, above_FD
 

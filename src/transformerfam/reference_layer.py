@@ -50,6 +50,13 @@ class ReferenceWeights:
     inverse_frequencies: Tensor
     """Radians per position of each pair of a head's dimensions, (head_dim / 2,), float64."""
     rope_scaling: float = 1.0
+    lora_of_rows: "ReferenceWeights | None" = None
+    """The weights with LoRA added, where it acts on FAM rows alone."""
+
+    @property
+    def rows(self) -> "ReferenceWeights":
+        """Return the weights that FAM rows go through."""
+        return self.lora_of_rows or self
 
     @classmethod
     def from_llama(cls, model: "LlamaForCausalLM") -> "ReferenceWeights":
@@ -107,6 +114,7 @@ class ReferenceWeights:
             layers=layers,
             final_norm_D=self.final_norm_D.to(dtype),
             output_embedding_VD=self.output_embedding_VD.to(dtype),
+            lora_of_rows=self.lora_of_rows and self.lora_of_rows.to(dtype),
         )
 
 

@@ -331,13 +331,13 @@ class Recipe:
     def _require_packable(self) -> None:
         """Refuse what a batch on stored filler cannot do."""
         fam, why = self.fam, "schedule.stored_blocks is above 0, required is"
-        is_plain = (
-            fam.num_memory_slots == 0 and fam.num_previous_fams == 1 and fam.fam_layers is None and fam.is_papers_update
-        )
+        is_plain = fam.is_papers_update and fam.fam_lora == "all" and fam.fam_layers is None
+        is_plain &= fam.num_memory_slots == 0 and fam.num_previous_fams == 1
         _require(
             is_plain and fam.fam_length > 0 and fam.fam_position != "zero",
-            f"{why} a fam section with fam_length above 0, all layers, the paper's update, a position other than "
-            "'zero', and no memory segments, sink tokens or further previous FAMs, which hold no stored filler",
+            f"{why} a fam section with fam_length above 0, all layers, the paper's update, fam_lora 'all', a "
+            "position other than 'zero', and no memory segments, sink tokens or further previous FAMs, which hold no "
+            "stored filler",
         )
         _require(
             self.loss.fam_change == 0 and self.schedule.gradient_tokens is None,

@@ -55,7 +55,7 @@ def build_trainee(recipe: Recipe) -> tuple[PreTrainedModel, PreTrainedTokenizerB
         inject_lora(model, config)
     if section.dtype != "float32":
         hold_frozen_weights_in(getattr(torch, section.dtype), model)
-    if recipe.lora is not None and recipe.lora.fused:
+    if recipe.lora is not None and recipe.lora.fused and recipe.fam.fam_lora == "all":
         fuse_lora(model)
     return model, tokenizer
 
