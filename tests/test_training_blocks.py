@@ -8,6 +8,7 @@ import torch
 from torch.autograd.graph import saved_tensors_hooks
 from training_recipes import small_recipe
 
+from transformerfam.config import UPDATE_PRESETS
 from transformerfam.errors import NonFiniteLossError
 from transformerfam.memory import set_key_bias
 from transformerfam.training.blocks import find_non_finite, run_batch
@@ -234,6 +235,28 @@ def test_gradient_tokens_cut_keys_and_values_and_leave_the_fam():
         assert tokens[0].shape[1] == gradient_tokens
         assert tokens[0].grad.abs().sum() > 0  # the first block, through four FAMs and more
     torch.testing.assert_close(losses[0], losses[1])
+
+
+@pytest.mark.parametrize("preset", ["gated", "gated_slots"])
+def test_slots_keep_their_gradient_in_front_of_a_question_at_the_end_of_a_block(preset):
+    """Slots that tokens see as they were read without gradient, so that nothing is learned from that question."""
+    fam = UPDATE_PRESETS[preset] | {"fam_norm_bound": float("inf")}
+    length = batch_of(small_recipe(), 60)[1].input_ids_BT.shape[1]
+    model, batch = batch_of(small_recipe(fam=fam | {"block_size": length // 2}), 60 + length % 2)
+    batch.weights_BT[~batch.is_key_BT] = 0.0
+    gradient_tokens = batch.input_ids_BT.shape[1] - batch.question_start
+    assert gradient_tokens < length // 2  # the question stands in the second of two whole blocks
+    embedded, gradients = [], []
+    model.get_input_embeddings().register_forward_hook(lambda module, args, output: embedded.append(output))
+    for tokens in (None, gradient_tokens):
+        embedded.clear()
+        state = model.init_state(3)
+        output = run_batch(model, batch, state, checkpoint_blocks=False, gradient_tokens=tokens)
+        first = next(e for e in embedded if e.requires_grad and e.shape[0] == 3)
+        gradients.append(torch.autograd.grad(output.loss, first)[0][:, -gradient_tokens:])
+    assert gradients[1].abs().sum() > 0
+    similarity = torch.cosine_similarity(gradients[0].flatten(), gradients[1].flatten(), dim=0)
+    assert similarity > 0.5  # less what keys and values of the first block have had to do with others
 
 
 def test_tokens_without_gradient_are_read_once_where_all_rows_begin_alike():

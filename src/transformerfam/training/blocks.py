@@ -14,6 +14,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
 from transformerfam.families import decoder_layers
+from transformerfam.positions import first_position
 from transformerfam.reading_state import ReadingState
 from transformerfam.training.auxiliary import AuxiliaryLosses
 from transformerfam.training.scores import Scores, StepOutput, score
@@ -196,6 +197,9 @@ def _read_without_gradient(model: PreTrainedModel, state: ReadingState, ids_BT: 
         after = after.select([0] * len(ids_BT))
     for layer, before in zip(after.layers, state.layers, strict=True):
         layer.fam = before.fam
+        if state.config.has_slots and layer.fam is not None:  # tokens see the slots themselves
+            with torch.enable_grad():
+                layer.put(layer.sections.fam, *layer.turner.turn(*layer.slots(), first_position(state.config)))
     return after
 
 
