@@ -20,7 +20,7 @@ from transformerfam.convert import fam_parameters
 from transformerfam.errors import TransformerFamError
 from transformerfam.reference import ReferenceWeights, run_reference
 from transformerfam.reference_layer import LayerWeights
-from transformerfam.row_lora import rows_in_front
+from transformerfam.row_lora import leading_rows
 
 SHAPE: dict[str, Any] = {"block_size": 5, "fam_length": 2, "num_memory_segments": 1, "fam_key_bias": 0.0}
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -120,7 +120,7 @@ def test_other_forms_of_lora_are_peft_s_own(fields: dict[str, Any]) -> None:
     expected, plain = layer(rows), layer.base_layer(rows)
     assert not torch.allclose(expected, plain)
     model.init_state()
-    with rows_in_front(3):
+    with leading_rows(3):
         found = layer(rows)
     torch.testing.assert_close(found[:, :3], expected[:, :3])
     torch.testing.assert_close(found[:, 3:], plain[:, 3:])
@@ -172,7 +172,7 @@ def test_rows_of_one_thread_are_not_those_of_another() -> None:
     model.init_state()
     layer, rows = model.model.layers[0].mlp.up_proj, random_rows(1, 4, 32)
     found: list[torch.Tensor] = []
-    with rows_in_front(2):
+    with leading_rows(2):
         thread = threading.Thread(target=lambda: found.append(layer(rows)))
         thread.start()
         thread.join()

@@ -18,7 +18,7 @@ from transformerfam.errors import StateMismatchError, TransformerFamError
 from transformerfam.identity import ModelIdentity
 from transformerfam.memory import QUERY_BACK_ENDS, FamMemory, run_decoder
 from transformerfam.reading_state import ReadingState
-from transformerfam.row_lora import bind_lora, rows_in_front
+from transformerfam.row_lora import bind_lora, leading_rows
 from transformerfam.state import FamState
 
 State = TypeVar("State", bound=ReadingState)
@@ -221,7 +221,7 @@ def _run_piece(
         bind_lora(decoder.fam.identity.model)
     state.step = piece
     try:
-        with rows_in_front(piece.num_rows):
+        with leading_rows(piece.num_rows):
             if step is not None:
                 output = MoeModelOutputWithPast(last_hidden_state=step.run(piece, tokens_BTD))
             else:

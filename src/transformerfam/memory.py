@@ -18,7 +18,7 @@ from transformerfam.flash import FLASH_BACK_ENDS
 from transformerfam.identity import ModelIdentity
 from transformerfam.kernels import BACK_END, Sight
 from transformerfam.positions import Turner, fam_offsets, first_position, query_shift
-from transformerfam.row_lora import rows_in_front
+from transformerfam.row_lora import leading_rows
 from transformerfam.steps import PassingStep
 
 QUERY_BACK_ENDS = (BACK_END, *FLASH_BACK_ENDS.values())
@@ -358,7 +358,7 @@ def prompt_pass(decoder: Any) -> InitialFam:
     step = InitialFam()
     cache = StepCache([None] * len(memory.layouts), step)
     rows = memory.prompt.to(decoder.get_input_embeddings().weight.dtype)  # it may be trained in another
-    with rows_in_front(config.fam_length):
+    with leading_rows(config.fam_length):
         run_decoder(decoder, rows[None], positions.to(rows.device), cache)
     return step
 
@@ -382,6 +382,6 @@ def initial_queries(decoder: Any, fams: Sequence[torch.Tensor]) -> list[torch.Te
     step = _InitialQueries(fams)
     weight = decoder.get_input_embeddings().weight
     cache = StepCache([None] * len(memory.layouts), step)
-    with rows_in_front(config.fam_length):
+    with leading_rows(config.fam_length):
         run_decoder(decoder, torch.zeros_like(fams[0], dtype=weight.dtype), positions, cache)
     return step.queries

@@ -27,7 +27,7 @@ _in_front = _InFront()
 
 
 @contextlib.contextmanager
-def rows_in_front(num_rows: int) -> Iterator[None]:
+def leading_rows(num_rows: int) -> Iterator[None]:
     """Say that the first `num_rows` rows of a pass are FAM rows, for the layers that `bind_lora` has bound."""
     before, _in_front.num_rows = _in_front.num_rows, num_rows
     try:
