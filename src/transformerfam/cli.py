@@ -17,11 +17,12 @@ from transformerfam.cli_plan import plan_command
 from transformerfam.cli_report import report_app
 from transformerfam.config import UPDATE_PRESETS, FamConfig
 from transformerfam.demo import draw_seed, prepare_demo, run_demo
-from transformerfam.errors import ReadInterrupted, TransformerFamError
+from transformerfam.errors import TransformerFamError
+from transformerfam.files import require_target
 from transformerfam.memory import set_prompt
 from transformerfam.models import GATED, find_device, load_model, name_in_rows, save_model
-from transformerfam.processes import INTERRUPTED, own_device, process_share
-from transformerfam.progress import tokens_bar, training_bar
+from transformerfam.processes import INTERRUPTED, ends_as_ctrl_c, own_device, process_share, uninterrupted
+from transformerfam.progress import screen, tokens_bar, training_bar
 from transformerfam.reports.next_token import next_token_table
 from transformerfam.reports.passkey import passkey_table
 from transformerfam.reports.rows import RowFile, read_rows
@@ -32,8 +33,8 @@ from transformerfam.tasks.next_token import evaluate_next_token
 from transformerfam.tasks.passkey import NUM_DIGITS, PAPER
 from transformerfam.tasks.passkey_evaluation import PasskeyEvaluation, finished_questions
 from transformerfam.tasks.provenance import memory_notes
-from transformerfam.tasks.reading import count_tokens, generate_text, read_text_stream
-from transformerfam.tasks.text import STANDARD_INPUT, list_files, stream_text
+from transformerfam.tasks.reading import count_tokens, generate_text, read_text_stream, save_somewhere
+from transformerfam.tasks.text import STANDARD_INPUT, is_read_once, list_files, stream_text
 from transformerfam.tasks.wordings import Wording
 from transformerfam.training.averaging import average_memories
 from transformerfam.training.recipe_file import load_recipe, parse_overrides
@@ -48,11 +49,15 @@ class ErrorsInOneLine(TyperGroup):
     def invoke(self, ctx: Any) -> Any:
         """Run a subcommand."""
         try:
-            return super().invoke(ctx)
+            with ends_as_ctrl_c():
+                return super().invoke(ctx)
         except TransformerFamError as error:
             message = " ".join(str(error).split())
-            Console(stderr=True, soft_wrap=True).print(f"[red]error: {escape(message)}[/red]", highlight=False)
+            screen(soft_wrap=True).print(f"[red]error: {escape(message)}[/red]", highlight=False)
             raise typer.Exit(FAILED) from error
+        except KeyboardInterrupt as interrupt:  # where there was nothing to save
+            say("interrupted")
+            raise typer.Exit(INTERRUPTED) from interrupt
 
 
 app = typer.Typer(cls=ErrorsInOneLine, no_args_is_help=True, pretty_exceptions_show_locals=False, add_completion=False)
@@ -79,6 +84,8 @@ SystemOption = Annotated[
     ),
 ]
 DeviceOption = Annotated[str, typer.Option("--device", help="cpu, cuda, cuda:1 or another of torch.")]
+OverwriteOption = Annotated[bool, typer.Option("--overwrite", help="Take the place of what this package wrote there.")]
+OR_OVERWRITE = "add --overwrite to replace it, or "
 SetOption = Annotated[list[str] | None, typer.Option("--set", help="key=value; may be given more than once.")]
 
 
@@ -235,35 +242,45 @@ def read_command(
     state: Annotated[Path | None, typer.Option("--state", help="Go on from this state.")] = None,
     skip_tokens: Annotated[int, typer.Option("--skip-tokens", help="Tokens of the text that the state has read.")] = 0,
     device: DeviceOption = "cpu",
+    overwrite: OverwriteOption = False,
 ) -> None:
-    """Read a text of any length and save the state; Ctrl-C saves what was read and says how to go on."""
+    """Read a text of any length and save the state; whatever ends it, what was read is saved, and how to go on said."""
+    is_resumed = state is not None and state.resolve() == save.resolve()
+    require_target(save, "state", overwrite or is_resumed, OR_OVERWRITE)
     if file != STANDARD_INPUT:
         list_files(file)  # before the model is loaded
     loaded_model, tokenizer = _load(model, device=device)
-    start = None if state is None else FamState.load(state, loaded_model, batch_size=1)
-    num_tokens = None if file == STANDARD_INPUT else count_tokens(file, tokenizer)
-    texts = stream_text(file)
+    reading = loaded_model.init_state().detach() if state is None else FamState.load(state, loaded_model, batch_size=1)
+    num_before = reading.num_tokens_read
+    num_tokens = None if is_read_once(file) else count_tokens(file, tokenizer)
     try:
         with tokens_bar("reading") as update:
-            done = read_text_stream(
+            read_text_stream(
                 loaded_model,
                 tokenizer,
-                texts,
-                start,
+                stream_text(file),
+                reading,
                 skip_tokens=skip_tokens,
                 progress=lambda n, moved: update(n, num_tokens, moved),
             )
-    except ReadInterrupted as interrupt:
-        interrupt.state.save(save)
-        again = shlex.join(["fam", "read", file, "--model", model, "--state", str(save), "--save", str(save)])
-        again += _device_argument(device)
-        say(
-            f"interrupted after {interrupt.num_tokens_done:,} tokens, which are kept in {save}; go on with: "
-            f"{again} --skip-tokens {interrupt.num_tokens_done}"
-        )
-        raise typer.Exit(INTERRUPTED) from interrupt
-    done.save(save)
-    say(f"read {done.num_tokens_read:,} tokens; state of {done.num_bytes:,} bytes in {save}")
+    except BaseException as error:  # nothing that was read is lost, whatever ends the reading
+        num_done = skip_tokens + reading.num_tokens_read - num_before
+        if num_done == skip_tokens:
+            raise
+        with uninterrupted():
+            kept, _ = save_somewhere(reading, save)
+        again = shlex.join(["fam", "read", file, "--model", model, "--state", str(kept), "--save", str(kept)])
+        again += f"{_device_argument(device)} --skip-tokens {num_done}"
+        text = f"after {num_done:,} tokens, which are kept in {kept}; go on with: {again}"
+        if isinstance(error, KeyboardInterrupt):
+            say(f"interrupted {text}")
+            raise typer.Exit(INTERRUPTED) from error
+        raise TransformerFamError(f"{error or type(error).__name__}; the reading ended {text}") from error
+    with uninterrupted():
+        kept, refusal = save_somewhere(reading, save)
+    say(f"read {reading.num_tokens_read:,} tokens; state of {reading.num_bytes:,} bytes in {kept}")
+    if refusal is not None:
+        raise refusal
 
 
 @app.command("generate")

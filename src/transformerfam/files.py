@@ -1,8 +1,11 @@
 """Tensor files: written atomically, read strictly, with a checksum over tensors and metadata."""
 
+import contextlib
+import errno
 import hashlib
 import json
 import os
+import stat
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -46,9 +49,11 @@ def save_tensors(
         metadata: JSON values; `kind` and `format_version` say what the file is.
 
     Raises:
-        TransformerFamError: the folder does not exist or the disk is full; an old file is left as it was.
+        TransformerFamError: the folder does not exist, the disk is full, or the file is of another kind or program; an
+            old file is left as it was.
     """
     path = Path(path)
+    is_ours(path, metadata["kind"])
     text = json.dumps(dict(metadata), sort_keys=True)
     stored = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
     header = {METADATA_KEY: text, CHECKSUM_KEY: digest_tensors(stored, text)}
@@ -68,6 +73,66 @@ def save_tensors(
     finally:
         if temporary is not None and os.path.exists(temporary):
             os.unlink(temporary)
+
+
+def refuse_fifo(path: str | os.PathLike[str]) -> None:
+    """Refuse a named pipe, whose opening waits for a writer that may never come.
+
+    Raises:
+        OSError: it is one; callers say what they need in its place.
+    """
+    try:
+        is_fifo = stat.S_ISFIFO(os.lstat(path).st_mode)
+    except OSError:  # opening it says why
+        return
+    if is_fifo:
+        raise OSError(errno.ESPIPE, "it is a named pipe; read it from standard input, or copy it to a file")
+
+
+def require_target(path: str | os.PathLike[str], kind: str, overwrite: bool = False, option: str = "") -> None:
+    """Check before the work that its result can be written.
+
+    Args:
+        path: file to write.
+        kind: what will be in it, for example "state".
+        overwrite: take the place of a file of that kind.
+        option: how a user asks for that, for the message.
+
+    Raises:
+        TransformerFamError: the folder does not exist or cannot be written, or the file is of another kind, or of this
+            kind and not to be overwritten.
+    """
+    path = Path(path)
+    try:
+        with tempfile.TemporaryFile(dir=path.parent):
+            pass
+    except OSError as error:
+        raise TransformerFamError(
+            f"could not write {path}: {error.strerror}; make its folder, or choose another one"
+        ) from error
+    if is_ours(path, kind) and not overwrite:
+        raise TransformerFamError(f"{path} holds a {kind} already; {option}choose another file")
+
+
+def is_ours(path: Path, kind: str) -> bool:
+    """Say whether there is a file of this package and kind; an empty file is as good as none.
+
+    Raises:
+        TransformerFamError: there is something else, which must not be overwritten.
+    """
+    if not path.exists() or (path.is_file() and path.stat().st_size == 0):
+        return False
+    there = "a folder" if path.is_dir() else "a file that is not of this package"
+    if path.is_file():
+        with contextlib.suppress(OSError, SafetensorError, ValueError), safe_open(str(path), framework="pt") as file:
+            found = json.loads((file.metadata() or {})[METADATA_KEY])["kind"]
+            there = f"a {found}"
+    if there != f"a {kind}":
+        raise TransformerFamError(
+            f"could not write {path}: it is {there}, and only a {kind} may take the place of a {kind}; choose another "
+            "file, or move that one away"
+        )
+    return True
 
 
 def write_text(path: str | os.PathLike[str], text: str) -> None:

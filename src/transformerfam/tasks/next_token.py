@@ -132,6 +132,8 @@ def rechunk(
         num_tokens: tokens per piece.
         limit: tokens at most, all together; None is all.
         multiple: also end a piece at every multiple of so many tokens.
+
+    Where `pieces` ends with an error, what is held back comes first and the error behind it.
     """
     buffer: list[int] = []
     num_done = 0
@@ -144,12 +146,17 @@ def rechunk(
             ends.append(limit - num_done)
         return min(ends)
 
-    for piece in pieces:
-        buffer += piece
-        while (size := wanted()) and len(buffer) >= size:
-            yield buffer[:size]
-            buffer, num_done = buffer[size:], num_done + size
-        if limit is not None and num_done >= limit:
-            return
+    try:
+        for piece in pieces:
+            buffer += piece
+            while (size := wanted()) and len(buffer) >= size:
+                whole, buffer, num_done = buffer[:size], buffer[size:], num_done + size
+                yield whole
+            if limit is not None and num_done >= limit:
+                return
+    except (Exception, KeyboardInterrupt):
+        if buffer:
+            yield buffer
+        raise
     if buffer:
         yield buffer

@@ -309,15 +309,25 @@ class _Reading:
         return path.with_name(f"{path.name}.{digest}.reading.safetensors")
 
     def _saved_state(self, path: Path | None, goals_B: list[int]) -> ReadingState | None:
-        """Return the reading that a killed run has saved; None where there is none of these weights and this place."""
+        """Return the reading that a killed run has saved; None where there is none of these weights and this place.
+
+        Warns:
+            UserWarning: there is one that cannot be used, and why.
+        """
         if path is None or not path.is_file():
             return None
         with warnings.catch_warnings():
             warnings.simplefilter("error", UserWarning)  # other weights
             try:
                 state = FamState.load(path, self.model, batch_size=len(self.keys))
-            except (UserWarning, TransformerFamError):
-                return None
+            except (UserWarning, TransformerFamError) as error:
+                reason = str(error)
+            else:
+                reason = ""
+        if reason:
+            warnings.warn(f"{reason}; it is dropped, and the text is read again from its beginning", stacklevel=2)
+            path.unlink()
+            return None
         is_short = all(done <= goal for done, goal in zip(state.row_lengths, goals_B, strict=True))
         return state if is_short else None
 

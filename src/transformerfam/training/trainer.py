@@ -1,15 +1,11 @@
 """Train a memory by a recipe: the loop, its log, its checkpoints, and what is kept at the end."""
 
-import contextlib
 import copy
 import json
-import signal
-import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import torch
@@ -18,6 +14,7 @@ from transformerfam.adapter import FamAdapter
 from transformerfam.convert import set_block_size, set_key_bias
 from transformerfam.errors import NonFiniteLossError
 from transformerfam.models import BASE_NOTE, save_model, save_rival
+from transformerfam.processes import ends_noted, uninterrupted
 from transformerfam.tasks.provenance import device_name, memory_notes
 from transformerfam.training.auxiliary import auxiliary_losses
 from transformerfam.training.blocks import find_non_finite, find_non_finite_gradient
@@ -97,14 +94,13 @@ class Trainer:
         self.cpu_seconds = 0.0
         self.num_tokens = 0
         self.devices: list[str] = []  # that steps were taken on
-        self._is_interrupted = False
         if resume:
             self._restore()
 
     # The loop
 
     def run(self, on_step: Callable[["Trainer", dict[str, Any]], None] | None = None) -> TrainingResult:
-        """Train to the end, or to Ctrl-C.
+        """Train to the end, or to Ctrl-C, SIGTERM or SIGHUP.
 
         Args:
             on_step: called after every step with the trainer and the step's values, for progress.
@@ -118,8 +114,8 @@ class Trainer:
             self.devices = sorted({*self.devices, device_name(self.model.device)})
         begin, seconds_before = time.monotonic(), self.seconds
         last_save, cpu = begin, time.process_time()
-        with self._interrupts(), (self.folder / LOG_FILE).open("a", encoding="utf-8") as log:
-            while self.step < schedule.steps and not self.ranks.any(self._is_interrupted):
+        with ends_noted() as ends, (self.folder / LOG_FILE).open("a", encoding="utf-8") as log:
+            while self.step < schedule.steps and not self.ranks.any(bool(ends)):
                 row = self._train_step()
                 now = time.monotonic()
                 self.seconds = seconds_before + now - begin
@@ -140,14 +136,16 @@ class Trainer:
                     last_save = time.monotonic()
                 if schedule.max_seconds is not None and self.ranks.any(self.seconds >= schedule.max_seconds):
                     break
-        self.save_checkpoint()
-        if self.ranks.any(self._is_interrupted):
+        with uninterrupted():
+            self.save_checkpoint()
+        if self.ranks.any(bool(ends)):
             text = f"stopped after step {self.step} of {schedule.steps}; go on with: fam train RECIPE --resume"
             return TrainingResult(self.folder, self.step, self.seconds, False, text)
         self.average.copy_to(self.model)
         trained = {name: whole(p.detach()) for name, p in self.model.named_parameters() if p.requires_grad}
         if self.ranks.is_main:
-            self.save_memory(trained)
+            with uninterrupted():
+                self.save_memory(trained)
         text = f"{self.step} steps in {self.seconds:.0f} s; the memory is in {self.folder}"
         return TrainingResult(self.folder, self.step, self.seconds, True, text)
 
@@ -260,24 +258,7 @@ class Trainer:
             "optimizer.lr or optimizer.clip_norm, or set fam.fam_norm_bound, and resume from the last checkpoint"
         )
 
-    # Ctrl-C, checkpoints, results
-
-    @contextlib.contextmanager
-    def _interrupts(self) -> Iterator[None]:
-        """Let Ctrl-C end the run after the step at hand; a second one ends it at once."""
-        if threading.current_thread() is not threading.main_thread():
-            yield
-            return
-
-        def stop(number: int, frame: FrameType | None) -> None:
-            self._is_interrupted = True
-            signal.signal(signal.SIGINT, before)
-
-        before = signal.signal(signal.SIGINT, stop)
-        try:
-            yield
-        finally:
-            signal.signal(signal.SIGINT, before)
+    # Checkpoints, results
 
     def save_checkpoint(self) -> None:
         """Write everything that the next step depends on."""
