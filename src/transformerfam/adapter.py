@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 from transformerfam.config import FamConfig
 from transformerfam.convert import convert, memory_of
 from transformerfam.errors import CorruptFileError, StateMismatchError, TransformerFamError
-from transformerfam.files import digest_tensors, load_tensors, save_tensors, write_text
+from transformerfam.files import digest_tensors, is_ours, load_tensors, save_tensors, write_text
 from transformerfam.identity import describe_architecture
 from transformerfam.state import FamState
 from transformerfam.versions import require_peft
@@ -29,6 +29,38 @@ ADAPTER_FORMAT_VERSION = 1
 FAM_FILE = "fam.safetensors"
 LORA_FILE = "adapter_model.safetensors"
 LORA_CONFIG_FILE = "adapter_config.json"
+CONFIG_FILE = "config.json"
+RUN_FILES = {"recipe.json", "checkpoint.safetensors"}
+"""What a folder holds beside its memory where a run of training made it."""
+
+
+def require_own_folder(folder: str | os.PathLike[str], is_model: bool, overwrite: bool, remedy: str = "") -> None:
+    """Refuse a folder that would lose something to a memory, or to a model with its memory.
+
+    Args:
+        folder: where to; there may be none yet.
+        is_model: whether the weights of the base model go there, too.
+        overwrite: take the place of what this package wrote there, if it is of the same kind.
+        remedy: how a user asks for that, for the message.
+
+    Raises:
+        TransformerFamError: the folder holds something else, or the same and it is not to be overwritten.
+    """
+    folder = Path(folder)
+    if not folder.exists():
+        return
+    if not folder.is_dir():
+        raise TransformerFamError(f"could not write to {folder}: it is a file, required is a folder; choose another")
+    names = {path.name for path in folder.iterdir()}
+    kind = "a model with its memory" if is_model else "a memory"
+    is_same = is_ours(folder / FAM_FILE, "adapter") and (CONFIG_FILE in names) == is_model and not names & RUN_FILES
+    if names and not is_same:
+        raise TransformerFamError(
+            f"could not write {kind} to {folder}: it holds other files, for example {min(names)}; choose a new or "
+            "empty folder"
+        )
+    if names and not overwrite:
+        raise TransformerFamError(f"{folder} holds {kind} already; {remedy}choose another folder")
 
 
 def inject_lora(model: PreTrainedModel, lora_config: Any) -> None:

@@ -11,6 +11,7 @@ from rich.markup import escape
 from transformers.utils import logging as transformers_logging
 from typer.core import TyperGroup
 
+from transformerfam.adapter import require_own_folder
 from transformerfam.cli_compare import compare_command
 from transformerfam.cli_output import say
 from transformerfam.cli_plan import plan_command
@@ -216,9 +217,11 @@ def convert_command(
     prompt_text: Annotated[
         str | None, typer.Option("--prompt-text", help="Text whose first tokens the memory's prompt begins as.")
     ] = None,
+    overwrite: OverwriteOption = False,
     overrides: SetOption = None,
 ) -> None:
     """Give a model a memory that nobody trained yet, and save it with its weights; gated with 4 sink tokens."""
+    require_own_folder(output, is_model=True, overwrite=overwrite, remedy=OR_OVERWRITE)
     sinks = {"num_sink_tokens": NUM_SINK_TOKENS} if FamConfig.preset(preset).has_slots else {}
     changes = FamConfig.preset(preset, **sinks | parse_overrides(overrides)).to_dict()
     converted, tokenizer = _load(model, "fam_untrained", changes)
@@ -304,19 +307,24 @@ def train_command(
     output: Annotated[Path | None, typer.Option("--output", help="Folder of the run; runs/NAME if not given.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the folder's checkpoint.")] = False,
     device: DeviceOption = "cpu",
+    overwrite: OverwriteOption = False,
     overrides: SetOption = None,
 ) -> None:
     """Train a memory by a recipe."""
+    if resume and overwrite:
+        raise TransformerFamError("--resume goes on with a run and --overwrite begins anew; give one of them")
     loaded = load_recipe(recipe, overrides or ())
     folder = output or Path("runs") / recipe.stem
-    trainer = Trainer(loaded, folder, resume=resume, device=find_device(device))
+    trainer = Trainer(loaded, folder, resume=resume, device=find_device(device), overwrite=overwrite)
     with training_bar(loaded.schedule.steps) as update:
         result = trainer.run(lambda _, row: update(row))
-    message = result.message.replace("RECIPE", str(recipe))
-    if not result.is_complete:
-        message += (f" --output {folder}" if output is not None else "") + _device_argument(device)
-    say(message)
-    if not result.is_complete:
+    if result.is_complete:
+        say(result.message)
+    else:
+        place = [] if output is None else ["--output", str(folder)]
+        changes = [part for change in overrides or () for part in ("--set", change)]
+        more = shlex.join([str(recipe), "--resume", *place, *changes])
+        say(result.message.replace("RECIPE --resume", more) + _device_argument(device))
         raise typer.Exit(INTERRUPTED)
 
 
@@ -324,9 +332,11 @@ def train_command(
 def average_command(
     memories: Annotated[list[Path], typer.Argument(help="Folders of memories that were trained from one start.")],
     output: Annotated[Path, typer.Option("--output", help="Folder of the mean.")],
+    overwrite: OverwriteOption = False,
     overrides: SetOption = None,
 ) -> None:
     """Average the weights of memories; --set changes what the mean is read with."""
+    require_own_folder(output, is_model=False, overwrite=overwrite, remedy=OR_OVERWRITE)
     average_memories(memories, output, parse_overrides(overrides))
     say(f"the mean of {len(memories)} memories is in {output}")
 

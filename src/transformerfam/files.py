@@ -7,11 +7,13 @@ import json
 import os
 import stat
 import tempfile
+import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
+from filelock import BaseFileLock, FileLock, Timeout, lock_descriptor
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
@@ -20,6 +22,8 @@ from transformerfam.errors import CorruptFileError, TransformerFamError
 
 METADATA_KEY = "transformerfam"
 CHECKSUM_KEY = "sha256"
+LOCK_SECONDS = 10.0
+"""How long a process that is about to end is waited for."""
 
 
 def digest_tensors(tensors: Mapping[str, torch.Tensor], salt: str = "") -> str:
@@ -73,6 +77,52 @@ def save_tensors(
     finally:
         if temporary is not None and os.path.exists(temporary):
             os.unlink(temporary)
+
+
+def make_folder(folder: str | os.PathLike[str]) -> None:
+    """Make a folder, with those above it, if it is not there.
+
+    Raises:
+        TransformerFamError: it cannot be made.
+    """
+    try:
+        Path(folder).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise TransformerFamError(f"could not make the folder {folder}: {error.strerror}; choose another") from error
+
+
+def hold(path: str | os.PathLike[str], what: str) -> BaseFileLock:
+    """Take a lock, which the end of the process releases however it ends.
+
+    Args:
+        path: the lock's file; it stays.
+        what: what the lock is of, for the message.
+
+    Raises:
+        TransformerFamError: another process holds it and does not end within `LOCK_SECONDS`, or no file can be made.
+    """
+    lock = FileLock(path, timeout=LOCK_SECONDS, thread_local=False, is_singleton=True)
+    try:
+        lock.acquire()
+    except Timeout as error:
+        raise in_use(what) from error
+    except OSError as error:
+        raise TransformerFamError(f"could not write {path}: {error.strerror}; choose another folder") from error
+    return lock
+
+
+def hold_file(file: IO[bytes], what: str) -> None:
+    """Lock an open file until it is closed; arguments and errors are those of `hold`."""
+    end = time.monotonic() + LOCK_SECONDS
+    while not lock_descriptor(file.fileno(), blocking=False):
+        if time.monotonic() >= end:
+            raise in_use(what)
+        time.sleep(0.1)
+
+
+def in_use(what: str) -> TransformerFamError:
+    """Return the error of something that another process writes."""
+    return TransformerFamError(f"{what} is written by another process; wait for its end, or choose another")
 
 
 def refuse_fifo(path: str | os.PathLike[str]) -> None:

@@ -11,7 +11,7 @@ import torch
 from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from transformerfam.adapter import FAM_FILE, FamAdapter
+from transformerfam.adapter import CONFIG_FILE, FAM_FILE, RUN_FILES, FamAdapter
 from transformerfam.config import FamConfig
 from transformerfam.convert import convert
 from transformerfam.errors import CorruptFileError, StateMismatchError, TransformerFamError
@@ -136,7 +136,8 @@ def save_model(
         config: the configuration to read with; None is the model's own.
 
     Raises:
-        TransformerFamError: the model has LoRA, is not converted, or the disk is full.
+        TransformerFamError: the model has LoRA, is not converted, the disk is full, or the folder holds a model that is
+            not of this package.
     """
     if getattr(model, "peft_config", None):
         raise TransformerFamError(
@@ -152,8 +153,15 @@ def _save_base(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: str | os.PathLike[str], memory: Any
 ) -> None:
     """Write the base weights and the tokenizer, without the parameters of the module `memory`."""
-    own = {f"{name}." for name, module in model.named_modules() if module is memory}
-    weights = {name: value for name, value in model.state_dict().items() if not name.startswith(tuple(own))}
+    here = Path(folder)
+    own = {FAM_FILE, RIVAL_FILE, *RUN_FILES}  # a run may have been killed while it wrote its model
+    if (here / CONFIG_FILE).exists() and not any((here / name).exists() for name in own):
+        raise TransformerFamError(
+            f"could not write the model to {folder}: it holds a model that is not of this package, whose weights would "
+            "be lost; choose another folder"
+        )
+    memories = {f"{name}." for name, module in model.named_modules() if module is memory}
+    weights = {name: value for name, value in model.state_dict().items() if not name.startswith(tuple(memories))}
     try:
         model.save_pretrained(folder, state_dict=weights)  # a FAM comes along, and is written again with its notes
         tokenizer.save_pretrained(folder)
@@ -249,7 +257,7 @@ def load_base(
         CorruptFileError: the folder holds a model that cannot be read.
     """
     folder = folder or _find_folder(name_or_folder)
-    if not (folder / "config.json").is_file():
+    if not (folder / CONFIG_FILE).is_file():
         if str(name_or_folder) == "smollm2":
             return load_smollm2()
         if adapter is None:

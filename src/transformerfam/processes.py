@@ -37,7 +37,7 @@ def ends_as_ctrl_c() -> Iterator[None]:
 
 @contextlib.contextmanager
 def ends_noted() -> Iterator[list[int]]:
-    """Yield a list of the Ctrl-C, SIGTERM and SIGHUP that came, for a body that ends itself; a second Ctrl-C ends it."""
+    """Yield a list of what came of Ctrl-C, SIGTERM and SIGHUP, for a body that ends itself; a second Ctrl-C ends it."""
     noted: list[int] = []
     plain = signal.getsignal(signal.SIGINT)
 

@@ -23,7 +23,7 @@ from transformerfam.errors import MissingPackageError, TransformerFamError
 from transformerfam.processes import INTERRUPTED
 from transformerfam.reports.rows import RowFile, read_rows
 from transformerfam.training.checkpoint import last_log_row
-from transformerfam.training.trainer import LOG_FILE
+from transformerfam.training.run_folder import LOG_FILE
 
 RUN_LOG = "run.log"
 REFRESH_SECONDS = 2.0

@@ -9,9 +9,14 @@ from types import TracebackType
 from typing import Any, NamedTuple
 
 from transformerfam.errors import CorruptFileError, TransformerFamError
+from transformerfam.files import hold_file, refuse_fifo
+from transformerfam.processes import process_share
 from transformerfam.tasks.telling import Telling
 
 Row = dict[str, Any]
+
+ROW_BEGINS = b'{"task": '
+"""How every row that this package writes begins."""
 
 Z_95 = 1.959963984540054
 """Standard normal quantile of a two-sided 95 % interval."""
@@ -20,35 +25,46 @@ Z_95 = 1.959963984540054
 class RowFile:
     """Append rows to a JSON lines file, each flushed at once; what stands there already is kept.
 
-    A last line that a killed run left unfinished is cut off.
+    A last line that a killed run left unfinished is cut off. One process writes; of several that were launched together
+    the first one holds the file for all.
     """
 
-    def __init__(self, path: str | Path) -> None:
+    def __init__(self, path: str | Path, anew: bool = False) -> None:
         """Open the file, which is made if need be, with its folder.
 
         Args:
             path: JSON lines file.
+            anew: drop the rows that it holds.
 
         Raises:
             CorruptFileError: the file holds something else than rows.
-            TransformerFamError: it cannot be written.
+            TransformerFamError: it cannot be written, or another process writes it.
         """
         self.path = Path(path)
         try:
+            refuse_fifo(self.path)
             self.path.parent.mkdir(parents=True, exist_ok=True)
             self._file = self.path.open("a+b")
         except OSError as error:
             raise self._unwritable(error) from error
-        self._file.seek(0)
-        content = self._file.read()
-        whole = content[: content.rfind(b"\n") + 1]
         try:
-            self.rows = list(_parse(whole, self.path))
-        except CorruptFileError:
+            if process_share()[0] == 0:
+                hold_file(self._file, str(self.path))
+            self._file.seek(0)
+            content = self._file.read()
+            self.rows, num_whole = _rows_and_end(content, self.path)
+            if anew:
+                self.rows, num_whole = [], 0
+            self._cut(num_whole)
+            if content[:num_whole] and not content[:num_whole].endswith(b"\n"):
+                self._file.write(b"\n")
+                self._file.flush()
+        except OSError as error:
+            self._file.close()
+            raise self._unwritable(error) from error
+        except TransformerFamError:
             self._file.close()
             raise
-        if len(whole) < len(content):
-            self._file.truncate(len(whole))
 
     def append(self, row: Mapping[str, Any]) -> None:
         """Write one row and flush it.
@@ -93,6 +109,7 @@ def read_rows(paths: Iterable[str | Path]) -> list[Row]:
     rows: list[Row] = []
     for path in map(Path, paths):
         try:
+            refuse_fifo(path)
             content = path.read_bytes()
         except OSError as error:
             raise CorruptFileError(
@@ -102,8 +119,34 @@ def read_rows(paths: Iterable[str | Path]) -> list[Row]:
     return rows
 
 
-def _parse(content: bytes, path: Path) -> Iterator[Row]:
-    for number, line in enumerate(content.splitlines(), start=1):
+def _rows_and_end(content: bytes, path: Path) -> tuple[list[Row], int]:
+    """Return the rows of a file, and how many of its bytes are they: what follows is a row that a killed run began.
+
+    Raises:
+        CorruptFileError: a line is no row.
+    """
+    end = content.rfind(b"\n") + 1
+    rows, rest = list(_parse(content[:end], path)), content[end:]
+    try:
+        return rows + list(_parse(rest, path, first=content.count(b"\n") + 1)), len(content)
+    except CorruptFileError:
+        if not _is_begun(rest):
+            raise
+        return rows, end
+
+
+def _is_begun(line: bytes) -> bool:
+    """Say whether a line is the beginning of a row, and no other text."""
+    size = min(len(line), len(ROW_BEGINS))
+    try:
+        json.loads(line)
+    except ValueError:
+        return line[:size] == ROW_BEGINS[:size]
+    return False
+
+
+def _parse(content: bytes, path: Path, first: int = 1) -> Iterator[Row]:
+    for number, line in enumerate(content.splitlines(), start=first):
         if not line.strip():
             continue
         try:

@@ -21,9 +21,10 @@ from transformerfam.training.blocks import find_non_finite, find_non_finite_grad
 from transformerfam.training.checkpoint import Place, cut_log, load_checkpoint, save_checkpoint
 from transformerfam.training.instructions import PackedInstructions
 from transformerfam.training.optimizer import AverageOfWeights, build_optimizer, key_bias_at, lr_factor
-from transformerfam.training.ranks import Ranks, claim_folder
+from transformerfam.training.ranks import Ranks
 from transformerfam.training.recipe import Recipe
 from transformerfam.training.result import TrainingResult
+from transformerfam.training.run_folder import LOG_FILE, claim_folder, release
 from transformerfam.training.scores import StepOutput
 from transformerfam.training.sections import Stage
 from transformerfam.training.sequences import Batch, SequenceBuilder
@@ -34,7 +35,12 @@ from transformerfam.training.step import read_on, start_state
 from transformerfam.training.stored_filler import StoredFiller, keep_filler
 from transformerfam.training.teacher import Teacher
 
-LOG_FILE = "log.jsonl"
+TRY_AGAIN = (
+    "lower optimizer.lr or optimizer.clip_norm, or set fam.fam_norm_bound, and train into another folder, since a run "
+    "is resumed by its own recipe alone"
+)
+
+OnStep = Callable[["Trainer", dict[str, Any]], None]
 
 
 class Trainer:
@@ -45,7 +51,12 @@ class Trainer:
     """
 
     def __init__(
-        self, recipe: Recipe, folder: str | Path, resume: bool = False, device: torch.device | str = "cpu"
+        self,
+        recipe: Recipe,
+        folder: str | Path,
+        resume: bool = False,
+        device: torch.device | str = "cpu",
+        overwrite: bool = False,
     ) -> None:
         """Build model, data and optimizer.
 
@@ -54,10 +65,12 @@ class Trainer:
             folder: where to; made if need be.
             resume: go on from the folder's checkpoint.
             device: where model and teacher stand; a run may go on on another device.
+            overwrite: begin anew in the place of a run that is there.
 
         Raises:
             RecipeError: the folder holds a run already and `resume` is False, or another recipe's and it is True.
             CorruptFileError: `resume` is True and there is no checkpoint that can be read.
+            TransformerFamError: another process trains there, or the folder is that of something else.
         """
         self.recipe = recipe
         self.folder = Path(folder)
@@ -68,7 +81,7 @@ class Trainer:
         self.ranks = Ranks(recipe)
         self.ranks.require_alike(recipe.to_dict(), "recipe")
         device = device if self.ranks.accelerator is None else self.ranks.accelerator.device
-        claim_folder(self.folder, recipe, resume, self.ranks)
+        self.lock = claim_folder(self.folder, recipe, resume, self.ranks, overwrite)
         self.model, self.tokenizer = build_trainee(recipe)
         self.model.to(device)
         self.step_module = self.ranks.wrap(self.model)
@@ -99,7 +112,7 @@ class Trainer:
 
     # The loop
 
-    def run(self, on_step: Callable[["Trainer", dict[str, Any]], None] | None = None) -> TrainingResult:
+    def run(self, on_step: OnStep | None = None) -> TrainingResult:
         """Train to the end, or to Ctrl-C, SIGTERM or SIGHUP.
 
         Args:
@@ -108,6 +121,12 @@ class Trainer:
         Raises:
             NonFiniteLossError: the loss or a gradient is not finite; nothing of that step reaches the weights.
         """
+        try:
+            return self._run(on_step)
+        finally:
+            release(self.lock)
+
+    def _run(self, on_step: OnStep | None) -> TrainingResult:
         schedule = self.recipe.schedule
         self.model.train()
         if self.step < schedule.steps:
@@ -178,7 +197,7 @@ class Trainer:
         if not bool(torch.isfinite(grad_norm)):
             raise NonFiniteLossError(
                 f"the gradient of {find_non_finite_gradient(self.model)} is not finite at step {self.step}, though the "
-                "loss is; lower optimizer.lr, or set fam.fam_norm_bound, and resume from the last checkpoint"
+                "loss is; {TRY_AGAIN}"
             )
         self.optimizer.step()
         self.average.update(self.model, step)
@@ -254,8 +273,7 @@ class Trainer:
             state = start_state(self.model, self.recipe, self.passing, self.step, batch, saved, rows)
         place = find_non_finite(self.model, self.ranks.own_batch(batch), state)
         raise NonFiniteLossError(
-            f"loss is {loss.item()} at step {self.step}; hidden states are first not finite in {place}; lower "
-            "optimizer.lr or optimizer.clip_norm, or set fam.fam_norm_bound, and resume from the last checkpoint"
+            f"loss is {loss.item()} at step {self.step}; hidden states are first not finite in {place}; {TRY_AGAIN}"
         )
 
     # Checkpoints, results
