@@ -7,13 +7,14 @@ FAM; LoRA stands beside it in PEFT's own files, so that PEFT loads it too.
 import dataclasses
 import json
 import os
+import time
 import warnings
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load, save_file
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -29,6 +30,9 @@ ADAPTER_FORMAT_VERSION = 1
 FAM_FILE = "fam.safetensors"
 LORA_FILE = "adapter_model.safetensors"
 LORA_CONFIG_FILE = "adapter_config.json"
+SETTLE_SECONDS = 1.0
+"""How long two files that do not fit together are read again: another process may be writing the second."""
+
 CONFIG_FILE = "config.json"
 RUN_FILES = {"recipe.json", "checkpoint.safetensors"}
 """What a folder holds beside its memory where a run of training made it."""
@@ -190,17 +194,15 @@ class FamAdapter:
             CorruptFileError: a file is missing, foreign, damaged or of another version.
         """
         folder = Path(folder)
-        tensors, metadata = load_tensors(folder / FAM_FILE, "adapter", ADAPTER_FORMAT_VERSION)
-        lora: dict[str, torch.Tensor] = {}
-        if metadata["lora_config"] is not None:
-            try:
-                lora = load_file(folder / LORA_FILE)
-            except (OSError, SafetensorError) as error:
-                raise CorruptFileError(
-                    f"{folder / LORA_FILE} cannot be read ({error}); copy the adapter again"
-                ) from error
-            if digest_tensors(lora) != metadata["lora_digest"]:
+        end = time.monotonic() + SETTLE_SECONDS
+        while True:
+            tensors, metadata = load_tensors(folder / FAM_FILE, "adapter", ADAPTER_FORMAT_VERSION)
+            lora = {} if metadata["lora_config"] is None else _load_lora(folder / LORA_FILE)
+            if not lora or digest_tensors(lora) == metadata["lora_digest"]:
+                break
+            if time.monotonic() > end:
                 raise CorruptFileError(f"{folder / LORA_FILE} is damaged: its checksum does not match; copy it again")
+            time.sleep(0.05)
         return cls(
             config=FamConfig.from_dict(metadata["fam_config"]),
             saved_fam=tensors.pop("saved_fam", None),
@@ -259,6 +261,13 @@ class FamAdapter:
             if merge:
                 merge_lora(model)
         return model
+
+
+def _load_lora(path: Path) -> dict[str, torch.Tensor]:
+    try:
+        return load(path.read_bytes())
+    except (OSError, SafetensorError) as error:
+        raise CorruptFileError(f"{path} cannot be read ({error}); copy the adapter again") from error
 
 
 def _plain(value: Any) -> Any:

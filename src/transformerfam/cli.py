@@ -249,7 +249,8 @@ def read_command(
 ) -> None:
     """Read a text of any length and save the state; whatever ends it, what was read is saved, and how to go on said."""
     is_resumed = state is not None and state.resolve() == save.resolve()
-    require_target(save, "state", overwrite or is_resumed, OR_OVERWRITE)
+    replaces = overwrite or is_resumed
+    require_target(save, "state", replaces, OR_OVERWRITE)
     if file != STANDARD_INPUT:
         list_files(file)  # before the model is loaded
     loaded_model, tokenizer = _load(model, device=device)
@@ -271,7 +272,7 @@ def read_command(
         if num_done == skip_tokens:
             raise
         with uninterrupted():
-            kept, _ = save_somewhere(reading, save)
+            kept, _ = save_somewhere(reading, save, replaces)
         again = shlex.join(["fam", "read", file, "--model", model, "--state", str(kept), "--save", str(kept)])
         again += f"{_device_argument(device)} --skip-tokens {num_done}"
         text = f"after {num_done:,} tokens, which are kept in {kept}; go on with: {again}"
@@ -280,7 +281,7 @@ def read_command(
             raise typer.Exit(INTERRUPTED) from error
         raise TransformerFamError(f"{error or type(error).__name__}; the reading ended {text}") from error
     with uninterrupted():
-        kept, refusal = save_somewhere(reading, save)
+        kept, refusal = save_somewhere(reading, save, replaces)
     say(f"read {reading.num_tokens_read:,} tokens; state of {reading.num_bytes:,} bytes in {kept}")
     if refusal is not None:
         raise refusal

@@ -15,7 +15,7 @@ from typing import IO, Any
 import torch
 from filelock import BaseFileLock, FileLock, Timeout, lock_descriptor
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load, save_file
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from transformerfam.errors import CorruptFileError, TransformerFamError
@@ -204,6 +204,13 @@ def write_text(path: str | os.PathLike[str], text: str) -> None:
         ) from error
 
 
+def _header_of(content: bytes) -> dict[str, str]:
+    """Return the free texts of a safetensors file: its first 8 bytes are the length of a JSON object that has them."""
+    length = int.from_bytes(content[:8], "little")
+    texts: dict[str, str] = json.loads(content[8 : 8 + length]).get("__metadata__", {})
+    return texts
+
+
 def load_tensors(
     path: str | os.PathLike[str], kind: str, format_version: int
 ) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
@@ -222,9 +229,10 @@ def load_tensors(
     """
     path = Path(path)
     try:
-        with safe_open(str(path), framework="pt") as file:
-            header = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
+        refuse_fifo(path)
+        content = path.read_bytes()  # at once: `safe_open` opens it twice, and another file may be there by then
+        tensors = load(content)
+        header = _header_of(content)
     except FileNotFoundError as error:
         raise CorruptFileError(f"{path} does not exist; give the path of a saved {kind}") from error
     except (OSError, SafetensorError, UnicodeDecodeError, ValueError) as error:

@@ -85,7 +85,7 @@ class Schedule:
                 code = DoitMain(ModuleTaskLoader(tasks)).run(["run"])
             finally:
                 for process in self.processes:
-                    process.wait()
+                    process.communicate()  # closes its input first
         if RUNNING in self.states.values():
             raise KeyboardInterrupt
         failed = [run for run, state in self.states.items() if state == FAILED]
@@ -129,7 +129,8 @@ class Schedule:
         folder = run_folder(self.folder, run)
         folder.mkdir(parents=True, exist_ok=True)
         with (folder / RUN_LOG).open("ab") as log:
-            process = subprocess.Popen([*self.command, str(run)], stdout=log, stderr=log)
+            # Its input ends when this process does, however it ends, and the run with it.
+            process = subprocess.Popen([*self.command, str(run)], stdin=subprocess.PIPE, stdout=log, stderr=log)
             self.processes.append(process)
             code = process.wait()
         if code == INTERRUPTED:
@@ -248,6 +249,7 @@ def run_all(
         *changes,
         "--device",
         str(device),
+        "--ends-with-input",
         "--run",
     ]
     return Schedule(comparison, folder, rows, command, num_jobs).run()

@@ -101,7 +101,7 @@ class RowFile:
 
 
 def read_rows(paths: Iterable[str | Path]) -> list[Row]:
-    """Return the rows of all files.
+    """Return the rows of all files, without one that is being written.
 
     Raises:
         CorruptFileError: a file is missing, or a line is no row; the message gives its number.
@@ -115,7 +115,7 @@ def read_rows(paths: Iterable[str | Path]) -> list[Row]:
             raise CorruptFileError(
                 f"cannot read {path} ({error.strerror}); a JSON lines file of rows is required, check the path"
             ) from error
-        rows += _parse(content, path)
+        rows += _rows_and_end(content, path)[0]
     return rows
 
 

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from transformerfam.errors import ReadInterrupted, TransformerFamError
+from transformerfam.files import require_target
 from transformerfam.state import FamState
 from transformerfam.tasks.next_token import rechunk
 from transformerfam.tasks.text import encode, stream_text, stream_token_ids
@@ -80,12 +81,13 @@ def _read_whole(model: Any, ids: list[int], state: FamState, progress: Callable[
         raise
 
 
-def save_somewhere(state: FamState, path: Path) -> tuple[Path, TransformerFamError | None]:
+def save_somewhere(state: FamState, path: Path, overwrite: bool = False) -> tuple[Path, TransformerFamError | None]:
     """Save a reading, in another folder if its own does not take it.
 
     Args:
         state: the reading.
         path: where it should go.
+        overwrite: take the place of a state that is there; another process may have put it there meanwhile.
 
     Returns:
         Where it is, and why it is elsewhere; None if it is not.
@@ -94,6 +96,7 @@ def save_somewhere(state: FamState, path: Path) -> tuple[Path, TransformerFamErr
         TransformerFamError: no folder takes it.
     """
     try:
+        require_target(path, "state", overwrite)
         state.save(path)
         return path, None
     except TransformerFamError as error:
