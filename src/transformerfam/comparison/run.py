@@ -12,6 +12,7 @@ import torch
 
 from transformerfam.comparison.plan import UNTRAINED, Comparison, RunName
 from transformerfam.errors import RecipeError
+from transformerfam.files import make_folder
 from transformerfam.models import load_model
 from transformerfam.reports.rows import Row, RowFile
 from transformerfam.rivals import RIVAL_NAMES
@@ -22,6 +23,7 @@ from transformerfam.tasks.passkey_evaluation import PasskeyEvaluation, finished_
 from transformerfam.tasks.provenance import device_name, memory_notes, provenance
 from transformerfam.tasks.text import encode
 from transformerfam.training.checkpoint import CHECKPOINT_FILE
+from transformerfam.training.run_folder import require_same_run, save_recipe
 from transformerfam.training.setup import build_trainee
 from transformerfam.training.trainer import Trainer
 
@@ -101,16 +103,20 @@ def run_one(
         device: where it trains and is asked; a run may go on on another device.
 
     Raises:
+        RecipeError: what is there was made by another recipe; all but time, log and threads must agree.
         KeyboardInterrupt: Ctrl-C; the same call goes on.
     """
     own, recipe = run_folder(folder, run), comparison.recipe_of(run)
-    own.mkdir(parents=True, exist_ok=True)
+    make_folder(own)
+    if (own / CHECKPOINT_FILE).exists() or (own / ROWS_FILE).exists():
+        require_same_run(own, recipe)
     if recipe.schedule.threads is not None:
         torch.set_num_threads(recipe.schedule.threads)
     system = comparison.system_of(run.system)
     if system == UNTRAINED:
         torch.manual_seed(recipe.schedule.seed)
         model, tokenizer = build_trainee(recipe)
+        save_recipe(own, recipe)
         notes: dict[str, Any] = {}
     else:
         _train(recipe, own, progress, device)

@@ -133,13 +133,15 @@ class Schedule:
             process = subprocess.Popen([*self.command, str(run)], stdin=subprocess.PIPE, stdout=log, stderr=log)
             self.processes.append(process)
             code = process.wait()
+            process.communicate()  # closes its input
         if code == INTERRUPTED:
             return False
         if code != 0:
             self.states[run] = FAILED
             return False
         for row in read_rows([folder / ROWS_FILE]):
-            self.rows.append(row)
+            if row not in self.rows.rows:  # a scheduler that was killed here left some of them
+                self.rows.append(row)
         self.states[run] = DONE
         self.seconds.append(time.monotonic() - self.begun[run])
         return True

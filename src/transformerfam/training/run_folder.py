@@ -59,8 +59,13 @@ def claim_folder(
     if ranks.is_main:
         if not resume:
             _clear(folder)
-        write_text(folder / RECIPE_FILE, json.dumps(recipe.to_dict(), indent=2) + "\n")
+        save_recipe(folder, recipe)
     return lock
+
+
+def save_recipe(folder: Path, recipe: Recipe) -> None:
+    """Write what `recipe_of_run` reads."""
+    write_text(folder / RECIPE_FILE, json.dumps(recipe.to_dict(), indent=2) + "\n")
 
 
 def release(lock: BaseFileLock | None) -> None:
