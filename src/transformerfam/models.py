@@ -14,9 +14,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 from transformerfam.adapter import CONFIG_FILE, FAM_FILE, RUN_FILES, FamAdapter
 from transformerfam.config import FamConfig
 from transformerfam.convert import convert
-from transformerfam.errors import CorruptFileError, StateMismatchError, TransformerFamError
+from transformerfam.errors import StateMismatchError, TransformerFamError
 from transformerfam.files import load_tensors, save_tensors
-from transformerfam.loading import plain_loading
+from transformerfam.loading import load_pretrained, plain_loading
 from transformerfam.rivals import RIVAL_NAMES, RivalConfig, attach
 from transformerfam.smollm2 import load_smollm2
 
@@ -255,6 +255,7 @@ def load_base(
     Raises:
         TransformerFamError: no such model.
         CorruptFileError: the folder holds a model that cannot be read.
+        UnsupportedModelError: it needs code of its own, which is never run.
     """
     folder = folder or _find_folder(name_or_folder)
     if not (folder / CONFIG_FILE).is_file():
@@ -268,14 +269,15 @@ def load_base(
                 f"{folder} holds a memory without its base model, and its notes do not name one under {BASE_NOTE!r}; "
                 "load the base model yourself and call FamAdapter.from_pretrained(folder).apply(model)"
             )
+        if base != "smollm2" and not (_find_folder(base) / CONFIG_FILE).is_file():
+            raise TransformerFamError(
+                f"{folder} names {base!r} as its base model, and that is none; load the base model yourself and call "
+                "FamAdapter.from_pretrained(folder).apply(model)"
+            )
         return load_smollm2() if base == "smollm2" else load_base(base)
-    try:
-        with plain_loading():
-            model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, local_files_only=True)
-        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    except (OSError, SafetensorError, ValueError, KeyError) as error:
-        raise CorruptFileError(f"{folder} holds no model that can be read ({error}); copy it again") from error
-    return model.eval(), tokenizer
+    with plain_loading():
+        model = load_pretrained(AutoModelForCausalLM, folder, dtype=torch.float32)
+    return model.eval(), load_pretrained(AutoTokenizer, folder)
 
 
 def _find_folder(name_or_folder: str | os.PathLike[str]) -> Path:

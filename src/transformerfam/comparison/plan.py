@@ -44,6 +44,19 @@ class RunName:
         return cls(system, int(seed))
 
 
+def require_plain_name(name: str) -> None:
+    """Refuse a name that would be a folder elsewhere.
+
+    Raises:
+        RecipeError: it is empty, begins with a dot, or has a separator in it.
+    """
+    if not name or name.startswith(".") or not name.isprintable() or set(name) & set("/\\:"):
+        raise RecipeError(
+            f"the name {name!r} is no name of a folder, required is one without '/', '\\' and ':' that does not begin "
+            "with a dot"
+        )
+
+
 @dataclass(frozen=True, kw_only=True)
 class Comparison:
     """All of a comparison: every system trained by one recipe, with every seed, asked at every length.
@@ -117,6 +130,8 @@ class Comparison:
     """Let `changes` change what a system is trained on, and how long."""
 
     def __post_init__(self) -> None:
+        for name in (self.name, *self.systems, *self.variants):
+            require_plain_name(name)
         for name in (*self.trained, *self.max_filler_tokens, *self.changes):
             self.system_of(name)
         for names in (self.max_filler_tokens, self.changes):
