@@ -231,7 +231,7 @@ def load_tensors(
     try:
         refuse_fifo(path)
         content = path.read_bytes()  # at once: `safe_open` opens it twice, and another file may be there by then
-        tensors = load(content)
+        tensors = dict(sorted(load(content).items()))  # in one order in all processes
         header = _header_of(content)
     except FileNotFoundError as error:
         raise CorruptFileError(f"{path} does not exist; give the path of a saved {kind}") from error
