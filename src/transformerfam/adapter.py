@@ -21,7 +21,15 @@ from transformers import PreTrainedModel
 from transformerfam.config import FamConfig
 from transformerfam.convert import convert, memory_of
 from transformerfam.errors import CorruptFileError, StateMismatchError, TransformerFamError
-from transformerfam.files import digest_tensors, is_ours, load_tensors, save_tensors, write_text
+from transformerfam.files import (
+    digest_tensors,
+    is_ours,
+    load_tensors,
+    metadata_form,
+    require_finite,
+    save_tensors,
+    write_text,
+)
 from transformerfam.identity import describe_architecture
 from transformerfam.state import FamState
 from transformerfam.versions import require_peft
@@ -197,22 +205,25 @@ class FamAdapter:
         end = time.monotonic() + SETTLE_SECONDS
         while True:
             tensors, metadata = load_tensors(folder / FAM_FILE, "adapter", ADAPTER_FORMAT_VERSION)
-            lora = {} if metadata["lora_config"] is None else _load_lora(folder / LORA_FILE)
-            if not lora or digest_tensors(lora) == metadata["lora_digest"]:
-                break
+            with metadata_form(folder / FAM_FILE, "adapter"):
+                lora = {} if metadata["lora_config"] is None else _load_lora(folder / LORA_FILE)
+                if not lora or digest_tensors(lora) == metadata["lora_digest"]:
+                    break
             if time.monotonic() > end:
                 raise CorruptFileError(f"{folder / LORA_FILE} is damaged: its checksum does not match; copy it again")
             time.sleep(0.05)
-        return cls(
-            config=FamConfig.from_dict(metadata["fam_config"]),
-            saved_fam=tensors.pop("saved_fam", None),
-            tensors=tensors,
-            architecture=metadata["architecture"],
-            base_digest=metadata["base_digest"],
-            lora_config=metadata["lora_config"],
-            lora=lora,
-            notes=metadata["notes"],
-        )
+        require_finite(tensors | lora, folder / FAM_FILE, "adapter")
+        with metadata_form(folder / FAM_FILE, "adapter"):
+            return cls(
+                config=FamConfig.from_dict(metadata["fam_config"]),
+                saved_fam=tensors.pop("saved_fam", None),
+                tensors=tensors,
+                architecture=dict(metadata["architecture"]),
+                base_digest=str(metadata["base_digest"]),
+                lora_config=metadata["lora_config"],
+                lora=lora,
+                notes=dict(metadata["notes"]),
+            )
 
     def apply(self, model: PreTrainedModel, merge: bool = False) -> PreTrainedModel:
         """Convert `model` and give it this memory, in place.
@@ -265,7 +276,7 @@ class FamAdapter:
 
 def _load_lora(path: Path) -> dict[str, torch.Tensor]:
     try:
-        return load(path.read_bytes())
+        return dict(sorted(load(path.read_bytes()).items()))
     except (OSError, SafetensorError) as error:
         raise CorruptFileError(f"{path} cannot be read ({error}); copy the adapter again") from error
 

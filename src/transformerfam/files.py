@@ -8,7 +8,7 @@ import os
 import stat
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any
 
@@ -211,6 +211,35 @@ def _header_of(content: bytes) -> dict[str, str]:
     return texts
 
 
+@contextlib.contextmanager
+def metadata_form(path: str | os.PathLike[str], kind: str) -> Iterator[None]:
+    """Take what goes wrong in the body, which reads metadata, for metadata of another form than this package writes.
+
+    Raises:
+        CorruptFileError: with what went wrong.
+    """
+    try:
+        yield
+    except TransformerFamError:
+        raise
+    except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
+        raise CorruptFileError(
+            f"{path} has metadata of another form than this package writes ({type(error).__name__}: {error}); make the "
+            f"{kind} again"
+        ) from error
+
+
+def require_finite(tensors: Mapping[str, torch.Tensor], path: str | os.PathLike[str], kind: str) -> None:
+    """Refuse numbers that are not finite.
+
+    Raises:
+        CorruptFileError: there is one; the message names its tensor.
+    """
+    for name, tensor in tensors.items():
+        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+            raise CorruptFileError(f"{path} has numbers in {name} that are not finite; make the {kind} again")
+
+
 def load_tensors(
     path: str | os.PathLike[str], kind: str, format_version: int
 ) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
@@ -244,7 +273,8 @@ def load_tensors(
         raise CorruptFileError(f"{path} was not written by transformerfam; give a file that holds a {kind}")
     if digest_tensors(tensors, header[METADATA_KEY]) != header[CHECKSUM_KEY]:
         raise CorruptFileError(f"{path} is damaged: its checksum does not match; make the {kind} again")
-    metadata = json.loads(header[METADATA_KEY])
+    with metadata_form(path, kind):
+        metadata = dict(json.loads(header[METADATA_KEY]))
     if metadata.get("kind") != kind:
         raise CorruptFileError(f"{path} holds a {metadata.get('kind')}, required is a {kind}")
     if metadata.get("format_version") != format_version:

@@ -15,7 +15,7 @@ from transformerfam.adapter import CONFIG_FILE, FAM_FILE, RUN_FILES, FamAdapter
 from transformerfam.config import FamConfig
 from transformerfam.convert import convert
 from transformerfam.errors import StateMismatchError, TransformerFamError
-from transformerfam.files import load_tensors, save_tensors
+from transformerfam.files import load_tensors, metadata_form, save_tensors
 from transformerfam.loading import load_pretrained, plain_loading
 from transformerfam.rivals import RIVAL_NAMES, RivalConfig, attach
 from transformerfam.smollm2 import load_smollm2
@@ -213,7 +213,9 @@ def _load_rival(
             f"{folder} has no trained {system} ({RIVAL_FILE} is missing); train one by a recipe with a rival section"
         )
     tensors, metadata = load_tensors(path, "rival", RIVAL_FORMAT_VERSION)
-    config = RivalConfig.from_dict(metadata["rival_config"])
+    with metadata_form(path, "rival"):
+        config = RivalConfig.from_dict(metadata["rival_config"])
+        base_digest, _ = str(metadata["base_digest"]), dict(metadata["notes"])
     if config.system != system:
         raise TransformerFamError(
             f"{folder} holds a trained {config.system}, asked is for {system!r}; name that system"
@@ -222,7 +224,7 @@ def _load_rival(
     model, tokenizer = load_base(folder, folder=folder)
     attach(model, config)
     rival = model.get_decoder().rival
-    if rival.identity.base_digest() != metadata["base_digest"]:
+    if rival.identity.base_digest() != base_digest:
         raise StateMismatchError(f"{folder} holds other base weights than its {system} was trained with; copy it again")
     parameters = dict(rival.named_parameters())
     shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
