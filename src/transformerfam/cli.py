@@ -7,12 +7,11 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.markup import escape
 from transformers.utils import logging as transformers_logging
-from typer.core import TyperGroup
 
 from transformerfam.adapter import require_own_folder
 from transformerfam.cli_compare import compare_command
+from transformerfam.cli_errors import TRACEBACK, ErrorsInOneLine
 from transformerfam.cli_output import say
 from transformerfam.cli_plan import plan_command
 from transformerfam.cli_report import report_app
@@ -22,11 +21,11 @@ from transformerfam.errors import TransformerFamError
 from transformerfam.files import require_target
 from transformerfam.memory import set_prompt
 from transformerfam.models import GATED, find_device, load_model, name_in_rows, save_model
-from transformerfam.processes import INTERRUPTED, ends_as_ctrl_c, own_device, process_share, uninterrupted
-from transformerfam.progress import screen, tokens_bar, training_bar
+from transformerfam.processes import INTERRUPTED, own_device, process_share, uninterrupted
+from transformerfam.progress import tokens_bar, training_bar
 from transformerfam.reports.next_token import next_token_table
 from transformerfam.reports.passkey import passkey_table
-from transformerfam.reports.rows import RowFile, read_rows
+from transformerfam.reports.rows import RowFile, fields_of_rows, read_rows
 from transformerfam.rivals.presets import NUM_SINK_TOKENS
 from transformerfam.state import FamState
 from transformerfam.tasks.controls import CONTROLS, control_of
@@ -40,26 +39,6 @@ from transformerfam.tasks.wordings import Wording
 from transformerfam.training.averaging import average_memories
 from transformerfam.training.recipe_file import load_recipe, parse_overrides
 from transformerfam.training.trainer import Trainer
-
-FAILED = 2
-
-
-class ErrorsInOneLine(TyperGroup):
-    """Turn the errors of this package into one red line and exit status 2."""
-
-    def invoke(self, ctx: Any) -> Any:
-        """Run a subcommand."""
-        try:
-            with ends_as_ctrl_c():
-                return super().invoke(ctx)
-        except TransformerFamError as error:
-            message = " ".join(str(error).split())
-            screen(soft_wrap=True).print(f"[red]error: {escape(message)}[/red]", highlight=False)
-            raise typer.Exit(FAILED) from error
-        except KeyboardInterrupt as interrupt:  # where there was nothing to save
-            say("interrupted")
-            raise typer.Exit(INTERRUPTED) from interrupt
-
 
 app = typer.Typer(cls=ErrorsInOneLine, no_args_is_help=True, pretty_exceptions_show_locals=False, add_completion=False)
 evaluate_app = typer.Typer(no_args_is_help=True)
@@ -91,7 +70,9 @@ SetOption = Annotated[list[str] | None, typer.Option("--set", help="key=value; m
 
 
 @app.callback()
-def main() -> None:
+def main(
+    traceback: Annotated[bool, typer.Option(TRACEBACK, help="Show where an error comes from.")] = False,
+) -> None:
     """TransformerFAM: read input of any length in constant memory, and still use it."""
 
 
@@ -155,7 +136,8 @@ def evaluate_passkey_command(
                     max_training_filler_tokens=memory_notes(model, loaded).get("max_training_filler_tokens"),
                     progress=update,
                 )
-                evaluation.finished = finished_questions(rows.rows, evaluation)
+                with fields_of_rows():
+                    evaluation.finished = finished_questions(rows.rows, evaluation)
                 try:
                     for row in evaluation.rows(loaded_model, tokenizer):
                         rows.append(row)
@@ -243,7 +225,9 @@ def read_command(
     save: Annotated[Path, typer.Option("--save", help="Where the state goes.")],
     model: ModelOption = "tiny",
     state: Annotated[Path | None, typer.Option("--state", help="Go on from this state.")] = None,
-    skip_tokens: Annotated[int, typer.Option("--skip-tokens", help="Tokens of the text that the state has read.")] = 0,
+    skip_tokens: Annotated[
+        int, typer.Option("--skip-tokens", min=0, help="Tokens of the text that the state has read.")
+    ] = 0,
     device: DeviceOption = "cpu",
     overwrite: OverwriteOption = False,
 ) -> None:

@@ -15,7 +15,7 @@ from transformerfam.errors import TransformerFamError
 from transformerfam.models import find_device
 from transformerfam.processes import INTERRUPTED, end_with_input
 from transformerfam.reports.markdown import write_markdown
-from transformerfam.reports.rows import read_rows
+from transformerfam.reports.rows import fields_of_rows, read_rows
 
 
 def compare_command(
@@ -55,7 +55,8 @@ def compare_command(
             )
             raise typer.Exit(INTERRUPTED) from interrupt
     found = read_rows([rows]) if rows.exists() else []
-    tables = comparison_tables(comparison, found)
+    with fields_of_rows():
+        tables = comparison_tables(comparison, found)
     for shown in tables:
         Console().print(shown)
     if table is not None:

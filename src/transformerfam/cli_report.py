@@ -16,7 +16,7 @@ from transformerfam.models import load_model
 from transformerfam.reports.attention import memory_rows, plot_film, plot_maps, plot_memory, plot_writing
 from transformerfam.reports.next_token import next_token_table
 from transformerfam.reports.passkey import passkey_table, plot_passkey
-from transformerfam.reports.rows import RowFile, read_rows
+from transformerfam.reports.rows import RowFile, fields_of_rows, read_rows
 from transformerfam.tasks.passkey import PasskeyText
 from transformerfam.tasks.provenance import provenance
 
@@ -45,7 +45,8 @@ def report_rows(
 ) -> None:
     """Print tables of result rows, and draw the passkey figure; `fam report ROWS...` is the same."""
     loaded = read_rows(rows)
-    tables = [table for table in (passkey_table(loaded), next_token_table(loaded)) if table is not None]
+    with fields_of_rows():
+        tables = [table for table in (passkey_table(loaded), next_token_table(loaded)) if table is not None]
     if not tables:
         raise TransformerFamError(
             f"the {len(rows)} files hold {len(loaded)} rows and none is of a task that is reported; required are rows "

@@ -24,7 +24,9 @@ class _Screen:
         return getattr(self._stream, name)
 
     def write(self, text: str) -> int:
-        """Write, if it can be written."""
+        """Write, if it can be written; what the encoding lacks is written as an escape."""
+        encoding = getattr(self._stream, "encoding", None) or "utf-8"
+        text = text.encode(encoding, "backslashreplace").decode(encoding)
         with contextlib.suppress(OSError, ValueError):
             self._stream.write(text)
         return len(text)

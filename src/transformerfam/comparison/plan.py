@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 from transformerfam.config import FamConfig
 from transformerfam.errors import RecipeError, TransformerFamError
+from transformerfam.files import refuse_fifo
 from transformerfam.rivals import PRESETS, RIVAL_NAMES, preset
 from transformerfam.tasks.controls import control_of
 from transformerfam.training.recipe import Recipe
@@ -270,6 +271,7 @@ def load_comparison(path: str | Path, overrides: Sequence[str] = ()) -> Comparis
 
 def _read_toml(path: Path) -> dict[str, Any]:
     try:
+        refuse_fifo(path)
         return tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise RecipeError(f"cannot read {str(path)!r}: {error.strerror}; give the path of a TOML file") from error

@@ -21,7 +21,7 @@ from transformerfam.comparison.plan import UNTRAINED, Comparison, RunName
 from transformerfam.comparison.run import ROWS_FILE, is_finished, require_same_recipe, run_folder
 from transformerfam.errors import MissingPackageError, TransformerFamError
 from transformerfam.processes import INTERRUPTED
-from transformerfam.reports.rows import RowFile, read_rows
+from transformerfam.reports.rows import RowFile, fields_of_rows, read_rows
 from transformerfam.training.checkpoint import last_log_row
 from transformerfam.training.run_folder import LOG_FILE
 
@@ -71,7 +71,8 @@ class Schedule:
         self.folder.mkdir(parents=True, exist_ok=True)
         with ExitStack() as stack:
             self.rows = stack.enter_context(RowFile(self.rows_path))
-            require_same_recipe(self.comparison, self.rows.rows)
+            with fields_of_rows():
+                require_same_recipe(self.comparison, self.rows.rows)
             tasks = {"task_compare": self._tasks, "DOIT_CONFIG": self._doit_config()}
             stack.enter_context(
                 Live(

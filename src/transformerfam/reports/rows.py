@@ -161,6 +161,24 @@ def _parse(content: bytes, path: Path, first: int = 1) -> Iterator[Row]:
         yield row
 
 
+@contextlib.contextmanager
+def fields_of_rows() -> Iterator[None]:
+    """Take a field that the body misses in rows, or that is of another type, for rows of another form.
+
+    Raises:
+        CorruptFileError: with what went wrong.
+    """
+    try:
+        yield
+    except TransformerFamError:
+        raise
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise CorruptFileError(
+            f"a row lacks a field, or has it in another form ({type(error).__name__}: {error}); required are rows as "
+            "`fam evaluate` and `fam compare` write them"
+        ) from error
+
+
 def wilson_interval(num_correct: int, num_questions: int) -> tuple[float, float]:
     """Return the 95 % Wilson score interval of a share.
 

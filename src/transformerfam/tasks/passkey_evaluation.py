@@ -25,6 +25,8 @@ from transformerfam.tasks.ragged import READ_TOKENS, greedy_tokens, read_ragged
 from transformerfam.tasks.telling import Telling
 from transformerfam.tasks.wordings import Wording
 
+MAX_MENTIONS = 10_000
+
 Question = tuple[str, int, int]
 """System, filler tokens and key: what tells one question of a run from another."""
 
@@ -108,8 +110,11 @@ class PasskeyEvaluation:
             raise TransformerFamError(f"batch_size is {self.batch_size}, required is at least 1; change batch_size")
         if self.prefix_tokens != "uniform" and (isinstance(self.prefix_tokens, str) or self.prefix_tokens < 0):
             raise TransformerFamError(f"prefix_tokens is {self.prefix_tokens!r}, required is at least 0, or 'uniform'")
-        if self.num_mentions < 1:
-            raise TransformerFamError(f"num_mentions is {self.num_mentions}, required is at least 1: a key is told")
+        if not 1 <= self.num_mentions <= MAX_MENTIONS:
+            raise TransformerFamError(
+                f"num_mentions is {self.num_mentions}, required is at least 1, since a key is told, and at most "
+                f"{MAX_MENTIONS}"
+            )
         if self._swaps and min(self.batch_size, self.num_keys) < 2:
             raise TransformerFamError(
                 f"..{SWAPPED} gives each text the memory of another, and texts are read "

@@ -132,7 +132,7 @@ def generate_text(
         chat: put the question as a user does, in the tokenizer's chat template.
 
     Raises:
-        TransformerFamError: the question is empty, or there is no chat template.
+        TransformerFamError: the question is empty, or there is no chat template, or one that fails.
     """
     if not encode(tokenizer, question):
         raise TransformerFamError("the question is empty, at least one token is required; give a question")
@@ -140,7 +140,12 @@ def generate_text(
         if not tokenizer.chat_template:
             raise TransformerFamError("the tokenizer has no chat template; ask without --chat")
         asked = [{"role": "user", "content": question}]
-        question = tokenizer.apply_chat_template(asked, tokenize=False, add_generation_prompt=True)
+        try:
+            question = tokenizer.apply_chat_template(asked, tokenize=False, add_generation_prompt=True)
+        except Exception as error:  # whatever the template leads to
+            raise TransformerFamError(
+                f"the tokenizer's chat template fails ({type(error).__name__}: {error}); ask without --chat"
+            ) from error
     ids = encode(tokenizer, question)
     ids_BT = torch.tensor([ids], device=model.device)
     output_BT = model.generate(

@@ -174,8 +174,20 @@ def stream_token_ids(texts: Iterable[str], tokenizer: Any, piece_chars: int = 16
 
 
 def encode(tokenizer: Any, text: str) -> list[int]:
-    """Return the token ids of `text` alone, without special tokens."""
-    return list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+    """Return the token ids of `text` alone, without special tokens.
+
+    Raises:
+        TransformerFamError: the text has halves of characters, as arguments have that are not UTF-8.
+    """
+    try:
+        return list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+    except (TypeError, UnicodeEncodeError) as error:
+        halves = [place for place, character in enumerate(text) if "\ud800" <= character <= "\udfff"]
+        if not halves:
+            raise
+        raise TransformerFamError(
+            f"the text {text[:60]!r} is not UTF-8 at character {halves[0]}; give it as UTF-8"
+        ) from error
 
 
 def _last_cut(text: str) -> int:
