@@ -25,14 +25,14 @@ from transformerfam.processes import INTERRUPTED, own_device, process_share, uni
 from transformerfam.progress import tokens_bar, training_bar
 from transformerfam.reports.next_token import next_token_table
 from transformerfam.reports.passkey import passkey_table
-from transformerfam.reports.rows import RowFile, fields_of_rows, read_rows
+from transformerfam.reports.rows import RowFile, fields_of_rows, read_rows, require_same_weights
 from transformerfam.rivals.presets import NUM_SINK_TOKENS
 from transformerfam.state import FamState
 from transformerfam.tasks.controls import CONTROLS, control_of
 from transformerfam.tasks.next_token import evaluate_next_token
 from transformerfam.tasks.passkey import NUM_DIGITS, PAPER
 from transformerfam.tasks.passkey_evaluation import PasskeyEvaluation, finished_questions
-from transformerfam.tasks.provenance import memory_notes
+from transformerfam.tasks.provenance import memory_notes, weights_of
 from transformerfam.tasks.reading import count_tokens, generate_text, read_text_stream, save_somewhere
 from transformerfam.tasks.text import STANDARD_INPUT, is_read_once, list_files, stream_text
 from transformerfam.tasks.wordings import Wording
@@ -116,6 +116,7 @@ def evaluate_passkey_command(
         for loaded, asked in _systems_by_model(system).items():
             loaded_model, tokenizer = _load(model, loaded, parse_overrides(overrides), device)
             systems = [name_in_rows(name, loaded_model) for name in asked]
+            require_same_weights(rows.rows, _named_with(model, overrides), systems, **weights_of(loaded_model))
             with tokens_bar(f"passkey, {', '.join(systems)}") as update:
                 evaluation = PasskeyEvaluation(
                     filler_lengths=lengths,
@@ -170,6 +171,9 @@ def evaluate_next_token_command(
             if control_of(systems[0]) is not None:
                 raise TransformerFamError(f"system {systems[0]!r} belongs to the passkey task; take fam or bswa")
             loaded_model, tokenizer = _load(model, loaded, parse_overrides(overrides), device)
+            named = name_in_rows(systems[0], loaded_model)
+            before = [] if rows is None else rows.rows
+            require_same_weights(before, _named_with(model, overrides), [named], **weights_of(loaded_model))
             with tokens_bar(f"next token, {loaded}") as update:
                 measured = evaluate_next_token(
                     loaded_model,
@@ -177,7 +181,7 @@ def evaluate_next_token_command(
                     file,
                     num_tokens=num_tokens,
                     segment_tokens=segment_tokens,
-                    system=name_in_rows(systems[0], loaded_model),
+                    system=named,
                     model_name=_named_with(model, overrides),
                     progress=update,
                 )

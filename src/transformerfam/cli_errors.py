@@ -62,8 +62,8 @@ def message_of(error: Exception) -> str | None:
     if isinstance(error, BrokenPipeError):
         return "what was printed had no reader any more; give the whole of it a reader, or a file"
     if isinstance(error, OSError):
-        where = f" {error.filename}" if error.filename else ", to read or to write"
-        return f"cannot use{where} ({error.strerror or error}); check the path, its rights and the free space"
+        what = f"use {error.filename}" if error.filename else "read or write"
+        return f"cannot {what} ({error.strerror or error}); check the path, its rights and the free space"
     is_too_large = isinstance(error, RuntimeError | ValueError) and any(
         word in str(error).lower() for word in TOO_LARGE
     )

@@ -18,7 +18,7 @@ from transformerfam.reports.next_token import next_token_table
 from transformerfam.reports.passkey import passkey_table, plot_passkey
 from transformerfam.reports.rows import RowFile, fields_of_rows, read_rows
 from transformerfam.tasks.passkey import PasskeyText
-from transformerfam.tasks.provenance import provenance
+from transformerfam.tasks.provenance import provenance, weights_of
 
 ROWS = "attention.jsonl"
 MAX_STRIP = 8
@@ -99,7 +99,7 @@ def report_attention(
         plot_writing(records, output / "writing.svg")
     with RowFile(output / ROWS, anew=True) as rows:  # its rows are those of the pictures
         for row in memory_rows(records):
-            rows.append(row | {"system": "fam", "model": model, "text": text, **provenance()})
+            rows.append(row | {"system": "fam", "model": model, "text": text, **weights_of(loaded), **provenance()})
     names = ", ".join(path.name for path in sorted(output.iterdir()))
     say(f"{output}: {names}")
 

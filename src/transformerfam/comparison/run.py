@@ -14,13 +14,13 @@ from transformerfam.comparison.plan import UNTRAINED, Comparison, RunName
 from transformerfam.errors import RecipeError
 from transformerfam.files import make_folder
 from transformerfam.models import load_model
-from transformerfam.reports.rows import Row, RowFile
+from transformerfam.reports.rows import Row, RowFile, require_same_weights
 from transformerfam.rivals import RIVAL_NAMES
 from transformerfam.tasks.facts_evaluation import FactsEvaluation
 from transformerfam.tasks.named_keys_evaluation import NamedKeysEvaluation
 from transformerfam.tasks.passkey import BEFORE_KEY
 from transformerfam.tasks.passkey_evaluation import PasskeyEvaluation, finished_questions
-from transformerfam.tasks.provenance import device_name, memory_notes, provenance
+from transformerfam.tasks.provenance import device_name, memory_notes, provenance, weights_of
 from transformerfam.tasks.text import encode
 from transformerfam.training.checkpoint import CHECKPOINT_FILE
 from transformerfam.training.run_folder import require_same_run, save_recipe
@@ -125,6 +125,7 @@ def run_one(
         notes = memory_notes(own, loaded)
     model.to(device).eval()
     with RowFile(own / ROWS_FILE) as rows:
+        require_same_weights(rows.rows, comparison.name, comparison.rows_of(run), **weights_of(model))
 
         def update(done: int, total: int, state: Any) -> None:
             if progress is not None:
@@ -229,7 +230,7 @@ def _description(
     comparison: Comparison, run: RunName, model: Any, tokenizer: Any, notes: dict[str, Any]
 ) -> list[dict[str, Any]]:
     """Return rows of what the system is: parameters, tokens of training, and carried bytes by length."""
-    common = {"system": run.system, "model": comparison.name, "seed": run.seed, **provenance()}
+    common = {"system": run.system, "model": comparison.name, "seed": run.seed} | weights_of(model) | provenance()
     rows = []
     state, ids = model.init_state(1), encode(tokenizer, BEFORE_KEY)
     for length in BYTES_LENGTHS:

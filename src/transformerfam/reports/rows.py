@@ -3,12 +3,12 @@
 import contextlib
 import json
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple
 
-from transformerfam.errors import CorruptFileError, TransformerFamError
+from transformerfam.errors import CorruptFileError, StateMismatchError, TransformerFamError
 from transformerfam.files import hold_file, refuse_fifo
 from transformerfam.processes import process_share
 from transformerfam.tasks.telling import Telling
@@ -231,13 +231,46 @@ class Series(NamedTuple):
         return " ".join(parts)
 
 
+def require_same_weights(rows: Iterable[Row], model_name: str, systems: Collection[str], weights: str) -> None:
+    """Refuse to put answers of a model beside those that it gave with other weights.
+
+    Args:
+        rows: the answers that are there; those without the field `weights`, of earlier versions, are taken as they are.
+        model_name: what rows call the model.
+        systems: what is asked of it.
+        weights: digest of its weights.
+
+    Raises:
+        StateMismatchError: there are answers with other weights.
+    """
+    for row in rows:
+        there = row.get("weights")
+        if there not in (None, weights) and row.get("model") == model_name and row.get("system") in systems:
+            raise StateMismatchError(
+                f"the rows of {row['system']} of {model_name} were answered with other weights ({there} there, "
+                f"{weights} here): the model was changed or trained on; give the new answers a file of their own"
+            )
+
+
 def accuracy_by_length(rows: Iterable[Row]) -> dict[Series, list[Accuracy]]:
-    """Return every curve of the passkey rows, lengths ascending; rows of other tasks are left out."""
+    """Return every curve of the passkey rows, lengths ascending; rows of other tasks are left out.
+
+    Raises:
+        StateMismatchError: rows of one curve and seed were answered with different weights.
+    """
     counts: dict[Series, dict[int, list[int]]] = {}
+    weights: dict[tuple[Series, Any], str] = {}
     for row in rows:
         if row["task"] != "passkey":
             continue
         series = Series(str(row["model"]), row["system"], row.get("filler", "sentences"), Telling.of_row(row))
+        if (there := row.get("weights")) is not None and (
+            known := weights.setdefault((series, row.get("seed")), there)
+        ) != there:
+            raise StateMismatchError(
+                f"the rows of {series.system} of {series.model} were answered with different weights ({known} and "
+                f"{there}); report them apart, or name the models apart"
+            )
         count = counts.setdefault(series, {}).setdefault(row["filler_tokens"], [0, 0])
         count[0] += bool(row["correct"])
         count[1] += 1

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from transformerfam.errors import TransformerFamError
 from transformerfam.reading_state import ReadingState
-from transformerfam.tasks.provenance import provenance
+from transformerfam.tasks.provenance import provenance, weights_of
 from transformerfam.tasks.text import stream_text, stream_token_ids
 
 PIECE_TOKENS = 256
@@ -63,6 +63,7 @@ def evaluate_next_token(
             "loss": score.loss_sum / max(1, score.num_predicted),
             "accuracy": score.num_correct / max(1, score.num_predicted),
             "num_predicted": score.num_predicted,
+            **weights_of(model),
             **provenance(),
         }
 

@@ -20,7 +20,7 @@ from transformerfam.state import FamState
 from transformerfam.tasks.controls import SWAPPED, control_of
 from transformerfam.tasks.passkey import NUM_DIGITS, PAPER, FillerStream, PasskeyText, draw_keys, load_shuffled
 from transformerfam.tasks.placed_text import PlacedText
-from transformerfam.tasks.provenance import provenance
+from transformerfam.tasks.provenance import provenance, weights_of
 from transformerfam.tasks.ragged import READ_TOKENS, greedy_tokens, read_ragged
 from transformerfam.tasks.telling import Telling
 from transformerfam.tasks.wordings import Wording
@@ -413,6 +413,7 @@ class _Reading:
             "key": self.keys[row_idx],
             **measured,
             "max_training_filler_tokens": self.options.max_training_filler_tokens,
+            **weights_of(self.model),
             **provenance(),
         }
 
