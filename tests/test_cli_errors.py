@@ -124,8 +124,11 @@ def test_usage_is_explained_as_before():
         (("train", "{recipe}", "--set", "schedule.curriculum.7.window=3"), "has '7' for a list of 1, required is"),
         (("train", "{recipe}", "--set", "schedule.curriculum.x.window=3"), "has 'x' for a list of 1, required is"),
         (("train", "{recipe}", "--set", "schedule.curriculum.-1=3"), "has '-1' for a list of 1, required is"),
-        (("train", "{recipe}", "--set", f"model.hidden_size={2**40}"), "there is no room for this"),
-        (("train", "{recipe}", "--set", f"schedule.seed={2**70}"), "there is no room for this"),
+        (
+            ("train", "{recipe}", "--output", "{tmp}/t", "--set", f"model.hidden_size={2**40}"),
+            "there is no room for this",
+        ),
+        (("train", "{recipe}", "--output", "{tmp}/t", "--set", f"schedule.seed={2**70}"), "there is no room for this"),
         (("demo", "--model", "{folder}", "--seed", f"{2**70}", "--tokens", "300"), "there is no room for this"),
         (
             ("evaluate", "passkey", "--filler-tokens", "1", "--output", "{tmp}/r", "--mentions", f"{2**40}"),
