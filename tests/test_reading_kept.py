@@ -239,3 +239,23 @@ def test_damaged_reading_of_an_evaluation_is_named(tmp_path, folder, monkeypatch
     path.write_bytes(path.read_bytes()[:-9])
     with pytest.warns(UserWarning, match="reading.safetensors .*truncated.*the text is read again from its beginning"):
         assert len(list(evaluate_passkey(model, tokenizer, **options))) == 2
+
+
+def test_reading_of_an_evaluation_that_is_ended_is_kept(tmp_path, folder):
+    """Would catch the minutes since the last save, or a first piece, lost to Ctrl-C; rows stand at other places."""
+    model, tokenizer = load_model(folder)
+    options = {"filler_lengths": [300], "num_keys": 3, "checkpoint": tmp_path / "rows.jsonl"}
+    whole = list(evaluate_passkey(model, tokenizer, filler_lengths=[300], num_keys=3))
+    seen = []
+
+    def interrupt(done, total, state):
+        seen.append(state.num_tokens_read)
+        if len(seen) == 9:
+            raise KeyboardInterrupt
+
+    with pytest.raises(ReadInterrupted):
+        list(evaluate_passkey(model, tokenizer, **options, progress=interrupt))
+    (path,) = tmp_path.glob("*.reading.safetensors")
+    assert FamState.load(path, model).num_tokens_read == seen[-1]
+    assert list(evaluate_passkey(model, tokenizer, **options, progress=interrupt)) == whole
+    assert seen[9] > seen[8]

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 from transformerfam.errors import CorruptFileError, StateMismatchError, TransformerFamError
 from transformerfam.files import hold_file, refuse_fifo
-from transformerfam.processes import process_share
+from transformerfam.processes import process_share, uninterrupted
 from transformerfam.tasks.telling import Telling
 
 Row = dict[str, Any]
@@ -74,8 +74,9 @@ class RowFile:
         """
         start = self._file.seek(0, 2)
         try:
-            self._file.write(json.dumps(dict(row)).encode() + b"\n")
-            self._file.flush()
+            with uninterrupted():
+                self._file.write(json.dumps(dict(row)).encode() + b"\n")
+                self._file.flush()
         except OSError as error:
             self._cut(start)
             raise self._unwritable(error) from error

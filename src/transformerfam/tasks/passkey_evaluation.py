@@ -14,7 +14,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from transformerfam.errors import TransformerFamError
+from transformerfam.errors import ReadInterrupted, TransformerFamError
+from transformerfam.processes import uninterrupted
 from transformerfam.reading_state import ReadingState
 from transformerfam.state import FamState
 from transformerfam.tasks.controls import SWAPPED, control_of
@@ -262,7 +263,13 @@ class _Reading:
             while done_B != goals_B:
                 counts = [min(READ_TOKENS, goal - done) for goal, done in zip(goals_B, done_B, strict=True)]
                 pieces = [t.slice(n, n + c) for t, n, c in zip(self.texts, done_B, counts, strict=True)]
-                state = read_ragged(self.model, pieces, state, self._progress(max(done_B)))
+                try:
+                    state = read_ragged(self.model, pieces, state, self._progress(max(done_B)))
+                except ReadInterrupted as interrupt:
+                    if path is not None:
+                        with uninterrupted():
+                            interrupt.state.save(path)
+                    raise
                 done_B = [done + count for done, count in zip(done_B, counts, strict=True)]
                 if path is not None and time.monotonic() - saved_at > self.options.checkpoint_seconds:
                     state.save(path)
