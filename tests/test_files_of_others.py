@@ -99,6 +99,7 @@ def test_training_does_not_go_into_the_folder_of_something_else(folder, tmp_path
     recipe.write_text(RECIPE)
     base = tmp_path / "base"
     make_tiny_llama().save_pretrained(base)
+    (base / "notes.txt").write_text("notes")
     before = bytes_of(base)
     text = run("train", recipe, "--output", base, status=2)
     assert "holds config.json, which is of no training run" in text

@@ -1,6 +1,7 @@
 """The folder of a run: one run, one writer, one recipe."""
 
 import json
+from fnmatch import fnmatch
 from pathlib import Path
 
 from filelock import BaseFileLock
@@ -15,8 +16,11 @@ from transformerfam.training.recipe import Recipe
 
 LOG_FILE = "log.jsonl"
 LOCK_FILE = "run.lock"
-COMPANIONS = (LOCK_FILE, "run.log", "rows.jsonl")
-"""What stands in the folder before the run begins: its lock, and what a comparison puts there."""
+WRITTEN = (
+    *(LOG_FILE, "checkpoint*.safetensors", FAM_FILE, RIVAL_FILE, "adapter_*", "*config.json", "model*.safetensors*"),
+    *("pytorch_model*", "tokenizer*", "special_tokens_map.json", "vocab*", "merges.txt", "chat_template*"),
+)
+"""Files that a run, or the model at its end, takes the place of."""
 
 FREE_TO_CHANGE = ("max_seconds", "checkpoint_seconds", "log_every", "threads")
 """Of a recipe's schedule, what changes no number of the run."""
@@ -111,7 +115,7 @@ def _require_right(folder: Path, recipe: Recipe, resume: bool, overwrite: bool) 
 
 
 def _require_free(folder: Path, overwrite: bool) -> None:
-    """Refuse a folder with a run or with files of something else.
+    """Refuse a folder with a run, or with files of something else that a run would overwrite.
 
     Raises:
         RecipeError: it holds a run, which is not to be overwritten.
@@ -127,9 +131,9 @@ def _require_free(folder: Path, overwrite: bool) -> None:
             )
     elif CHECKPOINT_FILE in names:
         raise RecipeError(f"{folder} holds a run already, without its {RECIPE_FILE}; train into another folder")
-    elif foreign := sorted(names - set(COMPANIONS)):
+    elif foreign := sorted(name for name in names if any(fnmatch(name, pattern) for pattern in WRITTEN)):
         raise TransformerFamError(
-            f"{folder} holds {foreign[0]}, which is of no training run; train into a new or empty folder"
+            f"{folder} holds {foreign[0]}, which is of no training run and would be lost; train into a new folder"
         )
 
 
