@@ -12,6 +12,7 @@ from statistics import mean
 from typing import Any
 
 import pytest
+from filelock import FileLock
 from rich.console import Console
 from training_recipes import SMALL_TRAINING
 from typer.testing import CliRunner
@@ -221,8 +222,9 @@ def test_failed_run_is_named(recipe: Path, tmp_path: Path) -> None:
     assert "2 empty" in result.output or EMPTY in result.output
 
 
-def test_interrupted_comparison_goes_on(recipe: Path, tmp_path: Path) -> None:
-    """Catches a Ctrl-C that leaves processes behind or loses what they have trained."""
+@pytest.mark.parametrize("is_killed", [False, True])
+def test_interrupted_comparison_goes_on(recipe: Path, tmp_path: Path, is_killed: bool) -> None:
+    """Catches a Ctrl-C, or a killed scheduler, that leaves processes behind or loses what they have trained."""
     folder = tmp_path / "runs"
     command = [sys.executable, "-m", "transformerfam", "compare", str(recipe), "--output", str(folder)]
     command += ["--set", 'systems=["fam"]', "--set", "max_filler_tokens={}", "--set", "recipe.schedule.steps=100000"]
@@ -233,11 +235,17 @@ def test_interrupted_comparison_goes_on(recipe: Path, tmp_path: Path) -> None:
         assert process.poll() is None, process.communicate()
         assert time.monotonic() < deadline
         time.sleep(0.2)
-    os.killpg(process.pid, signal.SIGINT)
-    _, errors = process.communicate(timeout=120)
-    assert process.returncode == 130, errors
+    if is_killed:
+        process.kill()
+        process.communicate()
+    else:
+        os.killpg(process.pid, signal.SIGINT)
+        _, errors = process.communicate(timeout=120)
+        assert process.returncode == 130, errors
+    with FileLock(folder / "fam-0" / "run.lock").acquire(timeout=120):  # which its run has let go
+        pass
     assert (folder / "fam-0" / "checkpoint.safetensors").exists()
-    assert "run the same command again to go on" in " ".join(errors.decode().split())
+    assert is_killed or "run the same command again to go on" in " ".join(errors.decode().split())
 
 
 def row(system: str, seed: int, length: int, correct: bool, **more: Any) -> dict[str, Any]:

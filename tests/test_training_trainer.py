@@ -82,14 +82,15 @@ def test_run_killed_and_resumed_gives_the_losses_of_one_that_ran_through(tmp_pat
         assert (tmp_path / "killed" / name).stat().st_size == (tmp_path / "whole" / name).stat().st_size
 
 
-def test_ctrl_c_keeps_a_checkpoint_and_says_how_to_go_on(tmp_path):
-    """Minutes of training lost by one key."""
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_run_that_is_ended_keeps_a_checkpoint_and_says_how_to_go_on(tmp_path, number):
+    """Minutes of training lost by one key, or by the SIGTERM of a machine that is wanted back."""
     trainer = Trainer(small_recipe(), tmp_path)
-    before = signal.getsignal(signal.SIGINT)
-    result = trainer.run(lambda trainer, row: signal.raise_signal(signal.SIGINT) if row["step"] == 2 else None)
+    before = signal.getsignal(number)
+    result = trainer.run(lambda trainer, row: signal.raise_signal(number) if row["step"] == 2 else None)
     assert (result.steps, result.is_complete) == (3, False)
     assert "--resume" in result.message
-    assert signal.getsignal(signal.SIGINT) is before
+    assert signal.getsignal(number) is before
     again = Trainer(small_recipe(), tmp_path, resume=True)
     assert again.run().is_complete
     assert [row["step"] for row in log_of(tmp_path)] == list(range(6))

@@ -7,20 +7,29 @@ FAM; LoRA stands beside it in PEFT's own files, so that PEFT loads it too.
 import dataclasses
 import json
 import os
+import time
 import warnings
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load, save_file
 from torch import nn
 from transformers import PreTrainedModel
 
 from transformerfam.config import FamConfig
 from transformerfam.convert import convert, memory_of
 from transformerfam.errors import CorruptFileError, StateMismatchError, TransformerFamError
-from transformerfam.files import digest_tensors, load_tensors, save_tensors, write_text
+from transformerfam.files import (
+    digest_tensors,
+    is_ours,
+    load_tensors,
+    metadata_form,
+    require_finite,
+    save_tensors,
+    write_text,
+)
 from transformerfam.identity import describe_architecture
 from transformerfam.row_lora import refuse_merge
 from transformerfam.state import FamState
@@ -30,6 +39,41 @@ ADAPTER_FORMAT_VERSION = 1
 FAM_FILE = "fam.safetensors"
 LORA_FILE = "adapter_model.safetensors"
 LORA_CONFIG_FILE = "adapter_config.json"
+SETTLE_SECONDS = 1.0
+"""How long two files that do not fit together are read again: another process may be writing the second."""
+
+CONFIG_FILE = "config.json"
+RUN_FILES = {"recipe.json", "checkpoint.safetensors"}
+"""What a folder holds beside its memory where a run of training made it."""
+
+
+def require_own_folder(folder: str | os.PathLike[str], is_model: bool, overwrite: bool, remedy: str = "") -> None:
+    """Refuse a folder that would lose something to a memory, or to a model with its memory.
+
+    Args:
+        folder: where to; there may be none yet.
+        is_model: whether the weights of the base model go there, too.
+        overwrite: take the place of what this package wrote there, if it is of the same kind.
+        remedy: how a user asks for that, for the message.
+
+    Raises:
+        TransformerFamError: the folder holds something else, or the same and it is not to be overwritten.
+    """
+    folder = Path(folder)
+    if not folder.exists():
+        return
+    if not folder.is_dir():
+        raise TransformerFamError(f"could not write to {folder}: it is a file, required is a folder; choose another")
+    names = {path.name for path in folder.iterdir()}
+    kind = "a model with its memory" if is_model else "a memory"
+    is_same = is_ours(folder / FAM_FILE, "adapter") and (CONFIG_FILE in names) == is_model and not names & RUN_FILES
+    if names and not is_same:
+        raise TransformerFamError(
+            f"could not write {kind} to {folder}: it holds other files, for example {min(names)}; choose a new or "
+            "empty folder"
+        )
+    if names and not overwrite:
+        raise TransformerFamError(f"{folder} holds {kind} already; {remedy}choose another folder")
 
 
 def inject_lora(model: PreTrainedModel, lora_config: Any) -> None:
@@ -165,27 +209,28 @@ class FamAdapter:
             CorruptFileError: a file is missing, foreign, damaged or of another version.
         """
         folder = Path(folder)
-        tensors, metadata = load_tensors(folder / FAM_FILE, "adapter", ADAPTER_FORMAT_VERSION)
-        lora: dict[str, torch.Tensor] = {}
-        if metadata["lora_config"] is not None:
-            try:
-                lora = load_file(folder / LORA_FILE)
-            except (OSError, SafetensorError) as error:
-                raise CorruptFileError(
-                    f"{folder / LORA_FILE} cannot be read ({error}); copy the adapter again"
-                ) from error
-            if digest_tensors(lora) != metadata["lora_digest"]:
+        end = time.monotonic() + SETTLE_SECONDS
+        while True:
+            tensors, metadata = load_tensors(folder / FAM_FILE, "adapter", ADAPTER_FORMAT_VERSION)
+            with metadata_form(folder / FAM_FILE, "adapter"):
+                lora = {} if metadata["lora_config"] is None else _load_lora(folder / LORA_FILE)
+                if not lora or digest_tensors(lora) == metadata["lora_digest"]:
+                    break
+            if time.monotonic() > end:
                 raise CorruptFileError(f"{folder / LORA_FILE} is damaged: its checksum does not match; copy it again")
-        return cls(
-            config=FamConfig.from_dict(metadata["fam_config"]),
-            saved_fam=tensors.pop("saved_fam", None),
-            tensors=tensors,
-            architecture=metadata["architecture"],
-            base_digest=metadata["base_digest"],
-            lora_config=metadata["lora_config"],
-            lora=lora,
-            notes=metadata["notes"],
-        )
+            time.sleep(0.05)
+        require_finite(tensors | lora, folder / FAM_FILE, "adapter")
+        with metadata_form(folder / FAM_FILE, "adapter"):
+            return cls(
+                config=FamConfig.from_dict(metadata["fam_config"]),
+                saved_fam=tensors.pop("saved_fam", None),
+                tensors=tensors,
+                architecture=dict(metadata["architecture"]),
+                base_digest=str(metadata["base_digest"]),
+                lora_config=metadata["lora_config"],
+                lora=lora,
+                notes=dict(metadata["notes"]),
+            )
 
     def apply(self, model: PreTrainedModel, merge: bool = False) -> PreTrainedModel:
         """Convert `model` and give it this memory, in place.
@@ -235,6 +280,13 @@ class FamAdapter:
             if merge and self.config.fam_lora == "all":
                 merge_lora(model)
         return model
+
+
+def _load_lora(path: Path) -> dict[str, torch.Tensor]:
+    try:
+        return dict(sorted(load(path.read_bytes()).items()))
+    except (OSError, SafetensorError) as error:
+        raise CorruptFileError(f"{path} cannot be read ({error}); copy the adapter again") from error
 
 
 def _plain(value: Any) -> Any:

@@ -7,53 +7,38 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.markup import escape
 from transformers.utils import logging as transformers_logging
-from typer.core import TyperGroup
 
+from transformerfam.adapter import require_own_folder
 from transformerfam.cli_compare import compare_command
+from transformerfam.cli_errors import TRACEBACK, ErrorsInOneLine
 from transformerfam.cli_output import say
 from transformerfam.cli_plan import plan_command
 from transformerfam.cli_report import report_app
 from transformerfam.config import UPDATE_PRESETS, FamConfig
 from transformerfam.demo import draw_seed, prepare_demo, run_demo
-from transformerfam.errors import ReadInterrupted, TransformerFamError
+from transformerfam.errors import TransformerFamError
+from transformerfam.files import require_target
 from transformerfam.memory import set_prompt
 from transformerfam.models import GATED, find_device, load_model, name_in_rows, save_model
-from transformerfam.processes import INTERRUPTED, own_device, process_share
+from transformerfam.processes import INTERRUPTED, own_device, process_share, uninterrupted
 from transformerfam.progress import tokens_bar, training_bar
 from transformerfam.reports.next_token import next_token_table
 from transformerfam.reports.passkey import passkey_table
-from transformerfam.reports.rows import RowFile, read_rows
+from transformerfam.reports.rows import RowFile, fields_of_rows, read_rows, require_same_weights
 from transformerfam.rivals.presets import NUM_SINK_TOKENS
 from transformerfam.state import FamState
 from transformerfam.tasks.controls import CONTROLS, control_of
 from transformerfam.tasks.next_token import evaluate_next_token
 from transformerfam.tasks.passkey import NUM_DIGITS, PAPER
 from transformerfam.tasks.passkey_evaluation import PasskeyEvaluation, finished_questions
-from transformerfam.tasks.provenance import memory_notes
-from transformerfam.tasks.reading import count_tokens, generate_text, read_text_stream
-from transformerfam.tasks.text import STANDARD_INPUT, list_files, stream_text
+from transformerfam.tasks.provenance import memory_notes, weights_of
+from transformerfam.tasks.reading import count_tokens, generate_text, read_text_stream, save_somewhere
+from transformerfam.tasks.text import STANDARD_INPUT, is_read_once, list_files, stream_text
 from transformerfam.tasks.wordings import Wording
 from transformerfam.training.averaging import average_memories
 from transformerfam.training.recipe_file import load_recipe, parse_overrides
 from transformerfam.training.trainer import Trainer
-
-FAILED = 2
-
-
-class ErrorsInOneLine(TyperGroup):
-    """Turn the errors of this package into one red line and exit status 2."""
-
-    def invoke(self, ctx: Any) -> Any:
-        """Run a subcommand."""
-        try:
-            return super().invoke(ctx)
-        except TransformerFamError as error:
-            message = " ".join(str(error).split())
-            Console(stderr=True, soft_wrap=True).print(f"[red]error: {escape(message)}[/red]", highlight=False)
-            raise typer.Exit(FAILED) from error
-
 
 app = typer.Typer(cls=ErrorsInOneLine, no_args_is_help=True, pretty_exceptions_show_locals=False, add_completion=False)
 evaluate_app = typer.Typer(no_args_is_help=True)
@@ -79,11 +64,15 @@ SystemOption = Annotated[
     ),
 ]
 DeviceOption = Annotated[str, typer.Option("--device", help="cpu, cuda, cuda:1 or another of torch.")]
+OverwriteOption = Annotated[bool, typer.Option("--overwrite", help="Take the place of what this package wrote there.")]
+OR_OVERWRITE = "add --overwrite to replace it, or "
 SetOption = Annotated[list[str] | None, typer.Option("--set", help="key=value; may be given more than once.")]
 
 
 @app.callback()
-def main() -> None:
+def main(
+    traceback: Annotated[bool, typer.Option(TRACEBACK, help="Show where an error comes from.")] = False,
+) -> None:
     """TransformerFAM: read input of any length in constant memory, and still use it."""
 
 
@@ -127,6 +116,7 @@ def evaluate_passkey_command(
         for loaded, asked in _systems_by_model(system).items():
             loaded_model, tokenizer = _load(model, loaded, parse_overrides(overrides), device)
             systems = [name_in_rows(name, loaded_model) for name in asked]
+            require_same_weights(rows.rows, _named_with(model, overrides), systems, **weights_of(loaded_model))
             with tokens_bar(f"passkey, {', '.join(systems)}") as update:
                 evaluation = PasskeyEvaluation(
                     filler_lengths=lengths,
@@ -147,7 +137,8 @@ def evaluate_passkey_command(
                     max_training_filler_tokens=memory_notes(model, loaded).get("max_training_filler_tokens"),
                     progress=update,
                 )
-                evaluation.finished = finished_questions(rows.rows, evaluation)
+                with fields_of_rows():
+                    evaluation.finished = finished_questions(rows.rows, evaluation)
                 try:
                     for row in evaluation.rows(loaded_model, tokenizer):
                         rows.append(row)
@@ -180,6 +171,9 @@ def evaluate_next_token_command(
             if control_of(systems[0]) is not None:
                 raise TransformerFamError(f"system {systems[0]!r} belongs to the passkey task; take fam or bswa")
             loaded_model, tokenizer = _load(model, loaded, parse_overrides(overrides), device)
+            named = name_in_rows(systems[0], loaded_model)
+            before = [] if rows is None else rows.rows
+            require_same_weights(before, _named_with(model, overrides), [named], **weights_of(loaded_model))
             with tokens_bar(f"next token, {loaded}") as update:
                 measured = evaluate_next_token(
                     loaded_model,
@@ -187,7 +181,7 @@ def evaluate_next_token_command(
                     file,
                     num_tokens=num_tokens,
                     segment_tokens=segment_tokens,
-                    system=name_in_rows(systems[0], loaded_model),
+                    system=named,
                     model_name=_named_with(model, overrides),
                     progress=update,
                 )
@@ -209,9 +203,11 @@ def convert_command(
     prompt_text: Annotated[
         str | None, typer.Option("--prompt-text", help="Text whose first tokens the memory's prompt begins as.")
     ] = None,
+    overwrite: OverwriteOption = False,
     overrides: SetOption = None,
 ) -> None:
     """Give a model a memory that nobody trained yet, and save it with its weights; gated with 4 sink tokens."""
+    require_own_folder(output, is_model=True, overwrite=overwrite, remedy=OR_OVERWRITE)
     sinks = {"num_sink_tokens": NUM_SINK_TOKENS} if FamConfig.preset(preset).has_slots else {}
     changes = FamConfig.preset(preset, **sinks | parse_overrides(overrides)).to_dict()
     converted, tokenizer = _load(model, "fam_untrained", changes)
@@ -233,37 +229,50 @@ def read_command(
     save: Annotated[Path, typer.Option("--save", help="Where the state goes.")],
     model: ModelOption = "tiny",
     state: Annotated[Path | None, typer.Option("--state", help="Go on from this state.")] = None,
-    skip_tokens: Annotated[int, typer.Option("--skip-tokens", help="Tokens of the text that the state has read.")] = 0,
+    skip_tokens: Annotated[
+        int, typer.Option("--skip-tokens", min=0, help="Tokens of the text that the state has read.")
+    ] = 0,
     device: DeviceOption = "cpu",
+    overwrite: OverwriteOption = False,
 ) -> None:
-    """Read a text of any length and save the state; Ctrl-C saves what was read and says how to go on."""
+    """Read a text of any length and save the state; whatever ends it, what was read is saved, and how to go on said."""
+    is_resumed = state is not None and state.resolve() == save.resolve()
+    replaces = overwrite or is_resumed
+    require_target(save, "state", replaces, OR_OVERWRITE)
     if file != STANDARD_INPUT:
         list_files(file)  # before the model is loaded
     loaded_model, tokenizer = _load(model, device=device)
-    start = None if state is None else FamState.load(state, loaded_model, batch_size=1)
-    num_tokens = None if file == STANDARD_INPUT else count_tokens(file, tokenizer)
-    texts = stream_text(file)
+    reading = loaded_model.init_state().detach() if state is None else FamState.load(state, loaded_model, batch_size=1)
+    num_before = reading.num_tokens_read
+    num_tokens = None if is_read_once(file) else count_tokens(file, tokenizer)
     try:
         with tokens_bar("reading") as update:
-            done = read_text_stream(
+            read_text_stream(
                 loaded_model,
                 tokenizer,
-                texts,
-                start,
+                stream_text(file),
+                reading,
                 skip_tokens=skip_tokens,
                 progress=lambda n, moved: update(n, num_tokens, moved),
             )
-    except ReadInterrupted as interrupt:
-        interrupt.state.save(save)
-        again = shlex.join(["fam", "read", file, "--model", model, "--state", str(save), "--save", str(save)])
-        again += _device_argument(device)
-        say(
-            f"interrupted after {interrupt.num_tokens_done:,} tokens, which are kept in {save}; go on with: "
-            f"{again} --skip-tokens {interrupt.num_tokens_done}"
-        )
-        raise typer.Exit(INTERRUPTED) from interrupt
-    done.save(save)
-    say(f"read {done.num_tokens_read:,} tokens; state of {done.num_bytes:,} bytes in {save}")
+    except BaseException as error:  # nothing that was read is lost, whatever ends the reading
+        num_done = skip_tokens + reading.num_tokens_read - num_before
+        if num_done == skip_tokens:
+            raise
+        with uninterrupted():
+            kept, _ = save_somewhere(reading, save, replaces)
+        again = shlex.join(["fam", "read", file, "--model", model, "--state", str(kept), "--save", str(kept)])
+        again += f"{_device_argument(device)} --skip-tokens {num_done}"
+        text = f"after {num_done:,} tokens, which are kept in {kept}; go on with: {again}"
+        if isinstance(error, KeyboardInterrupt):
+            say(f"interrupted {text}")
+            raise typer.Exit(INTERRUPTED) from error
+        raise TransformerFamError(f"{error or type(error).__name__}; the reading ended {text}") from error
+    with uninterrupted():
+        kept, refusal = save_somewhere(reading, save, replaces)
+    say(f"read {reading.num_tokens_read:,} tokens; state of {reading.num_bytes:,} bytes in {kept}")
+    if refusal is not None:
+        raise refusal
 
 
 @app.command("generate")
@@ -287,19 +296,24 @@ def train_command(
     output: Annotated[Path | None, typer.Option("--output", help="Folder of the run; runs/NAME if not given.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the folder's checkpoint.")] = False,
     device: DeviceOption = "cpu",
+    overwrite: OverwriteOption = False,
     overrides: SetOption = None,
 ) -> None:
     """Train a memory by a recipe."""
+    if resume and overwrite:
+        raise TransformerFamError("--resume goes on with a run and --overwrite begins anew; give one of them")
     loaded = load_recipe(recipe, overrides or ())
     folder = output or Path("runs") / recipe.stem
-    trainer = Trainer(loaded, folder, resume=resume, device=find_device(device))
+    trainer = Trainer(loaded, folder, resume=resume, device=find_device(device), overwrite=overwrite)
     with training_bar(loaded.schedule.steps) as update:
         result = trainer.run(lambda _, row: update(row))
-    message = result.message.replace("RECIPE", str(recipe))
-    if not result.is_complete:
-        message += (f" --output {folder}" if output is not None else "") + _device_argument(device)
-    say(message)
-    if not result.is_complete:
+    if result.is_complete:
+        say(result.message)
+    else:
+        place = [] if output is None else ["--output", str(folder)]
+        changes = [part for change in overrides or () for part in ("--set", change)]
+        more = shlex.join([str(recipe), "--resume", *place, *changes])
+        say(result.message.replace("RECIPE --resume", more) + _device_argument(device))
         raise typer.Exit(INTERRUPTED)
 
 
@@ -307,9 +321,11 @@ def train_command(
 def average_command(
     memories: Annotated[list[Path], typer.Argument(help="Folders of memories that were trained from one start.")],
     output: Annotated[Path, typer.Option("--output", help="Folder of the mean.")],
+    overwrite: OverwriteOption = False,
     overrides: SetOption = None,
 ) -> None:
     """Average the weights of memories; --set changes what the mean is read with."""
+    require_own_folder(output, is_model=False, overwrite=overwrite, remedy=OR_OVERWRITE)
     average_memories(memories, output, parse_overrides(overrides))
     say(f"the mean of {len(memories)} memories is in {output}")
 

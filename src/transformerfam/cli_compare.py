@@ -13,9 +13,9 @@ from transformerfam.comparison.figures import plot_comparison
 from transformerfam.comparison.report import comparison_tables
 from transformerfam.errors import TransformerFamError
 from transformerfam.models import find_device
-from transformerfam.processes import INTERRUPTED
+from transformerfam.processes import INTERRUPTED, end_with_input
 from transformerfam.reports.markdown import write_markdown
-from transformerfam.reports.rows import read_rows
+from transformerfam.reports.rows import fields_of_rows, read_rows
 
 
 def compare_command(
@@ -30,6 +30,7 @@ def compare_command(
     report_only: Annotated[bool, typer.Option("--report", help="Train nothing; show what is there.")] = False,
     device: Annotated[str, typer.Option("--device", help="Where runs train and are asked: cpu, cuda, cuda:1.")] = "cpu",
     run: Annotated[str | None, typer.Option("--run", help="One run alone, SYSTEM-SEED, in this process.")] = None,
+    is_child: Annotated[bool, typer.Option("--ends-with-input", hidden=True)] = False,
     overrides: Annotated[
         list[str] | None, typer.Option("--set", help="key=value; may be given more than once.")
     ] = None,
@@ -37,6 +38,8 @@ def compare_command(
     """Train and ask every system of a comparison alike; stop it at any time, and the same command goes on."""
     comparison = load_comparison(recipe, overrides or ())
     folder = output or Path("runs") / comparison.name
+    if is_child:
+        end_with_input()
     if run is not None:
         _run_alone(comparison, RunName.parse(run), folder, find_device(device))
         return
@@ -52,7 +55,8 @@ def compare_command(
             )
             raise typer.Exit(INTERRUPTED) from interrupt
     found = read_rows([rows]) if rows.exists() else []
-    tables = comparison_tables(comparison, found)
+    with fields_of_rows():
+        tables = comparison_tables(comparison, found)
     for shown in tables:
         Console().print(shown)
     if table is not None:

@@ -11,14 +11,16 @@ from typer.core import TyperGroup
 from transformerfam.attention_record import record_attention
 from transformerfam.cli_output import say
 from transformerfam.errors import TransformerFamError
+from transformerfam.files import make_folder
 from transformerfam.models import load_model
 from transformerfam.reports.attention import memory_rows, plot_film, plot_maps, plot_memory, plot_writing
 from transformerfam.reports.next_token import next_token_table
 from transformerfam.reports.passkey import passkey_table, plot_passkey
-from transformerfam.reports.rows import RowFile, read_rows
+from transformerfam.reports.rows import RowFile, fields_of_rows, read_rows
 from transformerfam.tasks.passkey import PasskeyText
-from transformerfam.tasks.provenance import provenance
+from transformerfam.tasks.provenance import provenance, weights_of
 
+ROWS = "attention.jsonl"
 MAX_STRIP = 8
 """Blocks of the film's strip: the first ones where a key is told, else the last ones."""
 
@@ -43,7 +45,8 @@ def report_rows(
 ) -> None:
     """Print tables of result rows, and draw the passkey figure; `fam report ROWS...` is the same."""
     loaded = read_rows(rows)
-    tables = [table for table in (passkey_table(loaded), next_token_table(loaded)) if table is not None]
+    with fields_of_rows():
+        tables = [table for table in (passkey_table(loaded), next_token_table(loaded)) if table is not None]
     if not tables:
         raise TransformerFamError(
             f"the {len(rows)} files hold {len(loaded)} rows and none is of a task that is reported; required are rows "
@@ -71,6 +74,7 @@ def report_attention(
     ] = None,
 ) -> None:
     """Draw attention maps of one block, a film over blocks, the FAM's norm and change, and what gated rows wrote."""
+    _require_own(output)
     chosen_layers, chosen_heads = _numbers(layers, "--layers"), _numbers(heads, "--heads")
     block = blocks - 1 if block is None else block
     if not 0 <= block < blocks:
@@ -85,7 +89,6 @@ def report_attention(
         ids = torch.cat([torch.tensor(passkey.intro_ids(key)), ids])[:num_tokens]
         marks = dict.fromkeys(passkey.key_places(key), "key")
     records = list(record_attention(loaded, ids, chosen_layers))
-    output.mkdir(parents=True, exist_ok=True)
     plot_maps([record for record in records if record.block_idx == block], chosen_heads, output / "maps.png", marks)
     filmed = [record for record in records if record.layer_idx == chosen_layers[0]]
     plot_film(filmed, chosen_heads[0], output / "film.gif", marks)
@@ -94,12 +97,24 @@ def report_attention(
     plot_memory(records, output / "memory.svg")
     if loaded.fam_config.fam_update == "gated":
         plot_writing(records, output / "writing.svg")
-    (output / "attention.jsonl").unlink(missing_ok=True)  # its rows are those of the pictures
-    with RowFile(output / "attention.jsonl") as rows:
+    with RowFile(output / ROWS, anew=True) as rows:  # its rows are those of the pictures
         for row in memory_rows(records):
-            rows.append(row | {"system": "fam", "model": model, "text": text, **provenance()})
+            rows.append(row | {"system": "fam", "model": model, "text": text, **weights_of(loaded), **provenance()})
     names = ", ".join(path.name for path in sorted(output.iterdir()))
     say(f"{output}: {names}")
+
+
+def _require_own(folder: Path) -> None:
+    """Refuse a folder whose pictures are of something else, before they are drawn.
+
+    Raises:
+        TransformerFamError: it holds files, and no rows of attention.
+    """
+    make_folder(folder)
+    if any(folder.iterdir()) and not (folder / ROWS).exists():
+        raise TransformerFamError(f"{folder} holds files and no {ROWS} of earlier pictures; give a new or empty folder")
+    with RowFile(folder / ROWS):
+        pass
 
 
 def _numbers(text: str, name: str) -> list[int]:

@@ -1,22 +1,29 @@
 """Tensor files: written atomically, read strictly, with a checksum over tensors and metadata."""
 
+import contextlib
+import errno
 import hashlib
 import json
 import os
+import stat
 import tempfile
-from collections.abc import Mapping
+import time
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
+from filelock import BaseFileLock, FileLock, Timeout, lock_descriptor
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load, save_file
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from transformerfam.errors import CorruptFileError, TransformerFamError
 
 METADATA_KEY = "transformerfam"
 CHECKSUM_KEY = "sha256"
+LOCK_SECONDS = 10.0
+"""How long a process that is about to end is waited for."""
 
 
 def digest_tensors(tensors: Mapping[str, torch.Tensor], salt: str = "") -> str:
@@ -46,9 +53,11 @@ def save_tensors(
         metadata: JSON values; `kind` and `format_version` say what the file is.
 
     Raises:
-        TransformerFamError: the folder does not exist or the disk is full; an old file is left as it was.
+        TransformerFamError: the folder does not exist, the disk is full, or the file is of another kind or program; an
+            old file is left as it was.
     """
     path = Path(path)
+    is_ours(path, metadata["kind"])
     text = json.dumps(dict(metadata), sort_keys=True)
     stored = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
     header = {METADATA_KEY: text, CHECKSUM_KEY: digest_tensors(stored, text)}
@@ -70,6 +79,112 @@ def save_tensors(
             os.unlink(temporary)
 
 
+def make_folder(folder: str | os.PathLike[str]) -> None:
+    """Make a folder, with those above it, if it is not there.
+
+    Raises:
+        TransformerFamError: it cannot be made.
+    """
+    try:
+        Path(folder).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise TransformerFamError(f"could not make the folder {folder}: {error.strerror}; choose another") from error
+
+
+def hold(path: str | os.PathLike[str], what: str) -> BaseFileLock:
+    """Take a lock, which the end of the process releases however it ends.
+
+    Args:
+        path: the lock's file; it stays.
+        what: what the lock is of, for the message.
+
+    Raises:
+        TransformerFamError: another process holds it and does not end within `LOCK_SECONDS`, or no file can be made.
+    """
+    lock = FileLock(path, timeout=LOCK_SECONDS, thread_local=False, is_singleton=True)
+    try:
+        lock.acquire()
+    except Timeout as error:
+        raise in_use(what) from error
+    except OSError as error:
+        raise TransformerFamError(f"could not write {path}: {error.strerror}; choose another folder") from error
+    return lock
+
+
+def hold_file(file: IO[bytes], what: str) -> None:
+    """Lock an open file until it is closed; arguments and errors are those of `hold`."""
+    end = time.monotonic() + LOCK_SECONDS
+    while not lock_descriptor(file.fileno(), blocking=False):
+        if time.monotonic() >= end:
+            raise in_use(what)
+        time.sleep(0.1)
+
+
+def in_use(what: str) -> TransformerFamError:
+    """Return the error of something that another process writes."""
+    return TransformerFamError(f"{what} is written by another process; wait for its end, or choose another")
+
+
+def refuse_fifo(path: str | os.PathLike[str]) -> None:
+    """Refuse a named pipe, whose opening waits for a writer that may never come.
+
+    Raises:
+        OSError: it is one; callers say what they need in its place.
+    """
+    try:
+        is_fifo = stat.S_ISFIFO(os.lstat(path).st_mode)
+    except OSError:  # opening it says why
+        return
+    if is_fifo:
+        raise OSError(errno.ESPIPE, "it is a named pipe; read it from standard input, or copy it to a file")
+
+
+def require_target(path: str | os.PathLike[str], kind: str, overwrite: bool = False, option: str = "") -> None:
+    """Check before the work that its result can be written.
+
+    Args:
+        path: file to write.
+        kind: what will be in it, for example "state".
+        overwrite: take the place of a file of that kind.
+        option: how a user asks for that, for the message.
+
+    Raises:
+        TransformerFamError: the folder does not exist or cannot be written, or the file is of another kind, or of this
+            kind and not to be overwritten.
+    """
+    path = Path(path)
+    try:
+        with tempfile.TemporaryFile(dir=path.parent):
+            pass
+    except OSError as error:
+        raise TransformerFamError(
+            f"could not write {path}: {error.strerror}; make its folder, or choose another one"
+        ) from error
+    if is_ours(path, kind) and not overwrite:
+        raise TransformerFamError(f"{path} holds a {kind} already; {option}choose another file")
+
+
+def is_ours(path: Path, kind: str) -> bool:
+    """Say whether there is a file of this package and kind; an empty file is as good as none.
+
+    Raises:
+        TransformerFamError: there is something else, which must not be overwritten.
+    """
+    if not path.exists() or (path.is_file() and path.stat().st_size == 0):
+        return False
+    there = "a folder" if path.is_dir() else "a file that is not of this package"
+    if path.is_file():
+        with contextlib.suppress(OSError, SafetensorError, ValueError), safe_open(str(path), framework="pt") as file:
+            found = json.loads((file.metadata() or {})[METADATA_KEY])["kind"]
+            there = f"a {found}"
+    if there != f"a {kind}":
+        raise TransformerFamError(
+            f"could not write {path}: it is {there}, and only a {kind} may take the place of a {kind}; choose another "
+            "file, or move that one away"
+        )
+    return True
+
+
 def write_text(path: str | os.PathLike[str], text: str) -> None:
     """Write a small text file so that `path` holds either the old text or the whole new one.
 
@@ -87,6 +202,42 @@ def write_text(path: str | os.PathLike[str], text: str) -> None:
             f"could not write {path}: {error}; a file that was there before is unchanged; free space or choose "
             "another folder"
         ) from error
+
+
+def _header_of(content: bytes) -> dict[str, str]:
+    """Return the free texts of a safetensors file: its first 8 bytes are the length of a JSON object that has them."""
+    length = int.from_bytes(content[:8], "little")
+    texts: dict[str, str] = json.loads(content[8 : 8 + length]).get("__metadata__", {})
+    return texts
+
+
+@contextlib.contextmanager
+def metadata_form(path: str | os.PathLike[str], kind: str) -> Iterator[None]:
+    """Take what goes wrong in the body, which reads metadata, for metadata of another form than this package writes.
+
+    Raises:
+        CorruptFileError: with what went wrong.
+    """
+    try:
+        yield
+    except TransformerFamError:
+        raise
+    except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
+        raise CorruptFileError(
+            f"{path} has metadata of another form than this package writes ({type(error).__name__}: {error}); make the "
+            f"{kind} again"
+        ) from error
+
+
+def require_finite(tensors: Mapping[str, torch.Tensor], path: str | os.PathLike[str], kind: str) -> None:
+    """Refuse numbers that are not finite.
+
+    Raises:
+        CorruptFileError: there is one; the message names its tensor.
+    """
+    for name, tensor in tensors.items():
+        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+            raise CorruptFileError(f"{path} has numbers in {name} that are not finite; make the {kind} again")
 
 
 def load_tensors(
@@ -107,9 +258,10 @@ def load_tensors(
     """
     path = Path(path)
     try:
-        with safe_open(str(path), framework="pt") as file:
-            header = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
+        refuse_fifo(path)
+        content = path.read_bytes()  # at once: `safe_open` opens it twice, and another file may be there by then
+        tensors = dict(sorted(load(content).items()))  # in one order in all processes
+        header = _header_of(content)
     except FileNotFoundError as error:
         raise CorruptFileError(f"{path} does not exist; give the path of a saved {kind}") from error
     except (OSError, SafetensorError, UnicodeDecodeError, ValueError) as error:
@@ -121,7 +273,8 @@ def load_tensors(
         raise CorruptFileError(f"{path} was not written by transformerfam; give a file that holds a {kind}")
     if digest_tensors(tensors, header[METADATA_KEY]) != header[CHECKSUM_KEY]:
         raise CorruptFileError(f"{path} is damaged: its checksum does not match; make the {kind} again")
-    metadata = json.loads(header[METADATA_KEY])
+    with metadata_form(path, kind):
+        metadata = dict(json.loads(header[METADATA_KEY]))
     if metadata.get("kind") != kind:
         raise CorruptFileError(f"{path} holds a {metadata.get('kind')}, required is a {kind}")
     if metadata.get("format_version") != format_version:

@@ -8,8 +8,10 @@ language-model head gives such a folder back converted; elsewhere it gives the b
 import contextlib
 import contextvars
 import functools
+import json
 import os
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedModel
@@ -17,9 +19,11 @@ from transformers.utils import cached_file
 
 from transformerfam.adapter import FAM_FILE, FamAdapter
 from transformerfam.convert import METHODS, memory_of
-from transformerfam.errors import TransformerFamError
+from transformerfam.errors import CorruptFileError, TransformerFamError, UnsupportedModelError
 
 CONFIG_KEY = "fam_config"
+CODE_KEY = "auto_map"  # classes in Python files of the folder
+KERNEL_KEYS = ("attn_implementation", "_attn_implementation", "experts_implementation")  # or a repository of kernels
 HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "revision", "subfolder", "token")
 IGNORED_WEIGHTS = r"(^|\.)fam\.(prompt|prefix)$"  # they come from `fam.safetensors`
 
@@ -34,6 +38,51 @@ def plain_loading() -> Iterator[None]:
         yield
     finally:
         _is_plain.reset(token)
+
+
+def load_pretrained(kind: Any, folder: str | os.PathLike[str], local_files_only: bool = True, **options: Any) -> Any:
+    """Call `from_pretrained` of a transformers class, which never runs code of the folder nor asks whether it may.
+
+    Args:
+        kind: the class, for example `AutoTokenizer`.
+        folder: what to load.
+        local_files_only: look for nothing on the Hub.
+        **options: go on to `from_pretrained`.
+
+    Raises:
+        UnsupportedModelError: it needs code of the folder; the message names the file and the key.
+        CorruptFileError: whatever else `from_pretrained` raises.
+    """
+    for file, key, value in _code_in(folder):
+        if key in KERNEL_KEYS:
+            raise UnsupportedModelError(
+                f"{folder} names code to run, {key} = {value!r} in {file}, and no such code is run; remove the key"
+            )
+    try:
+        return kind.from_pretrained(folder, trust_remote_code=False, local_files_only=local_files_only, **options)
+    except Exception as error:
+        for file, key, _ in _code_in(folder):
+            raise UnsupportedModelError(
+                f"{folder} needs code of its own, {key} in {file}, and no code of a folder is run; take a model that "
+                "transformers has itself"
+            ) from error
+        reason = f"{type(error).__name__}: {error}"
+        raise CorruptFileError(f"{folder} holds no model that can be read ({reason}); copy it again") from error
+
+
+def _code_in(folder: str | os.PathLike[str]) -> Iterator[tuple[str, str, Any]]:
+    """Yield file, key and value of what names code in the JSON files of a folder."""
+    for path in sorted(Path(folder).glob("*config.json")):
+        try:
+            waiting = [json.loads(path.read_bytes())]
+        except (OSError, ValueError, RecursionError):  # loading it says what is wrong
+            continue
+        while waiting:
+            values = waiting.pop()
+            for key, value in values.items() if isinstance(values, dict) else ():
+                waiting.append(value)  # of a part, for example of the text model
+                if value and (key == CODE_KEY or (key in KERNEL_KEYS and "/" in str(value))):
+                    yield path.name, key, value
 
 
 def save_pretrained(self: PreTrainedModel, save_directory: str | os.PathLike[str], *args: Any, **kwargs: Any) -> None:

@@ -11,12 +11,12 @@ import torch
 from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from transformerfam.adapter import FAM_FILE, FamAdapter
+from transformerfam.adapter import CONFIG_FILE, FAM_FILE, RUN_FILES, FamAdapter
 from transformerfam.config import FamConfig
 from transformerfam.convert import convert
-from transformerfam.errors import CorruptFileError, StateMismatchError, TransformerFamError
-from transformerfam.files import load_tensors, save_tensors
-from transformerfam.loading import plain_loading
+from transformerfam.errors import StateMismatchError, TransformerFamError
+from transformerfam.files import load_tensors, metadata_form, save_tensors
+from transformerfam.loading import load_pretrained, plain_loading
 from transformerfam.rivals import RIVAL_NAMES, RivalConfig, attach
 from transformerfam.smollm2 import load_smollm2
 
@@ -137,7 +137,8 @@ def save_model(
         config: the configuration to read with; None is the model's own.
 
     Raises:
-        TransformerFamError: the model has LoRA, is not converted, or the disk is full.
+        TransformerFamError: the model has LoRA, is not converted, the disk is full, or the folder holds a model that is
+            not of this package.
     """
     if getattr(model, "peft_config", None):
         raise TransformerFamError(
@@ -153,8 +154,15 @@ def _save_base(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: str | os.PathLike[str], memory: Any
 ) -> None:
     """Write the base weights and the tokenizer, without the parameters of the module `memory`."""
-    own = {f"{name}." for name, module in model.named_modules() if module is memory}
-    weights = {name: value for name, value in model.state_dict().items() if not name.startswith(tuple(own))}
+    here = Path(folder)
+    own = {FAM_FILE, RIVAL_FILE, *RUN_FILES}  # a run may have been killed while it wrote its model
+    if (here / CONFIG_FILE).exists() and not any((here / name).exists() for name in own):
+        raise TransformerFamError(
+            f"could not write the model to {folder}: it holds a model that is not of this package, whose weights would "
+            "be lost; choose another folder"
+        )
+    memories = {f"{name}." for name, module in model.named_modules() if module is memory}
+    weights = {name: value for name, value in model.state_dict().items() if not name.startswith(tuple(memories))}
     try:
         model.save_pretrained(folder, state_dict=weights)  # a FAM comes along, and is written again with its notes
         tokenizer.save_pretrained(folder)
@@ -206,7 +214,9 @@ def _load_rival(
             f"{folder} has no trained {system} ({RIVAL_FILE} is missing); train one by a recipe with a rival section"
         )
     tensors, metadata = load_tensors(path, "rival", RIVAL_FORMAT_VERSION)
-    config = RivalConfig.from_dict(metadata["rival_config"])
+    with metadata_form(path, "rival"):
+        config = RivalConfig.from_dict(metadata["rival_config"])
+        base_digest, _ = str(metadata["base_digest"]), dict(metadata["notes"])
     if config.system != system:
         raise TransformerFamError(
             f"{folder} holds a trained {config.system}, asked is for {system!r}; name that system"
@@ -215,7 +225,7 @@ def _load_rival(
     model, tokenizer = load_base(folder, folder=folder)
     attach(model, config)
     rival = model.get_decoder().rival
-    if rival.identity.base_digest() != metadata["base_digest"]:
+    if rival.identity.base_digest() != base_digest:
         raise StateMismatchError(f"{folder} holds other base weights than its {system} was trained with; copy it again")
     parameters = dict(rival.named_parameters())
     shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
@@ -248,9 +258,10 @@ def load_base(
     Raises:
         TransformerFamError: no such model.
         CorruptFileError: the folder holds a model that cannot be read.
+        UnsupportedModelError: it needs code of its own, which is never run.
     """
     folder = folder or _find_folder(name_or_folder)
-    if not (folder / "config.json").is_file():
+    if not (folder / CONFIG_FILE).is_file():
         if str(name_or_folder) == "smollm2":
             return load_smollm2()
         if adapter is None:
@@ -261,14 +272,15 @@ def load_base(
                 f"{folder} holds a memory without its base model, and its notes do not name one under {BASE_NOTE!r}; "
                 "load the base model yourself and call FamAdapter.from_pretrained(folder).apply(model)"
             )
+        if base != "smollm2" and not (_find_folder(base) / CONFIG_FILE).is_file():
+            raise TransformerFamError(
+                f"{folder} names {base!r} as its base model, and that is none; load the base model yourself and call "
+                "FamAdapter.from_pretrained(folder).apply(model)"
+            )
         return load_smollm2() if base == "smollm2" else load_base(base)
-    try:
-        with plain_loading():
-            model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, local_files_only=True)
-        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    except (OSError, SafetensorError, ValueError, KeyError) as error:
-        raise CorruptFileError(f"{folder} holds no model that can be read ({error}); copy it again") from error
-    return model.eval(), tokenizer
+    with plain_loading():
+        model = load_pretrained(AutoModelForCausalLM, folder, dtype=torch.float32)
+    return model.eval(), load_pretrained(AutoTokenizer, folder)
 
 
 def _find_folder(name_or_folder: str | os.PathLike[str]) -> Path:

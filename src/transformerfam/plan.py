@@ -20,9 +20,10 @@ from transformerfam.cache_layer import LayerPlan
 from transformerfam.config import FamConfig
 from transformerfam.convert import fam_parameters
 from transformerfam.costs import rows_in_front
-from transformerfam.errors import TransformerFamError, UnsupportedModelError
+from transformerfam.errors import CorruptFileError, TransformerFamError, UnsupportedModelError
 from transformerfam.fake_model import AllocatedBytes, build_on_meta, convert_fake, make_fake
 from transformerfam.families import FAMILIES, decoder_layers
+from transformerfam.loading import load_pretrained
 from transformerfam.masks import piece_mask
 from transformerfam.memory import LayerLayout
 from transformerfam.models import NAMED_MODELS, load_base
@@ -92,8 +93,8 @@ def find_config(model: str) -> Any:
     if model in NAMED_MODELS:
         return load_base(model)[0].config
     try:
-        return AutoConfig.from_pretrained(model)
-    except (OSError, ValueError) as error:
+        return load_pretrained(AutoConfig, model, local_files_only=False)
+    except CorruptFileError as error:
         known = ", ".join([*PAPER_SHAPES, *NAMED_MODELS])
         raise TransformerFamError(
             f"there is no configuration for {model!r} ({str(error).splitlines()[0]}); give {known}, a folder with "

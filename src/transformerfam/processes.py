@@ -1,9 +1,17 @@
 """Processes: how one ends, and which of several it is, as `accelerate launch` or torchrun say in the environment."""
 
+import contextlib
 import os
+import signal
+import threading
+from collections.abc import Iterator
+from types import FrameType
+from typing import Any
 
 INTERRUPTED = 130
-"""Exit status of a command that Ctrl-C ended, once it has saved what it had."""
+"""Exit status of a command that Ctrl-C, SIGTERM or SIGHUP ended, once it has saved what it had."""
+
+END_SIGNALS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name))
 
 
 def process_share() -> tuple[int, int]:
@@ -14,3 +22,69 @@ def process_share() -> tuple[int, int]:
 def own_device(device: str) -> str:
     """Return the device of this process: of several on one machine each takes its own."""
     return f"cuda:{os.environ['LOCAL_RANK']}" if device == "cuda" and "LOCAL_RANK" in os.environ else device
+
+
+def end_with_input() -> None:
+    """End this process as SIGTERM does when standard input ends: the process at its other end is gone then."""
+
+    def watch() -> None:
+        with contextlib.suppress(OSError):
+            while os.read(0, 1):
+                pass
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+@contextlib.contextmanager
+def ends_as_ctrl_c() -> Iterator[None]:
+    """Let SIGTERM and SIGHUP raise KeyboardInterrupt in the body, as Ctrl-C does, unless they are ignored."""
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        raise KeyboardInterrupt
+
+    with _handlers({n: interrupt for n in END_SIGNALS if signal.getsignal(n) is signal.SIG_DFL}):
+        yield
+
+
+@contextlib.contextmanager
+def ends_noted() -> Iterator[list[int]]:
+    """Yield a list of what came of Ctrl-C, SIGTERM and SIGHUP, for a body that ends itself; a second Ctrl-C ends it."""
+    noted: list[int] = []
+    plain = signal.getsignal(signal.SIGINT)
+
+    def note(number: int, frame: FrameType | None) -> None:
+        if number in noted and number == signal.SIGINT and callable(plain):
+            plain(number, frame)
+        noted.append(number)
+
+    with _handlers({n: note for n in END_SIGNALS if signal.getsignal(n) is not signal.SIG_IGN}):
+        yield noted
+
+
+@contextlib.contextmanager
+def uninterrupted() -> Iterator[None]:
+    """Let Ctrl-C, and whatever else has a handler, wait until the body is done: it is done whole or not begun."""
+    caught: list[tuple[int, FrameType | None]] = []
+    before = {n: handler for n in END_SIGNALS if callable(handler := signal.getsignal(n))}
+    try:
+        with _handlers(dict.fromkeys(before, lambda number, frame: caught.append((number, frame)))):
+            yield
+    finally:
+        if caught:
+            number, frame = caught[0]
+            before[number](number, frame)
+
+
+@contextlib.contextmanager
+def _handlers(handlers: dict[Any, Any]) -> Iterator[None]:
+    """Set signal handlers for the body; only the main thread can, and elsewhere no signal is handled."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -1,8 +1,10 @@
 """Progress bars: of a reading (tokens, tokens per second, time left, bytes of state), and of a training."""
 
 import contextlib
+import io
+import sys
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from typing import IO, Any, cast
 
 from rich.console import Console
 from rich.filesize import decimal
@@ -12,11 +14,39 @@ from transformerfam.processes import process_share
 from transformerfam.reading_state import ReadingState
 
 
+class _Screen:
+    """Standard error that drops what it cannot write: a full disk or a closed pipe never ends what is being shown."""
+
+    def __init__(self, stream: IO[str]) -> None:
+        self._stream = stream
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    def write(self, text: str) -> int:
+        """Write, if it can be written; what the encoding lacks is written as an escape."""
+        encoding = getattr(self._stream, "encoding", None) or "utf-8"
+        text = text.encode(encoding, "backslashreplace").decode(encoding)
+        with contextlib.suppress(OSError, ValueError):
+            self._stream.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        """Flush, if it can be flushed."""
+        with contextlib.suppress(OSError, ValueError):
+            self._stream.flush()
+
+
+def screen(soft_wrap: bool = False) -> Console:
+    """Return standard error for bars and messages; results alone go to standard output."""
+    return Console(file=cast(IO[str], _Screen(sys.stderr or io.StringIO())), soft_wrap=soft_wrap)
+
+
 @contextlib.contextmanager
 def reading_bar(
     num_tokens: int | None, description: str = "reading"
 ) -> Iterator[Callable[[int, int | None, ReadingState], None]]:
-    """Show a bar on the terminal and yield the function that moves it.
+    """Show a bar on standard error and yield the function that moves it.
 
     Args:
         num_tokens: tokens to be read; None where nobody knows.
@@ -35,7 +65,7 @@ def reading_bar(
         TextColumn("ETA"),
         TimeRemainingColumn(),
     )
-    with Progress(*columns, disable=process_share()[0] > 0) as progress:
+    with Progress(*columns, console=screen(), disable=process_share()[0] > 0) as progress:
         task = progress.add_task(description, total=num_tokens, rate="", size="")
 
         def update(done: int, total: int | None, state: ReadingState) -> None:
@@ -79,8 +109,8 @@ def training_bar(num_steps: int) -> Iterator[Callable[[Mapping[str, Any]], None]
         A function of a step's row of the log.
     """
     columns = (BarColumn(), MofNCompleteColumn(), TextColumn("steps {task.description} ETA"))
-    console, is_silent = Console(stderr=True), process_share()[0] > 0
-    with Progress(*columns, TimeRemainingColumn(), console=console, disable=is_silent) as progress:
+    is_silent = process_share()[0] > 0
+    with Progress(*columns, TimeRemainingColumn(), console=screen(), disable=is_silent) as progress:
         task = progress.add_task("", total=num_steps)
 
         def update(row: Mapping[str, Any]) -> None:

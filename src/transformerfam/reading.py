@@ -12,6 +12,7 @@ from transformerfam.errors import ReadInterrupted, StateMismatchError, Transform
 from transformerfam.forward import check_ids
 from transformerfam.memory import initial_fam, initial_queries, memory_of, prompt_pass
 from transformerfam.positions import first_position
+from transformerfam.processes import uninterrupted
 from transformerfam.progress import reading_bar
 from transformerfam.reading_state import ReadingState
 from transformerfam.row_lora import bind_lora
@@ -144,8 +145,9 @@ def read(
             # Whole blocks for rows in step; with rows out of step any chunk is right.
             count = min(total - done, self.fam_config.block_size - state.block_fill[0])
             mask = None if attention_mask is None else attention_mask[:, done : done + count]
-            decoder(input_ids=ids[:, done : done + count], attention_mask=mask, past_key_values=state)
-            done += count
+            with uninterrupted():  # half a piece would leave some layers in front of others
+                decoder(input_ids=ids[:, done : done + count], attention_mask=mask, past_key_values=state)
+                done += count
             if callable(progress):
                 progress(done, total, state)
     except KeyboardInterrupt as error:

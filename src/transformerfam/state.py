@@ -13,8 +13,8 @@ import torch
 
 from transformerfam.cache_layer import FamLayer
 from transformerfam.config import FamConfig
-from transformerfam.errors import StateMismatchError, TransformerFamError
-from transformerfam.files import load_tensors, save_tensors
+from transformerfam.errors import CorruptFileError, StateMismatchError, TransformerFamError
+from transformerfam.files import load_tensors, metadata_form, require_finite, save_tensors
 from transformerfam.identity import ModelIdentity
 from transformerfam.reading_state import ReadingState, require_several
 
@@ -232,15 +232,23 @@ class FamState(ReadingState):
             UserWarning: it was made on other weights of the same architecture.
         """
         tensors, metadata = load_tensors(path, "state", STATE_FORMAT_VERSION)
+        require_finite(tensors, path, "state")
         config: FamConfig = model.fam_config
-        num_rows = len(metadata["block_fill"])
+        with metadata_form(path, "state"):
+            num_rows = _num_rows(metadata)
         if batch_size is not None and num_rows != batch_size:
             raise StateMismatchError(
                 f"{path} holds {num_rows} sequences, required are {batch_size}; read that many, or select() rows"
             )
         with torch.no_grad():
             state: FamState = model.init_state(num_rows)
-        state.identity.check(metadata["identity"], config, str(path))
+        with metadata_form(path, "state"):
+            state.identity.check(metadata["identity"], config, str(path))
+        if max(metadata["block_fill"]) >= config.block_size:
+            raise CorruptFileError(
+                f"{path} has {max(metadata['block_fill'])} tokens in a block of {config.block_size}; make the state "
+                "again"
+            )
         for i, layer in enumerate(state.layers):
             for name, tensor in layer.tensors().items():
                 stored = tensors.pop(f"layers.{i}.{FORMER_NAMES.get(name, name)}", None)
@@ -252,8 +260,25 @@ class FamState(ReadingState):
                         f"{tuple(tensor.shape)}; load it into a model of the dtype that it was made on"
                     )
                 tensor.copy_(stored)
+        if tensors:
+            raise CorruptFileError(f"{path} holds {min(tensors)}, which is of no layer here; make the state again")
         state.block_fill = list(metadata["block_fill"])
         state.num_blocks_per_row = list(metadata["num_blocks_per_row"])
         state.starts_from_saved_fam = list(metadata["starts_from_saved_fam"])
         state.position_offset = metadata["position_offset"]
         return state
+
+
+def _num_rows(metadata: dict[str, Any]) -> int:
+    """Return how many sequences a file's state has, once their places are what places can be.
+
+    Raises:
+        ValueError: they are not.
+    """
+    fills, blocks, saved = (metadata[n] for n in ("block_fill", "num_blocks_per_row", "starts_from_saved_fam"))
+    for number in (*fills, *blocks, metadata["position_offset"]):
+        if type(number) is not int or number < 0:
+            raise ValueError(f"{number!r} tokens or blocks")
+    if not len(fills) == len(blocks) == len(saved) > 0 or any(type(flag) is not bool for flag in saved):
+        raise ValueError(f"places of {len(fills)}, {len(blocks)} and {len(saved)} sequences")
+    return len(fills)

@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 from transformerfam.config import FamConfig
 from transformerfam.errors import RecipeError, TransformerFamError
+from transformerfam.files import refuse_fifo
 from transformerfam.rivals import PRESETS, RIVAL_NAMES, preset
 from transformerfam.tasks.controls import control_of
 from transformerfam.training.recipe import Recipe
@@ -42,6 +43,19 @@ class RunName:
         if not dash or not seed.isdigit():
             raise RecipeError(f"{text!r} is no run, required is SYSTEM-SEED, for example fam-0")
         return cls(system, int(seed))
+
+
+def require_plain_name(name: str) -> None:
+    """Refuse a name that would be a folder elsewhere.
+
+    Raises:
+        RecipeError: it is empty, begins with a dot, or has a separator in it.
+    """
+    if not name or name.startswith(".") or not name.isprintable() or set(name) & set("/\\:"):
+        raise RecipeError(
+            f"the name {name!r} is no name of a folder, required is one without '/', '\\' and ':' that does not begin "
+            "with a dot"
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -117,6 +131,8 @@ class Comparison:
     """Let `changes` change what a system is trained on, and how long."""
 
     def __post_init__(self) -> None:
+        for name in (self.name, *self.systems, *self.variants):
+            require_plain_name(name)
         for name in (*self.trained, *self.max_filler_tokens, *self.changes):
             self.system_of(name)
         for names in (self.max_filler_tokens, self.changes):
@@ -255,6 +271,7 @@ def load_comparison(path: str | Path, overrides: Sequence[str] = ()) -> Comparis
 
 def _read_toml(path: Path) -> dict[str, Any]:
     try:
+        refuse_fifo(path)
         return tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise RecipeError(f"cannot read {str(path)!r}: {error.strerror}; give the path of a TOML file") from error

@@ -12,16 +12,18 @@ import torch
 
 from transformerfam.comparison.plan import UNTRAINED, Comparison, RunName
 from transformerfam.errors import RecipeError
+from transformerfam.files import make_folder
 from transformerfam.models import load_model
-from transformerfam.reports.rows import Row, RowFile
+from transformerfam.reports.rows import Row, RowFile, require_same_weights
 from transformerfam.rivals import RIVAL_NAMES
 from transformerfam.tasks.facts_evaluation import FactsEvaluation
 from transformerfam.tasks.named_keys_evaluation import NamedKeysEvaluation
 from transformerfam.tasks.passkey import BEFORE_KEY
 from transformerfam.tasks.passkey_evaluation import PasskeyEvaluation, finished_questions
-from transformerfam.tasks.provenance import device_name, memory_notes, provenance
+from transformerfam.tasks.provenance import device_name, memory_notes, provenance, weights_of
 from transformerfam.tasks.text import encode
 from transformerfam.training.checkpoint import CHECKPOINT_FILE
+from transformerfam.training.run_folder import require_same_run, save_recipe
 from transformerfam.training.setup import build_trainee
 from transformerfam.training.trainer import Trainer
 
@@ -101,16 +103,20 @@ def run_one(
         device: where it trains and is asked; a run may go on on another device.
 
     Raises:
+        RecipeError: what is there was made by another recipe; all but time, log and threads must agree.
         KeyboardInterrupt: Ctrl-C; the same call goes on.
     """
     own, recipe = run_folder(folder, run), comparison.recipe_of(run)
-    own.mkdir(parents=True, exist_ok=True)
+    make_folder(own)
+    if (own / CHECKPOINT_FILE).exists() or (own / ROWS_FILE).exists():
+        require_same_run(own, recipe)
     if recipe.schedule.threads is not None:
         torch.set_num_threads(recipe.schedule.threads)
     system = comparison.system_of(run.system)
     if system == UNTRAINED:
         torch.manual_seed(recipe.schedule.seed)
         model, tokenizer = build_trainee(recipe)
+        save_recipe(own, recipe)
         notes: dict[str, Any] = {}
     else:
         _train(recipe, own, progress, device)
@@ -119,6 +125,7 @@ def run_one(
         notes = memory_notes(own, loaded)
     model.to(device).eval()
     with RowFile(own / ROWS_FILE) as rows:
+        require_same_weights(rows.rows, comparison.name, comparison.rows_of(run), **weights_of(model))
 
         def update(done: int, total: int, state: Any) -> None:
             if progress is not None:
@@ -223,7 +230,7 @@ def _description(
     comparison: Comparison, run: RunName, model: Any, tokenizer: Any, notes: dict[str, Any]
 ) -> list[dict[str, Any]]:
     """Return rows of what the system is: parameters, tokens of training, and carried bytes by length."""
-    common = {"system": run.system, "model": comparison.name, "seed": run.seed, **provenance()}
+    common = {"system": run.system, "model": comparison.name, "seed": run.seed} | weights_of(model) | provenance()
     rows = []
     state, ids = model.init_state(1), encode(tokenizer, BEFORE_KEY)
     for length in BYTES_LENGTHS:

@@ -21,9 +21,9 @@ from transformerfam.comparison.plan import UNTRAINED, Comparison, RunName
 from transformerfam.comparison.run import ROWS_FILE, is_finished, require_same_recipe, run_folder
 from transformerfam.errors import MissingPackageError, TransformerFamError
 from transformerfam.processes import INTERRUPTED
-from transformerfam.reports.rows import RowFile, read_rows
+from transformerfam.reports.rows import RowFile, fields_of_rows, read_rows
 from transformerfam.training.checkpoint import last_log_row
-from transformerfam.training.trainer import LOG_FILE
+from transformerfam.training.run_folder import LOG_FILE
 
 RUN_LOG = "run.log"
 REFRESH_SECONDS = 2.0
@@ -71,7 +71,8 @@ class Schedule:
         self.folder.mkdir(parents=True, exist_ok=True)
         with ExitStack() as stack:
             self.rows = stack.enter_context(RowFile(self.rows_path))
-            require_same_recipe(self.comparison, self.rows.rows)
+            with fields_of_rows():
+                require_same_recipe(self.comparison, self.rows.rows)
             tasks = {"task_compare": self._tasks, "DOIT_CONFIG": self._doit_config()}
             stack.enter_context(
                 Live(
@@ -85,7 +86,7 @@ class Schedule:
                 code = DoitMain(ModuleTaskLoader(tasks)).run(["run"])
             finally:
                 for process in self.processes:
-                    process.wait()
+                    process.communicate()  # closes its input first
         if RUNNING in self.states.values():
             raise KeyboardInterrupt
         failed = [run for run, state in self.states.items() if state == FAILED]
@@ -129,16 +130,19 @@ class Schedule:
         folder = run_folder(self.folder, run)
         folder.mkdir(parents=True, exist_ok=True)
         with (folder / RUN_LOG).open("ab") as log:
-            process = subprocess.Popen([*self.command, str(run)], stdout=log, stderr=log)
+            # Its input ends when this process does, however it ends, and the run with it.
+            process = subprocess.Popen([*self.command, str(run)], stdin=subprocess.PIPE, stdout=log, stderr=log)
             self.processes.append(process)
             code = process.wait()
+            process.communicate()  # closes its input
         if code == INTERRUPTED:
             return False
         if code != 0:
             self.states[run] = FAILED
             return False
         for row in read_rows([folder / ROWS_FILE]):
-            self.rows.append(row)
+            if row not in self.rows.rows:  # a scheduler that was killed here left some of them
+                self.rows.append(row)
         self.states[run] = DONE
         self.seconds.append(time.monotonic() - self.begun[run])
         return True
@@ -248,6 +252,7 @@ def run_all(
         *changes,
         "--device",
         str(device),
+        "--ends-with-input",
         "--run",
     ]
     return Schedule(comparison, folder, rows, command, num_jobs).run()

@@ -7,6 +7,9 @@ from typing import Any
 
 from transformerfam.errors import MissingPackageError, TransformerFamError
 
+MARKS = (b"transformerfam", b"Matplotlib")
+"""By which a figure is known as one of this package; earlier versions let matplotlib sign them."""
+
 FIGURE_SUFFIXES = (".svg", ".png", ".pdf")
 LINES = ("-", "--", ":", "-.", (0, (5, 1)), (0, (1, 3)))
 MARKERS = ("o", "s", "^", "D", "v", "x")
@@ -61,11 +64,19 @@ def save_figure(figure: Any, path: str | Path) -> None:
     """Write a figure, the same bytes for the same picture.
 
     Raises:
-        TransformerFamError: it cannot be written.
+        TransformerFamError: it cannot be written, or the file is no figure of this package.
     """
     path = Path(path)
-    metadata: dict[str, Any] = {"Date": None} if path.suffix == ".svg" else {}
+    kind = path.suffix.lower()
+    metadata: dict[str, Any] = {"Software" if kind == ".png" else "Creator": MARKS[0].decode()}
+    if kind == ".svg":
+        metadata["Date"] = None
     try:
+        if path.exists() and (content := path.read_bytes()) and not any(m in content for m in MARKS):
+            raise TransformerFamError(
+                f"could not write {path}: it is no figure that this package drew; choose another file, or move that "
+                "one away"
+            )
         path.parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(path, dpi=200, metadata=metadata)
     except OSError as error:

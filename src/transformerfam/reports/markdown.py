@@ -5,6 +5,7 @@ from pathlib import Path
 
 from rich.table import Table
 
+from transformerfam.errors import TransformerFamError
 from transformerfam.files import write_text
 
 
@@ -23,6 +24,11 @@ def write_markdown(tables: Sequence[Table], path: Path) -> None:
     """Write tables into one file.
 
     Raises:
-        TransformerFamError: it cannot be written.
+        TransformerFamError: it cannot be written, or the file begins with something else than a table.
     """
+    before = path.read_text(encoding="utf-8", errors="replace").lstrip() if path.is_file() else ""
+    if before and not before.startswith(("|", "**")):
+        raise TransformerFamError(
+            f"could not write {path}: it holds something else than tables; choose another file, or move that one away"
+        )
     write_text(path, "\n".join(map(markdown_table, tables)))

@@ -3,15 +3,20 @@
 import contextlib
 import json
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple
 
-from transformerfam.errors import CorruptFileError, TransformerFamError
+from transformerfam.errors import CorruptFileError, StateMismatchError, TransformerFamError
+from transformerfam.files import hold_file, refuse_fifo
+from transformerfam.processes import process_share, uninterrupted
 from transformerfam.tasks.telling import Telling
 
 Row = dict[str, Any]
+
+ROW_BEGINS = b'{"task": '
+"""How every row that this package writes begins."""
 
 Z_95 = 1.959963984540054
 """Standard normal quantile of a two-sided 95 % interval."""
@@ -20,35 +25,46 @@ Z_95 = 1.959963984540054
 class RowFile:
     """Append rows to a JSON lines file, each flushed at once; what stands there already is kept.
 
-    A last line that a killed run left unfinished is cut off.
+    A last line that a killed run left unfinished is cut off. One process writes; of several that were launched together
+    the first one holds the file for all.
     """
 
-    def __init__(self, path: str | Path) -> None:
+    def __init__(self, path: str | Path, anew: bool = False) -> None:
         """Open the file, which is made if need be, with its folder.
 
         Args:
             path: JSON lines file.
+            anew: drop the rows that it holds.
 
         Raises:
             CorruptFileError: the file holds something else than rows.
-            TransformerFamError: it cannot be written.
+            TransformerFamError: it cannot be written, or another process writes it.
         """
         self.path = Path(path)
         try:
+            refuse_fifo(self.path)
             self.path.parent.mkdir(parents=True, exist_ok=True)
             self._file = self.path.open("a+b")
         except OSError as error:
             raise self._unwritable(error) from error
-        self._file.seek(0)
-        content = self._file.read()
-        whole = content[: content.rfind(b"\n") + 1]
         try:
-            self.rows = list(_parse(whole, self.path))
-        except CorruptFileError:
+            if process_share()[0] == 0:
+                hold_file(self._file, str(self.path))
+            self._file.seek(0)
+            content = self._file.read()
+            self.rows, num_whole = _rows_and_end(content, self.path)
+            if anew:
+                self.rows, num_whole = [], 0
+            self._cut(num_whole)
+            if content[:num_whole] and not content[:num_whole].endswith(b"\n"):
+                self._file.write(b"\n")
+                self._file.flush()
+        except OSError as error:
+            self._file.close()
+            raise self._unwritable(error) from error
+        except TransformerFamError:
             self._file.close()
             raise
-        if len(whole) < len(content):
-            self._file.truncate(len(whole))
 
     def append(self, row: Mapping[str, Any]) -> None:
         """Write one row and flush it.
@@ -58,8 +74,9 @@ class RowFile:
         """
         start = self._file.seek(0, 2)
         try:
-            self._file.write(json.dumps(dict(row)).encode() + b"\n")
-            self._file.flush()
+            with uninterrupted():
+                self._file.write(json.dumps(dict(row)).encode() + b"\n")
+                self._file.flush()
         except OSError as error:
             self._cut(start)
             raise self._unwritable(error) from error
@@ -85,7 +102,7 @@ class RowFile:
 
 
 def read_rows(paths: Iterable[str | Path]) -> list[Row]:
-    """Return the rows of all files.
+    """Return the rows of all files, without one that is being written.
 
     Raises:
         CorruptFileError: a file is missing, or a line is no row; the message gives its number.
@@ -93,17 +110,44 @@ def read_rows(paths: Iterable[str | Path]) -> list[Row]:
     rows: list[Row] = []
     for path in map(Path, paths):
         try:
+            refuse_fifo(path)
             content = path.read_bytes()
         except OSError as error:
             raise CorruptFileError(
                 f"cannot read {path} ({error.strerror}); a JSON lines file of rows is required, check the path"
             ) from error
-        rows += _parse(content, path)
+        rows += _rows_and_end(content, path)[0]
     return rows
 
 
-def _parse(content: bytes, path: Path) -> Iterator[Row]:
-    for number, line in enumerate(content.splitlines(), start=1):
+def _rows_and_end(content: bytes, path: Path) -> tuple[list[Row], int]:
+    """Return the rows of a file, and how many of its bytes are they: what follows is a row that a killed run began.
+
+    Raises:
+        CorruptFileError: a line is no row.
+    """
+    end = content.rfind(b"\n") + 1
+    rows, rest = list(_parse(content[:end], path)), content[end:]
+    try:
+        return rows + list(_parse(rest, path, first=content.count(b"\n") + 1)), len(content)
+    except CorruptFileError:
+        if not _is_begun(rest):
+            raise
+        return rows, end
+
+
+def _is_begun(line: bytes) -> bool:
+    """Say whether a line is the beginning of a row, and no other text."""
+    size = min(len(line), len(ROW_BEGINS))
+    try:
+        json.loads(line)
+    except ValueError:
+        return line[:size] == ROW_BEGINS[:size]
+    return False
+
+
+def _parse(content: bytes, path: Path, first: int = 1) -> Iterator[Row]:
+    for number, line in enumerate(content.splitlines(), start=first):
         if not line.strip():
             continue
         try:
@@ -116,6 +160,24 @@ def _parse(content: bytes, path: Path) -> Iterator[Row]:
                 "object with the field task, as `fam evaluate` writes them"
             )
         yield row
+
+
+@contextlib.contextmanager
+def fields_of_rows() -> Iterator[None]:
+    """Take a field that the body misses in rows, or that is of another type, for rows of another form.
+
+    Raises:
+        CorruptFileError: with what went wrong.
+    """
+    try:
+        yield
+    except TransformerFamError:
+        raise
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise CorruptFileError(
+            f"a row lacks a field, or has it in another form ({type(error).__name__}: {error}); required are rows as "
+            "`fam evaluate` and `fam compare` write them"
+        ) from error
 
 
 def wilson_interval(num_correct: int, num_questions: int) -> tuple[float, float]:
@@ -170,13 +232,46 @@ class Series(NamedTuple):
         return " ".join(parts)
 
 
+def require_same_weights(rows: Iterable[Row], model_name: str, systems: Collection[str], weights: str) -> None:
+    """Refuse to put answers of a model beside those that it gave with other weights.
+
+    Args:
+        rows: the answers that are there; those without the field `weights`, of earlier versions, are taken as they are.
+        model_name: what rows call the model.
+        systems: what is asked of it.
+        weights: digest of its weights.
+
+    Raises:
+        StateMismatchError: there are answers with other weights.
+    """
+    for row in rows:
+        there = row.get("weights")
+        if there not in (None, weights) and row.get("model") == model_name and row.get("system") in systems:
+            raise StateMismatchError(
+                f"the rows of {row['system']} of {model_name} were answered with other weights ({there} there, "
+                f"{weights} here): the model was changed or trained on; give the new answers a file of their own"
+            )
+
+
 def accuracy_by_length(rows: Iterable[Row]) -> dict[Series, list[Accuracy]]:
-    """Return every curve of the passkey rows, lengths ascending; rows of other tasks are left out."""
+    """Return every curve of the passkey rows, lengths ascending; rows of other tasks are left out.
+
+    Raises:
+        StateMismatchError: rows of one curve and seed were answered with different weights.
+    """
     counts: dict[Series, dict[int, list[int]]] = {}
+    weights: dict[tuple[Series, Any], str] = {}
     for row in rows:
         if row["task"] != "passkey":
             continue
         series = Series(str(row["model"]), row["system"], row.get("filler", "sentences"), Telling.of_row(row))
+        if (there := row.get("weights")) is not None and (
+            known := weights.setdefault((series, row.get("seed")), there)
+        ) != there:
+            raise StateMismatchError(
+                f"the rows of {series.system} of {series.model} were answered with different weights ({known} and "
+                f"{there}); report them apart, or name the models apart"
+            )
         count = counts.setdefault(series, {}).setdefault(row["filler_tokens"], [0, 0])
         count[0] += bool(row["correct"])
         count[1] += 1

@@ -12,12 +12,13 @@ from typing import Any
 import torch
 
 from transformerfam.errors import StateMismatchError, TransformerFamError
-from transformerfam.files import load_tensors, save_tensors
+from transformerfam.files import load_tensors, metadata_form, require_finite, save_tensors
 from transformerfam.identity import ModelIdentity
 from transformerfam.reading_state import ReadingState, require_several
 from transformerfam.rivals.config import RivalConfig
 
 STATE_FORMAT_VERSION = 1
+LANE_PARTS = ("memory", "scratch", "keys", "values")
 PLACES = ("fill", "num_blocks", "num_remembered", "num_front")
 
 
@@ -241,9 +242,11 @@ class RivalState(ReadingState):
             UserWarning: it was made on other weights of the same architecture.
         """
         tensors, metadata = load_tensors(path, "rival state", STATE_FORMAT_VERSION)
+        require_finite(tensors, path, "rival state")
         with torch.no_grad():
             state: RivalState = model.init_state(1)
-        state.identity.check(metadata["identity"], state.config, str(path))
+        with metadata_form(path, "rival state"):
+            state.identity.check(metadata["identity"], state.config, str(path))
         dtype, device = model.get_input_embeddings().weight.dtype, model.device
         stored = {tensor.dtype for name, tensor in tensors.items() if ".keys." in name}
         if stored - {dtype}:
@@ -251,16 +254,33 @@ class RivalState(ReadingState):
                 f"{path} holds keys of type {stored.pop()}, the model has {dtype}; load it into a model of the dtype "
                 "that it was made on"
             )
-        lanes = []
-        for number, places in enumerate(metadata["lanes"]):
-            own = {n.partition(".")[2]: t.to(device) for n, t in tensors.items() if n.startswith(f"{number}.")}
-            lane = Lane(memory=_named(own, "memory"), scratch=_named(own, "scratch"), **places)
-            for part in ("keys", "values"):
-                by_layer = _named(own, part)
-                setattr(lane, part, [by_layer[str(i)] for i in range(len(by_layer))])
-            lanes.append(lane)
-        state.set_lanes(lanes)
+        with metadata_form(path, "rival state"):
+            state.set_lanes(_lanes_of(tensors, metadata["lanes"], device))
         return state
+
+
+def _lanes_of(tensors: dict[str, torch.Tensor], places_of_lanes: Any, device: torch.device) -> list[Lane]:
+    """Return the lanes of a file.
+
+    Raises:
+        ValueError: they are not what lanes can be.
+    """
+    rows = sorted(row for places in places_of_lanes for row in places["rows"])
+    numbers = [places[name] for places in places_of_lanes for name in PLACES]
+    parts = [name.split(".") for name in tensors]
+    if not rows or rows != list(range(len(rows))) or any(type(n) is not int or n < 0 for n in numbers):
+        raise ValueError(f"rows {rows} at places {numbers}")
+    if any(int(part[0]) >= len(places_of_lanes) or part[1] not in LANE_PARTS for part in parts):
+        raise ValueError("tensors of no lane")
+    lanes = []
+    for number, places in enumerate(places_of_lanes):
+        own = {n.partition(".")[2]: t.to(device) for n, t in tensors.items() if n.startswith(f"{number}.")}
+        lane = Lane(memory=_named(own, "memory"), scratch=_named(own, "scratch"), **places)
+        for part in ("keys", "values"):
+            by_layer = _named(own, part)
+            setattr(lane, part, [by_layer[str(i)] for i in range(len(by_layer))])
+        lanes.append(lane)
+    return lanes
 
 
 def _named(tensors: dict[str, torch.Tensor], part: str) -> dict[str, torch.Tensor]:

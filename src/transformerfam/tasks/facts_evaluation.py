@@ -9,6 +9,7 @@ import torch
 
 from transformerfam.reading_state import ReadingState
 from transformerfam.tasks.facts import FactsText, HiddenStory, draw_story
+from transformerfam.tasks.provenance import weights_of
 from transformerfam.tasks.ragged import READ_TOKENS, greedy_tokens, padded, read_ragged
 from transformerfam.tasks.texts_evaluation import TextsEvaluation
 
@@ -87,4 +88,5 @@ class FactsEvaluation(TextsEvaluation):
                 wanted=text.decode(story.answer_ids),
                 answer=text.decode(said),
                 correct=said == story.answer_ids,
+                **weights_of(model),
             )

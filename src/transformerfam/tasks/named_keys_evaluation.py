@@ -13,6 +13,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformerfam.reading_state import ReadingState
 from transformerfam.tasks.named_keys import NamedKeys, NamedKeysText, draw_named_keys
 from transformerfam.tasks.passkey import FIRST_KEY, LAST_KEY
+from transformerfam.tasks.provenance import weights_of
 from transformerfam.tasks.ragged import READ_TOKENS, greedy_tokens, padded, read_ragged
 from transformerfam.tasks.texts_evaluation import TextsEvaluation
 
@@ -117,6 +118,7 @@ class NamedKeysEvaluation(TextsEvaluation):
                 bits=round(KEY_BITS - nats_B[row] / math.log(2), 3),
                 is_retold=bool(old),
                 is_outdated=any(said == text.key_ids(other) for other in old),
+                **weights_of(model),
             )
 
 

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from transformerfam.errors import TransformerFamError
 from transformerfam.reading_state import ReadingState
-from transformerfam.tasks.provenance import provenance
+from transformerfam.tasks.provenance import provenance, weights_of
 from transformerfam.tasks.text import stream_text, stream_token_ids
 
 PIECE_TOKENS = 256
@@ -63,6 +63,7 @@ def evaluate_next_token(
             "loss": score.loss_sum / max(1, score.num_predicted),
             "accuracy": score.num_correct / max(1, score.num_predicted),
             "num_predicted": score.num_predicted,
+            **weights_of(model),
             **provenance(),
         }
 
@@ -132,6 +133,8 @@ def rechunk(
         num_tokens: tokens per piece.
         limit: tokens at most, all together; None is all.
         multiple: also end a piece at every multiple of so many tokens.
+
+    Where `pieces` ends with an error, what is held back comes first and the error behind it.
     """
     buffer: list[int] = []
     num_done = 0
@@ -144,12 +147,17 @@ def rechunk(
             ends.append(limit - num_done)
         return min(ends)
 
-    for piece in pieces:
-        buffer += piece
-        while (size := wanted()) and len(buffer) >= size:
-            yield buffer[:size]
-            buffer, num_done = buffer[size:], num_done + size
-        if limit is not None and num_done >= limit:
-            return
+    try:
+        for piece in pieces:
+            buffer += piece
+            while (size := wanted()) and len(buffer) >= size:
+                whole, buffer, num_done = buffer[:size], buffer[size:], num_done + size
+                yield whole
+            if limit is not None and num_done >= limit:
+                return
+    except (Exception, KeyboardInterrupt):
+        if buffer:
+            yield buffer
+        raise
     if buffer:
         yield buffer

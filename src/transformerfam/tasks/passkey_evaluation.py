@@ -14,16 +14,19 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from transformerfam.errors import TransformerFamError
+from transformerfam.errors import ReadInterrupted, TransformerFamError
+from transformerfam.processes import uninterrupted
 from transformerfam.reading_state import ReadingState
 from transformerfam.state import FamState
 from transformerfam.tasks.controls import SWAPPED, control_of
 from transformerfam.tasks.passkey import NUM_DIGITS, PAPER, FillerStream, PasskeyText, draw_keys, load_shuffled
 from transformerfam.tasks.placed_text import PlacedText
-from transformerfam.tasks.provenance import provenance
+from transformerfam.tasks.provenance import provenance, weights_of
 from transformerfam.tasks.ragged import READ_TOKENS, greedy_tokens, read_ragged
 from transformerfam.tasks.telling import Telling
 from transformerfam.tasks.wordings import Wording
+
+MAX_MENTIONS = 10_000
 
 Question = tuple[str, int, int]
 """System, filler tokens and key: what tells one question of a run from another."""
@@ -108,8 +111,11 @@ class PasskeyEvaluation:
             raise TransformerFamError(f"batch_size is {self.batch_size}, required is at least 1; change batch_size")
         if self.prefix_tokens != "uniform" and (isinstance(self.prefix_tokens, str) or self.prefix_tokens < 0):
             raise TransformerFamError(f"prefix_tokens is {self.prefix_tokens!r}, required is at least 0, or 'uniform'")
-        if self.num_mentions < 1:
-            raise TransformerFamError(f"num_mentions is {self.num_mentions}, required is at least 1: a key is told")
+        if not 1 <= self.num_mentions <= MAX_MENTIONS:
+            raise TransformerFamError(
+                f"num_mentions is {self.num_mentions}, required is at least 1, since a key is told, and at most "
+                f"{MAX_MENTIONS}"
+            )
         if self._swaps and min(self.batch_size, self.num_keys) < 2:
             raise TransformerFamError(
                 f"..{SWAPPED} gives each text the memory of another, and texts are read "
@@ -257,7 +263,13 @@ class _Reading:
             while done_B != goals_B:
                 counts = [min(READ_TOKENS, goal - done) for goal, done in zip(goals_B, done_B, strict=True)]
                 pieces = [t.slice(n, n + c) for t, n, c in zip(self.texts, done_B, counts, strict=True)]
-                state = read_ragged(self.model, pieces, state, self._progress(max(done_B)))
+                try:
+                    state = read_ragged(self.model, pieces, state, self._progress(max(done_B)))
+                except ReadInterrupted as interrupt:
+                    if path is not None:
+                        with uninterrupted():
+                            interrupt.state.save(path)
+                    raise
                 done_B = [done + count for done, count in zip(done_B, counts, strict=True)]
                 if path is not None and time.monotonic() - saved_at > self.options.checkpoint_seconds:
                     state.save(path)
@@ -309,15 +321,25 @@ class _Reading:
         return path.with_name(f"{path.name}.{digest}.reading.safetensors")
 
     def _saved_state(self, path: Path | None, goals_B: list[int]) -> ReadingState | None:
-        """Return the reading that a killed run has saved; None where there is none of these weights and this place."""
+        """Return the reading that a killed run has saved; None where there is none of these weights and this place.
+
+        Warns:
+            UserWarning: there is one that cannot be used, and why.
+        """
         if path is None or not path.is_file():
             return None
         with warnings.catch_warnings():
             warnings.simplefilter("error", UserWarning)  # other weights
             try:
                 state = FamState.load(path, self.model, batch_size=len(self.keys))
-            except (UserWarning, TransformerFamError):
-                return None
+            except (UserWarning, TransformerFamError) as error:
+                reason = str(error)
+            else:
+                reason = ""
+        if reason:
+            warnings.warn(f"{reason}; it is dropped, and the text is read again from its beginning", stacklevel=2)
+            path.unlink()
+            return None
         is_short = all(done <= goal for done, goal in zip(state.row_lengths, goals_B, strict=True))
         return state if is_short else None
 
@@ -398,6 +420,7 @@ class _Reading:
             "key": self.keys[row_idx],
             **measured,
             "max_training_filler_tokens": self.options.max_training_filler_tokens,
+            **weights_of(self.model),
             **provenance(),
         }
 

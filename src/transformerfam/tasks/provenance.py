@@ -1,5 +1,6 @@
 """Where a result row comes from: package version, commit, machine, and what is known of the model."""
 
+import hashlib
 import importlib.resources
 import json
 import os
@@ -26,6 +27,18 @@ CARD_FILE = "card.json"
 def provenance() -> dict[str, Any]:
     """Return the fields `version`, `git_commit` and `machine` that every row carries."""
     return {"version": package_version(), "git_commit": git_commit(), "machine": machine()}
+
+
+def weights_of(model: Any) -> dict[str, str]:
+    """Return the field `weights` of rows: a digest of all weights that answered, those of the memory included.
+
+    Args:
+        model: a converted model, or one with a rival.
+    """
+    decoder = model.get_decoder()
+    identity = (decoder.fam if hasattr(decoder, "fam") else decoder.rival).identity
+    both = f"{identity.base_digest()} {identity.memory_digest()}"
+    return {"weights": hashlib.sha256(both.encode()).hexdigest()[:16]}
 
 
 def package_version() -> str:

@@ -1,5 +1,7 @@
 """Read text of any length into a state, in constant memory, so that an interrupted reading can go on."""
 
+import contextlib
+import tempfile
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -7,6 +9,7 @@ from typing import Any
 import torch
 
 from transformerfam.errors import ReadInterrupted, TransformerFamError
+from transformerfam.files import require_target
 from transformerfam.state import FamState
 from transformerfam.tasks.next_token import rechunk
 from transformerfam.tasks.text import encode, stream_text, stream_token_ids
@@ -36,6 +39,8 @@ def read_text_stream(
     Returns:
         The state.
 
+    Whatever ends the reading, `state` then holds whole pieces, and its `num_tokens_read` says how many tokens.
+
     Raises:
         TransformerFamError: there is no token to read.
         ReadInterrupted: Ctrl-C; it carries the state and the tokens of this text that are done.
@@ -55,7 +60,7 @@ def read_text_stream(
                 if progress is not None:
                     progress(before + done, moved)
 
-            model.read(rest, state, progress=update)
+            _read_whole(model, rest, state, update)
     except KeyboardInterrupt as error:
         raise ReadInterrupted(state, skip_tokens + state.num_tokens_read - num_read_before) from error
     if num_seen <= skip_tokens:
@@ -64,6 +69,43 @@ def read_text_stream(
             "give a longer text"
         )
     return state
+
+
+def _read_whole(model: Any, ids: list[int], state: FamState, progress: Callable[[int, int, FamState], None]) -> None:
+    """Read a piece, or where an error breaks it off put the state back in front of it: it may be half moved."""
+    before = state.fork()
+    try:
+        model.read(ids, state, progress=progress)
+    except Exception:
+        state.go_on_from(before)
+        raise
+
+
+def save_somewhere(state: FamState, path: Path, overwrite: bool = False) -> tuple[Path, TransformerFamError | None]:
+    """Save a reading, in another folder if its own does not take it.
+
+    Args:
+        state: the reading.
+        path: where it should go.
+        overwrite: take the place of a state that is there; another process may have put it there meanwhile.
+
+    Returns:
+        Where it is, and why it is elsewhere; None if it is not.
+
+    Raises:
+        TransformerFamError: no folder takes it.
+    """
+    try:
+        require_target(path, "state", overwrite)
+        state.save(path)
+        return path, None
+    except TransformerFamError as error:
+        for folder in (Path.cwd(), Path.home(), Path(tempfile.gettempdir())):
+            with contextlib.suppress(TransformerFamError, OSError):
+                other = Path(tempfile.mkdtemp(prefix="reading-", dir=folder)) / path.name
+                state.save(other)
+                return other, error
+        raise
 
 
 def count_tokens(path: str | Path, tokenizer: Any) -> int:
@@ -90,7 +132,7 @@ def generate_text(
         chat: put the question as a user does, in the tokenizer's chat template.
 
     Raises:
-        TransformerFamError: the question is empty, or there is no chat template.
+        TransformerFamError: the question is empty, or there is no chat template, or one that fails.
     """
     if not encode(tokenizer, question):
         raise TransformerFamError("the question is empty, at least one token is required; give a question")
@@ -98,7 +140,12 @@ def generate_text(
         if not tokenizer.chat_template:
             raise TransformerFamError("the tokenizer has no chat template; ask without --chat")
         asked = [{"role": "user", "content": question}]
-        question = tokenizer.apply_chat_template(asked, tokenize=False, add_generation_prompt=True)
+        try:
+            question = tokenizer.apply_chat_template(asked, tokenize=False, add_generation_prompt=True)
+        except Exception as error:  # whatever the template leads to
+            raise TransformerFamError(
+                f"the tokenizer's chat template fails ({type(error).__name__}: {error}); ask without --chat"
+            ) from error
     ids = encode(tokenizer, question)
     ids_BT = torch.tensor([ids], device=model.device)
     output_BT = model.generate(

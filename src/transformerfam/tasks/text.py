@@ -1,12 +1,14 @@
 """Text of any length as token ids: UTF-8 decoded and tokenised piece by piece."""
 
 import codecs
+import stat
 import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import IO, Any
 
 from transformerfam.errors import TransformerFamError
+from transformerfam.files import refuse_fifo
 from transformerfam.novels import HELD_OUT_NOVELS, open_novel
 
 READ_BYTES = 1 << 16
@@ -44,6 +46,16 @@ def list_files(path: str | Path) -> list[Path | str]:
     return files
 
 
+def is_read_once(path: str | Path) -> bool:
+    """Say whether a text cannot be opened a second time: standard input, or a pipe as `<(command)` of a shell."""
+    if str(path) == STANDARD_INPUT:
+        return True
+    try:
+        return not stat.S_ISREG(mode := Path(path).stat().st_mode) and not stat.S_ISDIR(mode)
+    except (OSError, ValueError):  # no such file, which opening it says
+        return False
+
+
 def stream_text(path: str | Path) -> Iterator[str]:
     """Yield the text of a file, or of all files of a folder with an empty line between two of them, piece by piece.
 
@@ -53,6 +65,8 @@ def stream_text(path: str | Path) -> Iterator[str]:
         TransformerFamError: a file cannot be read, or is not UTF-8; the message names it.
     """
     if str(path) == STANDARD_INPUT:
+        if sys.stdin is None:
+            raise TransformerFamError("standard input is closed; give a file, or a text on standard input")
         yield from decode_utf8(read_pieces(sys.stdin.buffer), "standard input")
         return
     for number, file in enumerate(list_files(path)):
@@ -71,23 +85,33 @@ def open_bytes(path: str | Path) -> IO[bytes]:
     if str(path) in HELD_OUT_NOVELS:
         return open_novel(str(path))
     try:
+        refuse_fifo(path)
         return Path(path).open("rb")
-    except OSError as error:
+    except (OSError, ValueError) as error:  # ValueError: a name that no file can have
+        reason = getattr(error, "strerror", None) or str(error)
         raise TransformerFamError(
-            f"cannot read {str(path)!r} ({error.strerror}); a readable UTF-8 text file is required, check the path, or "
+            f"cannot read {str(path)!r} ({reason}); a readable UTF-8 text file is required, check the path, or "
             f"take a novel of the package: {', '.join(HELD_OUT_NOVELS)}"
         ) from error
 
 
 def read_pieces(file: IO[bytes], num_bytes: int = READ_BYTES) -> Iterator[bytes]:
-    """Yield what `file` holds, as it comes, in pieces of at most `num_bytes` bytes."""
+    """Yield what `file` holds, as it comes, in pieces of at most `num_bytes` bytes.
+
+    Raises:
+        TransformerFamError: it cannot be read to its end.
+    """
     read = getattr(file, "read1", file.read)  # a pipe gives what is there instead of waiting for a full piece
-    while piece := read(num_bytes):
-        yield piece
+    try:
+        while piece := read(num_bytes):
+            yield piece
+    except OSError as error:
+        name = getattr(file, "name", "the text")
+        raise TransformerFamError(f"cannot read {name} to its end ({error.strerror}); check it, and resume") from error
 
 
 def decode_utf8(pieces: Iterable[bytes], name: str) -> Iterator[str]:
-    """Decode pieces of UTF-8 that may cut a character anywhere.
+    """Decode pieces of UTF-8 that may cut a character anywhere; all in front of a wrong byte is yielded.
 
     Args:
         pieces: bytes, in order.
@@ -104,6 +128,7 @@ def decode_utf8(pieces: Iterable[bytes], name: str) -> Iterator[str]:
             text = decoder.decode(piece, final=is_last)
         except UnicodeDecodeError as error:
             position = num_decoded - held + error.start
+            yield error.object[: error.start].decode("utf-8")
             raise TransformerFamError(
                 f"{name} is not UTF-8: byte 0x{error.object[error.start]:02x} at position {position} ({error.reason}); "
                 "UTF-8 text is required, convert it first, for example with iconv -t UTF-8"
@@ -123,7 +148,8 @@ def stream_token_ids(texts: Iterable[str], tokenizer: Any, piece_chars: int = 16
     """Tokenise text of any length in constant memory, with the ids that the whole text would give.
 
     Pieces end between two words, where tokenizers do not join. One that joins over spaces, or a text without a space
-    in `piece_chars` characters, may give other ids at such a place.
+    in `piece_chars` characters, may give other ids at such a place. Where `texts` ends with an error, all whole words
+    that came before it are yielded first: their ids are those that the whole text would give.
 
     Args:
         texts: pieces of text that may end anywhere.
@@ -132,19 +158,36 @@ def stream_token_ids(texts: Iterable[str], tokenizer: Any, piece_chars: int = 16
     """
     drop_space = _joins_space_in_front(tokenizer)
     buffer = ""
-    for text in texts:
-        buffer += text
-        while len(buffer) > piece_chars:
-            cut = _last_cut(buffer[: piece_chars + 1])
+    try:
+        for text in texts:
+            buffer += text
+            while len(buffer) > piece_chars:
+                cut = _last_cut(buffer[: piece_chars + 1])
+                yield encode(tokenizer, buffer[:cut])
+                buffer = buffer[cut + (drop_space and buffer[cut : cut + 1] == " ") :]
+    except (Exception, KeyboardInterrupt):
+        if (cut := _last_cut(buffer)) > 0:
             yield encode(tokenizer, buffer[:cut])
-            buffer = buffer[cut + (drop_space and buffer[cut : cut + 1] == " ") :]
+        raise
     if buffer:
         yield encode(tokenizer, buffer)
 
 
 def encode(tokenizer: Any, text: str) -> list[int]:
-    """Return the token ids of `text` alone, without special tokens."""
-    return list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+    """Return the token ids of `text` alone, without special tokens.
+
+    Raises:
+        TransformerFamError: the text has halves of characters, as arguments have that are not UTF-8.
+    """
+    try:
+        return list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+    except (TypeError, UnicodeEncodeError) as error:
+        halves = [place for place, character in enumerate(text) if "\ud800" <= character <= "\udfff"]
+        if not halves:
+            raise
+        raise TransformerFamError(
+            f"the text {text[:60]!r} is not UTF-8 at character {halves[0]}; give it as UTF-8"
+        ) from error
 
 
 def _last_cut(text: str) -> int:

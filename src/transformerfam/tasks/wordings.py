@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import ClassVar, Protocol
 
 from transformerfam.errors import TransformerFamError
+from transformerfam.files import refuse_fifo
 
 KEY = "{key}"
 
@@ -56,6 +57,7 @@ class Wording:
             TransformerFamError: it cannot be read, a key is missing or unknown, or `{key}` is not where it has to be.
         """
         try:
+            refuse_fifo(path)
             values = tomllib.loads(Path(path).read_text(encoding="utf-8"))
         except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
             raise TransformerFamError(

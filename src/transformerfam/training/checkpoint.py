@@ -15,8 +15,8 @@ import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
 
-from transformerfam.errors import CorruptFileError, TransformerFamError
-from transformerfam.files import load_tensors, save_tensors, write_text
+from transformerfam.errors import CorruptFileError, RecipeError, TransformerFamError
+from transformerfam.files import load_tensors, metadata_form, save_tensors, write_text
 from transformerfam.training.optimizer import AverageOfWeights
 from transformerfam.training.recipe import Recipe
 from transformerfam.training.recipe_file import build_recipe
@@ -27,6 +27,7 @@ from transformerfam.training.stored_filler import StoredFiller
 CHECKPOINT_FILE = "checkpoint.safetensors"
 RECIPE_FILE = "recipe.json"
 CHECKPOINT_FORMAT_VERSION = 1
+LOG_BEGINS = b'{"step": '
 
 
 def _share_file(step: int, rank: int, world: int) -> str:
@@ -132,6 +133,8 @@ def load_checkpoint(
     """
     path = folder / CHECKPOINT_FILE
     tensors, metadata = load_tensors(path, "checkpoint", CHECKPOINT_FORMAT_VERSION)
+    with metadata_form(path, "checkpoint"):
+        _check_progress(metadata)
     if metadata.get("num_shares"):
         tensors |= _joined_shares(folder, metadata["progress"]["step"], metadata["num_shares"])
     parameters = {f"model.{n}": p for n, p in model.named_parameters() if p.requires_grad}
@@ -160,23 +163,46 @@ def load_checkpoint(
     return metadata["progress"], StoredFiller.from_tensors(filler, device) if filler else None
 
 
+def _check_progress(metadata: dict[str, Any]) -> None:
+    """Check that a checkpoint's metadata says all that a trainer goes on from.
+
+    Raises:
+        KeyError: something is missing.
+        ValueError: a number cannot be.
+    """
+    progress = metadata["progress"]
+    _ = list(progress["accuracies"]), metadata["passed_keys"], metadata["passing_started"]
+    for name in ("step", "stage_idx", "steps_in_stage", "num_tokens", "seconds", "cpu_seconds"):
+        if not isinstance(progress[name], int | float) or not progress[name] >= 0:
+            raise ValueError(f"{name} is {progress[name]!r}")
+
+
 def _as_tuples(value: Any) -> Any:
     """Return lists, and the lists in them, as tuples, which JSON does not know."""
     return tuple(map(_as_tuples, value)) if isinstance(value, list) else value
 
 
 def cut_log(path: Path, num_steps: int) -> None:
-    """Drop the lines that were written after the checkpoint, and a line that a killed run left unfinished."""
+    """Drop the lines that were written after the checkpoint, and a line that a killed run left unfinished.
+
+    Raises:
+        CorruptFileError: a line is of something else; the message gives its number.
+    """
     if not path.exists():
         return
     kept = []
-    for line in path.read_text(encoding="utf-8").splitlines():
+    for number, line in enumerate(path.read_bytes().splitlines(keepends=True), start=1):
         try:
-            row = json.loads(line)
-        except json.JSONDecodeError:
-            break
-        if row["step"] < num_steps:
-            kept.append(line + "\n")
+            is_kept = json.loads(line)["step"] < num_steps
+        except (ValueError, TypeError, KeyError) as error:
+            if not line.endswith(b"\n") and line[: len(LOG_BEGINS)] == LOG_BEGINS[: len(line)]:
+                break
+            raise CorruptFileError(
+                f"line {number} of {path} is no step of a training: {line[:60].decode(errors='replace')!r}; take the "
+                "line out, and resume"
+            ) from error
+        if is_kept:
+            kept.append(line.decode().rstrip("\n") + "\n")
     write_text(path, "".join(kept))
 
 
@@ -185,8 +211,8 @@ def last_log_row(path: Path) -> dict[str, Any] | None:
     if not path.exists():
         return None
     for line in reversed(path.read_text(encoding="utf-8").splitlines()):
-        with contextlib.suppress(json.JSONDecodeError):
-            row: dict[str, Any] = json.loads(line)
+        with contextlib.suppress(ValueError, TypeError):
+            row: dict[str, Any] = dict(json.loads(line))
             return row
     return None
 
@@ -196,9 +222,16 @@ def recipe_of_run(folder: str | Path) -> Recipe:
 
     Raises:
         TransformerFamError: the folder holds no run.
+        CorruptFileError: its recipe is cut, or of something else.
     """
     path = Path(folder) / RECIPE_FILE
     try:
         return build_recipe(json.loads(path.read_text(encoding="utf-8")))
     except OSError as error:
         raise TransformerFamError(f"{folder} holds no training run: {path.name} is missing; give its folder") from error
+    except RecipeError as error:
+        raise CorruptFileError(f"{path} is no recipe of this package: {error}; put it back, or train anew") from error
+    except ValueError as error:  # no JSON, or no UTF-8
+        raise CorruptFileError(
+            f"{path} is cut or damaged ({error}); put it back, or train into another folder"
+        ) from error

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from transformerfam.errors import RecipeError
+from transformerfam.files import refuse_fifo
 from transformerfam.tasks.text import encode
 from transformerfam.training.recipe import Recipe
 from transformerfam.training.sections import InstructionSection
@@ -41,6 +42,7 @@ def read_instructions(tokenizer: Any, section: InstructionSection) -> list[Piece
     pieces = []
     for path in section.files:
         try:
+            refuse_fifo(path)
             lines = Path(path).read_text(encoding="utf-8").splitlines()
         except (OSError, UnicodeDecodeError) as error:
             raise RecipeError(f"instructions.files: cannot read {path!r} ({error}); give UTF-8 JSON lines") from error

@@ -10,9 +10,7 @@ reads it.
 
 import contextlib
 import dataclasses
-import json
 import os
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -24,9 +22,7 @@ from transformers import PreTrainedModel
 
 from transformerfam.errors import MissingPackageError, RecipeError, UnsupportedVersionError
 from transformerfam.families import decoder_layers
-from transformerfam.files import write_text
 from transformerfam.reading_state import ReadingState
-from transformerfam.training.checkpoint import CHECKPOINT_FILE, RECIPE_FILE, recipe_of_run
 from transformerfam.training.recipe import Recipe
 from transformerfam.training.scores import StepOutput
 from transformerfam.training.sequences import Batch
@@ -270,26 +266,3 @@ def _joined(own: Batch, outputs: list[StepOutput], share: int) -> StepOutput:
         is_right_B=torch.cat([output.is_right_B for output in outputs]),
         passed_fam_LBFD=torch.cat(fams, dim=1) if fams else None,
     )
-
-
-def claim_folder(folder: Path, recipe: Recipe, resume: bool, ranks: Ranks) -> None:
-    """Make the folder of a run and write its recipe there.
-
-    Raises:
-        RecipeError: the folder holds a run already and `resume` is False, or another recipe's and it is True.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    path, values = folder / RECIPE_FILE, recipe.to_dict()
-    if resume and path.exists():
-        before = recipe_of_run(folder).to_dict()
-        different = [name for name in values if values[name] != before[name] and name != "schedule"]
-        if different:
-            raise RecipeError(
-                f"{folder} was trained with another recipe: section {different[0]} differs; resume with the same "
-                "recipe, or train into another folder"
-            )
-    elif not resume and (folder / CHECKPOINT_FILE).exists():
-        raise RecipeError(f"{folder} holds a run already; go on with it by --resume, or train into another folder")
-    ranks.wait()
-    if ranks.is_main:
-        write_text(path, json.dumps(values, indent=2) + "\n")

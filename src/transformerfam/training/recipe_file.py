@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 from transformerfam.config import FamConfig
 from transformerfam.errors import RecipeError, TransformerFamError
+from transformerfam.files import refuse_fifo
 from transformerfam.training.recipe import Recipe
 
 
@@ -25,6 +26,7 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
         RecipeError: the file cannot be read, is no TOML, or has an unknown, missing or wrong key.
     """
     try:
+        refuse_fifo(path)
         values = tomllib.loads(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
         raise RecipeError(
@@ -60,12 +62,25 @@ def set_value(values: dict[str, Any], dotted: str, value: Any) -> None:
         RecipeError: the key runs through something that is no section.
     """
     *sections, name = dotted.split(".")
+    place: Any = values
     for section in sections:
-        inner = values[int(section)] if isinstance(values, list) else values.setdefault(section, {})
-        if not isinstance(inner, dict | list):
+        place = place[_index(place, section, dotted)] if isinstance(place, list) else place.setdefault(section, {})
+        if not isinstance(place, dict | list):
             raise RecipeError(f"override {dotted!r} goes into {section}, which is a value and no section")
-        values = inner  # type: ignore[assignment]
-    values[name] = value
+    place[_index(place, name, dotted) if isinstance(place, list) else name] = value
+
+
+def _index(items: list[Any], text: str, dotted: str) -> int:
+    """Return the index in a list that an override names.
+
+    Raises:
+        RecipeError: it is no index of the list.
+    """
+    if not (text.isascii() and text.isdigit() and int(text) < len(items)):
+        raise RecipeError(
+            f"override {dotted!r} has {text!r} for a list of {len(items)}, required is 0 to the last of them"
+        )
+    return int(text)
 
 
 def parse_overrides(overrides: Sequence[str] | None) -> dict[str, Any]:

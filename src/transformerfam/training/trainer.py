@@ -1,15 +1,11 @@
 """Train a memory by a recipe: the loop, its log, its checkpoints, and what is kept at the end."""
 
-import contextlib
 import copy
 import json
-import signal
-import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import torch
@@ -18,15 +14,17 @@ from transformerfam.adapter import FamAdapter
 from transformerfam.convert import set_block_size, set_key_bias
 from transformerfam.errors import NonFiniteLossError
 from transformerfam.models import BASE_NOTE, save_model, save_rival
+from transformerfam.processes import ends_noted, uninterrupted
 from transformerfam.tasks.provenance import device_name, memory_notes
 from transformerfam.training.auxiliary import auxiliary_losses
 from transformerfam.training.blocks import find_non_finite, find_non_finite_gradient
 from transformerfam.training.checkpoint import Place, cut_log, load_checkpoint, save_checkpoint
 from transformerfam.training.instructions import PackedInstructions
 from transformerfam.training.optimizer import AverageOfWeights, build_optimizer, key_bias_at, lr_factor
-from transformerfam.training.ranks import Ranks, claim_folder
+from transformerfam.training.ranks import Ranks
 from transformerfam.training.recipe import Recipe
 from transformerfam.training.result import TrainingResult
+from transformerfam.training.run_folder import LOG_FILE, claim_folder, release
 from transformerfam.training.scores import StepOutput
 from transformerfam.training.sections import Stage
 from transformerfam.training.sequences import Batch, SequenceBuilder
@@ -37,7 +35,12 @@ from transformerfam.training.step import read_on, start_state
 from transformerfam.training.stored_filler import StoredFiller, keep_filler
 from transformerfam.training.teacher import Teacher
 
-LOG_FILE = "log.jsonl"
+TRY_AGAIN = (
+    "lower optimizer.lr or optimizer.clip_norm, or set fam.fam_norm_bound, and train into another folder, since a run "
+    "is resumed by its own recipe alone"
+)
+
+OnStep = Callable[["Trainer", dict[str, Any]], None]
 
 
 class Trainer:
@@ -48,7 +51,12 @@ class Trainer:
     """
 
     def __init__(
-        self, recipe: Recipe, folder: str | Path, resume: bool = False, device: torch.device | str = "cpu"
+        self,
+        recipe: Recipe,
+        folder: str | Path,
+        resume: bool = False,
+        device: torch.device | str = "cpu",
+        overwrite: bool = False,
     ) -> None:
         """Build model, data and optimizer.
 
@@ -57,10 +65,12 @@ class Trainer:
             folder: where to; made if need be.
             resume: go on from the folder's checkpoint.
             device: where model and teacher stand; a run may go on on another device.
+            overwrite: begin anew in the place of a run that is there.
 
         Raises:
             RecipeError: the folder holds a run already and `resume` is False, or another recipe's and it is True.
             CorruptFileError: `resume` is True and there is no checkpoint that can be read.
+            TransformerFamError: another process trains there, or the folder is that of something else.
         """
         self.recipe = recipe
         self.folder = Path(folder)
@@ -71,7 +81,7 @@ class Trainer:
         self.ranks = Ranks(recipe)
         self.ranks.require_alike(recipe.to_dict(), "recipe")
         device = device if self.ranks.accelerator is None else self.ranks.accelerator.device
-        claim_folder(self.folder, recipe, resume, self.ranks)
+        self.lock = claim_folder(self.folder, recipe, resume, self.ranks, overwrite)
         self.model, self.tokenizer = build_trainee(recipe)
         self.model.to(device)
         self.step_module = self.ranks.wrap(self.model)
@@ -97,14 +107,13 @@ class Trainer:
         self.cpu_seconds = 0.0
         self.num_tokens = 0
         self.devices: list[str] = []  # that steps were taken on
-        self._is_interrupted = False
         if resume:
             self._restore()
 
     # The loop
 
-    def run(self, on_step: Callable[["Trainer", dict[str, Any]], None] | None = None) -> TrainingResult:
-        """Train to the end, or to Ctrl-C.
+    def run(self, on_step: OnStep | None = None) -> TrainingResult:
+        """Train to the end, or to Ctrl-C, SIGTERM or SIGHUP.
 
         Args:
             on_step: called after every step with the trainer and the step's values, for progress.
@@ -112,14 +121,20 @@ class Trainer:
         Raises:
             NonFiniteLossError: the loss or a gradient is not finite; nothing of that step reaches the weights.
         """
+        try:
+            return self._run(on_step)
+        finally:
+            release(self.lock)
+
+    def _run(self, on_step: OnStep | None) -> TrainingResult:
         schedule = self.recipe.schedule
         self.model.train()
         if self.step < schedule.steps:
             self.devices = sorted({*self.devices, device_name(self.model.device)})
         begin, seconds_before = time.monotonic(), self.seconds
         last_save, cpu = begin, time.process_time()
-        with self._interrupts(), (self.folder / LOG_FILE).open("a", encoding="utf-8") as log:
-            while self.step < schedule.steps and not self.ranks.any(self._is_interrupted):
+        with ends_noted() as ends, (self.folder / LOG_FILE).open("a", encoding="utf-8") as log:
+            while self.step < schedule.steps and not self.ranks.any(bool(ends)):
                 row = self._train_step()
                 now = time.monotonic()
                 self.seconds = seconds_before + now - begin
@@ -140,14 +155,16 @@ class Trainer:
                     last_save = time.monotonic()
                 if schedule.max_seconds is not None and self.ranks.any(self.seconds >= schedule.max_seconds):
                     break
-        self.save_checkpoint()
-        if self.ranks.any(self._is_interrupted):
+        with uninterrupted():
+            self.save_checkpoint()
+        if self.ranks.any(bool(ends)):
             text = f"stopped after step {self.step} of {schedule.steps}; go on with: fam train RECIPE --resume"
             return TrainingResult(self.folder, self.step, self.seconds, False, text)
         self.average.copy_to(self.model)
         trained = {name: whole(p.detach()) for name, p in self.model.named_parameters() if p.requires_grad}
         if self.ranks.is_main:
-            self.save_memory(trained)
+            with uninterrupted():
+                self.save_memory(trained)
         text = f"{self.step} steps in {self.seconds:.0f} s; the memory is in {self.folder}"
         return TrainingResult(self.folder, self.step, self.seconds, True, text)
 
@@ -180,7 +197,7 @@ class Trainer:
         if not bool(torch.isfinite(grad_norm)):
             raise NonFiniteLossError(
                 f"the gradient of {find_non_finite_gradient(self.model)} is not finite at step {self.step}, though the "
-                "loss is; lower optimizer.lr, or set fam.fam_norm_bound, and resume from the last checkpoint"
+                "loss is; {TRY_AGAIN}"
             )
         self.optimizer.step()
         self.average.update(self.model, step)
@@ -256,28 +273,10 @@ class Trainer:
             state = start_state(self.model, self.recipe, self.passing, self.step, batch, saved, rows)
         place = find_non_finite(self.model, self.ranks.own_batch(batch), state)
         raise NonFiniteLossError(
-            f"loss is {loss.item()} at step {self.step}; hidden states are first not finite in {place}; lower "
-            "optimizer.lr or optimizer.clip_norm, or set fam.fam_norm_bound, and resume from the last checkpoint"
+            f"loss is {loss.item()} at step {self.step}; hidden states are first not finite in {place}; {TRY_AGAIN}"
         )
 
-    # Ctrl-C, checkpoints, results
-
-    @contextlib.contextmanager
-    def _interrupts(self) -> Iterator[None]:
-        """Let Ctrl-C end the run after the step at hand; a second one ends it at once."""
-        if threading.current_thread() is not threading.main_thread():
-            yield
-            return
-
-        def stop(number: int, frame: FrameType | None) -> None:
-            self._is_interrupted = True
-            signal.signal(signal.SIGINT, before)
-
-        before = signal.signal(signal.SIGINT, stop)
-        try:
-            yield
-        finally:
-            signal.signal(signal.SIGINT, before)
+    # Checkpoints, results
 
     def save_checkpoint(self) -> None:
         """Write everything that the next step depends on."""

@@ -1,0 +1,145 @@
+"""The folder of a run: one run, one writer, one recipe."""
+
+import json
+from fnmatch import fnmatch
+from pathlib import Path
+
+from filelock import BaseFileLock
+
+from transformerfam.adapter import CONFIG_FILE, FAM_FILE, LORA_CONFIG_FILE, LORA_FILE
+from transformerfam.errors import CorruptFileError, RecipeError, TransformerFamError
+from transformerfam.files import hold, make_folder, write_text
+from transformerfam.models import RIVAL_FILE
+from transformerfam.training.checkpoint import CHECKPOINT_FILE, RECIPE_FILE, recipe_of_run
+from transformerfam.training.ranks import Ranks
+from transformerfam.training.recipe import Recipe
+
+LOG_FILE = "log.jsonl"
+LOCK_FILE = "run.lock"
+WRITTEN = (
+    *(LOG_FILE, "checkpoint*.safetensors", FAM_FILE, RIVAL_FILE, "adapter_*", "*config.json", "model*.safetensors*"),
+    *("pytorch_model*", "tokenizer*", "special_tokens_map.json", "vocab*", "merges.txt", "chat_template*"),
+)
+"""Files that a run, or the model at its end, takes the place of."""
+
+FREE_TO_CHANGE = ("max_seconds", "checkpoint_seconds", "log_every", "threads")
+"""Of a recipe's schedule, what changes no number of the run."""
+
+
+def claim_folder(
+    folder: Path, recipe: Recipe, resume: bool, ranks: Ranks, overwrite: bool = False
+) -> BaseFileLock | None:
+    """Make the folder of a run and write its recipe there.
+
+    Args:
+        folder: where to.
+        recipe: of the run.
+        resume: whether a run that is there goes on.
+        ranks: the processes of the run; the first one holds the folder.
+        overwrite: begin anew in the place of a run that is there.
+
+    Returns:
+        The lock, which is held, of the first process.
+
+    Raises:
+        RecipeError: the folder holds a run already and `resume` is False, or another recipe's and it is True.
+        CorruptFileError: `resume` is True and there is no checkpoint.
+        TransformerFamError: another process trains there, or the folder is that of something else.
+    """
+    if resume and not (folder / CHECKPOINT_FILE).exists():
+        raise CorruptFileError(
+            f"{folder / CHECKPOINT_FILE} does not exist: no run was there, or it ended before its first checkpoint; "
+            "run the same command without --resume, which begins anew"
+        )
+    make_folder(folder)
+    _require_right(folder, recipe, resume, overwrite)  # before a lock is put there
+    lock = hold(folder / LOCK_FILE, f"the run in {folder}") if ranks.is_main else None
+    try:
+        _require_right(folder, recipe, resume, overwrite)  # it may have changed while another process ended
+    except TransformerFamError:
+        release(lock)
+        raise
+    ranks.wait()
+    if ranks.is_main:
+        if not resume:
+            _clear(folder)
+        save_recipe(folder, recipe)
+    return lock
+
+
+def save_recipe(folder: Path, recipe: Recipe) -> None:
+    """Write what `recipe_of_run` reads."""
+    write_text(folder / RECIPE_FILE, json.dumps(recipe.to_dict(), indent=2) + "\n")
+
+
+def release(lock: BaseFileLock | None) -> None:
+    """Let go of a folder."""
+    if lock is not None:
+        lock.release()
+
+
+def require_same_run(folder: Path, recipe: Recipe, may_differ: tuple[str, ...] = FREE_TO_CHANGE) -> None:
+    """Refuse to go on with a run by another recipe than its own.
+
+    Args:
+        folder: of the run; one that has no recipe yet takes any.
+        recipe: to go on by.
+        may_differ: fields of the schedule that need not agree.
+
+    Raises:
+        RecipeError: the recipes differ; the message names the first key.
+    """
+    if not (folder / RECIPE_FILE).exists():
+        return
+    before, now = recipe_of_run(folder).to_dict(), recipe.to_dict()
+    for section, values in now.items():
+        there, here = _fields(before[section], section), _fields(values, section)
+        for name in sorted({*there, *here}):
+            if there.get(name) != here.get(name) and not (section == "schedule" and name in may_differ):
+                raise RecipeError(
+                    f"{folder} was trained with another recipe: section {section} differs, {name} is "
+                    f"{there.get(name)!r} there and {here.get(name)!r} here; resume with the same recipe and the same "
+                    "--set, or train into another folder"
+                )
+
+
+def _fields(values: object, section: str) -> dict[str, object]:
+    return values if isinstance(values, dict) else {section: values}
+
+
+def _require_right(folder: Path, recipe: Recipe, resume: bool, overwrite: bool) -> None:
+    if resume:
+        require_same_run(folder, recipe, (*FREE_TO_CHANGE, "steps"))
+    else:
+        _require_free(folder, overwrite)
+
+
+def _require_free(folder: Path, overwrite: bool) -> None:
+    """Refuse a folder with a run, or with files of something else that a run would overwrite.
+
+    Raises:
+        RecipeError: it holds a run, which is not to be overwritten.
+        TransformerFamError: it holds something else.
+    """
+    names = {path.name for path in folder.iterdir()}
+    if RECIPE_FILE in names:
+        recipe_of_run(folder)  # that it is a recipe at all
+        if not overwrite and names & {CHECKPOINT_FILE, FAM_FILE, RIVAL_FILE}:
+            raise RecipeError(
+                f"{folder} holds a run already; go on with it by --resume, begin anew by --overwrite, or train into "
+                "another folder"
+            )
+    elif CHECKPOINT_FILE in names:
+        raise RecipeError(f"{folder} holds a run already, without its {RECIPE_FILE}; train into another folder")
+    elif foreign := sorted(name for name in names if any(fnmatch(name, pattern) for pattern in WRITTEN)):
+        raise TransformerFamError(
+            f"{folder} holds {foreign[0]}, which is of no training run and would be lost; train into a new folder"
+        )
+
+
+def _clear(folder: Path) -> None:
+    """Remove what an earlier run left: one that was killed before its first checkpoint, or is to be overwritten."""
+    for name in (LOG_FILE, CHECKPOINT_FILE, FAM_FILE, RIVAL_FILE, CONFIG_FILE, LORA_FILE, LORA_CONFIG_FILE):
+        (folder / name).unlink(missing_ok=True)
+    for path in folder.glob("checkpoint-*-of-*.safetensors"):
+        path.unlink()

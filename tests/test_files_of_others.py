@@ -1,0 +1,184 @@
+"""What a command writes takes the place of nothing that is not its own, and of finished work only if it is told to."""
+
+import json
+
+import pytest
+import tiny_models
+from test_cli import RECIPE, TEXT, run
+from tiny_llama import make_tiny_llama
+
+from transformerfam import FamConfig, FamState, convert
+from transformerfam.adapter import FamAdapter
+from transformerfam.errors import CorruptFileError, TransformerFamError
+from transformerfam.files import save_tensors
+from transformerfam.models import load_model, save_model
+from transformerfam.reports.figure import new_figure, save_figure
+from transformerfam.reports.markdown import write_markdown
+from transformerfam.reports.rows import RowFile
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    path = tmp_path_factory.mktemp("model")
+    tiny_models.save_passkey_model(path)
+    return path
+
+
+@pytest.fixture
+def notes(tmp_path):
+    path = tmp_path / "notes.txt"
+    path.write_text("my notes, without a last newline")
+    return path
+
+
+def bytes_of(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
+
+
+@pytest.mark.parametrize(
+    "content",
+    [b"my notes", b"one\ntwo", b'{"a": 1}', b'{"task', b'{\n  "task": 1\n}', b"\xff\xfe", b'{"task": "a"}\nbut see X'],
+)
+def test_rows_are_not_written_into_a_file_of_something_else(tmp_path, content):
+    """Would catch notes cut off because they look like a row that a killed run left unfinished."""
+    path = tmp_path / "notes.txt"
+    path.write_bytes(content)
+    if content == b'{"task':  # the beginning of a row, and nothing else
+        RowFile(path).__exit__(None, None, None)
+        return
+    with pytest.raises(CorruptFileError, match="is no result row"):
+        RowFile(path)
+    assert path.read_bytes() == content
+
+
+def test_last_row_without_its_newline_is_a_row(tmp_path):
+    """Would catch an answer that is dropped, or joined to the next, since an editor took the last newline away."""
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"task": "a"}\n{"task": "b"}')
+    with RowFile(path) as rows:
+        rows.append({"task": "c"})
+    assert [json.loads(line)["task"] for line in path.read_text().splitlines()] == ["a", "b", "c"]
+
+
+def test_state_takes_the_place_of_states_alone(folder, notes, tmp_path):
+    """Would catch `fam read notes.txt --save notes.txt`."""
+    before = notes.read_bytes()
+    assert "only a state may take the place of a state" in run(
+        "read", notes, "--model", folder, "--save", notes, status=2
+    )
+    assert notes.read_bytes() == before
+    model, _ = load_model(folder)
+    save_tensors(tmp_path / "other", {}, {"kind": "adapter", "format_version": 1})
+    for path in (notes, tmp_path / "other", folder / "fam.safetensors", folder):
+        with pytest.raises(TransformerFamError, match="only a state may take"):
+            model.init_state().save(path)
+
+
+def test_finished_reading_is_overwritten_if_asked_for(folder, tmp_path):
+    """Would catch a reading of hours that a second command replaces, or that cannot be replaced at all."""
+    book, state = tmp_path / "book.txt", tmp_path / "s"
+    book.write_text(TEXT)
+    read = ("read", book, "--model", folder, "--save", state)
+    run(*read)
+    before = state.stat()
+    assert "holds a state already; add --overwrite" in run(*read, status=2)
+    assert state.stat() == before
+    run(*read, "--overwrite")
+    run(*read, "--state", state)
+    model, _ = load_model(folder)
+    assert FamState.load(state, model).num_tokens_read == 2 * model.read(load_ids(folder)).num_tokens_read
+
+
+def load_ids(folder):
+    return load_model(folder)[1](TEXT)["input_ids"]
+
+
+def test_training_does_not_go_into_the_folder_of_something_else(folder, tmp_path):
+    """Would catch the weights of the base model replaced by those of a run."""
+    recipe = tmp_path / "r.toml"
+    recipe.write_text(RECIPE)
+    base = tmp_path / "base"
+    make_tiny_llama().save_pretrained(base)
+    (base / "notes.txt").write_text("notes")
+    before = bytes_of(base)
+    text = run("train", recipe, "--output", base, status=2)
+    assert "holds config.json, which is of no training run" in text
+    assert bytes_of(base) == before
+
+
+def test_finished_training_is_begun_anew_if_asked_for(tmp_path):
+    """Would catch a memory that is lost to a second start, also where its checkpoint was removed to save space."""
+    recipe, output = tmp_path / "r.toml", tmp_path / "run"
+    recipe.write_text(RECIPE)
+    train = ("train", recipe, "--output", output)
+    run(*train)
+    assert "begin anew by --overwrite" in run(*train, status=2)
+    (output / "checkpoint.safetensors").unlink()
+    assert "begin anew by --overwrite" in run(*train, status=2)
+    assert "2 steps" in run(*train, "--overwrite", "--set", "schedule.steps=2")
+    assert [json.loads(line)["step"] for line in (output / "log.jsonl").read_text().splitlines()] == [0, 1]
+    assert "give one of them" in run(*train, "--overwrite", "--resume", status=2)
+
+
+def test_models_and_memories_take_the_place_of_their_kind_alone(folder, tmp_path):
+    """Would catch `fam convert base base`, a converted model over a run, and a mean over a model."""
+    base = tmp_path / "base"
+    make_tiny_llama().save_pretrained(base)
+    before = bytes_of(base)
+    for target in (base, folder.parent):
+        assert "it holds other files" in run("convert", folder, target, status=2)
+    model, tokenizer = tiny_models.make_passkey_model()
+    with pytest.raises(TransformerFamError, match="holds a model that is not of this package"):
+        save_model(model, tokenizer, base)
+    assert bytes_of(base) == before
+    assert "add --overwrite" in run("convert", folder, folder, status=2)
+    new = tmp_path / "new"
+    for more in ((), ("--overwrite",)):
+        run("convert", folder, new, "--set", "block_size=12", "--set", "fam_length=3", *more)
+    memories = [tmp_path / "first", tmp_path / "second"]
+    converted = convert(make_tiny_llama(), FamConfig(block_size=16, fam_length=2))
+    for memory in memories:
+        FamAdapter.from_model(converted).save_pretrained(memory)
+    assert "it holds other files" in run("average", *memories, "--output", new, status=2)
+    for more in ((), ("--overwrite",)):
+        run("average", *memories, "--output", tmp_path / "mean", *more)
+    assert "add --overwrite" in run("average", *memories, "--output", tmp_path / "mean", status=2)
+
+
+def test_figures_and_tables_take_the_place_of_their_kind_alone(tmp_path):
+    """Would catch `--figure photo.png`, or `--table notes.md`."""
+    photo, notes = tmp_path / "photo.png", tmp_path / "notes.md"
+    photo.write_bytes(b"\x89PNG a photo")
+    notes.write_text("# Notes\n")
+    with new_figure(photo, (2, 2)) as (figure, _):
+        with pytest.raises(TransformerFamError, match="it is no figure that this package drew"):
+            save_figure(figure, photo)
+        for suffix in ("png", "svg", "pdf"):
+            for _ in range(2):
+                save_figure(figure, tmp_path / f"new.{suffix}")
+    with pytest.raises(TransformerFamError, match="holds something else than tables"):
+        write_markdown([], notes)
+    assert (photo.read_bytes(), notes.read_text()) == (b"\x89PNG a photo", "# Notes\n")
+
+
+def test_pictures_of_attention_go_into_a_folder_of_their_own(folder, tmp_path):
+    """Would catch pictures and rows of something else replaced."""
+    maps = tmp_path / "maps.png"
+    maps.write_bytes(b"a map of the town")
+    assert "no attention.jsonl of earlier pictures" in run(
+        "report", "attention", "--model", folder, "--output", tmp_path, status=2
+    )
+    (tmp_path / "attention.jsonl").write_text("not rows")
+    assert "is no result row" in run("report", "attention", "--model", folder, "--output", tmp_path, status=2)
+    assert maps.read_bytes() == b"a map of the town"
+
+
+def test_recipe_of_another_program_is_left_alone(tmp_path):
+    """Would catch a folder taken for a run because it has a file of that name."""
+    output = tmp_path / "cake"
+    output.mkdir()
+    (output / "recipe.json").write_text('{"flour": 500}')
+    recipe = tmp_path / "r.toml"
+    recipe.write_text(RECIPE)
+    assert "unknown key flour" in run("train", recipe, "--output", output, status=2)
+    assert (output / "recipe.json").read_text() == '{"flour": 500}'

@@ -1,0 +1,186 @@
+"""Files are read strictly: what is not as this package writes it is refused by name, whatever its checksum says."""
+
+import json
+
+import pytest
+import torch
+from test_cli import RECIPE, run
+from tiny_llama import make_tiny_llama
+from training_recipes import small_recipe
+
+from transformerfam import FamConfig, FamState, convert
+from transformerfam.adapter import FamAdapter
+from transformerfam.errors import CorruptFileError
+from transformerfam.files import load_tensors, save_tensors
+from transformerfam.training.checkpoint import last_log_row, recipe_of_run
+from transformerfam.training.trainer import Trainer
+
+CONFIG = FamConfig(fam_key_bias=0.0, block_size=8, fam_length=2, num_memory_segments=1)
+
+
+@pytest.fixture(scope="module")
+def model():
+    return convert(make_tiny_llama(), CONFIG)
+
+
+@pytest.fixture
+def saved(model, tmp_path):
+    """Save a state, and yield a function that saves it again with other tensors or metadata."""
+    path = tmp_path / "s"
+    model.read(torch.arange(20)[None]).save(path)
+
+    def change(tensors=None, **metadata):
+        old_tensors, old = load_tensors(path, "state", 1)
+        values = {name: value for name, value in (old | metadata).items() if value is not None}
+        save_tensors(path, old_tensors | (tensors or {}), values)
+        return path
+
+    return change
+
+
+def test_state_as_it_was_saved_is_taken(model, saved):
+    assert FamState.load(saved(), model).num_tokens_read == 20
+
+
+@pytest.mark.parametrize(
+    "metadata",
+    [
+        {"block_fill": [-1]},
+        {"block_fill": [2.5]},
+        {"block_fill": ["2"]},
+        {"block_fill": [True]},
+        {"block_fill": 2},
+        {"block_fill": None},
+        {"block_fill": []},
+        {"block_fill": [1, 2]},
+        {"num_blocks_per_row": [-3]},
+        {"num_blocks_per_row": [[1]]},
+        {"starts_from_saved_fam": ["no"]},
+        {"starts_from_saved_fam": [0]},
+        {"position_offset": None},
+        {"position_offset": -1},
+        {"position_offset": "far"},
+        {"identity": None},
+        {"identity": "a model"},
+        {"identity": {"architecture": 3}},
+    ],
+)
+def test_state_with_metadata_of_another_form_is_refused(model, saved, metadata):
+    """Would catch places that no reading has, and a traceback where a field is missing."""
+    with pytest.raises(CorruptFileError, match="has metadata of another form .* make the state again"):
+        FamState.load(saved(**metadata), model)
+
+
+def test_state_with_other_tensors_is_refused(model, saved):
+    """Would catch NaN that answers with nonsense, and tensors that nobody reads."""
+    path = saved(block_fill=[8])
+    with pytest.raises(CorruptFileError, match="has 8 tokens in a block of 8"):
+        FamState.load(path, model)
+    saved({"layers.9.keys": torch.zeros(1)}, block_fill=[4])
+    with pytest.raises(CorruptFileError, match="holds layers.9.keys, which is of no layer here"):
+        FamState.load(path, model)
+
+
+@pytest.mark.parametrize("number", [float("nan"), float("inf")])
+def test_state_with_numbers_that_are_not_finite_is_refused(model, saved, number):
+    """Would catch a reading whose every answer is noise."""
+    fam = load_tensors(saved(), "state", 1)[0]["layers.1.fam"]
+    fam[0, 1, 2] = number
+    with pytest.raises(CorruptFileError, match="has numbers in layers.1.fam that are not finite"):
+        FamState.load(saved({"layers.1.fam": fam}), model)
+
+
+@pytest.mark.parametrize("text", ["[]", "3", "null", '"text"', "{", ""])
+def test_metadata_that_is_no_object_is_refused(tmp_path, text):
+    """Would catch a traceback of json."""
+    from safetensors.torch import save_file
+
+    from transformerfam.files import CHECKSUM_KEY, METADATA_KEY, digest_tensors
+
+    save_file({}, tmp_path / "x", metadata={METADATA_KEY: text, CHECKSUM_KEY: digest_tensors({}, text)})
+    with pytest.raises(CorruptFileError, match="metadata of another form|holds a None, required is a state"):
+        load_tensors(tmp_path / "x", "state", 1)
+
+
+@pytest.mark.parametrize(
+    "metadata", [{"fam_config": 3}, {"notes": None}, {"architecture": None}, {"lora_config": {}}, {"base_digest": None}]
+)
+def test_adapter_with_metadata_of_another_form_is_refused(model, tmp_path, metadata):
+    """Would catch a traceback from a memory that somebody wrote by hand."""
+    FamAdapter.from_model(model).save_pretrained(tmp_path)
+    tensors, old = load_tensors(tmp_path / "fam.safetensors", "adapter", 1)
+    values = {name: value for name, value in (old | metadata).items() if value is not None}
+    save_tensors(tmp_path / "fam.safetensors", tensors, values)
+    with pytest.raises(CorruptFileError, match="metadata of another form|adapter_model.safetensors cannot be read"):
+        FamAdapter.from_pretrained(tmp_path)
+
+
+def test_adapter_with_nan_is_refused(model, tmp_path):
+    """Would catch a memory that was saved after its training broke."""
+    FamAdapter.from_model(model).save_pretrained(tmp_path)
+    tensors, metadata = load_tensors(tmp_path / "fam.safetensors", "adapter", 1)
+    save_tensors(tmp_path / "fam.safetensors", {"prompt": tensors["prompt"] * float("nan")}, metadata)
+    with pytest.raises(CorruptFileError, match="has numbers in prompt that are not finite"):
+        FamAdapter.from_pretrained(tmp_path)
+
+
+# A run's own files
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("run")
+    recipe = folder.with_suffix(".toml")
+    recipe.write_text(RECIPE)
+    run("train", recipe, "--output", folder)
+    return recipe, folder
+
+
+@pytest.mark.parametrize("content", ['{"model": {"ba', "", "[]", "3", '{"flour": 500}', "\xff"])
+def test_recipe_that_is_cut_is_named(finished, content):
+    """Would catch a traceback of json from a folder whose disk was full."""
+    recipe, folder = finished
+    path = folder / "recipe.json"
+    before = path.read_bytes()
+    path.write_text(content, encoding="latin-1")
+    text = run("train", recipe, "--output", folder, "--resume", status=2)
+    assert "recipe.json is cut or damaged" in text or "recipe.json is no recipe of this package" in text
+    with pytest.raises(CorruptFileError, match="recipe.json is"):
+        recipe_of_run(folder)
+    path.write_bytes(before)
+
+
+@pytest.mark.parametrize("line", ["my note", "[1]", "3", '{"steps": 1}', '{"step": "two"}', "{}", '{"step": 1'])
+def test_log_with_foreign_lines_is_left_alone(finished, line):
+    """Would catch lines that are dropped, with all that follow them, when a run is resumed."""
+    recipe, folder = finished
+    log = folder / "log.jsonl"
+    before = log.read_text()
+    first, rest = before.split("\n", 1)
+    log.write_text(f"{first}\n{line}\n{rest}")
+    assert "line 2 of" in run("train", recipe, "--output", folder, "--resume", status=2)
+    assert log.read_text() == f"{first}\n{line}\n{rest}"
+    log.write_text(before)
+
+
+def test_log_that_ends_in_the_middle_of_a_step_is_cut(tmp_path):
+    """Would catch a run that cannot be resumed after SIGKILL."""
+    Trainer(small_recipe(schedule={"steps": 2}), tmp_path).run()
+    log = tmp_path / "log.jsonl"
+    log.write_text(log.read_text() + '{"step": 2, "lo')
+    assert last_log_row(log)["step"] == 1
+    Trainer(small_recipe(schedule={"steps": 3}), tmp_path, resume=True).run()
+    assert [json.loads(line)["step"] for line in log.read_text().splitlines()] == [0, 1, 2]
+
+
+@pytest.mark.parametrize("progress", [None, 3, {"step": 1}, "now"])
+def test_checkpoint_with_metadata_of_another_form_is_refused(finished, tmp_path, progress):
+    """Would catch a run that is resumed at no step."""
+    recipe, folder = finished
+    path = folder / "checkpoint.safetensors"
+    before = path.read_bytes()
+    tensors, metadata = load_tensors(path, "checkpoint", 1)
+    save_tensors(path, tensors, metadata | {"progress": progress})
+    text = run("train", recipe, "--output", folder, "--resume", status=2)
+    assert "checkpoint.safetensors has metadata of another form" in text
+    path.write_bytes(before)
