@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 import torch
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils.checkpoint import checkpoint
 from transformers.modeling_outputs import MoeModelOutputWithPast
 
@@ -84,7 +85,8 @@ def read_pieces(
     """
     inputs_embeds = embedded(self, input_ids, inputs_embeds, kwargs)
     state = _own_state(self, take_cache(kwargs, cache), len(inputs_embeds))
-    return read_in_pieces(self, state, inputs_embeds, attention_mask, _run_piece, use_cache is not False, kwargs)
+    gives_state = use_cache is not False
+    return read_in_pieces(self, state, inputs_embeds, input_ids, attention_mask, _run_piece, gives_state, kwargs)
 
 
 def embedded(
@@ -114,6 +116,7 @@ def read_in_pieces(
     decoder: Any,
     state: State,
     inputs_BTD: torch.Tensor,
+    ids_BT: torch.Tensor | None,
     attention_mask: torch.Tensor | None,
     run_piece: RunPiece[State],
     gives_state: bool,
@@ -125,6 +128,7 @@ def read_in_pieces(
         decoder: whose layers they go through.
         state: what is advanced.
         inputs_BTD: embeddings.
+        ids_BT: the token ids that they are of, where they are known.
         attention_mask: `(B, T)`, 1 for tokens and 0 for padding.
         run_piece: sends one piece through the layers and moves the state on.
         gives_state: whether the state is in the output.
@@ -135,7 +139,8 @@ def read_in_pieces(
     """
     batch_size, length = inputs_BTD.shape[:2]
     valid = _check_mask(attention_mask, batch_size, length)
-    state.note_input(inputs_BTD, attention_mask)
+    ids = _rows_of(ids_BT, valid)
+    state.note_input(inputs_BTD, attention_mask, ids)
     lengths = [length] * batch_size if valid is None else valid.sum(1).tolist()
     if valid is not None:  # move padding behind the tokens
         order = torch.argsort(~valid, dim=1, stable=True)
@@ -150,6 +155,7 @@ def read_in_pieces(
         block_size = state.config.block_size
         counts = [min(n - d, block_size - f) for n, d, f in zip(lengths, done, state.block_fill, strict=True)]
         pieces.append(run(decoder, state, _slice_rows(inputs_BTD, done, counts), counts, kwargs))
+        state.note_tokens(ids and [row[d : d + n] for row, d, n in zip(ids, done, counts, strict=True)], counts)
         for row, count in enumerate(counts):
             columns[row] += range(width, width + count)
             done[row] += count
@@ -157,6 +163,15 @@ def read_in_pieces(
     if is_checkpointed:
         state.make_room()
     return _join(pieces, columns, valid, inputs_BTD, state if gives_state else None)
+
+
+def _rows_of(ids_BT: torch.Tensor | None, valid: torch.Tensor | None) -> list[list[int]] | None:
+    """Return every sequence's token ids, without padding; None where there are none, or no values, as in a plan."""
+    if ids_BT is None or isinstance(ids_BT, FakeTensor):
+        return None
+    if valid is None:
+        return ids_BT.tolist()
+    return [ids[keep].tolist() for ids, keep in zip(ids_BT, valid, strict=True)]
 
 
 def state_or_new(cache: Any, kind: type[State], identity: ModelIdentity, batch_size: int) -> State:

@@ -1,4 +1,4 @@
-"""The methods that a converted model has beside its own: `init_state`, `read`, and the cache of `generate`."""
+"""The methods that a converted model has beside its own: `init_state` and `read`, and its `forward`."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -6,14 +6,14 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from transformerfam.cache_argument import CACHE_NAME, rename_cache
+from transformerfam.cache_argument import rename_cache
 from transformerfam.cache_layer import FamLayer, LayerPlan, Sections, joined_slots
 from transformerfam.errors import ReadInterrupted, StateMismatchError, TransformerFamError
 from transformerfam.forward import check_ids
+from transformerfam.generation import GENERATION_METHODS
 from transformerfam.memory import initial_fam, initial_queries, memory_of, prompt_pass
 from transformerfam.positions import first_position
 from transformerfam.progress import reading_bar
-from transformerfam.reading_state import ReadingState
 from transformerfam.state import FamState
 
 Progress = Callable[[int, int, FamState], None]
@@ -150,30 +150,6 @@ def read(
     return state
 
 
-def prepare_cache_for_generation(
-    self: PreTrainedModel,
-    generation_config: Any,
-    model_kwargs: dict[str, Any],
-    generation_mode: Any,
-    batch_size: int,
-    max_cache_length: int,
-) -> None:
-    """Give `generate` a FamState where the caller gave none, and refuse caches of other kinds."""
-    if generation_config.cache_implementation is not None:
-        raise TransformerFamError(
-            f"cache_implementation is {generation_config.cache_implementation!r}, required is None; a converted model "
-            "carries a FamState"
-        )
-    expand = max(generation_config.num_beams or 1, generation_config.num_return_sequences or 1)
-    given = model_kwargs.get(CACHE_NAME)
-    if given is None:
-        if generation_config.use_cache is not False:
-            model_kwargs[CACHE_NAME] = self.init_state(batch_size * expand)
-        return
-    if isinstance(given, ReadingState) and expand > 1 and given.batch_size == batch_size:
-        given.batch_repeat_interleave(expand)
-
-
 def forward(self: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
     """Call the class's own `forward`; the state may come as `past_key_values` or as `cache`.
 
@@ -183,19 +159,9 @@ def forward(self: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
     return type(self).forward(self, *args, **rename_cache(args, kwargs))
 
 
-def generate(self: Any, *args: Any, **kwargs: Any) -> Any:
-    """Call the class's own `generate`; the state may come as `past_key_values` or as `cache`.
-
-    Raises:
-        TransformerFamError: both are given.
-    """
-    return type(self).generate(self, *args, **rename_cache(args, kwargs))
-
-
 READER_METHODS: dict[str, Callable[..., Any]] = {
     "forward": forward,
-    "generate": generate,
     "read": read,
-    "_prepare_cache_for_generation": prepare_cache_for_generation,
+    **GENERATION_METHODS,
 }
 """What every model with a memory has in the place of its class's methods, or beside them."""

@@ -64,6 +64,7 @@ class FamState(ReadingState):
         self.starts_from_saved_fam = list(starts_from_saved_fam or [False] * batch_size)
         self.position_offset = position_offset
         self.step: Step | None = None
+        self.begin_history()
         self.num_blocks_until_steady = max(layer.plan.num_blocks_until_steady(config) for layer in layers)
 
     # What it holds
@@ -136,6 +137,7 @@ class FamState(ReadingState):
 
     def go_on_from(self, other: "FamState") -> None:
         """Take over the tensors and the place of a state of the same reading, which is not used any more."""
+        super().go_on_from(other)
         self.layers = list(other.layers)
         self.block_fill, self.num_blocks_per_row = other.block_fill, other.num_blocks_per_row
 
@@ -187,6 +189,7 @@ class FamState(ReadingState):
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
         """Keep the batch rows `indices`, in that order."""
+        super().batch_select_indices(indices)
         rows = indices.tolist()
         self.block_fill = [self.block_fill[row] for row in rows]
         self.num_blocks_per_row = [self.num_blocks_per_row[row] for row in rows]
@@ -209,6 +212,8 @@ class FamState(ReadingState):
             "num_blocks_per_row": self.num_blocks_per_row,
             "starts_from_saved_fam": self.starts_from_saved_fam,
             "position_offset": self.position_offset,
+            "histories": self.histories,
+            "unread_ids": self.unread_ids,
         }
         tensors = {
             f"layers.{i}.{name}": t for i, layer in enumerate(self.layers) for name, t in layer.tensors().items()
@@ -256,4 +261,6 @@ class FamState(ReadingState):
         state.num_blocks_per_row = list(metadata["num_blocks_per_row"])
         state.starts_from_saved_fam = list(metadata["starts_from_saved_fam"])
         state.position_offset = metadata["position_offset"]
+        state.histories = list(metadata.get("histories", [None] * num_rows))  # of a file that was written before
+        state.unread_ids = list(metadata.get("unread_ids", [None] * num_rows))
         return state

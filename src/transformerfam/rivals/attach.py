@@ -199,7 +199,8 @@ def read_segments(
     """
     inputs_embeds = embedded(self, input_ids, inputs_embeds, kwargs)
     state = _own_state(self.rival, take_cache(kwargs, cache), len(inputs_embeds))
-    return read_in_pieces(self, state, inputs_embeds, attention_mask, run_lanes, use_cache is not False, kwargs)
+    gives_state = use_cache is not False
+    return read_in_pieces(self, state, inputs_embeds, input_ids, attention_mask, run_lanes, gives_state, kwargs)
 
 
 def _own_state(rival: Rival, cache: Any, batch_size: int) -> RivalState:
