@@ -16,10 +16,10 @@ from torch import nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.masking_utils import sdpa_mask
 
+from transformerfam.arguments import check_ids
 from transformerfam.cache_layer import FamLayer
 from transformerfam.errors import TransformerFamError
 from transformerfam.families import family_of
-from transformerfam.forward import check_ids
 from transformerfam.memory import memory_of
 from transformerfam.state import FamState
 

@@ -4,6 +4,7 @@ The class's own forward runs once per piece, and a piece never crosses a block b
 its own place in its block, so that padding and decoding never mix them up.
 """
 
+import dataclasses
 import functools
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
@@ -13,6 +14,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils.checkpoint import checkpoint
 from transformers.modeling_outputs import MoeModelOutputWithPast
 
+from transformerfam.arguments import check_ids, check_positions, own_mask, take_arguments
 from transformerfam.attention import Piece
 from transformerfam.cache_argument import CACHE_NAME, as_cache, take_cache
 from transformerfam.errors import StateMismatchError, TransformerFamError
@@ -27,35 +29,6 @@ RunPiece = Callable[[Any, State, torch.Tensor, list[int], dict[str, Any]], MoeMo
 further arguments of the model's forward."""
 
 
-def check_ids(input_ids: torch.Tensor | None, vocab_size: int) -> None:
-    """Refuse empty input and token ids out of range.
-
-    Raises:
-        TransformerFamError: with the id and the range.
-    """
-    if input_ids is None or input_ids.numel() == 0:
-        raise TransformerFamError("input is empty, required is at least one token; give token ids")
-    low, high = int(input_ids.min()), int(input_ids.max())
-    if low < 0 or high >= vocab_size:
-        raise TransformerFamError(
-            f"token id {low if low < 0 else high} is out of range, required is 0 to {vocab_size - 1}; use the "
-            "tokenizer of this model"
-        )
-
-
-def _check_mask(attention_mask: torch.Tensor | None, batch_size: int, length: int) -> torch.Tensor | None:
-    """Return the `(B, T)` boolean mask of this call's tokens, or None where all are real."""
-    if attention_mask is None:
-        return None
-    if attention_mask.dim() != 2 or len(attention_mask) != batch_size or attention_mask.shape[1] < length:
-        raise TransformerFamError(
-            f"attention_mask has shape {tuple(attention_mask.shape)}, required is (batch, tokens) "
-            f"({batch_size}, {length}); a converted model makes its own mask of blocks and memory"
-        )
-    valid = attention_mask[:, -length:].bool()  # while it decodes, generate gives the whole text's mask
-    return None if bool(valid.all()) else valid
-
-
 def read_pieces(
     self: Any,
     input_ids: torch.Tensor | None = None,
@@ -65,82 +38,104 @@ def read_pieces(
     inputs_embeds: torch.Tensor | None = None,
     use_cache: bool | None = None,
     **kwargs: Any,
-) -> MoeModelOutputWithPast:
+) -> Any:
     """Run the decoder over tokens of any number, piece by piece; a piece never crosses a block boundary.
 
-    This is `forward` of a converted model's decoder. `position_ids` are not used: positions follow from the state.
+    This is `forward` of a converted model's decoder. Positions follow from the state.
 
     Args:
         self: the decoder.
         input_ids: `(B, T)` new tokens.
         attention_mask: `(B, T)`, 1 for tokens and 0 for padding; of a longer mask the last T columns count.
-        position_ids: ignored.
+        position_ids: `(1 or B, T)`, from any number on; refused where they do not run on by one.
         cache: the state to advance, or `past_key_values`; None starts one.
         inputs_embeds: `(B, T, D)` instead of `input_ids`.
-        use_cache: False leaves the state out of the output.
+        use_cache: False leaves the state out of the output; None is the model's configuration.
         **kwargs: go on to the model's own forward.
 
     Returns:
         Hidden states `(B, T, D)` after the last norm (of padding: any finite values), and the state.
-    """
-    inputs_embeds = embedded(self, input_ids, inputs_embeds, kwargs)
-    state = _own_state(self, take_cache(kwargs, cache), len(inputs_embeds))
-    gives_state = use_cache is not False
-    return read_in_pieces(self, state, inputs_embeds, input_ids, attention_mask, _run_piece, gives_state, kwargs)
-
-
-def embedded(
-    decoder: Any, input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor | None, kwargs: dict[str, Any]
-) -> torch.Tensor:
-    """Return the embeddings `(B, T, D)` that a decoder's forward is to read.
 
     Raises:
-        TransformerFamError: there are none, token ids are out of range, or attention weights are asked for.
+        TransformerFamError: an argument asks for what is not done; the message names it.
+        StateMismatchError: the state is another model's, or of another configuration or batch.
     """
-    if (input_ids is None) == (inputs_embeds is None):
-        raise TransformerFamError("exactly one of input_ids and inputs_embeds is required")
-    if kwargs.get("output_attentions"):
-        raise TransformerFamError(
-            "output_attentions is not available on a converted model, since every piece sees another number of keys; "
-            "call it with output_attentions=False"
-        )
-    if inputs_embeds is not None:
-        return inputs_embeds
-    embedding = decoder.get_input_embeddings()
-    check_ids(input_ids, embedding.num_embeddings)
-    looked_up: torch.Tensor = embedding(input_ids)
-    return looked_up
+    inputs = Inputs.of(self, input_ids, inputs_embeds, attention_mask, position_ids, use_cache, kwargs)
+    state = _own_state(self, take_cache(kwargs, cache), len(inputs.embeds_BTD))
+    return read_in_pieces(self, state, inputs, _run_piece, kwargs)
+
+
+@dataclasses.dataclass
+class Inputs:
+    """What one call of a decoder reads, checked.
+
+    Attributes:
+        embeds_BTD: embeddings.
+        valid_BT: which tokens are none of padding; None: all.
+        ids: token ids of every sequence, without padding; None where they are not known.
+        gives_state: whether the state is in the output.
+        gives_object: whether the output is an object, not a tuple.
+    """
+
+    embeds_BTD: torch.Tensor
+    valid_BT: torch.Tensor | None
+    ids: list[list[int]] | None
+    gives_state: bool
+    gives_object: bool
+
+    @classmethod
+    def of(
+        cls,
+        decoder: Any,
+        input_ids: torch.Tensor | None,
+        inputs_embeds: torch.Tensor | None,
+        attention_mask: torch.Tensor | None,
+        position_ids: torch.Tensor | None,
+        use_cache: bool | None,
+        kwargs: dict[str, Any],
+    ) -> "Inputs":
+        """Check a call's arguments, which are those of `read_pieces`.
+
+        Raises:
+            TransformerFamError: see `read_pieces`.
+        """
+        if (input_ids is None) == (inputs_embeds is None):
+            raise TransformerFamError("exactly one of input_ids and inputs_embeds is required")
+        gives_object = take_arguments(decoder, kwargs)
+        if inputs_embeds is None:
+            embedding = decoder.get_input_embeddings()
+            check_ids(input_ids, embedding.num_embeddings)
+            inputs_embeds = embedding(input_ids)
+        batch_size, length = inputs_embeds.shape[:2]
+        mask = own_mask(attention_mask, batch_size, length)
+        valid = None if mask is None or bool(mask.all()) else mask.bool()
+        check_positions(position_ids, valid, length)
+        gives_state = decoder.config.use_cache if use_cache is None else use_cache
+        return cls(inputs_embeds, valid, _rows_of(input_ids, valid), gives_state, gives_object)
 
 
 def read_in_pieces(
     decoder: Any,
     state: State,
-    inputs_BTD: torch.Tensor,
-    ids_BT: torch.Tensor | None,
-    attention_mask: torch.Tensor | None,
+    inputs: Inputs,
     run_piece: RunPiece[State],
-    gives_state: bool,
     kwargs: dict[str, Any],
-) -> MoeModelOutputWithPast:
+) -> Any:
     """Cut an input of any length into pieces that cross no block boundary, and run one after the other.
 
     Args:
         decoder: whose layers they go through.
         state: what is advanced.
-        inputs_BTD: embeddings.
-        ids_BT: the token ids that they are of, where they are known.
-        attention_mask: `(B, T)`, 1 for tokens and 0 for padding.
+        inputs: what is read.
         run_piece: sends one piece through the layers and moves the state on.
-        gives_state: whether the state is in the output.
         kwargs: go on to the model's own forward.
 
     Returns:
         As `read_pieces`.
     """
+    inputs_BTD, valid, ids = inputs.embeds_BTD, inputs.valid_BT, inputs.ids
     batch_size, length = inputs_BTD.shape[:2]
-    valid = _check_mask(attention_mask, batch_size, length)
-    ids = _rows_of(ids_BT, valid)
-    state.note_input(inputs_BTD, attention_mask, ids)
+    state.note_input(inputs_BTD, valid, ids)
     lengths = [length] * batch_size if valid is None else valid.sum(1).tolist()
     if valid is not None:  # move padding behind the tokens
         order = torch.argsort(~valid, dim=1, stable=True)
@@ -162,7 +157,8 @@ def read_in_pieces(
         width += max(counts)
     if is_checkpointed:
         state.make_room()
-    return _join(pieces, columns, valid, inputs_BTD, state if gives_state else None)
+    output = _join(pieces, columns, valid, inputs_BTD, state if inputs.gives_state else None)
+    return output if inputs.gives_object else output.to_tuple()
 
 
 def _rows_of(ids_BT: torch.Tensor | None, valid: torch.Tensor | None) -> list[list[int]] | None:

@@ -230,10 +230,23 @@ def prepare_inputs_for_generation(self: Any, *args: Any, **kwargs: Any) -> dict[
     return inputs
 
 
+def init_continuous_batching(self: Any, *args: Any, **kwargs: Any) -> None:
+    """Refuse transformers' continuous batching, whose paged cache is none that carries a memory.
+
+    Raises:
+        TransformerFamError: always.
+    """
+    raise TransformerFamError(
+        "continuous batching (generate_batch, cache_implementation='paged') has a paged cache, required is a state; "
+        "call generate() with a batch"
+    )
+
+
 GENERATION_METHODS: dict[str, Callable[..., Any]] = {
     "generate": generate,
     "prepare_inputs_for_generation": prepare_inputs_for_generation,
     "_prepare_cache_for_generation": prepare_cache_for_generation,
+    "init_continuous_batching": init_continuous_batching,
     "_get_stopping_criteria": get_stopping_criteria,
 }
 """What a model with a memory has in the place of its class's methods."""

@@ -12,11 +12,12 @@ import torch
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import TemplateLM
 from lm_eval.api.registry import register_model
+from lm_eval.models.utils import normalize_gen_kwargs
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, StoppingCriteria
 
-from transformerfam.config import FamConfig
+from transformerfam.config import FAM_DTYPES, FamConfig
 from transformerfam.errors import TransformerFamError
 from transformerfam.models import find_device, load_model
 from transformerfam.state import FamState
@@ -66,6 +67,8 @@ class FamLM(TemplateLM):
             raise TransformerFamError(
                 f"batch_size is {batch_size!r}, required is a number of at least 1; give --batch_size 8"
             )
+        if dtype not in FAM_DTYPES:
+            raise TransformerFamError(f"dtype is {dtype!r}, required is one of {', '.join(FAM_DTYPES)}")
         self.batch_size = int(batch_size)
         if device == "cuda:0" and not torch.cuda.is_available():
             logger.warning("there is no CUDA here, so the model goes to the CPU")
@@ -106,10 +109,12 @@ class FamLM(TemplateLM):
         """No limit: the largest number that tasks compare lengths with."""
         return 1 << 30
 
-    def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
-        """Return the token ids of a text."""
+    def tok_encode(
+        self, string: str, add_special_tokens: bool | None = None, left_truncate_len: int | None = None, **kwargs: Any
+    ) -> list[int]:
+        """Return the token ids of a text, of which the last `left_truncate_len` where so many are asked for."""
         ids = self.tokenizer(string, add_special_tokens=bool(add_special_tokens), verbose=False)["input_ids"]
-        return list(ids)
+        return list(ids)[-(left_truncate_len or 0) :]
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
         """Return a conversation as the model's own template writes it."""
@@ -205,11 +210,14 @@ class FamLM(TemplateLM):
         return results
 
     def _continue(self, context: str, options: dict[str, Any]) -> str:
-        until = options.pop("until", None) or []
-        until = [until] if isinstance(until, str) else [stop for stop in until if stop]
-        num_new = int(options.pop("max_gen_toks", DEFAULT_NEW_TOKENS))
-        if not options.get("do_sample"):
-            options = {"do_sample": False}  # a temperature of 0 is greedy, and warns
+        options = dict(normalize_gen_kwargs(options, DEFAULT_NEW_TOKENS))
+        if "max_length" in options:
+            raise TransformerFamError(
+                f"max_length is {options['max_length']!r}, which counts the context, too; give max_gen_toks instead"
+            )
+        until, num_new = [stop for stop in options.pop("until", []) if stop], options.pop("max_gen_toks")
+        if not options["do_sample"]:
+            options.pop("temperature", None)  # 0 is greedy, and warns
         ids = self.tok_encode(context) or [self.prefix_token_id]
         state = self.model.init_state()
         if len(ids) > 1:

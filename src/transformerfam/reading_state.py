@@ -170,12 +170,10 @@ class ReadingState(Cache, abc.ABC):
         """Keep a fork from before the last input from now on, so that `crop` can go back (assisted decoding)."""
         self._records = True
 
-    def note_input(
-        self, inputs_BTD: torch.Tensor, attention_mask: torch.Tensor | None, ids: list[list[int]] | None
-    ) -> None:
+    def note_input(self, inputs_BTD: torch.Tensor, valid_BT: torch.Tensor | None, ids: list[list[int]] | None) -> None:
         """Note what is about to be read, if `crop` shall be able to take it back."""
         if self._records:
-            self._before = self.fork(), inputs_BTD, attention_mask, ids
+            self._before = self.fork(), inputs_BTD, valid_BT, ids
 
     def note_tokens(self, ids: Sequence[Sequence[int]] | None, counts: Sequence[int]) -> None:
         """Note the tokens that every sequence has read, or that their ids are not known."""
@@ -208,7 +206,7 @@ class ReadingState(Cache, abc.ABC):
         self.go_on_from(fork)
         if num_kept:
             self._records, histories = False, self.histories
-            mask = None if mask is None else mask[:, -inputs_BTD.shape[1] :][:, :num_kept]
+            mask = None if mask is None else mask[:, :num_kept]
             decoder, num_before = self.identity.model.get_decoder(), self.row_lengths
             decoder(inputs_embeds=inputs_BTD[:, :num_kept], attention_mask=mask, past_key_values=self)
             self._records, self.histories = True, histories

@@ -13,7 +13,7 @@ from transformerfam.config import FamConfig
 from transformerfam.convert import LayerSeam, bind_method
 from transformerfam.errors import StateMismatchError, TransformerFamError, UnsupportedModelError
 from transformerfam.families import decoder_layers, family_of
-from transformerfam.forward import embedded, read_in_pieces, state_or_new
+from transformerfam.forward import Inputs, read_in_pieces, state_or_new
 from transformerfam.identity import ModelIdentity, describe_architecture
 from transformerfam.kernels import MIXED_BACK_END
 from transformerfam.layouts import RELATIVE_TOLERANCE, find_layouts, relative_error
@@ -181,26 +181,25 @@ def read_segments(
     inputs_embeds: torch.Tensor | None = None,
     use_cache: bool | None = None,
     **kwargs: Any,
-) -> MoeModelOutputWithPast:
+) -> Any:
     """Run the decoder over tokens of any number, segment by segment; `forward` of a decoder with a rival.
 
     Args:
         self: the decoder.
         input_ids: `(B, T)` new tokens.
         attention_mask: `(B, T)`, 1 for tokens and 0 for padding; of a longer mask the last T columns count.
-        position_ids: ignored.
+        position_ids: `(1 or B, T)`, from any number on; refused where they do not run on by one.
         cache: the state to advance, or `past_key_values`; None starts one.
         inputs_embeds: `(B, T, D)` instead of `input_ids`.
-        use_cache: False leaves the state out of the output.
+        use_cache: False leaves the state out of the output; None is the model's configuration.
         **kwargs: go on to the model's own forward.
 
     Returns:
         Hidden states `(B, T, D)` after the last norm, and the state.
     """
-    inputs_embeds = embedded(self, input_ids, inputs_embeds, kwargs)
-    state = _own_state(self.rival, take_cache(kwargs, cache), len(inputs_embeds))
-    gives_state = use_cache is not False
-    return read_in_pieces(self, state, inputs_embeds, input_ids, attention_mask, run_lanes, gives_state, kwargs)
+    inputs = Inputs.of(self, input_ids, inputs_embeds, attention_mask, position_ids, use_cache, kwargs)
+    state = _own_state(self.rival, take_cache(kwargs, cache), len(inputs.embeds_BTD))
+    return read_in_pieces(self, state, inputs, run_lanes, kwargs)
 
 
 def _own_state(rival: Rival, cache: Any, batch_size: int) -> RivalState:
