@@ -7,6 +7,7 @@ says.
 
 import functools
 import inspect
+import threading
 from collections.abc import Callable, Sequence
 from types import MethodType
 from typing import Any
@@ -143,6 +144,21 @@ def _with_fam_layers(config: FamConfig, layouts: Sequence[LayerLayout]) -> FamCo
     return config.replace(fam_layers=layers)
 
 
+class _OnTheWay(threading.local):
+    """Pieces between two hooks of a layer, with their parts of the state: every thread's own.
+
+    Attributes:
+        entered: what goes through the layer.
+        behind_attention: what went through attention and comes to the branch.
+    """
+
+    entered: tuple[Any, Any] | None = None
+    behind_attention: tuple[Any, Any] | None = None
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), ()  # nothing is on its way in a copy
+
+
 class LayerSeam:
     """The hooks of one layer: they hand its rows, its mask and its residual to the piece that goes through.
 
@@ -157,8 +173,7 @@ class LayerSeam:
         self.family = family
         self.branch_factor = family.branch_factor(config)  # before the branch is added to the residual
         self.entries = family.entries(config)
-        self._entered: tuple[Any, Any] | None = None  # what goes through the layer
-        self._behind_attention: tuple[Any, Any] | None = None  # what went through attention and comes to the branch
+        self._on_the_way = _OnTheWay()
 
     def attach(self, layer: nn.Module) -> list[Any]:
         """Register the hooks and return their handles."""
@@ -180,7 +195,7 @@ class LayerSeam:
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         """Put the layer's FAM and mask in place."""
-        found = self._entered = self._find(kwargs)
+        found = self._on_the_way.entered = self._find(kwargs)
         if found is None:
             return None
         step, layer = found
@@ -202,9 +217,10 @@ class LayerSeam:
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         """Put the rows that ask in front of what the norm, or attention itself, is given."""
-        if self._entered is None:
+        entered = self._on_the_way.entered
+        if entered is None:
             return None
-        step, layer = self._entered
+        step, layer = entered
         if args:
             return (step.enter_branch(layer, args[0]), *args[1:]), kwargs
         return args, kwargs | {"hidden_states": step.enter_branch(layer, kwargs["hidden_states"])}
@@ -213,7 +229,8 @@ class LayerSeam:
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         """Let an attention that does not go through transformers' interface give its weights."""
-        if self._entered is None or not self._entered[0].wants_weights:
+        entered = self._on_the_way.entered
+        if entered is None or not entered[0].wants_weights:
             return None
         return args, kwargs | {"output_attentions": True}
 
@@ -224,14 +241,14 @@ class LayerSeam:
             return output
         found[0].note_weights(found[1], output[1])
         if self.family.branch != self.family.attention:
-            self._behind_attention = found
+            self._on_the_way.behind_attention = found
             return output
         step, layer = found
         return (step.after_attention(layer, output[0], self.branch_factor), *output[1:])
 
     def after_branch(self, module: nn.Module, args: tuple[Any, ...], output_BTD: torch.Tensor) -> torch.Tensor:
         """Hand what the norm gives to the piece."""
-        found, self._behind_attention = self._behind_attention, None
+        found, self._on_the_way.behind_attention = self._on_the_way.behind_attention, None
         if found is None:
             return output_BTD
         step, layer = found
@@ -239,7 +256,7 @@ class LayerSeam:
 
     def leave_layer(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         """Note what the FAM rows became."""
-        found, self._entered = self._find(kwargs), None
+        found, self._on_the_way.entered = self._find(kwargs), None
         if found is not None:
             step, layer = found
             step.leave_layer(layer, output[0] if isinstance(output, tuple) else output)
