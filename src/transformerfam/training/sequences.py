@@ -343,7 +343,10 @@ def load_books(tokenizer: Any, folder: str | Path) -> FillerStream:
         )
     tokens: list[int] = []
     read: Callable[[Path], str] = read_text
-    for path in paths:
-        for paragraph in read(path).split("\n\n"):  # long texts at once make tokenizers slow and warn
+    texts = [read(path) for path in paths]
+    if not any(text.strip() for text in texts):
+        raise RecipeError(f"data.books is {str(folder)!r}, whose .txt files are empty; put text there")
+    for text in texts:
+        for paragraph in text.split("\n\n"):  # long texts at once make tokenizers slow and warn
             tokens += encode(tokenizer, paragraph + "\n\n")
     return FillerStream(tokens, Path(folder).name)
