@@ -104,7 +104,7 @@ class Inputs:
         gives_object = take_arguments(decoder, kwargs)
         if inputs_embeds is None:
             embedding = decoder.get_input_embeddings()
-            check_ids(input_ids, embedding.num_embeddings)
+            check_ids(input_ids, embedding.weight.shape[0])
             inputs_embeds = embedding(input_ids)
         batch_size, length = inputs_embeds.shape[:2]
         mask = own_mask(attention_mask, batch_size, length)

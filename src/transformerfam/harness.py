@@ -20,6 +20,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, StoppingCrite
 from transformerfam.config import FAM_DTYPES, FamConfig
 from transformerfam.errors import TransformerFamError
 from transformerfam.models import find_device, load_model
+from transformerfam.peft_adapters import load_peft_folder
 from transformerfam.state import FamState
 
 logger = logging.getLogger(__name__)
@@ -44,6 +45,7 @@ class FamLM(TemplateLM):
         batch_size: int | str = 1,
         max_batch_size: int | None = None,
         tokenizer: str | PreTrainedTokenizerBase | None = None,
+        peft: str | None = None,
         **fields: Any,
     ) -> None:
         """Load a model.
@@ -57,6 +59,7 @@ class FamLM(TemplateLM):
             batch_size: continuations of one context that are scored together.
             max_batch_size: ignored; the harness hands it over.
             tokenizer: of a converted model; else it is ignored here, and read by tasks that generate text by length.
+            peft: folder of an adapter that PEFT wrote, which is added to the weights.
             **fields: of `FamConfig`, in place of the trained ones, as in `fam_key_bias=-8`.
 
         Raises:
@@ -78,6 +81,8 @@ class FamLM(TemplateLM):
         self.tokenizer: Any = tokenizer
         if isinstance(pretrained, str):
             self.model, self.tokenizer = load_model(pretrained, system, fields)
+        if peft is not None:
+            load_peft_folder(self.model, peft, merge=True)
         self.model.to(self._device, getattr(torch, dtype))
         self.name = str(pretrained) if isinstance(pretrained, str) else type(pretrained).__name__
 

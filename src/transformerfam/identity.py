@@ -28,12 +28,12 @@ ARCHITECTURE_KEYS = (
 )
 
 MEMORY_PREFIXES = ("fam.", "rival.")
-LORA_MARK = "lora_"
+PEFT_MARKS = ("lora_", "trainable_tokens_", ".modules_to_save.")
 
 
 def is_memory_parameter(name: str) -> bool:
-    """Say whether a parameter belongs to the memory (prompt, prefix, a rival's, LoRA) and not to the base model."""
-    return LORA_MARK in name or any(prefix in name for prefix in MEMORY_PREFIXES)
+    """Say whether a parameter belongs to the memory (prompt, prefix, a rival's, PEFT's) and not to the base model."""
+    return any(mark in name for mark in (*PEFT_MARKS, *MEMORY_PREFIXES))
 
 
 def describe_architecture(model: Any) -> dict[str, Any]:
@@ -51,9 +51,29 @@ def _in_todays_fields(values: dict[str, Any], config: FamConfig) -> dict[str, An
         return values
 
 
-def _plain_name(name: str) -> str:
-    """Return a parameter's name without what PEFT puts around it."""
-    return re.sub(r"\.modules_to_save\.[^.]+", "", name.replace(".base_layer", ""))
+def adapters_in_force(model: Any) -> set[str]:
+    """Return the names of PEFT's adapters that take part in a model's outputs."""
+    named: set[str] = set()
+    for module in model.modules():
+        active = getattr(module, "active_adapters", None)
+        if isinstance(active, list):  # of a layer of PEFT's; models have a method of this name
+            named |= set(active)
+    return named
+
+
+def _plain_names(model: Any, of_memory: bool) -> dict[str, Any]:
+    """Return the parameters of the base model, or of the memory with the adapter in force, by names without PEFT's."""
+    inactive = set(getattr(model, "peft_config", None) or ()) - adapters_in_force(model)
+    chosen = {}
+    for name, parameter in model.named_parameters():
+        is_memory, is_original = is_memory_parameter(name), ".original_module." in name
+        found = re.search(r"\.(?:lora_\w+|trainable_tokens_\w+|modules_to_save)\.([^.]+)", name)
+        if is_memory == of_memory and not (is_memory and is_original) and not (found and found[1] in inactive):
+            name = name if found is None else name[: found.start(1)] + "default" + name[found.end(1) :]
+            chosen[re.sub(r"\.modules_to_save\.default|\.(?:base_layer|original_module|token_adapter)\b", "", name)] = (
+                parameter
+            )
+    return chosen
 
 
 @dataclasses.dataclass
@@ -84,11 +104,7 @@ class ModelIdentity:
         return self.memory_digest_before_merge or self._digest(of_memory=True)
 
     def _digest(self, of_memory: bool) -> str:
-        chosen = {
-            _plain_name(name): parameter
-            for name, parameter in self.model.named_parameters()
-            if is_memory_parameter(name) == of_memory and ".original_module." not in name
-        }
+        chosen = _plain_names(self.model, of_memory)
         versions = tuple((name, value.data_ptr(), value._version) for name, value in chosen.items())
         cached = self._cache.get(of_memory)
         if cached is None or cached[0] != versions:

@@ -89,7 +89,8 @@ def initial_prompt(embedding: nn.Embedding, fam_length: int) -> torch.Tensor:
     weight = embedding.weight.detach().float()
     noise = torch.randn(fam_length, weight.shape[1], generator=torch.Generator().manual_seed(0))
     rows = weight.mean(0) + 0.01 * weight.std() * noise.to(weight.device)
-    factor = float(getattr(embedding, "scalar_embed_scale", 1.0))  # Gemma's embedding multiplies what it looks up
+    find_own: Any = getattr(embedding, "get_base_layer", lambda: embedding)  # inside of PEFT's
+    factor = float(getattr(find_own(), "scalar_embed_scale", 1.0))  # Gemma's embedding multiplies what it looks up
     return (factor * rows).to(embedding.weight.dtype)
 
 
@@ -104,7 +105,8 @@ def memory_of(model: PreTrainedModel) -> FamMemory:
         raise TransformerFamError("the model has no memory yet; call convert(model, FamConfig(...)) first")
     if isinstance(memory, FamMemory):
         return memory
-    return memory.modules_to_save[memory.active_adapter]
+    own = [name for name in memory.active_adapters if name in memory.modules_to_save]
+    return memory.modules_to_save[own[0]] if own else memory.original_module
 
 
 def fam_parameters(model: PreTrainedModel) -> list[nn.Parameter]:

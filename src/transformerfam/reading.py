@@ -135,7 +135,7 @@ def read(
         ReadInterrupted: Ctrl-C; it carries the state and says how to go on.
     """
     ids = torch.as_tensor(input_ids)
-    check_ids(ids, self.get_input_embeddings().num_embeddings)
+    check_ids(ids, self.get_input_embeddings().weight.shape[0])
     if ids.dim() not in (1, 2):
         raise TransformerFamError(f"token ids have shape {tuple(ids.shape)}, required is (tokens,) or (batch, tokens)")
     ids = (ids[None] if ids.dim() == 1 else ids).to(self.device, torch.long)

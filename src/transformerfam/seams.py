@@ -154,7 +154,7 @@ def check_seams(model: PreTrainedModel) -> None:
 
     Source: DESIGN, "How FAM enters a model".
     """
-    vocab_size = model.get_input_embeddings().num_embeddings
+    vocab_size = model.get_input_embeddings().weight.shape[0]
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(vocab_size, (1, 2 * PROBE_BLOCK_SIZE), generator=generator).to(model.device)
     _check_cache_and_mask(model, ids)
@@ -193,7 +193,7 @@ def _check_rows(model: PreTrainedModel, ids: torch.Tensor) -> None:
     shape = (len(decoder.fam.layouts), PROBE_FAM_LENGTH, model.config.hidden_size)
     saved = torch.randn(shape, generator=torch.Generator().manual_seed(1))
     changed = ids.clone()
-    changed[:, -1] = (ids[:, -1] + 1) % model.get_input_embeddings().num_embeddings
+    changed[:, -1] = (ids[:, -1] + 1) % model.get_input_embeddings().weight.shape[0]
     with _probing(model):
         results = []
         for tokens, fam in ((ids, saved), (ids, -saved), (changed, saved)):

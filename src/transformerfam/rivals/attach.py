@@ -96,7 +96,7 @@ def _check_pieces(model: PreTrainedModel) -> None:
     rival: Rival = decoder.rival
     config, num_tokens = rival.config, sum(PROBE_LENGTHS)
     generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(model.get_input_embeddings().num_embeddings, (1, num_tokens), generator=generator)
+    ids = torch.randint(model.get_input_embeddings().weight.shape[0], (1, num_tokens), generator=generator)
     ids = ids.to(model.device)
     rival.config = RivalConfig.from_dict(config.to_dict() | {"block_size": num_tokens - 2})
     model.eval()

@@ -39,7 +39,7 @@ RANGES: dict[str, dict[str, Range]] = {
         "average_decay": DECAY,
     },
     "schedule": {
-        "max_seconds": ABOVE_0,
+        "max_seconds": AT_LEAST_0,
         "checkpoint_seconds": AT_LEAST_0,
         "log_every": AT_LEAST_1,
         "seed": AT_LEAST_0,
