@@ -5,7 +5,6 @@ the tokens, the cache, the mask, and the rows' residual. Where they are in a fam
 says.
 """
 
-import functools
 import inspect
 import threading
 from collections.abc import Callable, Sequence
@@ -22,7 +21,7 @@ from transformerfam.errors import TransformerFamError, UnsupportedModelError
 from transformerfam.families import Family, decoder_layers, family_of, part_of
 from transformerfam.flash import FLASH_BACK_ENDS
 from transformerfam.forward import read_pieces
-from transformerfam.identity import ModelIdentity, describe_architecture
+from transformerfam.identity import ModelIdentity
 from transformerfam.kernels import BACK_END, MIXED_BACK_END
 from transformerfam.layouts import find_layouts
 from transformerfam.memory import (
@@ -101,7 +100,7 @@ def attach(model: PreTrainedModel, config: FamConfig, layouts: Sequence[LayerLay
     config = _with_fam_layers(config, layouts)
     memory = FamMemory(config, embedding, layouts)
     memory.caches_queries = family.has_attention_interface and not family.is_parallel(model.config)
-    memory.identity = ModelIdentity(model, describe_architecture(model))
+    memory.identity = ModelIdentity(model)
     decoder.fam = memory
     if family.has_attention_interface:
         own = FLASH_BACK_ENDS | {"sdpa": BACK_END}
@@ -116,14 +115,39 @@ def attach(model: PreTrainedModel, config: FamConfig, layouts: Sequence[LayerLay
     return handles
 
 
+class BoundMethod:
+    """A function as a method of one object: copied, pickled and saved with it.
+
+    (A method of Python's own goes into a pickle as a name to look up, and is not there yet when it comes out.)
+    """
+
+    def __init__(self, function: Callable[..., Any], target: Any, original: Callable[..., Any] | None) -> None:
+        self.function = function
+        self.target = target
+        self.__name__ = function.__name__ if original is None else original.__name__
+        self.__doc__ = function.__doc__
+
+    @property
+    def __signature__(self) -> inspect.Signature:
+        """That of the class's own method in whose place it is."""
+        original = getattr(type(self.target), self.__name__, None)
+        if original is not None:
+            return inspect.signature(MethodType(original, self.target))
+        return inspect.signature(MethodType(self.function, self.target))
+
+    @property
+    def __self__(self) -> Any:
+        """The object that it is a method of."""
+        return self.target
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Call the function with the object in front."""
+        return self.function(self.target, *args, **kwargs)
+
+
 def bind_method(target: nn.Module, name: str, function: Callable[..., Any]) -> None:
     """Make `function` a method of this one object, with the signature of the method it stands in for."""
-    original = getattr(type(target), name, None)
-    if original is not None:
-        function = functools.wraps(original)(function)
-        function.__signature__ = inspect.signature(original)  # type: ignore[attr-defined]
-        del function.__wrapped__  # accelerate's unwrap_model would take the original for the method it had wrapped
-    setattr(target, name, MethodType(function, target))
+    setattr(target, name, BoundMethod(function, target, getattr(type(target), name, None)))
 
 
 def revert(model: PreTrainedModel, handles: Sequence[Any]) -> None:

@@ -18,7 +18,7 @@ from transformerfam.arguments import check_ids, check_positions, own_mask, take_
 from transformerfam.attention import Piece
 from transformerfam.cache_argument import CACHE_NAME, as_cache, take_cache
 from transformerfam.errors import StateMismatchError, TransformerFamError
-from transformerfam.identity import ModelIdentity
+from transformerfam.identity import ModelIdentity, UnboundIdentity
 from transformerfam.memory import QUERY_BACK_ENDS, FamMemory, run_decoder
 from transformerfam.reading_state import ReadingState
 from transformerfam.state import FamState
@@ -174,7 +174,7 @@ def state_or_new(cache: Any, kind: type[State], identity: ModelIdentity, batch_s
     """Return the state that an input goes on with, a new one where there is none.
 
     Raises:
-        StateMismatchError: `cache` is of another kind, or of another number of sequences.
+        StateMismatchError: `cache` is of another kind, of another number of sequences, or of another model.
     """
     if cache is None:
         state: State = identity.model.init_state(batch_size)
@@ -189,6 +189,10 @@ def state_or_new(cache: Any, kind: type[State], identity: ModelIdentity, batch_s
             f"state holds {cache.batch_size} sequences, input has {batch_size}; start a new state with "
             f"init_state(batch_size={batch_size})"
         )
+    if isinstance(cache.identity, UnboundIdentity):
+        identity.check(cache.identity.to_metadata(cache.config), cache.config, "the state")
+        cache.identity = identity
+    cache.leave_inference_mode()
     return cache
 
 

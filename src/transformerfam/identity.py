@@ -6,6 +6,8 @@ import re
 import warnings
 from typing import Any
 
+import torch
+
 from transformerfam.config import FamConfig
 from transformerfam.errors import StateMismatchError, TransformerFamError
 from transformerfam.files import digest_tensors
@@ -51,6 +53,52 @@ def _in_todays_fields(values: dict[str, Any], config: FamConfig) -> dict[str, An
         return values
 
 
+def require_at_hand(name: str, weight: torch.Tensor) -> None:
+    """Refuse a weight that is offloaded, of which only the shape is at hand.
+
+    Raises:
+        TransformerFamError: it is.
+    """
+    if weight.device.type == "meta":
+        raise TransformerFamError(
+            f"{name} is on device 'meta', as weights that accelerate offloads are, and its values are needed here; "
+            "load the model without offloading it, or, to read alone, keep embeddings and memory on one by device_map"
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class UnboundIdentity:
+    """The identity of a state that came out of a pickle, until a model goes on with it.
+
+    Attributes:
+        metadata: what `ModelIdentity.to_metadata` gave.
+    """
+
+    metadata: dict[str, Any]
+
+    @property
+    def architecture(self) -> dict[str, Any]:
+        """What two models must share."""
+        architecture: dict[str, Any] = self.metadata["architecture"]
+        return architecture
+
+    @property
+    def model(self) -> Any:
+        """Refuse: there is none yet.
+
+        Raises:
+            StateMismatchError: always.
+        """
+        raise StateMismatchError(
+            "the state came out of a pickle and has no model yet; give it to one with model.read(ids, state) or "
+            "model(ids, past_key_values=state) first"
+        )
+
+    def to_metadata(self, config: Any) -> dict[str, Any]:
+        """Return everything that `ModelIdentity.check` compares, as JSON values."""
+        return self.metadata | {"fam_config": config.to_dict()}
+
+
 def adapters_in_force(model: Any) -> set[str]:
     """Return the names of PEFT's adapters that take part in a model's outputs."""
     named: set[str] = set()
@@ -84,12 +132,16 @@ class ModelIdentity:
     """
 
     model: Any
-    architecture: dict[str, Any]
     base_digest_before_merge: str | None = None
     """Digest of the base weights, kept when LoRA was merged into them."""
     memory_digest_before_merge: str | None = None
     """Digest of prompt and LoRA, kept when LoRA was merged."""
     _cache: dict[bool, tuple[tuple[Any, ...], str]] = dataclasses.field(default_factory=dict)
+
+    @property
+    def architecture(self) -> dict[str, Any]:
+        """What two models must share, as the model is now: embeddings may be resized."""
+        return describe_architecture(self.model)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "ModelIdentity":
         """Go with a copy of the model; a copy of the memory alone, as PEFT makes it, stays with the model."""
@@ -105,7 +157,11 @@ class ModelIdentity:
 
     def _digest(self, of_memory: bool) -> str:
         chosen = _plain_names(self.model, of_memory)
-        versions = tuple((name, value.data_ptr(), value._version) for name, value in chosen.items())
+        for name, value in chosen.items():
+            require_at_hand(name, value)
+        versions = tuple(
+            (name, value.data_ptr(), None if value.is_inference() else value._version) for name, value in chosen.items()
+        )
         cached = self._cache.get(of_memory)
         if cached is None or cached[0] != versions:
             cached = (versions, digest_tensors(chosen))

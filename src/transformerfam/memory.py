@@ -68,6 +68,10 @@ class FamMemory(nn.Module):
         else:
             self.prefix = nn.Parameter(rows.expand(len(layouts), -1, -1).clone())
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave compiled steps out of copies and pickles, which are compiled anew or not at all."""
+        return self.__dict__ | {"compiled_steps": []}
+
     def fam_width(self, hidden_size: int) -> int:
         """Return the numbers of one row of the FAM: `hidden_size`, or with slots all heads' keys and values."""
         if not self.config.has_slots:

@@ -35,8 +35,8 @@ def active_adapter(model: PreTrainedModel) -> str:
     active = sorted(adapters_in_force(model))
     if len(active) != 1:
         raise TransformerFamError(
-            f"the adapters in force are {', '.join(active) or 'none'}, required is one; choose it with set_adapter(NAME), or join them with "
-            "PEFT's add_weighted_adapter"
+            f"the adapters in force are {', '.join(active) or 'none'}, required is one; choose it with "
+            "set_adapter(NAME), or join them with PEFT's add_weighted_adapter"
         )
     return active[0]
 

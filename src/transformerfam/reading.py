@@ -11,6 +11,7 @@ from transformerfam.cache_argument import rename_cache
 from transformerfam.cache_layer import FamLayer, LayerPlan, Sections, joined_slots
 from transformerfam.errors import ReadInterrupted, StateMismatchError, TransformerFamError
 from transformerfam.generation import GENERATION_METHODS
+from transformerfam.identity import require_at_hand
 from transformerfam.memory import initial_fam, initial_queries, memory_of, prompt_pass
 from transformerfam.positions import first_position
 from transformerfam.progress import reading_bar
@@ -41,7 +42,8 @@ def init_state(
         A state of `batch_size` sequences that have read nothing.
 
     Raises:
-        TransformerFamError: `batch_size` is below 1, `fam` has another shape, or `is_saved` does not fit them.
+        TransformerFamError: `batch_size` is below 1, `fam` has another shape, `is_saved` does not fit them, or the
+            embeddings or the initial FAM are offloaded.
     """
     if batch_size < 1:
         raise TransformerFamError(f"batch_size is {batch_size}, required is at least 1")
@@ -51,6 +53,8 @@ def init_state(
         raise TransformerFamError(
             f"is_saved is {list(is_saved)}, required are {batch_size} flags, and a saved fam where one is True"
         )
+    for name, parameter in (("the embedding", self.get_input_embeddings().weight), *memory.named_parameters()):
+        require_at_hand(name, parameter)
     config, weight = memory.config, self.get_input_embeddings().weight
     num_layers = len(memory.layouts)
     fam_dtype = getattr(torch, config.fam_dtype)

@@ -13,6 +13,7 @@ import torch
 from transformers import Cache
 
 from transformerfam.errors import TransformerFamError
+from transformerfam.identity import UnboundIdentity
 
 
 class ReadingState(Cache, abc.ABC):
@@ -97,7 +98,8 @@ class ReadingState(Cache, abc.ABC):
 
         Under `torch.no_grad` use `fork()`, since the tensors are then written in place.
         """
-        twin = copy.copy(self)
+        twin = object.__new__(type(self))
+        twin.__dict__ |= self.__dict__
         twin._records, twin._before, twin.is_generating = False, None, False
         twin.histories, twin.unread_ids = list(self.histories), list(self.unread_ids)
         return twin
@@ -141,6 +143,21 @@ class ReadingState(Cache, abc.ABC):
     def detach(self) -> Self:
         """Cut the graph and return the state."""
         return self.map(torch.Tensor.detach)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave the model out of a pickle, which the next model to go on with the state is compared with."""
+        left_out = {"identity": UnboundIdentity(self.identity.to_metadata(self.config)), "step": None}
+        return self.__dict__ | left_out | {"_records": False, "_before": None, "is_generating": False}
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        twin = self.fork()
+        twin.identity = copy.deepcopy(self.identity, memo)
+        return twin
+
+    def leave_inference_mode(self) -> None:
+        """Make tensors that `torch.inference_mode` has left usable outside of it, where that is over."""
+        if not torch.is_inference_mode_enabled():
+            self.map(lambda tensor: tensor.clone() if tensor.is_inference() else tensor)
 
     def select(self, rows: Sequence[int] | torch.Tensor) -> Self:
         """Return a new state of the batch rows `rows`, in that order; a row may appear more than once."""

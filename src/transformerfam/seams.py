@@ -14,6 +14,7 @@ from transformerfam.config import FamConfig
 from transformerfam.errors import UnsupportedModelError
 from transformerfam.families import FAMILIES, decoder_layers, family_of, own_windows, part_of
 from transformerfam.flash import FLASH_BACK_ENDS
+from transformerfam.identity import require_at_hand
 from transformerfam.kernels import BACK_END
 from transformerfam.layouts import RELATIVE_TOLERANCE, inverse_frequencies, relative_error
 from transformerfam.memory import memory_of
@@ -78,6 +79,7 @@ def check_structure(model: Any, config: FamConfig) -> None:
                 f"RoPE of type {rope_type!r} changes with the length of the text, so keys cannot be turned; set "
                 "another type"
             )
+    require_at_hand("the embedding", model.get_input_embeddings().weight)
     _check_update(model, config)
 
 

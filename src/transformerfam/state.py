@@ -124,6 +124,13 @@ class FamState(ReadingState):
             layer.map(function)
         return self
 
+    def leave_inference_mode(self) -> None:
+        """Make tensors usable outside of `torch.inference_mode`; see `ReadingState`."""
+        super().leave_inference_mode()
+        for layer in self.layers:
+            if layer.query is not None and layer.query.is_inference() and not torch.is_inference_mode_enabled():
+                layer.query = layer.query.clone()
+
     def make_room(self) -> None:
         """Give every layer's block its slots back, where `drop_complete_block` took them."""
         for layer in self.layers:
@@ -143,6 +150,7 @@ class FamState(ReadingState):
 
     def zero_memory(self) -> "FamState":
         """Set every FAM, and the keys and values made from it, to zero: the control `fam_memory_zeroed`."""
+        self.leave_inference_mode()
         for layer in self.layers:
             if layer.fam is not None:
                 section = layer.keys[..., layer.sections.older_fams : layer.sections.block, :]
@@ -166,6 +174,7 @@ class FamState(ReadingState):
     @torch.no_grad()
     def _put_fams(self, fam_LBFD: torch.Tensor) -> "FamState":
         """Put other FAMs `(L, B, F, D)` in place of the last ones, with the keys and values that they make."""
+        self.leave_inference_mode()
         begun = self.identity.model.init_state(self.batch_size, fam=fam_LBFD, position_offset=self.position_offset)
         begun.num_blocks_per_row = list(self.num_blocks_per_row)
         any_ids_B1 = torch.zeros(self.batch_size, 1, dtype=torch.long, device=fam_LBFD.device)

@@ -14,7 +14,7 @@ from transformerfam.convert import LayerSeam, bind_method
 from transformerfam.errors import StateMismatchError, TransformerFamError, UnsupportedModelError
 from transformerfam.families import decoder_layers, family_of
 from transformerfam.forward import Inputs, read_in_pieces, state_or_new
-from transformerfam.identity import ModelIdentity, describe_architecture
+from transformerfam.identity import ModelIdentity
 from transformerfam.kernels import MIXED_BACK_END
 from transformerfam.layouts import RELATIVE_TOLERANCE, find_layouts, relative_error
 from transformerfam.memory import StepCache, run_decoder
@@ -57,7 +57,7 @@ def attach(model: PreTrainedModel, config: RivalConfig) -> PreTrainedModel:
             "model.set_attn_implementation('sdpa') first"
         )
     rival = rival_class(config.system)(config, model, find_layouts(model))
-    rival.identity = ModelIdentity(model, describe_architecture(model))
+    rival.identity = ModelIdentity(model)
     decoder.rival = rival
     if rival.mixes:
         model.set_attn_implementation(MIXED_BACK_END)
