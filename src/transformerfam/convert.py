@@ -75,8 +75,9 @@ def convert(model: PreTrainedModel, config: FamConfig) -> PreTrainedModel:
     back_end, type_of_model = model.config._attn_implementation, type(model)
     handles: list[Any] | None = None
     try:
-        handles = attach(model, config, find_layouts(model))
-        check_seams(model)
+        with torch.autocast(model.device.type, enabled=False):  # whose rounding is none of the model's own type
+            handles = attach(model, config, find_layouts(model))
+            check_seams(model)
     except (TransformerFamError, TypeError, AttributeError, KeyError) as error:
         if handles is not None:
             revert(model, handles)

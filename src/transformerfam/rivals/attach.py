@@ -56,7 +56,9 @@ def attach(model: PreTrainedModel, config: RivalConfig) -> PreTrainedModel:
             f"attention back end is {back_end!r}, required for a rival is 'sdpa' or 'eager'; call "
             "model.set_attn_implementation('sdpa') first"
         )
-    rival = rival_class(config.system)(config, model, find_layouts(model))
+    with torch.autocast(model.device.type, enabled=False):
+        layouts = find_layouts(model)
+    rival = rival_class(config.system)(config, model, layouts)
     rival.identity = ModelIdentity(model)
     decoder.rival = rival
     if rival.mixes:
@@ -70,7 +72,8 @@ def attach(model: PreTrainedModel, config: RivalConfig) -> PreTrainedModel:
         bind_method(model, name, function)
     model.fam_config, model.rival_config = plain, config
     try:
-        _check_pieces(model)
+        with torch.autocast(model.device.type, enabled=False):
+            _check_pieces(model)
     except TransformerFamError:
         for handle in handles:
             handle.remove()
