@@ -241,7 +241,7 @@ def read_command(
         list_files(file)  # before the model is loaded
     loaded_model, tokenizer = _load(model, device=device)
     start = None if state is None else FamState.load(state, loaded_model, batch_size=1)
-    num_tokens = None if file == STANDARD_INPUT else count_tokens(file, tokenizer)
+    num_tokens = None if file == STANDARD_INPUT else count_tokens(file, tokenizer, start is None)
     texts = stream_text(file)
     try:
         with tokens_bar("reading") as update:

@@ -12,7 +12,7 @@ import torch
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import TemplateLM
 from lm_eval.api.registry import register_model
-from lm_eval.models.utils import normalize_gen_kwargs
+from lm_eval.models.utils import has_bos_prefix, normalize_gen_kwargs
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, StoppingCriteria
@@ -117,8 +117,13 @@ class FamLM(TemplateLM):
     def tok_encode(
         self, string: str, add_special_tokens: bool | None = None, left_truncate_len: int | None = None, **kwargs: Any
     ) -> list[int]:
-        """Return the token ids of a text, of which the last `left_truncate_len` where so many are asked for."""
-        ids = self.tokenizer(string, add_special_tokens=bool(add_special_tokens), verbose=False)["input_ids"]
+        """Return the token ids of a text, of which the last `left_truncate_len` where so many are asked for.
+
+        None begins it as the tokenizer begins texts, unless it has that token in front, False as what follows a text.
+        """
+        if add_special_tokens is None:
+            add_special_tokens = not has_bos_prefix(string, self.tokenizer.decode(self.prefix_token_id))
+        ids = self.tokenizer(string, add_special_tokens=add_special_tokens, verbose=False)["input_ids"]
         return list(ids)[-(left_truncate_len or 0) :]
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:

@@ -9,7 +9,7 @@ import torch
 from transformerfam.errors import ReadInterrupted, TransformerFamError
 from transformerfam.state import FamState
 from transformerfam.tasks.next_token import rechunk
-from transformerfam.tasks.text import encode, stream_text, stream_token_ids
+from transformerfam.tasks.text import encode, encode_start, stream_text, stream_token_ids
 
 PIECE_TOKENS = 4096
 
@@ -24,6 +24,8 @@ def read_text_stream(
     progress: Callable[[int, FamState], None] | None = None,
 ) -> FamState:
     """Read pieces of text, which may end anywhere, into one state.
+
+    A state that has read nothing else begins with the special tokens that the tokenizer begins texts with.
 
     Args:
         model: a converted model.
@@ -44,8 +46,9 @@ def read_text_stream(
         state = model.init_state() if state is None else state
     num_read_before = state.num_tokens_read
     num_seen = 0
+    begins = num_read_before == skip_tokens  # else the state has read something in front of this text
     try:
-        for ids in rechunk(stream_token_ids(texts, tokenizer), PIECE_TOKENS):
+        for ids in rechunk(stream_token_ids(texts, tokenizer, begins=begins), PIECE_TOKENS):
             rest = ids[max(0, skip_tokens - num_seen) :]
             num_seen += len(ids)
             if not rest:
@@ -66,13 +69,13 @@ def read_text_stream(
     return state
 
 
-def count_tokens(path: str | Path, tokenizer: Any) -> int:
-    """Return the number of tokens in a UTF-8 file, or in all files of a folder.
+def count_tokens(path: str | Path, tokenizer: Any, begins: bool = True) -> int:
+    """Return the number of tokens in a UTF-8 file, or in all files of a folder, read from the beginning or behind more.
 
     Raises:
         TransformerFamError: a file cannot be read, or is not UTF-8.
     """
-    return sum(map(len, stream_token_ids(stream_text(path), tokenizer)))
+    return sum(map(len, stream_token_ids(stream_text(path), tokenizer, begins=begins)))
 
 
 @torch.no_grad()
@@ -99,7 +102,7 @@ def generate_text(
             raise TransformerFamError("the tokenizer has no chat template; ask without --chat")
         asked = [{"role": "user", "content": question}]
         question = tokenizer.apply_chat_template(asked, tokenize=False, add_generation_prompt=True)
-    ids = encode(tokenizer, question)
+    ids = encode(tokenizer, question) if state.num_tokens_read else encode_start(tokenizer, question)
     ids_BT = torch.tensor([ids], device=model.device)
     output_BT = model.generate(
         ids_BT,

@@ -93,17 +93,18 @@ def decode_utf8(pieces: Iterable[bytes], name: str) -> Iterator[str]:
         pieces: bytes, in order.
         name: where they come from, for the error.
 
+    A byte order mark in front is no part of the text.
+
     Raises:
         TransformerFamError: the bytes are not UTF-8; the message gives the position of the first wrong byte.
     """
-    decoder = codecs.getincrementaldecoder("utf-8")()
-    num_decoded = 0  # bytes that earlier calls took, without what the decoder holds back
+    decoder = codecs.getincrementaldecoder("utf-8-sig")()
+    num_decoded = 0  # bytes that earlier calls took
     for piece, is_last in _mark_last(pieces):
-        held = len(decoder.getstate()[0])
         try:
             text = decoder.decode(piece, final=is_last)
         except UnicodeDecodeError as error:
-            position = num_decoded - held + error.start
+            position = num_decoded + len(piece) - len(error.object) + error.start
             raise TransformerFamError(
                 f"{name} is not UTF-8: byte 0x{error.object[error.start]:02x} at position {position} ({error.reason}); "
                 "UTF-8 text is required, convert it first, for example with iconv -t UTF-8"
@@ -119,7 +120,9 @@ def _mark_last(pieces: Iterable[bytes]) -> Iterator[tuple[bytes, bool]]:
     yield b"", True
 
 
-def stream_token_ids(texts: Iterable[str], tokenizer: Any, piece_chars: int = 16_384) -> Iterator[list[int]]:
+def stream_token_ids(
+    texts: Iterable[str], tokenizer: Any, piece_chars: int = 16_384, *, begins: bool = False
+) -> Iterator[list[int]]:
     """Tokenise text of any length in constant memory, with the ids that the whole text would give.
 
     Pieces end between two words, where tokenizers do not join. One that joins over spaces, or a text without a space
@@ -127,11 +130,15 @@ def stream_token_ids(texts: Iterable[str], tokenizer: Any, piece_chars: int = 16
 
     Args:
         texts: pieces of text that may end anywhere.
-        tokenizer: a Hugging Face tokenizer; no special tokens are added.
+        tokenizer: a Hugging Face tokenizer.
         piece_chars: characters that are gathered before they are tokenised.
+        begins: whether the text begins here, with the special tokens that the tokenizer begins texts with; else it
+            follows what was read before.
     """
     drop_space = _joins_space_in_front(tokenizer)
     buffer = ""
+    if begins and (start := start_ids(tokenizer)):
+        yield start
     for text in texts:
         buffer += text
         while len(buffer) > piece_chars:
@@ -145,6 +152,24 @@ def stream_token_ids(texts: Iterable[str], tokenizer: Any, piece_chars: int = 16
 def encode(tokenizer: Any, text: str) -> list[int]:
     """Return the token ids of `text` alone, without special tokens."""
     return list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+
+
+def start_ids(tokenizer: Any) -> list[int]:
+    """Return the special tokens that the tokenizer begins a text with, in front of the text's own; often none.
+
+    A text begins with them, a continuation of what was read does not.
+    """
+    own, whole = encode(tokenizer, "a"), list(tokenizer("a", verbose=False)["input_ids"])
+    for start in range(len(whole) - len(own) + 1):
+        if whole[start : start + len(own)] == own:
+            return whole[:start]
+    return []
+
+
+def encode_start(tokenizer: Any, text: str) -> list[int]:
+    """Return the token ids of a text from its beginning on, with the special tokens in front, unless it has them."""
+    ids, start = encode(tokenizer, text), start_ids(tokenizer)
+    return ids if ids[: len(start)] == start else start + ids
 
 
 def _last_cut(text: str) -> int:
