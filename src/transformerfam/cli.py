@@ -234,6 +234,9 @@ def read_command(
     model: ModelOption = "tiny",
     state: Annotated[Path | None, typer.Option("--state", help="Go on from this state.")] = None,
     skip_tokens: Annotated[int, typer.Option("--skip-tokens", help="Tokens of the text that the state has read.")] = 0,
+    allow_unknown: Annotated[
+        bool, typer.Option("--allow-unknown", help="Read a text of which the model knows next to no word, too.")
+    ] = False,
     device: DeviceOption = "cpu",
 ) -> None:
     """Read a text of any length and save the state; Ctrl-C saves what was read and says how to go on."""
@@ -252,11 +255,12 @@ def read_command(
                 start,
                 skip_tokens=skip_tokens,
                 progress=lambda n, moved: update(n, num_tokens, moved),
+                allow_unknown=allow_unknown,
             )
     except ReadInterrupted as interrupt:
         interrupt.state.save(save)
         again = shlex.join(["fam", "read", file, "--model", model, "--state", str(save), "--save", str(save)])
-        again += _device_argument(device)
+        again += _device_argument(device) + (" --allow-unknown" if allow_unknown else "")
         say(
             f"interrupted after {interrupt.num_tokens_done:,} tokens, which are kept in {save}; go on with: "
             f"{again} --skip-tokens {interrupt.num_tokens_done}"

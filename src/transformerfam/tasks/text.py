@@ -2,7 +2,7 @@
 
 import codecs
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import IO, Any
 
@@ -11,6 +11,11 @@ from transformerfam.novels import HELD_OUT_NOVELS, open_novel
 
 READ_BYTES = 1 << 16
 STANDARD_INPUT = "-"
+MOST_UNKNOWN = 0.6
+"""Largest share of a text's tokens that may be unknown words unless it is asked for: above it hardly a sentence can be
+told from another."""
+SOME_UNKNOWN = 0.01
+"""Share of them from which on it is said."""
 
 
 def read_text(path: str | Path) -> str:
@@ -170,6 +175,30 @@ def encode_start(tokenizer: Any, text: str) -> list[int]:
     """Return the token ids of a text from its beginning on, with the special tokens in front, unless it has them."""
     ids, start = encode(tokenizer, text), start_ids(tokenizer)
     return ids if ids[: len(start)] == start else start + ids
+
+
+def unknown_share(tokenizer: Any, ids: Sequence[int]) -> float:
+    """Return the share of token ids that stand for words that the tokenizer does not know."""
+    unknown_id = getattr(tokenizer, "unk_token_id", None)
+    return 0.0 if unknown_id is None or not ids else list(ids).count(unknown_id) / len(ids)
+
+
+def require_known(share: float, what: str, remedy: str) -> None:
+    """Refuse a text of which the tokenizer knows too little.
+
+    Args:
+        share: of its tokens that are unknown words.
+        what: name of the text.
+        remedy: how to read it all the same.
+
+    Raises:
+        TransformerFamError: the share is above `MOST_UNKNOWN`.
+    """
+    if share > MOST_UNKNOWN:
+        raise TransformerFamError(
+            f"{share:.0%} of the tokens of {what} are words that the tokenizer does not know, allowed are "
+            f"{MOST_UNKNOWN:.0%}; take a model whose vocabulary has them, or {remedy}"
+        )
 
 
 def _last_cut(text: str) -> int:
