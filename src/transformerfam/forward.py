@@ -18,6 +18,7 @@ from transformerfam.arguments import check_ids, check_positions, own_mask, take_
 from transformerfam.attention import Piece
 from transformerfam.cache_argument import CACHE_NAME, as_cache, take_cache
 from transformerfam.errors import StateMismatchError, TransformerFamError
+from transformerfam.hidden_gradients import take_gradients_of, without_gradients
 from transformerfam.identity import ModelIdentity, UnboundIdentity
 from transformerfam.memory import QUERY_BACK_ENDS, FamMemory, run_decoder
 from transformerfam.reading_state import ReadingState
@@ -157,7 +158,12 @@ def read_in_pieces(
         width += max(counts)
     if is_checkpointed:
         state.make_room()
-    output = _join(pieces, columns, valid, inputs_BTD, state if inputs.gives_state else None)
+    why = None
+    if is_checkpointed:
+        why = "their block is computed again; switch activation checkpointing off"
+    elif not isinstance(state, FamState):
+        why = "a rival's rows are parted by where they stand; take those of a model with FAM"
+    output = _join(pieces, columns, valid, inputs_BTD, state if inputs.gives_state else None, why)
     return output if inputs.gives_object else output.to_tuple()
 
 
@@ -240,11 +246,10 @@ def _run_piece(
         piece.advance()
     finally:
         state.step = None
-    hidden_states = output.hidden_states
     router_logits = getattr(output, "router_logits", None)  # of every layer with experts, `(B * rows, experts)`
     return MoeModelOutputWithPast(
         last_hidden_state=output.last_hidden_state[:, piece.num_rows :],
-        hidden_states=hidden_states and tuple(hidden[:, piece.num_rows :] for hidden in hidden_states),
+        hidden_states=output.hidden_states,  # with FAM rows, to the tensors that the layers have used
         router_logits=router_logits
         and tuple(logits.unflatten(0, (len(counts), -1))[:, piece.num_rows :] for logits in router_logits),
     )
@@ -283,6 +288,7 @@ def _join(
     valid: torch.Tensor | None,
     inputs_BTD: torch.Tensor,
     state: ReadingState | None,
+    why_no_gradients: str | None,
 ) -> MoeModelOutputWithPast:
     """Join the pieces' hidden states and put every token's back where the caller had it."""
     if not pieces:  # a chunk of padding alone
@@ -300,15 +306,32 @@ def _join(
         whole = parts[0] if len(parts) == 1 else torch.cat(list(parts), dim=1)
         return whole if index is None else whole.take_along_dim(index, dim=1)
 
+    last_hidden_state = joined([piece.last_hidden_state for piece in pieces])
     hidden_states = None
     if pieces[0].hidden_states is not None:
-        hidden_states = tuple(joined(parts) for parts in zip(*(p.hidden_states for p in pieces), strict=True))
+
+        def placed_alike(side_by_side: torch.Tensor) -> torch.Tensor:
+            whole = joined([side_by_side])
+            return whole if valid is None else whole * valid[..., None]
+
+        layers = []
+        widths = [piece.last_hidden_state.shape[1] for piece in pieces]
+        for parts in zip(*(piece.hidden_states for piece in pieces), strict=True):
+            tokens = [slice(part.shape[1] - width, None) for part, width in zip(parts, widths, strict=True)]
+            sources = list(zip(parts, tokens, strict=True))
+            whole = joined([part[:, rows] for part, rows in sources])
+            if whole.requires_grad and why_no_gradients is None:
+                whole = take_gradients_of(whole, sources, placed_alike)
+            elif whole.requires_grad:
+                whole = without_gradients(whole, str(why_no_gradients))
+            layers.append(whole)
+        hidden_states = (*layers[:-1], last_hidden_state)
     router_logits = None
     if pieces[0].router_logits is not None:
         by_layer = zip(*(p.router_logits for p in pieces), strict=True)
         router_logits = tuple(joined(parts).flatten(0, 1) for parts in by_layer)
     return MoeModelOutputWithPast(
-        last_hidden_state=joined([piece.last_hidden_state for piece in pieces]),
+        last_hidden_state=last_hidden_state,
         hidden_states=hidden_states,
         router_logits=router_logits,
         **as_cache(state),
