@@ -3,9 +3,11 @@
 from pathlib import Path
 
 import pytest
-from tiny_models import make_passkey_model
+from tiny_models import make_passkey_model, save_passkey_model
 from training_recipes import small_recipe, small_values
+from typer.testing import CliRunner
 
+from transformerfam.cli import app
 from transformerfam.comparison.plan import load_comparison
 from transformerfam.errors import RecipeError, TransformerFamError
 from transformerfam.tasks.reading import read_text_stream
@@ -64,3 +66,16 @@ def test_comparison_of_instructions_names_its_task(tmp_path: Path) -> None:
         load_comparison(path)
     path.write_text(f'task = "passkey"\n{path.read_text()}')
     assert load_comparison(path).task == "passkey"
+
+
+def test_command_says_how_many_words_are_unknown(tmp_path: Path) -> None:
+    """Catches a command that reads a manual without a word, or has no way to read it all the same."""
+    save_passkey_model(tmp_path / "model")
+    (tmp_path / "manual.txt").write_text(MANUAL)
+    command = ["read", str(tmp_path / "manual.txt"), "--model", str(tmp_path / "model"), "--save", str(tmp_path / "s")]
+    refused = CliRunner().invoke(app, command)
+    assert refused.exit_code != 0
+    assert not (tmp_path / "s").exists()
+    allowed = CliRunner().invoke(app, [*command, "--allow-unknown"])
+    assert allowed.exit_code == 0
+    assert "% of the text's tokens are words that the tokenizer does not know" in " ".join(allowed.output.split())

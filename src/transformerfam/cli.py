@@ -2,6 +2,7 @@
 
 import contextlib
 import shlex
+import warnings
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -247,7 +248,8 @@ def read_command(
     num_tokens = None if file == STANDARD_INPUT else count_tokens(file, tokenizer, start is None)
     texts = stream_text(file)
     try:
-        with tokens_bar("reading") as update:
+        with tokens_bar("reading") as update, warnings.catch_warnings(record=True) as noted:
+            warnings.simplefilter("always", UserWarning)
             done = read_text_stream(
                 loaded_model,
                 tokenizer,
@@ -267,6 +269,8 @@ def read_command(
         )
         raise typer.Exit(INTERRUPTED) from interrupt
     done.save(save)
+    for warning in noted:
+        say(str(warning.message))
     say(f"read {done.num_tokens_read:,} tokens; state of {done.num_bytes:,} bytes in {save}")
 
 
