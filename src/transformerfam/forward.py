@@ -24,12 +24,19 @@ from transformerfam.memory import QUERY_BACK_ENDS, FamMemory, run_decoder
 from transformerfam.reading_state import ReadingState
 from transformerfam.state import FamState
 
+NOT_COMPILED = (
+    "a model with a memory reads piece by piece, each of another shape, into a state; compile pieces with "
+    "transformerfam.compiled.compile_decoding and compile_reading"
+)
+"""Why `torch.compile(model)` leaves the decoder as it is, and compiles what is around it."""
+
 State = TypeVar("State", bound=ReadingState)
 RunPiece = Callable[[Any, State, torch.Tensor, list[int], dict[str, Any]], MoeModelOutputWithPast]
 """Send one piece through a decoder's layers and move the state on: decoder, state, `(B, T, D)`, tokens of every row,
 further arguments of the model's forward."""
 
 
+@torch.compiler.disable(reason=NOT_COMPILED)
 def read_pieces(
     self: Any,
     input_ids: torch.Tensor | None = None,

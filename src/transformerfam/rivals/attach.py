@@ -13,7 +13,7 @@ from transformerfam.config import FamConfig
 from transformerfam.convert import LayerSeam, bind_method
 from transformerfam.errors import StateMismatchError, TransformerFamError, UnsupportedModelError
 from transformerfam.families import decoder_layers, family_of
-from transformerfam.forward import Inputs, read_in_pieces, state_or_new
+from transformerfam.forward import NOT_COMPILED, Inputs, read_in_pieces, state_or_new
 from transformerfam.identity import ModelIdentity
 from transformerfam.kernels import MIXED_BACK_END
 from transformerfam.layouts import RELATIVE_TOLERANCE, find_layouts, relative_error
@@ -175,6 +175,7 @@ def _unflattened(
     return {name: part.view_as(like[name]) for name, part in zip(sorted(like), parts, strict=True)}
 
 
+@torch.compiler.disable(reason=NOT_COMPILED)
 def read_segments(
     self: Any,
     input_ids: torch.Tensor | None = None,
