@@ -17,7 +17,7 @@ from transformerfam.tasks.passkey_evaluation import evaluate_passkey
 from transformerfam.tasks.reading import count_tokens, generate_text, read_text_stream
 from transformerfam.tasks.text import decode_utf8, encode, encode_start, read_text, start_ids, stream_token_ids
 
-TEXT = "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again. " * 4
+TEXT = "There and back again. The grass is green. The sky is blue. The sun is yellow. Here we go. " * 4
 START = 3
 
 
