@@ -162,3 +162,34 @@ def test_what_cannot_be_compiled_says_so() -> None:
             compile_step(model, backend=fails)
         assert model.get_decoder().fam.compiled_steps == []
     model(input_ids=random_ids(1, 8))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["fam", "memory segments", "gated slots"])
+def test_model_compiled_as_a_whole_reads_as_it_is(name: str) -> None:
+    """Catches a graph of one piece that is taken for another, whose FAM has been updated more often."""
+    plain, compiled = make_pair(CONFIGS[name])
+    counter = CompileCounter()
+    whole = torch.compile(compiled, backend=counter)
+    ids = random_ids(2, 33)
+    for _ in range(2):
+        assert torch.equal(whole(input_ids=ids).logits, plain(input_ids=ids).logits)
+    states = [plain.init_state(2), compiled.init_state(2)]
+    for chunk in ids.split((3, 1, 1, 20, 8), dim=1):
+        expected, found = (
+            model(input_ids=chunk, past_key_values=state).logits
+            for model, state in zip((plain, whole), states, strict=True)
+        )
+        torch.testing.assert_close(found, expected, atol=1e-6, rtol=0)
+    assert counter.frame_count <= 4  # what is around the decoder, and none of its pieces
+
+
+@torch.no_grad()
+def test_compiled_steps_serve_a_model_that_is_compiled_as_a_whole() -> None:
+    """Catches steps that are switched off where the decoder is left as it is."""
+    plain, compiled = make_pair(CONFIGS["fam"])
+    counter = CompileCounter()
+    compile_decoding(compiled, batch_size=2, backend=counter)
+    compiled.compile(backend="eager")
+    assert_reads_alike(plain, compiled, random_ids(2, 20), (3, *[1] * 17))
+    assert counter.frame_count == 1

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from tiny_families import make_tiny
 from tiny_llama import make_tiny_llama, random_ids
 from transformers import (
     BertConfig,
@@ -27,6 +28,8 @@ from transformerfam.cache_argument import as_cache
 from transformerfam.convert import fam_parameters, memory_of, set_key_bias
 from transformerfam.errors import ReadInterrupted, TransformerFamError, UnsupportedModelError
 from transformerfam.positions import Turner
+from transformerfam.rivals import RivalConfig
+from transformerfam.rivals import attach as attach_rival
 
 CONFIG = FamConfig(fam_key_bias=0.0, block_size=8, fam_length=3, num_memory_segments=1)
 SHAPE: dict[str, Any] = {
@@ -271,3 +274,35 @@ def test_interrupt_within_a_piece_leaves_the_state_whole(monkeypatch: pytest.Mon
         model.read(ids)
     state = model.read(ids[:, caught.value.num_tokens_done :], caught.value.state)
     assert torch.equal(state.fams, expected)
+
+
+@pytest.mark.parametrize("case", ["mixtral", "qwen3_moe", "gpt_oss", "deepseek_v2", "gemma3_text"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_rounding_of_half_precision_is_no_reason_to_refuse(case: str, dtype: torch.dtype) -> None:
+    """Catches checks that compare behind a choice of experts, which rounding turns: 1 in 4 of these were refused."""
+    for seed in range(6):
+        model = make_tiny(case)
+        generator = torch.Generator().manual_seed(seed)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                if parameter.dim() > 1:
+                    parameter.normal_(std=0.2, generator=generator)
+        convert(model.to(dtype), FamConfig(block_size=8, fam_length=3))
+
+
+def test_conversion_under_autocast_is_that_without() -> None:
+    """Catches checks that run in autocast's type and are held to the model's."""
+    for attach_memory in (
+        lambda model: convert(model, FamConfig(block_size=8, fam_length=3)),
+        lambda model: attach_rival(model, RivalConfig(system="rmt", block_size=8)),
+    ):
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            attach_memory(make_tiny("llama"))
+
+
+def test_seam_that_does_not_fit_in_half_precision_is_not_the_versions_fault(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches a message that blames transformers' version for what may be rounding."""
+    monkeypatch.setattr("transformerfam.layouts.own_windows", lambda config: [None, 4000, 4000])
+    model = make_tiny("gemma2", sliding_window=4000).to(torch.bfloat16)
+    with pytest.raises(UnsupportedModelError, match=r"the cache seam .* in torch.bfloat16; convert it in float32"):
+        convert(model, FamConfig(block_size=8, fam_length=3))

@@ -1,5 +1,6 @@
 """`generate()` of a converted model: every strategy continues exactly what reading gives."""
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -8,7 +9,7 @@ from tiny_llama import make_tiny_llama, random_ids
 from transformers import DynamicCache
 from transformers.generation.streamers import BaseStreamer
 
-from transformerfam import FamConfig, convert
+from transformerfam import FamConfig, FamState, convert
 from transformerfam.cache_argument import CACHE_NAME
 from transformerfam.errors import StateMismatchError, TransformerFamError
 
@@ -193,3 +194,98 @@ def test_strategy_equals_that_of_a_model_that_reads_all_again(model: Any, name: 
         torch.manual_seed(0)
         outputs.append(model.generate(ids, max_new_tokens=NUM_NEW, use_cache=use_cache, **STRATEGIES[name]))
     assert torch.equal(outputs[0], outputs[1])
+
+
+GREEDY: dict[str, Any] = {"do_sample": False, "max_new_tokens": 9}
+
+
+def same_states(found: Any, required: Any) -> None:
+    assert found.row_lengths == required.row_lengths
+    for one, other in zip(found.layers, required.layers, strict=True):
+        torch.testing.assert_close(one.fam, other.fam)
+
+
+@pytest.mark.parametrize("num_read", [3, 8, 29])
+def test_history_that_is_passed_again_is_not_read_again(model: Any, num_read: int) -> None:
+    """Catches a text that is read twice: transformers continues one by passing it from its beginning."""
+    text = random_ids(1, num_read + 6)
+    state = model.read(text[:, :num_read])
+    assert state.get_seq_length() == state.num_tokens_read == num_read
+    expected = model.generate(text, **GREEDY)
+    assert torch.equal(model.generate(text, past_key_values=state, **GREEDY), expected)
+    assert state.get_seq_length() == expected.shape[1] - 1
+    more = torch.cat((expected, random_ids(1, 4, seed=3)), dim=1)
+    assert torch.equal(model.generate(more, past_key_values=state, **GREEDY), model.generate(more, **GREEDY))
+    again = model.generate(more, past_key_values=model.read(more[:, :-1]), prefill_chunk_size=3, **GREEDY)
+    assert torch.equal(again, model.generate(more, **GREEDY))
+
+
+def test_new_tokens_alone_follow_the_last_generated_one(model: Any, tmp_path: Path) -> None:
+    """Catches the last token of an answer that no state ever reads, through forks, selections and files."""
+    text, question = random_ids(1, 13), random_ids(1, 5, seed=1)
+    state = model.init_state()
+    answered = model.generate(text, past_key_values=state, **GREEDY)
+    assert state.unread_ids == [int(answered[0, -1])]
+    whole = torch.cat((answered, question), dim=1)
+    expected = model.generate(whole, **GREEDY)[:, whole.shape[1] :]
+    state.save(tmp_path / "state")
+    for one in (state.fork(), state.select([0]), FamState.load(tmp_path / "state", model)):
+        assert torch.equal(model.generate(question, past_key_values=one, **GREEDY)[:, 5:], expected)
+        same_states(one, model.read(torch.cat((whole, expected[:, :-1]), dim=1)))
+    embedded = model.get_input_embeddings()(question)
+    found = model.generate(inputs_embeds=embedded, past_key_values=state, **GREEDY)
+    assert torch.equal(found, expected)
+    assert state.unread_ids == [int(expected[0, -1])]
+
+
+def test_row_that_ends_early_stays_as_it_was_at_its_end(model: Any) -> None:
+    """Catches padding behind an end that is read as text, and a next turn that follows it."""
+    ids = random_ids(2, 11).clamp(min=1)  # 0 is padding
+    alone = [model.generate(row[None], max_new_tokens=NUM_NEW, do_sample=False) for row in ids]
+    end = int(alone[0][0, 11 + 4])
+    options = {"max_new_tokens": NUM_NEW, "do_sample": False, "eos_token_id": end, "pad_token_id": 0}
+    states = [model.init_state() for _ in ids]
+    expected = [
+        model.generate(row[None], past_key_values=state, **options) for row, state in zip(ids, states, strict=True)
+    ]
+    assert expected[0].shape[1] < expected[1].shape[1]
+    together = model.init_state(2)
+    found = model.generate(ids, past_key_values=together, **options)
+    for row, (text, state) in enumerate(zip(expected, states, strict=True)):
+        assert found[row, : text.shape[1]].tolist() == text[0].tolist()
+        same_states(together.select([row]), state)
+    assert together.unread_ids == [state.unread_ids[0] for state in states]
+    more = random_ids(2, 3, seed=2)
+    both = model.generate(more, past_key_values=together.fork(), **GREEDY)
+    for row, state in enumerate(states):
+        assert torch.equal(both[row], model.generate(more[row, None], past_key_values=state, **GREEDY)[0])
+    mask = torch.ones(2, found.shape[1] + 3, dtype=torch.long)
+    mask[0, expected[0].shape[1] : found.shape[1]] = 0
+    whole = torch.cat((found, more), dim=1)
+    assert torch.equal(
+        model.generate(whole, attention_mask=mask, past_key_values=together, **GREEDY)[:, whole.shape[1] :], both[:, 3:]
+    )
+
+
+def test_input_of_which_it_cannot_be_told_what_was_read_is_refused(model: Any) -> None:
+    """Catches a guess where there are two readings of an input."""
+    text = random_ids(2, 12)
+    state = model.read(text)
+    with pytest.raises(StateMismatchError, match="the input is the 12 tokens that the state has read"):
+        model.generate(text, past_key_values=state.fork(), **GREEDY)
+    longer = torch.cat((text, random_ids(2, 2)), dim=1)
+    longer[1, 3] = (longer[1, 3] + 1) % 61
+    with pytest.raises(StateMismatchError, match="some rows of the input begin with"):
+        model.generate(longer, past_key_values=state.fork(), **GREEDY)
+    unknown = model.init_state(2)
+    with torch.no_grad():
+        model(inputs_embeds=model.get_input_embeddings()(text), past_key_values=unknown)
+    with pytest.raises(StateMismatchError, match="it does not know the ids"):
+        model.generate(longer, past_key_values=unknown, **GREEDY)
+    beams = model.init_state()
+    model.generate(text[:1], past_key_values=beams, num_beams=2, **GREEDY)
+    with pytest.raises(StateMismatchError, match="left by beam search"):
+        model.generate(text[:1], past_key_values=beams, **GREEDY)
+    with pytest.raises(TransformerFamError, match="use_cache is False and"):
+        model.generate(text, past_key_values=state, use_cache=False, **GREEDY)
+    assert state.get_seq_length() == 12

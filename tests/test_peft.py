@@ -7,10 +7,14 @@ import peft
 import pytest
 import torch
 from tiny_llama import make_tiny_llama, random_ids, random_rows
+from tiny_models import save_passkey_model
 
 from transformerfam import FamConfig, FamState, convert
+from transformerfam.adapter import FamAdapter
 from transformerfam.convert import fam_parameters, memory_of, personal_memory, set_block_size
-from transformerfam.errors import TransformerFamError
+from transformerfam.errors import CorruptFileError, StateMismatchError, TransformerFamError
+from transformerfam.models import load_model
+from transformerfam.peft_adapters import load_peft_folder
 
 CONFIG = FamConfig(fam_key_bias=0.0, block_size=8, fam_length=3, num_memory_segments=1)
 KINDS: dict[str, dict[str, Any]] = {
@@ -134,3 +138,87 @@ def test_personal_memory_starts_from_a_saved_fam_and_is_trained_alone(tmp_path: 
     assert torch.equal(logits_of(loaded), logits_of(model))
     with pytest.raises(TransformerFamError, match=r"has shape \(2, 4, 32\), required is"):
         personal_memory(convert(make_tiny_llama(), CONFIG), random_rows(2, 4, 32))
+
+
+def peft_model(adapter_name: str = "default", **fields: Any) -> Any:
+    torch.manual_seed(1)
+    options = {"r": 4, "modules_to_save": ["fam"], "init_lora_weights": False, "target_modules": ["q_proj"]}
+    model = convert(make_tiny_llama(), CONFIG)
+    wrapped = peft.get_peft_model(model, peft.LoraConfig(**options | fields), adapter_name=adapter_name)
+    with torch.no_grad():
+        for name, parameter in wrapped.named_parameters():
+            if parameter.requires_grad and "lora_" not in name:
+                parameter.add_(random_rows(*parameter.shape))
+    return wrapped.eval()
+
+
+WRAPPED: dict[str, dict[str, Any]] = {
+    "another name": {"adapter_name": "mine"},
+    "no prompt": {"modules_to_save": None},
+    "embeddings": {"target_modules": ["q_proj", "embed_tokens"]},
+    "embeddings and head in full": {"modules_to_save": ["fam", "embed_tokens", "lm_head"]},
+    "single tokens": {"trainable_token_indices": [1, 2]},
+    "dora": {"use_dora": True, "adapter_name": "mine"},
+}
+
+
+@pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers`:UserWarning")
+@pytest.mark.parametrize("merge", [False, True])
+@pytest.mark.parametrize("name", WRAPPED)
+def test_adapter_of_a_wrapped_model_is_taken_off_and_applied(name: str, merge: bool, tmp_path: Path) -> None:
+    """Catches an adapter of another name, and parts of it that are not LoRA on linear layers."""
+    model = peft_model(**WRAPPED[name])
+    FamAdapter.from_model(model).save_pretrained(tmp_path)
+    model.read(IDS).save(tmp_path / "state")
+    applied = FamAdapter.from_pretrained(tmp_path).apply(make_tiny_llama(), merge=merge)  # a warning would be an error
+    torch.testing.assert_close(logits_of(applied), logits_of(model), atol=1e-4, rtol=1e-4)
+    assert FamState.load(tmp_path / "state", applied).num_tokens_read == 30
+    assert any("lora" in key for key, _ in applied.named_parameters()) != merge
+
+
+def test_adapter_in_force_is_taken_off_and_several_are_refused(tmp_path: Path) -> None:
+    """Catches the first of several adapters, or all of them, taken for the one that the model runs with."""
+    model = peft_model("one")
+    torch.manual_seed(2)
+    model.add_adapter("two", peft.LoraConfig(r=2, target_modules=["v_proj"], init_lora_weights=False))
+    for name in ("two", "one"):
+        model.set_adapter(name)
+        FamAdapter.from_model(model).save_pretrained(tmp_path / name)
+        applied = FamAdapter.from_pretrained(tmp_path / name).apply(make_tiny_llama())
+        torch.testing.assert_close(logits_of(applied), logits_of(model))
+    model.base_model.set_adapter(["one", "two"])
+    with pytest.raises(TransformerFamError, match="required is one; choose it with set_adapter"):
+        FamAdapter.from_model(model)
+
+
+def test_model_with_adapted_embeddings_is_converted() -> None:
+    """Catches embeddings inside of PEFT's layers, which have no number of rows by transformers' name."""
+    for fields in ({"target_modules": ["embed_tokens"]}, {"trainable_token_indices": [1]}):
+        model = make_tiny_llama()
+        peft.inject_adapter_in_model(peft.LoraConfig(**{"target_modules": ["q_proj"]} | fields), model)
+        assert convert(model, CONFIG).read(IDS).num_tokens_read == 30
+
+
+@pytest.mark.parametrize("merge", [False, True])
+def test_folder_of_peft_is_loaded_with_its_base(merge: bool, tmp_path: Path) -> None:
+    """Catches a folder that PEFT wrote and nothing here reads: `load_model`, `fam`, and the harness's `peft`."""
+    save_passkey_model(tmp_path / "base")
+    base, _ = load_model(tmp_path / "base")
+    torch.manual_seed(1)
+    options = {"modules_to_save": ["fam"], "init_lora_weights": False, "target_modules": ["q_proj"]}
+    model = peft.get_peft_model(base, peft.LoraConfig(**options)).eval()
+    model.peft_config["default"].base_model_name_or_path = str(tmp_path / "base")
+    model.save_pretrained(tmp_path / "adapter")
+    loaded, _ = load_model(tmp_path / "adapter", merge=merge)
+    ids = torch.arange(20)[None]
+    expected = model(input_ids=ids).logits
+    torch.testing.assert_close(loaded(input_ids=ids).logits, expected, atol=1e-4, rtol=1e-4)
+    harness = pytest.importorskip("transformerfam.harness")
+    lm = harness.FamLM(str(tmp_path / "base"), peft=str(tmp_path / "adapter"))
+    torch.testing.assert_close(lm.model(input_ids=ids).logits, expected, atol=1e-4, rtol=1e-4)
+    with pytest.raises(TransformerFamError, match="asked is for system 'bswa'"):
+        load_model(tmp_path / "adapter", "bswa")
+    with pytest.raises(StateMismatchError, match="does not fit this model"):
+        load_peft_folder(convert(make_tiny_llama(), CONFIG), tmp_path / "adapter", merge)
+    with pytest.raises(CorruptFileError, match=r"holds no PEFT adapter \(adapter_config.json is missing\)"):
+        load_peft_folder(base, tmp_path / "base", merge)

@@ -13,11 +13,12 @@ from test_fast_path import GRADIENT_TOLERANCE, LOGITS_TOLERANCE, assert_near, ta
 from tiny_llama import VOCABULARY, make_tiny_llama, random_ids, random_rows
 
 from transformerfam import FamConfig, convert
-from transformerfam.adapter import FamAdapter, inject_lora, merge_lora
+from transformerfam.adapter import FamAdapter
 from transformerfam.compiled import compile_decoding, compile_reading
 from transformerfam.config import UPDATE_PRESETS
 from transformerfam.convert import fam_parameters
 from transformerfam.errors import TransformerFamError
+from transformerfam.peft_adapters import inject_lora, merge_lora
 from transformerfam.reference import ReferenceWeights, run_reference
 from transformerfam.reference_layer import LayerWeights
 from transformerfam.row_lora import leading_rows
@@ -181,10 +182,14 @@ def test_rows_of_one_thread_are_not_those_of_another() -> None:
 
 def test_lora_where_no_rows_go_is_refused() -> None:
     """Catches LoRA that would act on tokens, or on nothing, and the field without rows."""
-    with pytest.raises(TransformerFamError, match=r"LoRA is on .*embed_tokens, a Embedding that sees no FAM rows"):
+    with pytest.raises(TransformerFamError, match=r"the adapter has a Embedding at .*embed_tokens, where no FAM rows"):
         make_model(targets=["embed_tokens"]).init_state()
-    with pytest.raises(TransformerFamError, match=r"LoRA is on .*lm_head, a Linear that sees no FAM rows"):
+    with pytest.raises(TransformerFamError, match=r"the adapter has a Linear at .*lm_head, where no FAM rows"):
         make_model(targets=["lm_head", "q_proj"]).init_state()
+    tuned: Any = convert(make_tiny_llama(), FamConfig.preset("gated", **SHAPE, fam_lora="rows"))
+    peft.get_peft_model(tuned, peft.LoraConfig(target_modules=["q_proj"], modules_to_save=["embed_tokens"]))
+    with pytest.raises(TransformerFamError, match=r"the adapter has a ModulesToSaveWrapper at .*embed_tokens"):
+        tuned.init_state()
     with pytest.raises(TransformerFamError, match="fam_lora is 'rows', required is 'all' with fam_length 0"):
         FamConfig(fam_length=0, fam_lora="rows")
     assert FamConfig.preset("gated", fam_lora="rows").without_fam().fam_lora == "all"

@@ -31,14 +31,22 @@ from transformerfam.files import (
     write_text,
 )
 from transformerfam.identity import describe_architecture
-from transformerfam.row_lora import refuse_merge
+from transformerfam.peft_adapters import (
+    LORA_CONFIG_FILE,
+    active_adapter,
+    adapter_tensors,
+    base_of,
+    has_adapters,
+    inject_lora,
+    merge_lora,
+    set_adapter_tensors,
+)
 from transformerfam.state import FamState
 from transformerfam.versions import require_peft
 
 ADAPTER_FORMAT_VERSION = 1
 FAM_FILE = "fam.safetensors"
 LORA_FILE = "adapter_model.safetensors"
-LORA_CONFIG_FILE = "adapter_config.json"
 SETTLE_SECONDS = 1.0
 """How long two files that do not fit together are read again: another process may be writing the second."""
 
@@ -76,33 +84,6 @@ def require_own_folder(folder: str | os.PathLike[str], is_model: bool, overwrite
         raise TransformerFamError(f"{folder} holds {kind} already; {remedy}choose another folder")
 
 
-def inject_lora(model: PreTrainedModel, lora_config: Any) -> None:
-    """Put LoRA layers into a converted model, in place, and leave prompt or prefix trainable beside them."""
-    require_peft().inject_adapter_in_model(lora_config, model)
-    for parameter in memory_of(model).parameters():
-        parameter.requires_grad_(True)
-
-
-def merge_lora(model: PreTrainedModel) -> None:
-    """Add the LoRA weights to the base weights, in place; outputs stay the same.
-
-    Raises:
-        TransformerFamError: LoRA acts on FAM rows alone (`fam_lora="rows"`).
-    """
-    if memory_of(model).config.fam_lora == "rows":
-        refuse_merge()
-    peft = require_peft()
-    identity = memory_of(model).identity
-    assert identity is not None
-    identity.base_digest_before_merge = identity.base_digest()
-    identity.memory_digest_before_merge = identity.memory_digest()
-    for name, module in list(model.named_modules()):
-        if isinstance(module, peft.tuners.lora.LoraLayer):
-            module.merge()
-            model.set_submodule(name, module.get_base_layer())
-    del model.peft_config
-
-
 @dataclasses.dataclass
 class FamAdapter:
     """Prompt or prefix, LoRA and optionally a saved FAM, apart from the base model.
@@ -134,13 +115,16 @@ class FamAdapter:
         """Take the adapter off a converted model, which stays as it is.
 
         Args:
-            model: converted, with or without LoRA injected.
+            model: converted, with or without PEFT's layers, or a `PeftModel` around it; of several adapters the one in
+                force is taken.
             saved_fam: a reading whose first sequence's FAM is stored too.
             notes: free JSON values.
 
         Raises:
-            TransformerFamError: the model is not converted, or its LoRA was merged and can no longer be told apart.
+            TransformerFamError: the model is not converted, its LoRA was merged and can no longer be told apart, or
+                several adapters are in force at once.
         """
+        model = base_of(model)
         memory = memory_of(model)
         assert memory.identity is not None
         if memory.identity.memory_digest_before_merge is not None:
@@ -153,13 +137,10 @@ class FamAdapter:
             saved_fam=None if saved_fam is None else saved_fam.fams[:, 0].detach().clone(),
             notes=dict(notes or {}),
         )
-        if getattr(model, "peft_config", None):
-            peft = require_peft()
-            values = model.peft_config["default"].to_dict()
-            adapter.lora_config = json.loads(json.dumps(values, default=_plain))
-            adapter.lora = {
-                name: value.detach().clone() for name, value in peft.get_peft_model_state_dict(model).items()
-            }
+        if has_adapters(model):
+            name = active_adapter(model)
+            adapter.lora_config = json.loads(json.dumps(model.peft_config[name].to_dict(), default=_plain))
+            adapter.lora = adapter_tensors(model, name)
         return adapter
 
     def save_pretrained(self, folder: str | os.PathLike[str], dtype: torch.dtype | None = None) -> None:
@@ -274,9 +255,7 @@ class FamAdapter:
         if self.lora_config is not None:
             peft = require_peft()
             inject_lora(model, peft.LoraConfig(**_known_fields(peft.LoraConfig, self.lora_config)))
-            result = peft.set_peft_model_state_dict(model, {name: value.float() for name, value in self.lora.items()})
-            if result.unexpected_keys:
-                raise StateMismatchError(f"adapter has LoRA for unknown parts: {result.unexpected_keys[:3]}")
+            set_adapter_tensors(model, self.lora)
             if merge and self.config.fam_lora == "all":
                 merge_lora(model)
         return model

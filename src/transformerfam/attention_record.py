@@ -16,10 +16,10 @@ from torch import nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.masking_utils import sdpa_mask
 
+from transformerfam.arguments import check_ids
 from transformerfam.cache_layer import FamLayer
 from transformerfam.errors import TransformerFamError
 from transformerfam.families import family_of
-from transformerfam.forward import check_ids
 from transformerfam.memory import memory_of
 from transformerfam.state import FamState
 
@@ -139,7 +139,7 @@ def record_attention(
         raise TransformerFamError(
             f"the text has {ids_1T.shape[1]} tokens, required is a whole block of {config.block_size}; give more"
         )
-    check_ids(ids_1T, model.get_input_embeddings().num_embeddings)
+    check_ids(ids_1T, model.get_input_embeddings().weight.shape[0])
     state: FamState = model.init_state(1)
     for block_idx in range(num_blocks):
         before = [None if layer.fam is None else layer.fam.clone() for layer in state.layers]

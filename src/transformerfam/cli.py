@@ -2,6 +2,7 @@
 
 import contextlib
 import shlex
+import warnings
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -232,6 +233,9 @@ def read_command(
     skip_tokens: Annotated[
         int, typer.Option("--skip-tokens", min=0, help="Tokens of the text that the state has read.")
     ] = 0,
+    allow_unknown: Annotated[
+        bool, typer.Option("--allow-unknown", help="Read a text of which the model knows next to no word, too.")
+    ] = False,
     device: DeviceOption = "cpu",
     overwrite: OverwriteOption = False,
 ) -> None:
@@ -244,9 +248,10 @@ def read_command(
     loaded_model, tokenizer = _load(model, device=device)
     reading = loaded_model.init_state().detach() if state is None else FamState.load(state, loaded_model, batch_size=1)
     num_before = reading.num_tokens_read
-    num_tokens = None if is_read_once(file) else count_tokens(file, tokenizer)
+    num_tokens = None if is_read_once(file) else count_tokens(file, tokenizer, state is None)
     try:
-        with tokens_bar("reading") as update:
+        with tokens_bar("reading") as update, warnings.catch_warnings(record=True) as noted:
+            warnings.simplefilter("always", UserWarning)
             read_text_stream(
                 loaded_model,
                 tokenizer,
@@ -254,6 +259,7 @@ def read_command(
                 reading,
                 skip_tokens=skip_tokens,
                 progress=lambda n, moved: update(n, num_tokens, moved),
+                allow_unknown=allow_unknown,
             )
     except BaseException as error:  # nothing that was read is lost, whatever ends the reading
         num_done = skip_tokens + reading.num_tokens_read - num_before
@@ -262,7 +268,8 @@ def read_command(
         with uninterrupted():
             kept, _ = save_somewhere(reading, save, replaces)
         again = shlex.join(["fam", "read", file, "--model", model, "--state", str(kept), "--save", str(kept)])
-        again += f"{_device_argument(device)} --skip-tokens {num_done}"
+        again += _device_argument(device) + (" --allow-unknown" if allow_unknown else "")
+        again += f" --skip-tokens {num_done}"
         text = f"after {num_done:,} tokens, which are kept in {kept}; go on with: {again}"
         if isinstance(error, KeyboardInterrupt):
             say(f"interrupted {text}")
@@ -270,6 +277,8 @@ def read_command(
         raise TransformerFamError(f"{error or type(error).__name__}; the reading ended {text}") from error
     with uninterrupted():
         kept, refusal = save_somewhere(reading, save, replaces)
+    for warning in noted:
+        say(str(warning.message))
     say(f"read {reading.num_tokens_read:,} tokens; state of {reading.num_bytes:,} bytes in {kept}")
     if refusal is not None:
         raise refusal

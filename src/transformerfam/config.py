@@ -1,14 +1,13 @@
 """Every choice of the paper, one documented field each."""
 
 import dataclasses
-import difflib
-import inspect
 import json
 import math
 from dataclasses import InitVar, dataclass
 from typing import Any, Literal
 
 from transformerfam.errors import TransformerFamError
+from transformerfam.fields import require_field, require_types, values_to_fields
 
 FAM_DTYPES = ("float32", "bfloat16", "float16")
 
@@ -166,10 +165,11 @@ class FamConfig:
 
     def __post_init__(self, fam_copy: bool | None) -> None:
         self._take_fam_copy(fam_copy)
-        if self.fam_layers is not None:  # JSON and TOML give lists
+        if isinstance(self.fam_layers, list):  # as JSON and TOML have it
             object.__setattr__(self, "fam_layers", tuple(self.fam_layers))
         if self.fam_norm_bound == math.inf:  # TOML has no null
             object.__setattr__(self, "fam_norm_bound", None)
+        require_types(self)
         require_field(self, "block_size", self.block_size >= 1, "at least 1")
         require_field(
             self, "fam_length", 0 <= self.fam_length <= self.block_size, f"0 to block_size ({self.block_size})"
@@ -191,20 +191,6 @@ class FamConfig:
             self.fam_share_threshold == 0 or self.fam_update == "gated",
             "0 with fam_update='paper', which has no share",
         )
-        for name, allowed in (
-            ("fam_position", ("last", "fractional", "zero")),
-            ("fam_query_position", ("written", "current")),
-            ("fam_init", ("prompt", "prefix")),
-            ("fam_update", ("paper", "gated")),
-            ("fam_query", ("previous", "initial", "below")),
-            ("fam_residual", ("previous", "none", "initial", "below")),
-            ("fam_feeds", ("same", "next", "slots")),
-            ("fam_share", ("row", "head")),
-            ("fam_value", ("rows", "block")),
-            ("fam_lora", ("all", "rows")),
-            ("fam_dtype", FAM_DTYPES),
-        ):
-            require_field(self, name, getattr(self, name) in allowed, f"one of {', '.join(allowed)}")
         if self.fam_layers is not None:
             layers = self.fam_layers
             valid = len(layers) > 0 and min(layers) >= 0 and len(set(layers)) == len(layers)
@@ -266,6 +252,8 @@ class FamConfig:
         """
         if fam_copy is None:
             return
+        if not isinstance(fam_copy, bool):
+            raise TransformerFamError(f"fam_copy is {fam_copy!r}, required is True or False; change fam_copy")
         given, asked = (self.fam_query, self.fam_residual), ("previous", "previous")
         if not fam_copy:
             asked = ("initial", "none")
@@ -344,28 +332,3 @@ class FamConfig:
             TransformerFamError: `values` has a key that is no field, or a value out of range.
         """
         return cls(**values_to_fields(cls, values))
-
-
-def require_field(config: Any, name: str, holds: bool, required: str) -> None:
-    """Refuse a field of a configuration.
-
-    Raises:
-        TransformerFamError: `holds` is False; the message names the field, its value, and what is required.
-    """
-    if not holds:
-        raise TransformerFamError(f"{name} is {getattr(config, name)!r}, required is {required}; change {name}")
-
-
-def values_to_fields(cls: type, values: dict[str, Any]) -> dict[str, Any]:
-    """Return plain values, once all of them are fields of the configuration `cls`.
-
-    Raises:
-        TransformerFamError: one is not; the message has the nearest field.
-    """
-    known = list(inspect.signature(cls).parameters)
-    for name in values:
-        if name not in known:
-            nearest = difflib.get_close_matches(name, known, n=1)
-            hint = f"; did you mean {nearest[0]}?" if nearest else f"; known fields are {', '.join(known)}"
-            raise TransformerFamError(f"{cls.__name__} has no field {name!r}{hint}")
-    return values

@@ -5,8 +5,8 @@ the tokens, the cache, the mask, and the rows' residual. Where they are in a fam
 says.
 """
 
-import functools
 import inspect
+import threading
 from collections.abc import Callable, Sequence
 from types import MethodType
 from typing import Any
@@ -21,7 +21,7 @@ from transformerfam.errors import TransformerFamError, UnsupportedModelError
 from transformerfam.families import Family, decoder_layers, family_of, part_of
 from transformerfam.flash import FLASH_BACK_ENDS
 from transformerfam.forward import read_pieces
-from transformerfam.identity import ModelIdentity, describe_architecture
+from transformerfam.identity import ModelIdentity
 from transformerfam.kernels import BACK_END, MIXED_BACK_END
 from transformerfam.layouts import find_layouts
 from transformerfam.memory import (
@@ -75,8 +75,9 @@ def convert(model: PreTrainedModel, config: FamConfig) -> PreTrainedModel:
     back_end, type_of_model = model.config._attn_implementation, type(model)
     handles: list[Any] | None = None
     try:
-        handles = attach(model, config, find_layouts(model))
-        check_seams(model)
+        with torch.autocast(model.device.type, enabled=False):  # whose rounding is none of the model's own type
+            handles = attach(model, config, find_layouts(model))
+            check_seams(model)
     except (TransformerFamError, TypeError, AttributeError, KeyError) as error:
         if handles is not None:
             revert(model, handles)
@@ -100,7 +101,7 @@ def attach(model: PreTrainedModel, config: FamConfig, layouts: Sequence[LayerLay
     config = _with_fam_layers(config, layouts)
     memory = FamMemory(config, embedding, layouts)
     memory.caches_queries = family.has_attention_interface and not family.is_parallel(model.config)
-    memory.identity = ModelIdentity(model, describe_architecture(model))
+    memory.identity = ModelIdentity(model)
     decoder.fam = memory
     if family.has_attention_interface:
         own = FLASH_BACK_ENDS | {"sdpa": BACK_END}
@@ -115,14 +116,39 @@ def attach(model: PreTrainedModel, config: FamConfig, layouts: Sequence[LayerLay
     return handles
 
 
+class BoundMethod:
+    """A function as a method of one object: copied, pickled and saved with it.
+
+    (A method of Python's own goes into a pickle as a name to look up, and is not there yet when it comes out.)
+    """
+
+    def __init__(self, function: Callable[..., Any], target: Any, original: Callable[..., Any] | None) -> None:
+        self.function = function
+        self.target = target
+        self.__name__ = function.__name__ if original is None else original.__name__
+        self.__doc__ = function.__doc__
+
+    @property
+    def __signature__(self) -> inspect.Signature:
+        """That of the class's own method in whose place it is."""
+        original = getattr(type(self.target), self.__name__, None)
+        if original is not None:
+            return inspect.signature(MethodType(original, self.target))
+        return inspect.signature(MethodType(self.function, self.target))
+
+    @property
+    def __self__(self) -> Any:
+        """The object that it is a method of."""
+        return self.target
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Call the function with the object in front."""
+        return self.function(self.target, *args, **kwargs)
+
+
 def bind_method(target: nn.Module, name: str, function: Callable[..., Any]) -> None:
     """Make `function` a method of this one object, with the signature of the method it stands in for."""
-    original = getattr(type(target), name, None)
-    if original is not None:
-        function = functools.wraps(original)(function)
-        function.__signature__ = inspect.signature(original)  # type: ignore[attr-defined]
-        del function.__wrapped__  # accelerate's unwrap_model would take the original for the method it had wrapped
-    setattr(target, name, MethodType(function, target))
+    setattr(target, name, BoundMethod(function, target, getattr(type(target), name, None)))
 
 
 def revert(model: PreTrainedModel, handles: Sequence[Any]) -> None:
@@ -143,6 +169,21 @@ def _with_fam_layers(config: FamConfig, layouts: Sequence[LayerLayout]) -> FamCo
     return config.replace(fam_layers=layers)
 
 
+class _OnTheWay(threading.local):
+    """Pieces between two hooks of a layer, with their parts of the state: every thread's own.
+
+    Attributes:
+        entered: what goes through the layer.
+        behind_attention: what went through attention and comes to the branch.
+    """
+
+    entered: tuple[Any, Any] | None = None
+    behind_attention: tuple[Any, Any] | None = None
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), ()  # nothing is on its way in a copy
+
+
 class LayerSeam:
     """The hooks of one layer: they hand its rows, its mask and its residual to the piece that goes through.
 
@@ -157,8 +198,7 @@ class LayerSeam:
         self.family = family
         self.branch_factor = family.branch_factor(config)  # before the branch is added to the residual
         self.entries = family.entries(config)
-        self._entered: tuple[Any, Any] | None = None  # what goes through the layer
-        self._behind_attention: tuple[Any, Any] | None = None  # what went through attention and comes to the branch
+        self._on_the_way = _OnTheWay()
 
     def attach(self, layer: nn.Module) -> list[Any]:
         """Register the hooks and return their handles."""
@@ -180,7 +220,7 @@ class LayerSeam:
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         """Put the layer's FAM and mask in place."""
-        found = self._entered = self._find(kwargs)
+        found = self._on_the_way.entered = self._find(kwargs)
         if found is None:
             return None
         step, layer = found
@@ -202,9 +242,10 @@ class LayerSeam:
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         """Put the rows that ask in front of what the norm, or attention itself, is given."""
-        if self._entered is None:
+        entered = self._on_the_way.entered
+        if entered is None:
             return None
-        step, layer = self._entered
+        step, layer = entered
         if args:
             return (step.enter_branch(layer, args[0]), *args[1:]), kwargs
         return args, kwargs | {"hidden_states": step.enter_branch(layer, kwargs["hidden_states"])}
@@ -213,7 +254,8 @@ class LayerSeam:
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         """Let an attention that does not go through transformers' interface give its weights."""
-        if self._entered is None or not self._entered[0].wants_weights:
+        entered = self._on_the_way.entered
+        if entered is None or not entered[0].wants_weights:
             return None
         return args, kwargs | {"output_attentions": True}
 
@@ -224,14 +266,14 @@ class LayerSeam:
             return output
         found[0].note_weights(found[1], output[1])
         if self.family.branch != self.family.attention:
-            self._behind_attention = found
+            self._on_the_way.behind_attention = found
             return output
         step, layer = found
         return (step.after_attention(layer, output[0], self.branch_factor), *output[1:])
 
     def after_branch(self, module: nn.Module, args: tuple[Any, ...], output_BTD: torch.Tensor) -> torch.Tensor:
         """Hand what the norm gives to the piece."""
-        found, self._behind_attention = self._behind_attention, None
+        found, self._on_the_way.behind_attention = self._on_the_way.behind_attention, None
         if found is None:
             return output_BTD
         step, layer = found
@@ -239,7 +281,7 @@ class LayerSeam:
 
     def leave_layer(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         """Note what the FAM rows became."""
-        found, self._entered = self._find(kwargs), None
+        found, self._on_the_way.entered = self._find(kwargs), None
         if found is not None:
             step, layer = found
             step.leave_layer(layer, output[0] if isinstance(output, tuple) else output)

@@ -133,7 +133,7 @@ def prepare_demo(model_name: str, seed: int, num_tokens: int | None = None) -> D
     page = first_page(text, tokenizer, int(notes.get("proven_prefix_tokens", 0)), generator)
     rest = FillerStream(encode(tokenizer, text[len(page) :]) or encode(tokenizer, text), book)
     writer = PasskeyText(tokenizer, rest)
-    page_ids, intro_ids = encode(tokenizer, page) if page else [], writer.intro_ids(key)
+    page_ids, intro_ids = writer.start_ids + (encode(tokenizer, page) if page else []), writer.intro_ids(key)
     least = len(page_ids) + len(intro_ids)
     if num_tokens < least:
         raise TransformerFamError(f"tokens is {num_tokens}, the key's page takes {least}; give at least so many")

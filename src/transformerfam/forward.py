@@ -4,22 +4,32 @@ The class's own forward runs once per piece, and a piece never crosses a block b
 its own place in its block, so that padding and decoding never mix them up.
 """
 
+import dataclasses
 import functools
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 import torch
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils.checkpoint import checkpoint
 from transformers.modeling_outputs import MoeModelOutputWithPast
 
+from transformerfam.arguments import check_ids, check_positions, own_mask, take_arguments
 from transformerfam.attention import Piece
 from transformerfam.cache_argument import CACHE_NAME, as_cache, take_cache
 from transformerfam.errors import StateMismatchError, TransformerFamError
-from transformerfam.identity import ModelIdentity
+from transformerfam.hidden_gradients import take_gradients_of, without_gradients
+from transformerfam.identity import ModelIdentity, UnboundIdentity
 from transformerfam.memory import QUERY_BACK_ENDS, FamMemory, run_decoder
 from transformerfam.reading_state import ReadingState
 from transformerfam.row_lora import bind_lora, leading_rows
 from transformerfam.state import FamState
+
+NOT_COMPILED = (
+    "a model with a memory reads piece by piece, each of another shape, into a state; compile pieces with "
+    "transformerfam.compiled.compile_decoding and compile_reading"
+)
+"""Why `torch.compile(model)` leaves the decoder as it is, and compiles what is around it."""
 
 State = TypeVar("State", bound=ReadingState)
 RunPiece = Callable[[Any, State, torch.Tensor, list[int], dict[str, Any]], MoeModelOutputWithPast]
@@ -27,35 +37,7 @@ RunPiece = Callable[[Any, State, torch.Tensor, list[int], dict[str, Any]], MoeMo
 further arguments of the model's forward."""
 
 
-def check_ids(input_ids: torch.Tensor | None, vocab_size: int) -> None:
-    """Refuse empty input and token ids out of range.
-
-    Raises:
-        TransformerFamError: with the id and the range.
-    """
-    if input_ids is None or input_ids.numel() == 0:
-        raise TransformerFamError("input is empty, required is at least one token; give token ids")
-    low, high = int(input_ids.min()), int(input_ids.max())
-    if low < 0 or high >= vocab_size:
-        raise TransformerFamError(
-            f"token id {low if low < 0 else high} is out of range, required is 0 to {vocab_size - 1}; use the "
-            "tokenizer of this model"
-        )
-
-
-def _check_mask(attention_mask: torch.Tensor | None, batch_size: int, length: int) -> torch.Tensor | None:
-    """Return the `(B, T)` boolean mask of this call's tokens, or None where all are real."""
-    if attention_mask is None:
-        return None
-    if attention_mask.dim() != 2 or len(attention_mask) != batch_size or attention_mask.shape[1] < length:
-        raise TransformerFamError(
-            f"attention_mask has shape {tuple(attention_mask.shape)}, required is (batch, tokens) "
-            f"({batch_size}, {length}); a converted model makes its own mask of blocks and memory"
-        )
-    valid = attention_mask[:, -length:].bool()  # while it decodes, generate gives the whole text's mask
-    return None if bool(valid.all()) else valid
-
-
+@torch.compiler.disable(reason=NOT_COMPILED)
 def read_pieces(
     self: Any,
     input_ids: torch.Tensor | None = None,
@@ -65,78 +47,104 @@ def read_pieces(
     inputs_embeds: torch.Tensor | None = None,
     use_cache: bool | None = None,
     **kwargs: Any,
-) -> MoeModelOutputWithPast:
+) -> Any:
     """Run the decoder over tokens of any number, piece by piece; a piece never crosses a block boundary.
 
-    This is `forward` of a converted model's decoder. `position_ids` are not used: positions follow from the state.
+    This is `forward` of a converted model's decoder. Positions follow from the state.
 
     Args:
         self: the decoder.
         input_ids: `(B, T)` new tokens.
         attention_mask: `(B, T)`, 1 for tokens and 0 for padding; of a longer mask the last T columns count.
-        position_ids: ignored.
+        position_ids: `(1 or B, T)`, from any number on; refused where they do not run on by one.
         cache: the state to advance, or `past_key_values`; None starts one.
         inputs_embeds: `(B, T, D)` instead of `input_ids`.
-        use_cache: False leaves the state out of the output.
+        use_cache: False leaves the state out of the output; None is the model's configuration.
         **kwargs: go on to the model's own forward.
 
     Returns:
         Hidden states `(B, T, D)` after the last norm (of padding: any finite values), and the state.
-    """
-    inputs_embeds = embedded(self, input_ids, inputs_embeds, kwargs)
-    state = _own_state(self, take_cache(kwargs, cache), len(inputs_embeds))
-    return read_in_pieces(self, state, inputs_embeds, attention_mask, _run_piece, use_cache is not False, kwargs)
-
-
-def embedded(
-    decoder: Any, input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor | None, kwargs: dict[str, Any]
-) -> torch.Tensor:
-    """Return the embeddings `(B, T, D)` that a decoder's forward is to read.
 
     Raises:
-        TransformerFamError: there are none, token ids are out of range, or attention weights are asked for.
+        TransformerFamError: an argument asks for what is not done; the message names it.
+        StateMismatchError: the state is another model's, or of another configuration or batch.
     """
-    if (input_ids is None) == (inputs_embeds is None):
-        raise TransformerFamError("exactly one of input_ids and inputs_embeds is required")
-    if kwargs.get("output_attentions"):
-        raise TransformerFamError(
-            "output_attentions is not available on a converted model, since every piece sees another number of keys; "
-            "call it with output_attentions=False"
-        )
-    if inputs_embeds is not None:
-        return inputs_embeds
-    embedding = decoder.get_input_embeddings()
-    check_ids(input_ids, embedding.num_embeddings)
-    looked_up: torch.Tensor = embedding(input_ids)
-    return looked_up
+    inputs = Inputs.of(self, input_ids, inputs_embeds, attention_mask, position_ids, use_cache, kwargs)
+    state = _own_state(self, take_cache(kwargs, cache), len(inputs.embeds_BTD))
+    return read_in_pieces(self, state, inputs, _run_piece, kwargs)
+
+
+@dataclasses.dataclass
+class Inputs:
+    """What one call of a decoder reads, checked.
+
+    Attributes:
+        embeds_BTD: embeddings.
+        valid_BT: which tokens are none of padding; None: all.
+        ids: token ids of every sequence, without padding; None where they are not known.
+        gives_state: whether the state is in the output.
+        gives_object: whether the output is an object, not a tuple.
+    """
+
+    embeds_BTD: torch.Tensor
+    valid_BT: torch.Tensor | None
+    ids: list[list[int]] | None
+    gives_state: bool
+    gives_object: bool
+
+    @classmethod
+    def of(
+        cls,
+        decoder: Any,
+        input_ids: torch.Tensor | None,
+        inputs_embeds: torch.Tensor | None,
+        attention_mask: torch.Tensor | None,
+        position_ids: torch.Tensor | None,
+        use_cache: bool | None,
+        kwargs: dict[str, Any],
+    ) -> "Inputs":
+        """Check a call's arguments, which are those of `read_pieces`.
+
+        Raises:
+            TransformerFamError: see `read_pieces`.
+        """
+        if (input_ids is None) == (inputs_embeds is None):
+            raise TransformerFamError("exactly one of input_ids and inputs_embeds is required")
+        gives_object = take_arguments(decoder, kwargs)
+        if inputs_embeds is None:
+            embedding = decoder.get_input_embeddings()
+            check_ids(input_ids, embedding.weight.shape[0])
+            inputs_embeds = embedding(input_ids)
+        batch_size, length = inputs_embeds.shape[:2]
+        mask = own_mask(attention_mask, batch_size, length)
+        valid = None if mask is None or bool(mask.all()) else mask.bool()
+        check_positions(position_ids, valid, length)
+        gives_state = decoder.config.use_cache if use_cache is None else use_cache
+        return cls(inputs_embeds, valid, _rows_of(input_ids, valid), gives_state, gives_object)
 
 
 def read_in_pieces(
     decoder: Any,
     state: State,
-    inputs_BTD: torch.Tensor,
-    attention_mask: torch.Tensor | None,
+    inputs: Inputs,
     run_piece: RunPiece[State],
-    gives_state: bool,
     kwargs: dict[str, Any],
-) -> MoeModelOutputWithPast:
+) -> Any:
     """Cut an input of any length into pieces that cross no block boundary, and run one after the other.
 
     Args:
         decoder: whose layers they go through.
         state: what is advanced.
-        inputs_BTD: embeddings.
-        attention_mask: `(B, T)`, 1 for tokens and 0 for padding.
+        inputs: what is read.
         run_piece: sends one piece through the layers and moves the state on.
-        gives_state: whether the state is in the output.
         kwargs: go on to the model's own forward.
 
     Returns:
         As `read_pieces`.
     """
+    inputs_BTD, valid, ids = inputs.embeds_BTD, inputs.valid_BT, inputs.ids
     batch_size, length = inputs_BTD.shape[:2]
-    valid = _check_mask(attention_mask, batch_size, length)
-    state.note_input(inputs_BTD, attention_mask)
+    state.note_input(inputs_BTD, valid, ids)
     lengths = [length] * batch_size if valid is None else valid.sum(1).tolist()
     if valid is not None:  # move padding behind the tokens
         order = torch.argsort(~valid, dim=1, stable=True)
@@ -151,20 +159,36 @@ def read_in_pieces(
         block_size = state.config.block_size
         counts = [min(n - d, block_size - f) for n, d, f in zip(lengths, done, state.block_fill, strict=True)]
         pieces.append(run(decoder, state, _slice_rows(inputs_BTD, done, counts), counts, kwargs))
+        state.note_tokens(ids and [row[d : d + n] for row, d, n in zip(ids, done, counts, strict=True)], counts)
         for row, count in enumerate(counts):
             columns[row] += range(width, width + count)
             done[row] += count
         width += max(counts)
     if is_checkpointed:
         state.make_room()
-    return _join(pieces, columns, valid, inputs_BTD, state if gives_state else None)
+    why = None
+    if is_checkpointed:
+        why = "their block is computed again; switch activation checkpointing off"
+    elif not isinstance(state, FamState):
+        why = "a rival's rows are parted by where they stand; take those of a model with FAM"
+    output = _join(pieces, columns, valid, inputs_BTD, state if inputs.gives_state else None, why)
+    return output if inputs.gives_object else output.to_tuple()
+
+
+def _rows_of(ids_BT: torch.Tensor | None, valid: torch.Tensor | None) -> list[list[int]] | None:
+    """Return every sequence's token ids, without padding; None where there are none, or no values, as in a plan."""
+    if ids_BT is None or isinstance(ids_BT, FakeTensor):
+        return None
+    if valid is None:
+        return ids_BT.tolist()
+    return [ids[keep].tolist() for ids, keep in zip(ids_BT, valid, strict=True)]
 
 
 def state_or_new(cache: Any, kind: type[State], identity: ModelIdentity, batch_size: int) -> State:
     """Return the state that an input goes on with, a new one where there is none.
 
     Raises:
-        StateMismatchError: `cache` is of another kind, or of another number of sequences.
+        StateMismatchError: `cache` is of another kind, of another number of sequences, or of another model.
     """
     if cache is None:
         state: State = identity.model.init_state(batch_size)
@@ -179,6 +203,10 @@ def state_or_new(cache: Any, kind: type[State], identity: ModelIdentity, batch_s
             f"state holds {cache.batch_size} sequences, input has {batch_size}; start a new state with "
             f"init_state(batch_size={batch_size})"
         )
+    if isinstance(cache.identity, UnboundIdentity):
+        identity.check(cache.identity.to_metadata(cache.config), cache.config, "the state")
+        cache.identity = identity
+    cache.leave_inference_mode()
     return cache
 
 
@@ -229,11 +257,10 @@ def _run_piece(
         piece.advance()
     finally:
         state.step = None
-    hidden_states = output.hidden_states
     router_logits = getattr(output, "router_logits", None)  # of every layer with experts, `(B * rows, experts)`
     return MoeModelOutputWithPast(
         last_hidden_state=output.last_hidden_state[:, piece.num_rows :],
-        hidden_states=hidden_states and tuple(hidden[:, piece.num_rows :] for hidden in hidden_states),
+        hidden_states=output.hidden_states,  # with FAM rows, to the tensors that the layers have used
         router_logits=router_logits
         and tuple(logits.unflatten(0, (len(counts), -1))[:, piece.num_rows :] for logits in router_logits),
     )
@@ -272,6 +299,7 @@ def _join(
     valid: torch.Tensor | None,
     inputs_BTD: torch.Tensor,
     state: ReadingState | None,
+    why_no_gradients: str | None,
 ) -> MoeModelOutputWithPast:
     """Join the pieces' hidden states and put every token's back where the caller had it."""
     if not pieces:  # a chunk of padding alone
@@ -289,15 +317,32 @@ def _join(
         whole = parts[0] if len(parts) == 1 else torch.cat(list(parts), dim=1)
         return whole if index is None else whole.take_along_dim(index, dim=1)
 
+    last_hidden_state = joined([piece.last_hidden_state for piece in pieces])
     hidden_states = None
     if pieces[0].hidden_states is not None:
-        hidden_states = tuple(joined(parts) for parts in zip(*(p.hidden_states for p in pieces), strict=True))
+
+        def placed_alike(side_by_side: torch.Tensor) -> torch.Tensor:
+            whole = joined([side_by_side])
+            return whole if valid is None else whole * valid[..., None]
+
+        layers = []
+        widths = [piece.last_hidden_state.shape[1] for piece in pieces]
+        for parts in zip(*(piece.hidden_states for piece in pieces), strict=True):
+            tokens = [slice(part.shape[1] - width, None) for part, width in zip(parts, widths, strict=True)]
+            sources = list(zip(parts, tokens, strict=True))
+            whole = joined([part[:, rows] for part, rows in sources])
+            if whole.requires_grad and why_no_gradients is None:
+                whole = take_gradients_of(whole, sources, placed_alike)
+            elif whole.requires_grad:
+                whole = without_gradients(whole, str(why_no_gradients))
+            layers.append(whole)
+        hidden_states = (*layers[:-1], last_hidden_state)
     router_logits = None
     if pieces[0].router_logits is not None:
         by_layer = zip(*(p.router_logits for p in pieces), strict=True)
         router_logits = tuple(joined(parts).flatten(0, 1) for parts in by_layer)
     return MoeModelOutputWithPast(
-        last_hidden_state=joined([piece.last_hidden_state for piece in pieces]),
+        last_hidden_state=last_hidden_state,
         hidden_states=hidden_states,
         router_logits=router_logits,
         **as_cache(state),

@@ -12,13 +12,15 @@ import torch
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import TemplateLM
 from lm_eval.api.registry import register_model
+from lm_eval.models.utils import has_bos_prefix, normalize_gen_kwargs
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, StoppingCriteria
 
-from transformerfam.config import FamConfig
+from transformerfam.config import FAM_DTYPES, FamConfig
 from transformerfam.errors import TransformerFamError
 from transformerfam.models import find_device, load_model
+from transformerfam.peft_adapters import load_peft_folder
 from transformerfam.state import FamState
 
 logger = logging.getLogger(__name__)
@@ -43,6 +45,7 @@ class FamLM(TemplateLM):
         batch_size: int | str = 1,
         max_batch_size: int | None = None,
         tokenizer: str | PreTrainedTokenizerBase | None = None,
+        peft: str | None = None,
         **fields: Any,
     ) -> None:
         """Load a model.
@@ -56,6 +59,7 @@ class FamLM(TemplateLM):
             batch_size: continuations of one context that are scored together.
             max_batch_size: ignored; the harness hands it over.
             tokenizer: of a converted model; else it is ignored here, and read by tasks that generate text by length.
+            peft: folder of an adapter that PEFT wrote, which is added to the weights.
             **fields: of `FamConfig`, in place of the trained ones, as in `fam_key_bias=-8`.
 
         Raises:
@@ -66,6 +70,8 @@ class FamLM(TemplateLM):
             raise TransformerFamError(
                 f"batch_size is {batch_size!r}, required is a number of at least 1; give --batch_size 8"
             )
+        if dtype not in FAM_DTYPES:
+            raise TransformerFamError(f"dtype is {dtype!r}, required is one of {', '.join(FAM_DTYPES)}")
         self.batch_size = int(batch_size)
         if device == "cuda:0" and not torch.cuda.is_available():
             logger.warning("there is no CUDA here, so the model goes to the CPU")
@@ -75,6 +81,8 @@ class FamLM(TemplateLM):
         self.tokenizer: Any = tokenizer
         if isinstance(pretrained, str):
             self.model, self.tokenizer = load_model(pretrained, system, fields)
+        if peft is not None:
+            load_peft_folder(self.model, peft, merge=True)
         self.model.to(self._device, getattr(torch, dtype))
         self.name = str(pretrained) if isinstance(pretrained, str) else type(pretrained).__name__
 
@@ -106,10 +114,17 @@ class FamLM(TemplateLM):
         """No limit: the largest number that tasks compare lengths with."""
         return 1 << 30
 
-    def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
-        """Return the token ids of a text."""
-        ids = self.tokenizer(string, add_special_tokens=bool(add_special_tokens), verbose=False)["input_ids"]
-        return list(ids)
+    def tok_encode(
+        self, string: str, add_special_tokens: bool | None = None, left_truncate_len: int | None = None, **kwargs: Any
+    ) -> list[int]:
+        """Return the token ids of a text, of which the last `left_truncate_len` where so many are asked for.
+
+        None begins it as the tokenizer begins texts, unless it has that token in front, False as what follows a text.
+        """
+        if add_special_tokens is None:
+            add_special_tokens = not has_bos_prefix(string, self.tokenizer.decode(self.prefix_token_id))
+        ids = self.tokenizer(string, add_special_tokens=add_special_tokens, verbose=False)["input_ids"]
+        return list(ids)[-(left_truncate_len or 0) :]
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
         """Return a conversation as the model's own template writes it."""
@@ -205,11 +220,14 @@ class FamLM(TemplateLM):
         return results
 
     def _continue(self, context: str, options: dict[str, Any]) -> str:
-        until = options.pop("until", None) or []
-        until = [until] if isinstance(until, str) else [stop for stop in until if stop]
-        num_new = int(options.pop("max_gen_toks", DEFAULT_NEW_TOKENS))
-        if not options.get("do_sample"):
-            options = {"do_sample": False}  # a temperature of 0 is greedy, and warns
+        options = dict(normalize_gen_kwargs(options, DEFAULT_NEW_TOKENS))
+        if "max_length" in options:
+            raise TransformerFamError(
+                f"max_length is {options['max_length']!r}, which counts the context, too; give max_gen_toks instead"
+            )
+        until, num_new = [stop for stop in options.pop("until", []) if stop], options.pop("max_gen_toks")
+        if not options["do_sample"]:
+            options.pop("temperature", None)  # 0 is greedy, and warns
         ids = self.tok_encode(context) or [self.prefix_token_id]
         state = self.model.init_state()
         if len(ids) > 1:

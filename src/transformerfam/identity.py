@@ -6,6 +6,8 @@ import re
 import warnings
 from typing import Any
 
+import torch
+
 from transformerfam.config import FamConfig
 from transformerfam.errors import StateMismatchError, TransformerFamError
 from transformerfam.files import digest_tensors
@@ -28,12 +30,12 @@ ARCHITECTURE_KEYS = (
 )
 
 MEMORY_PREFIXES = ("fam.", "rival.")
-LORA_MARK = "lora_"
+PEFT_MARKS = ("lora_", "trainable_tokens_", ".modules_to_save.")
 
 
 def is_memory_parameter(name: str) -> bool:
-    """Say whether a parameter belongs to the memory (prompt, prefix, a rival's, LoRA) and not to the base model."""
-    return LORA_MARK in name or any(prefix in name for prefix in MEMORY_PREFIXES)
+    """Say whether a parameter belongs to the memory (prompt, prefix, a rival's, PEFT's) and not to the base model."""
+    return any(mark in name for mark in (*PEFT_MARKS, *MEMORY_PREFIXES))
 
 
 def describe_architecture(model: Any) -> dict[str, Any]:
@@ -51,9 +53,75 @@ def _in_todays_fields(values: dict[str, Any], config: FamConfig) -> dict[str, An
         return values
 
 
-def _plain_name(name: str) -> str:
-    """Return a parameter's name without what PEFT puts around it."""
-    return re.sub(r"\.modules_to_save\.[^.]+", "", name.replace(".base_layer", ""))
+def require_at_hand(name: str, weight: torch.Tensor) -> None:
+    """Refuse a weight that is offloaded, of which only the shape is at hand.
+
+    Raises:
+        TransformerFamError: it is.
+    """
+    if weight.device.type == "meta":
+        raise TransformerFamError(
+            f"{name} is on device 'meta', as weights that accelerate offloads are, and its values are needed here; "
+            "load the model without offloading it, or, to read alone, keep embeddings and memory on one by device_map"
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class UnboundIdentity:
+    """The identity of a state that came out of a pickle, until a model goes on with it.
+
+    Attributes:
+        metadata: what `ModelIdentity.to_metadata` gave.
+    """
+
+    metadata: dict[str, Any]
+
+    @property
+    def architecture(self) -> dict[str, Any]:
+        """What two models must share."""
+        architecture: dict[str, Any] = self.metadata["architecture"]
+        return architecture
+
+    @property
+    def model(self) -> Any:
+        """Refuse: there is none yet.
+
+        Raises:
+            StateMismatchError: always.
+        """
+        raise StateMismatchError(
+            "the state came out of a pickle and has no model yet; give it to one with model.read(ids, state) or "
+            "model(ids, past_key_values=state) first"
+        )
+
+    def to_metadata(self, config: Any) -> dict[str, Any]:
+        """Return everything that `ModelIdentity.check` compares, as JSON values."""
+        return self.metadata | {"fam_config": config.to_dict()}
+
+
+def adapters_in_force(model: Any) -> set[str]:
+    """Return the names of PEFT's adapters that take part in a model's outputs."""
+    named: set[str] = set()
+    for module in model.modules():
+        active = getattr(module, "active_adapters", None)
+        if isinstance(active, list):  # of a layer of PEFT's; models have a method of this name
+            named |= set(active)
+    return named
+
+
+def _plain_names(model: Any, of_memory: bool) -> dict[str, Any]:
+    """Return the parameters of the base model, or of the memory with the adapter in force, by names without PEFT's."""
+    inactive = set(getattr(model, "peft_config", None) or ()) - adapters_in_force(model)
+    chosen = {}
+    for name, parameter in model.named_parameters():
+        is_memory, is_original = is_memory_parameter(name), ".original_module." in name
+        found = re.search(r"\.(?:lora_\w+|trainable_tokens_\w+|modules_to_save)\.([^.]+)", name)
+        if is_memory == of_memory and not (is_memory and is_original) and not (found and found[1] in inactive):
+            name = name if found is None else name[: found.start(1)] + "default" + name[found.end(1) :]
+            chosen[re.sub(r"\.modules_to_save\.default|\.(?:base_layer|original_module|token_adapter)\b", "", name)] = (
+                parameter
+            )
+    return chosen
 
 
 @dataclasses.dataclass
@@ -64,12 +132,16 @@ class ModelIdentity:
     """
 
     model: Any
-    architecture: dict[str, Any]
     base_digest_before_merge: str | None = None
     """Digest of the base weights, kept when LoRA was merged into them."""
     memory_digest_before_merge: str | None = None
     """Digest of prompt and LoRA, kept when LoRA was merged."""
     _cache: dict[bool, tuple[tuple[Any, ...], str]] = dataclasses.field(default_factory=dict)
+
+    @property
+    def architecture(self) -> dict[str, Any]:
+        """What two models must share, as the model is now: embeddings may be resized."""
+        return describe_architecture(self.model)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "ModelIdentity":
         """Go with a copy of the model; a copy of the memory alone, as PEFT makes it, stays with the model."""
@@ -84,12 +156,12 @@ class ModelIdentity:
         return self.memory_digest_before_merge or self._digest(of_memory=True)
 
     def _digest(self, of_memory: bool) -> str:
-        chosen = {
-            _plain_name(name): parameter
-            for name, parameter in self.model.named_parameters()
-            if is_memory_parameter(name) == of_memory and ".original_module." not in name
-        }
-        versions = tuple((name, value.data_ptr(), value._version) for name, value in chosen.items())
+        chosen = _plain_names(self.model, of_memory)
+        for name, value in chosen.items():
+            require_at_hand(name, value)
+        versions = tuple(
+            (name, value.data_ptr(), None if value.is_inference() else value._version) for name, value in chosen.items()
+        )
         cached = self._cache.get(of_memory)
         if cached is None or cached[0] != versions:
             cached = (versions, digest_tensors(chosen))

@@ -67,7 +67,7 @@ def find_layouts(model: PreTrainedModel) -> list[LayerLayout]:
     """
     decoder, was_training = model.get_decoder(), model.training
     generator = torch.Generator().manual_seed(0)
-    vocab_size = model.get_input_embeddings().num_embeddings
+    vocab_size = model.get_input_embeddings().weight.shape[0]
     ids = torch.randint(vocab_size, (1, PROBE_LENGTH), generator=generator).to(model.device)
     inputs: dict[int, torch.Tensor] = {}
 

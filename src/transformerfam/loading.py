@@ -20,6 +20,7 @@ from transformers.utils import cached_file
 from transformerfam.adapter import FAM_FILE, FamAdapter
 from transformerfam.convert import METHODS, memory_of
 from transformerfam.errors import CorruptFileError, TransformerFamError, UnsupportedModelError
+from transformerfam.peft_adapters import has_adapters
 
 CONFIG_KEY = "fam_config"
 CODE_KEY = "auto_map"  # classes in Python files of the folder
@@ -97,7 +98,7 @@ def save_pretrained(self: PreTrainedModel, save_directory: str | os.PathLike[str
     Raises:
         TransformerFamError: the model has LoRA, which is saved with `FamAdapter.from_model(model).save_pretrained`.
     """
-    if getattr(self, "peft_config", None):
+    if has_adapters(self):
         raise TransformerFamError(
             "the model has LoRA; save it with FamAdapter.from_model(model).save_pretrained(folder)"
         )

@@ -69,6 +69,10 @@ class FamMemory(nn.Module):
         else:
             self.prefix = nn.Parameter(rows.expand(len(layouts), -1, -1).clone())
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave compiled steps out of copies and pickles, which are compiled anew or not at all."""
+        return self.__dict__ | {"compiled_steps": []}
+
     def fam_width(self, hidden_size: int) -> int:
         """Return the numbers of one row of the FAM: `hidden_size`, or with slots all heads' keys and values."""
         if not self.config.has_slots:
@@ -90,7 +94,8 @@ def initial_prompt(embedding: nn.Embedding, fam_length: int) -> torch.Tensor:
     weight = embedding.weight.detach().float()
     noise = torch.randn(fam_length, weight.shape[1], generator=torch.Generator().manual_seed(0))
     rows = weight.mean(0) + 0.01 * weight.std() * noise.to(weight.device)
-    factor = float(getattr(embedding, "scalar_embed_scale", 1.0))  # Gemma's embedding multiplies what it looks up
+    find_own: Any = getattr(embedding, "get_base_layer", lambda: embedding)  # inside of PEFT's
+    factor = float(getattr(find_own(), "scalar_embed_scale", 1.0))  # Gemma's embedding multiplies what it looks up
     return (factor * rows).to(embedding.weight.dtype)
 
 
@@ -105,7 +110,8 @@ def memory_of(model: PreTrainedModel) -> FamMemory:
         raise TransformerFamError("the model has no memory yet; call convert(model, FamConfig(...)) first")
     if isinstance(memory, FamMemory):
         return memory
-    return memory.modules_to_save[memory.active_adapter]
+    own = [name for name in memory.active_adapters if name in memory.modules_to_save]
+    return memory.modules_to_save[own[0]] if own else memory.original_module
 
 
 def fam_parameters(model: PreTrainedModel) -> list[nn.Parameter]:

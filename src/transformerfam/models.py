@@ -2,6 +2,7 @@
 
 import difflib
 import importlib.resources
+import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,9 +15,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 from transformerfam.adapter import CONFIG_FILE, FAM_FILE, RUN_FILES, FamAdapter
 from transformerfam.config import FamConfig
 from transformerfam.convert import convert
-from transformerfam.errors import StateMismatchError, TransformerFamError
+from transformerfam.errors import CorruptFileError, StateMismatchError, TransformerFamError
 from transformerfam.files import load_tensors, metadata_form, save_tensors
 from transformerfam.loading import load_pretrained, plain_loading
+from transformerfam.peft_adapters import LORA_CONFIG_FILE, has_adapters, load_peft_folder
 from transformerfam.rivals import RIVAL_NAMES, RivalConfig, attach
 from transformerfam.smollm2 import load_smollm2
 
@@ -77,8 +79,8 @@ def load_model(
     """Load a converted model with its memory, ready to read.
 
     Args:
-        name_or_folder: "tiny", "smollm2", or a folder: what `save_model` or `FamAdapter.save_pretrained` wrote, or any
-            model that transformers loads (without a trained memory).
+        name_or_folder: "tiny", "smollm2", or a folder: what `save_model` or `FamAdapter.save_pretrained` wrote, what
+            PEFT wrote for such a model, or any model that transformers loads (without a trained memory).
         system: "fam" is the trained memory; "bswa" the rival without memory: the one trained alike where the folder
             has it (sub-folder `bswa`), else the base weights with `fam_length` 0; "fam_untrained" the base weights
             with a memory that nobody trained; the name of a rival is what `save_rival` wrote.
@@ -96,6 +98,8 @@ def load_model(
     if system not in SYSTEMS:
         raise TransformerFamError(f"there is no system {system!r} to load; {_nearest(system, SYSTEMS)}")
     folder = _find_folder(name_or_folder)
+    if (folder / LORA_CONFIG_FILE).is_file() and not (folder / FAM_FILE).is_file():
+        return _load_peft(folder, system, config_overrides, merge)
     if system in RIVAL_NAMES or (folder / RIVAL_FILE).is_file():
         return _load_rival(folder, system, config_overrides)
     if system == "bswa" and (folder / BSWA_FOLDER / FAM_FILE).is_file():
@@ -115,6 +119,23 @@ def load_model(
     else:
         convert(model, config.without_fam() if system == "bswa" else config)
     return model.eval(), tokenizer
+
+
+def _load_peft(
+    folder: Path, system: str, overrides: Mapping[str, Any] | None, merge: bool
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Load a folder that PEFT's `save_pretrained` wrote, with the converted model that its configuration names."""
+    try:
+        base = json.loads((folder / LORA_CONFIG_FILE).read_text(encoding="utf-8"))["base_model_name_or_path"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CorruptFileError(f"{folder / LORA_CONFIG_FILE} cannot be read ({error}); copy it again") from error
+    if system != "fam" or not base:
+        raise TransformerFamError(
+            f"{folder} holds an adapter of PEFT for the base model {base!r}, asked is for system {system!r}; required "
+            "is system 'fam' and the folder of a converted model as base_model_name_or_path"
+        )
+    model, tokenizer = load_model(base, system, overrides)
+    return load_peft_folder(model, folder, merge).eval(), tokenizer
 
 
 def save_model(
@@ -140,7 +161,7 @@ def save_model(
         TransformerFamError: the model has LoRA, is not converted, the disk is full, or the folder holds a model that is
             not of this package.
     """
-    if getattr(model, "peft_config", None):
+    if has_adapters(model):
         raise TransformerFamError(
             "the model has LoRA; save it with FamAdapter.from_model(model).save_pretrained(folder)"
         )

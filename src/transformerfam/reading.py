@@ -1,4 +1,4 @@
-"""The methods that a converted model has beside its own: `init_state`, `read`, and the cache of `generate`."""
+"""The methods that a converted model has beside its own: `init_state` and `read`, and its `forward`."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -6,10 +6,12 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from transformerfam.cache_argument import CACHE_NAME, rename_cache
+from transformerfam.arguments import check_ids, own_mask
+from transformerfam.cache_argument import rename_cache
 from transformerfam.cache_layer import FamLayer, LayerPlan, Sections, joined_slots
 from transformerfam.errors import ReadInterrupted, StateMismatchError, TransformerFamError
-from transformerfam.forward import check_ids
+from transformerfam.generation import GENERATION_METHODS
+from transformerfam.identity import require_at_hand
 from transformerfam.memory import initial_fam, initial_queries, memory_of, prompt_pass
 from transformerfam.positions import first_position
 from transformerfam.processes import uninterrupted
@@ -42,7 +44,8 @@ def init_state(
         A state of `batch_size` sequences that have read nothing.
 
     Raises:
-        TransformerFamError: `batch_size` is below 1, or `fam` has another shape.
+        TransformerFamError: `batch_size` is below 1, `fam` has another shape, `is_saved` does not fit them, or the
+            embeddings or the initial FAM are offloaded.
     """
     if batch_size < 1:
         raise TransformerFamError(f"batch_size is {batch_size}, required is at least 1")
@@ -50,6 +53,12 @@ def init_state(
     if memory.config.fam_lora == "rows":
         bind_lora(self)
     assert memory.identity is not None
+    if is_saved is not None and (len(is_saved) != batch_size or (fam is None and any(is_saved))):
+        raise TransformerFamError(
+            f"is_saved is {list(is_saved)}, required are {batch_size} flags, and a saved fam where one is True"
+        )
+    for name, parameter in (("the embedding", self.get_input_embeddings().weight), *memory.named_parameters()):
+        require_at_hand(name, parameter)
     config, weight = memory.config, self.get_input_embeddings().weight
     num_layers = len(memory.layouts)
     fam_dtype = getattr(torch, config.fam_dtype)
@@ -119,23 +128,37 @@ def read(
 
     Args:
         self: the converted model.
-        input_ids: `(T,)` or `(B, T)` token ids.
+        input_ids: `(T,)` or `(B, T)` token ids, which follow what the state has read; `generate` leaves the last token
+            that it generated unread, so begin with that one, `state.unread_ids`.
         state: reading to go on with, in place; None starts one.
-        attention_mask: `(B, T)`, 1 for tokens and 0 for padding, on either side.
+        attention_mask: `(B, T)`, 1 for tokens and 0 for padding, on either side; of a longer one the last T columns.
         progress: True draws a bar; a function is called with (tokens done, tokens in all, state) after every block.
 
     Returns:
         The state, advanced by the tokens.
 
     Raises:
-        TransformerFamError: empty input, token ids out of range, or a batch that does not fit the state.
+        TransformerFamError: empty input, token ids that are no integers or out of range, a mask of another shape, or a
+            batch that does not fit the state.
         ReadInterrupted: Ctrl-C; it carries the state and says how to go on.
     """
-    ids = torch.as_tensor(input_ids, dtype=torch.long)
-    ids = (ids[None] if ids.dim() == 1 else ids).to(self.device)
-    attention_mask = None if attention_mask is None else attention_mask.to(self.device)
-    check_ids(ids, self.get_input_embeddings().num_embeddings)
-    state = self.init_state(len(ids)) if state is None else state
+    ids = torch.as_tensor(input_ids)
+    check_ids(ids, self.get_input_embeddings().weight.shape[0])
+    if ids.dim() not in (1, 2):
+        raise TransformerFamError(f"token ids have shape {tuple(ids.shape)}, required is (tokens,) or (batch, tokens)")
+    ids = (ids[None] if ids.dim() == 1 else ids).to(self.device, torch.long)
+    if attention_mask is not None:
+        attention_mask = torch.as_tensor(attention_mask, device=self.device)
+        attention_mask = attention_mask[None] if attention_mask.dim() == 1 else attention_mask
+        attention_mask = own_mask(attention_mask, *ids.shape)
+    if not (isinstance(progress, bool) or callable(progress)):
+        raise TransformerFamError(f"progress is {progress!r}, required is True, False or a function")
+    if state is None:
+        state = self.init_state(len(ids))
+    elif not isinstance(state, ReadingState):
+        raise StateMismatchError(
+            f"state is a {type(state).__name__}, required is one of this model; start one with model.init_state()"
+        )
     if progress is True:
         with reading_bar(ids.shape[1]) as update:
             return self.read(ids, state, attention_mask, update)
@@ -155,30 +178,6 @@ def read(
     return state
 
 
-def prepare_cache_for_generation(
-    self: PreTrainedModel,
-    generation_config: Any,
-    model_kwargs: dict[str, Any],
-    generation_mode: Any,
-    batch_size: int,
-    max_cache_length: int,
-) -> None:
-    """Give `generate` a FamState where the caller gave none, and refuse caches of other kinds."""
-    if generation_config.cache_implementation is not None:
-        raise TransformerFamError(
-            f"cache_implementation is {generation_config.cache_implementation!r}, required is None; a converted model "
-            "carries a FamState"
-        )
-    expand = max(generation_config.num_beams or 1, generation_config.num_return_sequences or 1)
-    given = model_kwargs.get(CACHE_NAME)
-    if given is None:
-        if generation_config.use_cache is not False:
-            model_kwargs[CACHE_NAME] = self.init_state(batch_size * expand)
-        return
-    if isinstance(given, ReadingState) and expand > 1 and given.batch_size == batch_size:
-        given.batch_repeat_interleave(expand)
-
-
 def forward(self: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
     """Call the class's own `forward`; the state may come as `past_key_values` or as `cache`.
 
@@ -188,19 +187,9 @@ def forward(self: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
     return type(self).forward(self, *args, **rename_cache(args, kwargs))
 
 
-def generate(self: Any, *args: Any, **kwargs: Any) -> Any:
-    """Call the class's own `generate`; the state may come as `past_key_values` or as `cache`.
-
-    Raises:
-        TransformerFamError: both are given.
-    """
-    return type(self).generate(self, *args, **rename_cache(args, kwargs))
-
-
 READER_METHODS: dict[str, Callable[..., Any]] = {
     "forward": forward,
-    "generate": generate,
     "read": read,
-    "_prepare_cache_for_generation": prepare_cache_for_generation,
+    **GENERATION_METHODS,
 }
 """What every model with a memory has in the place of its class's methods, or beside them."""

@@ -13,6 +13,7 @@ import torch
 from transformers import Cache
 
 from transformerfam.errors import TransformerFamError
+from transformerfam.identity import UnboundIdentity
 
 
 class ReadingState(Cache, abc.ABC):
@@ -24,14 +25,28 @@ class ReadingState(Cache, abc.ABC):
     Attributes:
         config: the configuration that it was made with.
         identity: the model that it was made on.
+        histories: of every sequence a number made from the tokens that it has read, see `history_of`; None where they
+            are not known, as after embeddings.
+        unread_ids: of every sequence the token that `generate` generated last, which is not read yet, or None.
+        is_left_by_beams: whether the sequences are beams that a search has left.
+        is_generating: whether `generate` is running.
     """
 
     config: Any
     identity: Any
     block_fill: list[int]
     num_blocks_per_row: list[int]
+    histories: list[int | None]
+    unread_ids: list[int | None]
+    is_left_by_beams = False
+    is_generating = False
+    step: Any = None  # the piece that is going through the model
     _records = False
-    _before: tuple[Any, torch.Tensor, torch.Tensor | None] | None = None  # a fork, and the input after it
+    _before: tuple[Any, torch.Tensor, torch.Tensor | None, list[list[int]] | None] | None = None  # see `note_input`
+
+    def begin_history(self) -> None:
+        """Note that no sequence has read a token."""
+        self.histories, self.unread_ids = [0] * self.batch_size, [None] * self.batch_size
 
     # What it holds
 
@@ -83,8 +98,10 @@ class ReadingState(Cache, abc.ABC):
 
         Under `torch.no_grad` use `fork()`, since the tensors are then written in place.
         """
-        twin = copy.copy(self)
-        twin._records, twin._before = False, None
+        twin = object.__new__(type(self))
+        twin.__dict__ |= self.__dict__
+        twin._records, twin._before, twin.is_generating = False, None, False
+        twin.histories, twin.unread_ids = list(self.histories), list(self.unread_ids)
         return twin
 
     @abc.abstractmethod
@@ -94,10 +111,14 @@ class ReadingState(Cache, abc.ABC):
     @abc.abstractmethod
     def go_on_from(self, other: Self) -> None:
         """Take over the tensors and the place of a state of the same reading, which is not used any more."""
+        self.histories, self.unread_ids = other.histories, other.unread_ids
 
     @abc.abstractmethod
     def batch_select_indices(self, indices: torch.Tensor) -> None:
         """Keep the batch rows `indices`, in that order."""
+        rows = indices.tolist()
+        self.histories = [self.histories[row] for row in rows]
+        self.unread_ids = [self.unread_ids[row] for row in rows]
 
     @abc.abstractmethod
     def zero_memory(self) -> Self:
@@ -122,6 +143,21 @@ class ReadingState(Cache, abc.ABC):
     def detach(self) -> Self:
         """Cut the graph and return the state."""
         return self.map(torch.Tensor.detach)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave the model out of a pickle, which the next model to go on with the state is compared with."""
+        left_out = {"identity": UnboundIdentity(self.identity.to_metadata(self.config)), "step": None}
+        return self.__dict__ | left_out | {"_records": False, "_before": None, "is_generating": False}
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        twin = self.fork()
+        twin.identity = copy.deepcopy(self.identity, memo)
+        return twin
+
+    def leave_inference_mode(self) -> None:
+        """Make tensors that `torch.inference_mode` has left usable outside of it, where that is over."""
+        if not torch.is_inference_mode_enabled():
+            self.map(lambda tensor: tensor.clone() if tensor.is_inference() else tensor)
 
     def select(self, rows: Sequence[int] | torch.Tensor) -> Self:
         """Return a new state of the batch rows `rows`, in that order; a row may appear more than once."""
@@ -151,10 +187,18 @@ class ReadingState(Cache, abc.ABC):
         """Keep a fork from before the last input from now on, so that `crop` can go back (assisted decoding)."""
         self._records = True
 
-    def note_input(self, inputs_BTD: torch.Tensor, attention_mask: torch.Tensor | None) -> None:
+    def note_input(self, inputs_BTD: torch.Tensor, valid_BT: torch.Tensor | None, ids: list[list[int]] | None) -> None:
         """Note what is about to be read, if `crop` shall be able to take it back."""
         if self._records:
-            self._before = self.fork(), inputs_BTD, attention_mask
+            self._before = self.fork(), inputs_BTD, valid_BT, ids
+
+    def note_tokens(self, ids: Sequence[Sequence[int]] | None, counts: Sequence[int]) -> None:
+        """Note the tokens that every sequence has read, or that their ids are not known."""
+        for row, count in enumerate(counts):
+            if count:
+                history = self.histories[row]
+                self.histories[row] = None if ids is None or history is None else history_of(ids[row], history)
+                self.unread_ids[row] = None
 
     @torch.no_grad()
     def crop(self, tokens_to_remove: int) -> None:
@@ -175,21 +219,23 @@ class ReadingState(Cache, abc.ABC):
                 f"a {type(self).__name__} cannot take back {abs(tokens_to_remove)} tokens, since its memory holds no "
                 "single tokens; fork() the state before reading on, or call activate_past_recording() before the input"
             )
-        fork, inputs_BTD, mask = before
+        fork, inputs_BTD, mask, ids = before
         self.go_on_from(fork)
         if num_kept:
-            self._records = False
-            mask = None if mask is None else mask[:, -inputs_BTD.shape[1] :][:, :num_kept]
-            decoder = self.identity.model.get_decoder()
+            self._records, histories = False, self.histories
+            mask = None if mask is None else mask[:, :num_kept]
+            decoder, num_before = self.identity.model.get_decoder(), self.row_lengths
             decoder(inputs_embeds=inputs_BTD[:, :num_kept], attention_mask=mask, past_key_values=self)
-            self._records = True
+            self._records, self.histories = True, histories
+            counts = [now - before for now, before in zip(self.row_lengths, num_before, strict=True)]
+            self.note_tokens(ids and [row[:count] for row, count in zip(ids, counts, strict=True)], counts)
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
-        """Return 0: `generate` would cut so many tokens from its input, and a state is given new tokens alone.
+        """Return the tokens that the longest sequence has read; 0 inside of `generate` and of the model's layers.
 
-        `num_tokens_read` says how much was read.
+        There the state itself says what of an input is new and where it stands.
         """
-        return 0
+        return 0 if self.is_generating or self.step is not None else self.num_tokens_read
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
         """Choose and order batch rows, for beam search."""
@@ -207,6 +253,13 @@ class ReadingState(Cache, abc.ABC):
         """
         name = type(self).__name__
         raise TransformerFamError(f"a {name} cannot be reset; start a new one with model.init_state()")
+
+
+def history_of(ids: Sequence[int], before: int = 0) -> int:
+    """Return a number that tells one run of tokens from another, and goes on from that of the tokens before it."""
+    for token in ids:
+        before = (before * 1_000_003 + token + 1) % ((1 << 61) - 1)
+    return before
 
 
 def require_several(batch_size: int) -> None:

@@ -48,13 +48,14 @@ def bind_lora(model: nn.Module) -> None:
     if not getattr(model, "peft_config", None):
         return
     peft, output = require_peft(), model.get_output_embeddings()  # type: ignore[operator]
+    adapters = (peft.tuners.tuners_utils.BaseTunerLayer, peft.utils.other.AuxiliaryTrainingWrapper)
     for name, module in model.named_modules():
-        if not isinstance(module, peft.tuners.lora.LoraLayer) or _is_bound(module):
+        if not isinstance(module, adapters) or _is_bound(module):
             continue
         if not isinstance(module, peft.tuners.lora.Linear) or module is output:
             raise TransformerFamError(
-                f"fam_lora is 'rows', and LoRA is on {name}, a {type(module.get_base_layer()).__name__} that sees no "
-                "FAM rows; target linear layers of the decoder alone, or set fam_lora='all'"
+                f"fam_lora is 'rows', and the adapter has a {type(module).__name__} at {name}, where no FAM rows can "
+                "be told apart; let it be LoRA on linear layers of the decoder alone, or set fam_lora='all'"
             )
         if module.merged:
             refuse_merge()

@@ -10,10 +10,12 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from transformerfam.cache_argument import cache_in
 from transformerfam.config import FamConfig
 from transformerfam.errors import UnsupportedModelError
 from transformerfam.families import FAMILIES, decoder_layers, family_of, own_windows, part_of
 from transformerfam.flash import FLASH_BACK_ENDS
+from transformerfam.identity import require_at_hand
 from transformerfam.kernels import BACK_END
 from transformerfam.layouts import RELATIVE_TOLERANCE, inverse_frequencies, relative_error
 from transformerfam.memory import memory_of
@@ -78,6 +80,7 @@ def check_structure(model: Any, config: FamConfig) -> None:
                 f"RoPE of type {rope_type!r} changes with the length of the text, so keys cannot be turned; set "
                 "another type"
             )
+    require_at_hand("the embedding", model.get_input_embeddings().weight)
     _check_update(model, config)
 
 
@@ -145,6 +148,74 @@ def _short_windows(decoder: Any) -> Iterator[None]:
         memory.layouts = layouts
 
 
+class _Watch:
+    """Note what enters every layer and what its attention gives, for tokens without FAM rows.
+
+    A second run can be given what entered the layers in a first one. Rounding, and with it the choice of experts, is
+    then not carried on from layer to layer, where it grows.
+
+    Args:
+        model: the converted model.
+        first: the first run; None: this is the first.
+        num_given: its tokens that enter the layers here, too; None: all.
+
+    Attributes:
+        entered: of every layer, what would have entered it, piece by piece.
+        inputs: of every layer, what has entered it.
+        outputs: of every layer, what its attention gave.
+    """
+
+    def __init__(self, model: PreTrainedModel, first: "_Watch | None" = None, num_given: int | None = None) -> None:
+        layers, self._attention = decoder_layers(model), family_of(model).attention
+        self._layers, self._first, self._num_given = layers, first, num_given
+        self.entered: list[list[torch.Tensor]] = [[] for _ in layers]
+        self.inputs: list[list[torch.Tensor]] = [[] for _ in layers]
+        self.outputs: list[list[torch.Tensor]] = [[] for _ in layers]
+
+    def __enter__(self) -> "_Watch":
+        self._handles = []
+        for layer_idx, layer in enumerate(self._layers):
+            enter, leave = (functools.partial(step, layer_idx) for step in (self._enter, self._leave))
+            self._handles.append(layer.register_forward_pre_hook(enter, with_kwargs=True, prepend=True))
+            attention = part_of(layer, self._attention)
+            self._handles.append(attention.register_forward_hook(leave, with_kwargs=True))
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        for handle in self._handles:
+            handle.remove()
+
+    def _enter(
+        self, layer_idx: int, module: nn.Module, args: Any, kwargs: dict[str, Any]
+    ) -> tuple[Any, dict[str, Any]]:
+        hidden, num_rows = args[0], self._num_rows(kwargs)
+        tokens = hidden[:, num_rows:].clone()
+        start = sum(part.shape[1] for part in self.inputs[layer_idx])
+        self.entered[layer_idx].append(tokens)
+        if self._first is not None:
+            given = torch.cat(self._first.inputs[layer_idx], dim=1)[:, start : self._num_given]
+            given = given[:, : tokens.shape[1]]
+            tokens = torch.cat((given, tokens[:, given.shape[1] :]), dim=1)
+        self.inputs[layer_idx].append(tokens)
+        return (torch.cat((hidden[:, :num_rows], tokens), dim=1), *args[1:]), kwargs
+
+    def _leave(self, layer_idx: int, module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
+        output = output[0] if isinstance(output, tuple) else output
+        self.outputs[layer_idx].append(output[:, self._num_rows(kwargs) :].clone())
+
+    @staticmethod
+    def _num_rows(kwargs: dict[str, Any]) -> int:
+        step = getattr(cache_in(kwargs), "step", None)
+        return 0 if step is None else step.num_rows
+
+    def require_equal(self, seam: str, num_tokens: int | None = None) -> None:
+        """Refuse a model whose attentions give something else than in the first run, up to `num_tokens` tokens."""
+        assert self._first is not None
+        pairs = [(self.entered[0], self._first.entered[0]), *zip(self.outputs, self._first.outputs, strict=True)]
+        for there, required in pairs:
+            _require_equal(seam, torch.cat(there, dim=1)[:, :num_tokens], torch.cat(required, dim=1)[:, :num_tokens])
+
+
 @torch.no_grad()
 def check_seams(model: PreTrainedModel) -> None:
     """Run a few tokens through the converted model and compare with what the algorithm says.
@@ -154,7 +225,7 @@ def check_seams(model: PreTrainedModel) -> None:
 
     Source: DESIGN, "How FAM enters a model".
     """
-    vocab_size = model.get_input_embeddings().num_embeddings
+    vocab_size = model.get_input_embeddings().weight.shape[0]
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(vocab_size, (1, 2 * PROBE_BLOCK_SIZE), generator=generator).to(model.device)
     _check_cache_and_mask(model, ids)
@@ -164,12 +235,16 @@ def check_seams(model: PreTrainedModel) -> None:
 
 
 def _require_equal(seam: str, there: torch.Tensor, required: torch.Tensor) -> None:
-    error = relative_error(there, required)
-    limit = RELATIVE_TOLERANCE[required.dtype]
-    if not error <= limit:  # also refuses NaN
-        raise does_not_fit(
-            f"the {seam} seam does not fit this model: relative error {error:.1e}, allowed is {limit:.0e}"
-        )
+    error, dtype = relative_error(there, required), required.dtype
+    limit = RELATIVE_TOLERANCE[dtype]
+    if error <= limit:
+        return  # NaN is refused
+    reason = f"the {seam} seam does not fit this model: relative error {error:.1e}, allowed is {limit:.0e}"
+    if dtype in (torch.float32, torch.float64):
+        raise does_not_fit(reason)
+    raise UnsupportedModelError(
+        f"{reason} in {dtype}; convert it in float32 (model.float()), to tell rounding from a seam that does not fit"
+    )
 
 
 def _require_changed(seam: str, there: torch.Tensor, before: torch.Tensor) -> None:
@@ -178,13 +253,16 @@ def _require_changed(seam: str, there: torch.Tensor, before: torch.Tensor) -> No
 
 
 def _check_cache_and_mask(model: PreTrainedModel, ids: torch.Tensor) -> None:
-    """Without FAM, pieces of two blocks that all see each other must give the base model's hidden states."""
+    """Without FAM, attention on pieces of two blocks that all see each other must give what the base model's gives."""
     decoder = model.get_decoder()
     with _probing(model, fam_length=0, fam_layers=None), _short_windows(decoder):
-        base = type(decoder).forward(decoder, input_ids=ids, use_cache=False).last_hidden_state
+        with _Watch(model) as base:
+            type(decoder).forward(decoder, input_ids=ids, use_cache=False)
         state = model.init_state(1)
-        parts = [decoder(input_ids=part, past_key_values=state).last_hidden_state for part in ids.split((3, 5), dim=1)]
-    _require_equal("cache", torch.cat(parts, dim=1), base)
+        with _Watch(model, base) as pieces:
+            for part in ids.split((3, 5), dim=1):
+                decoder(input_ids=part, past_key_values=state)
+    pieces.require_equal("cache")
 
 
 def _check_rows(model: PreTrainedModel, ids: torch.Tensor) -> None:
@@ -193,16 +271,23 @@ def _check_rows(model: PreTrainedModel, ids: torch.Tensor) -> None:
     shape = (len(decoder.fam.layouts), PROBE_FAM_LENGTH, model.config.hidden_size)
     saved = torch.randn(shape, generator=torch.Generator().manual_seed(1))
     changed = ids.clone()
-    changed[:, -1] = (ids[:, -1] + 1) % model.get_input_embeddings().num_embeddings
+    changed[:, -1] = (ids[:, -1] + 1) % model.get_input_embeddings().weight.shape[0]
     with _probing(model):
-        results = []
-        for tokens, fam in ((ids, saved), (ids, -saved), (changed, saved)):
+        first, results = _Watch(model), []
+        num_same = ids.shape[1] - 1
+        later = _Watch(model, first, num_same)
+        for tokens, fam, watch in (
+            (ids, saved, first),
+            (ids, -saved, contextlib.nullcontext()),
+            (changed, saved, later),
+        ):
             state = model.init_state(1, fam=fam)
-            results.append((decoder(input_ids=tokens, past_key_values=state).last_hidden_state, state.fams))
-    (hidden, fams), (hidden_other_fam, _), (hidden_changed, fams_changed) = results
+            with watch:
+                results.append((decoder(input_ids=tokens, past_key_values=state).last_hidden_state, state.fams))
+    (hidden, fams), (hidden_other_fam, _), (_, fams_changed) = results
     _require_changed("row", hidden_other_fam[:, 0], hidden[:, 0])
     _require_changed("row", fams_changed, fams)
-    _require_equal("mask", hidden_changed[:, :-1], hidden[:, :-1])
+    later.require_equal("mask", num_same)
 
 
 def _check_first_residual(model: PreTrainedModel, ids: torch.Tensor) -> None:

@@ -64,6 +64,7 @@ class FamState(ReadingState):
         self.starts_from_saved_fam = list(starts_from_saved_fam or [False] * batch_size)
         self.position_offset = position_offset
         self.step: Step | None = None
+        self.begin_history()
         self.num_blocks_until_steady = max(layer.plan.num_blocks_until_steady(config) for layer in layers)
 
     # What it holds
@@ -123,6 +124,13 @@ class FamState(ReadingState):
             layer.map(function)
         return self
 
+    def leave_inference_mode(self) -> None:
+        """Make tensors usable outside of `torch.inference_mode`; see `ReadingState`."""
+        super().leave_inference_mode()
+        for layer in self.layers:
+            if layer.query is not None and layer.query.is_inference() and not torch.is_inference_mode_enabled():
+                layer.query = layer.query.clone()
+
     def make_room(self) -> None:
         """Give every layer's block its slots back, where `drop_complete_block` took them."""
         for layer in self.layers:
@@ -136,11 +144,13 @@ class FamState(ReadingState):
 
     def go_on_from(self, other: "FamState") -> None:
         """Take over the tensors and the place of a state of the same reading, which is not used any more."""
+        super().go_on_from(other)
         self.layers = list(other.layers)
         self.block_fill, self.num_blocks_per_row = other.block_fill, other.num_blocks_per_row
 
     def zero_memory(self) -> "FamState":
         """Set every FAM, and the keys and values made from it, to zero: the control `fam_memory_zeroed`."""
+        self.leave_inference_mode()
         for layer in self.layers:
             if layer.fam is not None:
                 section = layer.keys[..., layer.sections.older_fams : layer.sections.block, :]
@@ -164,6 +174,7 @@ class FamState(ReadingState):
     @torch.no_grad()
     def _put_fams(self, fam_LBFD: torch.Tensor) -> "FamState":
         """Put other FAMs `(L, B, F, D)` in place of the last ones, with the keys and values that they make."""
+        self.leave_inference_mode()
         begun = self.identity.model.init_state(self.batch_size, fam=fam_LBFD, position_offset=self.position_offset)
         begun.num_blocks_per_row = list(self.num_blocks_per_row)
         any_ids_B1 = torch.zeros(self.batch_size, 1, dtype=torch.long, device=fam_LBFD.device)
@@ -187,6 +198,7 @@ class FamState(ReadingState):
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
         """Keep the batch rows `indices`, in that order."""
+        super().batch_select_indices(indices)
         rows = indices.tolist()
         self.block_fill = [self.block_fill[row] for row in rows]
         self.num_blocks_per_row = [self.num_blocks_per_row[row] for row in rows]
@@ -209,6 +221,8 @@ class FamState(ReadingState):
             "num_blocks_per_row": self.num_blocks_per_row,
             "starts_from_saved_fam": self.starts_from_saved_fam,
             "position_offset": self.position_offset,
+            "histories": self.histories,
+            "unread_ids": self.unread_ids,
         }
         tensors = {
             f"layers.{i}.{name}": t for i, layer in enumerate(self.layers) for name, t in layer.tensors().items()
@@ -266,6 +280,8 @@ class FamState(ReadingState):
         state.num_blocks_per_row = list(metadata["num_blocks_per_row"])
         state.starts_from_saved_fam = list(metadata["starts_from_saved_fam"])
         state.position_offset = metadata["position_offset"]
+        state.histories = list(metadata.get("histories", [None] * num_rows))  # of a file that was written before
+        state.unread_ids = list(metadata.get("unread_ids", [None] * num_rows))
         return state
 
 

@@ -261,7 +261,12 @@ def load_comparison(path: str | Path, overrides: Sequence[str] = ()) -> Comparis
     try:
         comparison: Comparison = build_dataclass(Comparison, values, "")
         for run in comparison.runs:
-            comparison.recipe_of(run)
+            recipe = comparison.recipe_of(run)
+            if recipe.instructions is not None and "task" not in values:
+                raise RecipeError(
+                    "the recipe trains on [instructions] and the comparison names no task, so it would be asked for "
+                    "passkeys, which it was not trained on; set task = 'passkey', 'named-keys' or 'facts'"
+                )
     except RecipeError:
         raise
     except TransformerFamError as error:

@@ -13,8 +13,8 @@ from transformerfam.config import FamConfig
 from transformerfam.convert import LayerSeam, bind_method
 from transformerfam.errors import StateMismatchError, TransformerFamError, UnsupportedModelError
 from transformerfam.families import decoder_layers, family_of
-from transformerfam.forward import embedded, read_in_pieces, state_or_new
-from transformerfam.identity import ModelIdentity, describe_architecture
+from transformerfam.forward import NOT_COMPILED, Inputs, read_in_pieces, state_or_new
+from transformerfam.identity import ModelIdentity
 from transformerfam.kernels import MIXED_BACK_END
 from transformerfam.layouts import RELATIVE_TOLERANCE, find_layouts, relative_error
 from transformerfam.memory import StepCache, run_decoder
@@ -56,8 +56,10 @@ def attach(model: PreTrainedModel, config: RivalConfig) -> PreTrainedModel:
             f"attention back end is {back_end!r}, required for a rival is 'sdpa' or 'eager'; call "
             "model.set_attn_implementation('sdpa') first"
         )
-    rival = rival_class(config.system)(config, model, find_layouts(model))
-    rival.identity = ModelIdentity(model, describe_architecture(model))
+    with torch.autocast(model.device.type, enabled=False):
+        layouts = find_layouts(model)
+    rival = rival_class(config.system)(config, model, layouts)
+    rival.identity = ModelIdentity(model)
     decoder.rival = rival
     if rival.mixes:
         model.set_attn_implementation(MIXED_BACK_END)
@@ -70,7 +72,8 @@ def attach(model: PreTrainedModel, config: RivalConfig) -> PreTrainedModel:
         bind_method(model, name, function)
     model.fam_config, model.rival_config = plain, config
     try:
-        _check_pieces(model)
+        with torch.autocast(model.device.type, enabled=False):
+            _check_pieces(model)
     except TransformerFamError:
         for handle in handles:
             handle.remove()
@@ -96,7 +99,7 @@ def _check_pieces(model: PreTrainedModel) -> None:
     rival: Rival = decoder.rival
     config, num_tokens = rival.config, sum(PROBE_LENGTHS)
     generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(model.get_input_embeddings().num_embeddings, (1, num_tokens), generator=generator)
+    ids = torch.randint(model.get_input_embeddings().weight.shape[0], (1, num_tokens), generator=generator)
     ids = ids.to(model.device)
     rival.config = RivalConfig.from_dict(config.to_dict() | {"block_size": num_tokens - 2})
     model.eval()
@@ -172,6 +175,7 @@ def _unflattened(
     return {name: part.view_as(like[name]) for name, part in zip(sorted(like), parts, strict=True)}
 
 
+@torch.compiler.disable(reason=NOT_COMPILED)
 def read_segments(
     self: Any,
     input_ids: torch.Tensor | None = None,
@@ -181,25 +185,25 @@ def read_segments(
     inputs_embeds: torch.Tensor | None = None,
     use_cache: bool | None = None,
     **kwargs: Any,
-) -> MoeModelOutputWithPast:
+) -> Any:
     """Run the decoder over tokens of any number, segment by segment; `forward` of a decoder with a rival.
 
     Args:
         self: the decoder.
         input_ids: `(B, T)` new tokens.
         attention_mask: `(B, T)`, 1 for tokens and 0 for padding; of a longer mask the last T columns count.
-        position_ids: ignored.
+        position_ids: `(1 or B, T)`, from any number on; refused where they do not run on by one.
         cache: the state to advance, or `past_key_values`; None starts one.
         inputs_embeds: `(B, T, D)` instead of `input_ids`.
-        use_cache: False leaves the state out of the output.
+        use_cache: False leaves the state out of the output; None is the model's configuration.
         **kwargs: go on to the model's own forward.
 
     Returns:
         Hidden states `(B, T, D)` after the last norm, and the state.
     """
-    inputs_embeds = embedded(self, input_ids, inputs_embeds, kwargs)
-    state = _own_state(self.rival, take_cache(kwargs, cache), len(inputs_embeds))
-    return read_in_pieces(self, state, inputs_embeds, attention_mask, run_lanes, use_cache is not False, kwargs)
+    inputs = Inputs.of(self, input_ids, inputs_embeds, attention_mask, position_ids, use_cache, kwargs)
+    state = _own_state(self.rival, take_cache(kwargs, cache), len(inputs.embeds_BTD))
+    return read_in_pieces(self, state, inputs, run_lanes, kwargs)
 
 
 def _own_state(rival: Rival, cache: Any, batch_size: int) -> RivalState:

@@ -5,8 +5,8 @@ import json
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
-from transformerfam.config import require_field, values_to_fields
 from transformerfam.errors import TransformerFamError
+from transformerfam.fields import require_field, require_types, values_to_fields
 
 RivalName = Literal[
     "full", "rmt", "autocompressor", "feedback_segment", "block_recurrent", "infini", "armt", "gated_linear"
@@ -67,7 +67,7 @@ class RivalConfig:
             "num_feature_shifts",
             "decay_rank",
         )
-        require_field(self, "system", self.system in RIVAL_NAMES, f"one of {', '.join(RIVAL_NAMES)}")
+        require_types(self)
         for name in at_least_one:
             require_field(self, name, getattr(self, name) >= 1, "at least 1")
         require_field(self, "initial_gate", 0 < self.initial_gate < 1, "between 0 and 1")

@@ -104,6 +104,7 @@ class RivalState(ReadingState):
         self.identity = identity
         self._has_memory = has_memory
         self.set_lanes(lanes)
+        self.begin_history()
 
     def set_lanes(self, lanes: Sequence[Lane]) -> None:
         """Put other lanes in the place of those that there are; together they hold every sequence once."""
@@ -145,7 +146,9 @@ class RivalState(ReadingState):
 
     def shallow_copy(self) -> "RivalState":
         """Return a new state that shares the tensors."""
-        return RivalState([lane.copy() for lane in self.lanes], self.config, self.identity, self._has_memory)
+        twin = super().shallow_copy()
+        twin.set_lanes([lane.copy() for lane in self.lanes])
+        return twin
 
     def map(self, function: Callable[[torch.Tensor], torch.Tensor]) -> "RivalState":
         """Replace every tensor by `function(tensor)` and return the state."""
@@ -155,10 +158,12 @@ class RivalState(ReadingState):
 
     def go_on_from(self, other: "RivalState") -> None:
         """Take over the tensors and the place of a state of the same reading, which is not used any more."""
+        super().go_on_from(other)
         self.set_lanes(other.lanes)
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
         """Keep the batch rows `indices`, in that order."""
+        super().batch_select_indices(indices)
         wanted = indices.tolist()
         lanes = []
         for lane in self.lanes:
@@ -218,6 +223,8 @@ class RivalState(ReadingState):
             "format_version": STATE_FORMAT_VERSION,
             "identity": self.identity.to_metadata(self.config),
             "lanes": lanes,
+            "histories": self.histories,
+            "unread_ids": self.unread_ids,
         }
         tensors = {
             f"{number}.{name}": tensor
@@ -256,6 +263,8 @@ class RivalState(ReadingState):
             )
         with metadata_form(path, "rival state"):
             state.set_lanes(_lanes_of(tensors, metadata["lanes"], device))
+            state.histories = list(metadata.get("histories", [None] * state.batch_size))  # of a file written before
+            state.unread_ids = list(metadata.get("unread_ids", [None] * state.batch_size))
         return state
 
 

@@ -18,7 +18,7 @@ import torch
 
 from transformerfam.errors import TransformerFamError
 from transformerfam.tasks.passkey import FillerStream, load_filler
-from transformerfam.tasks.text import encode
+from transformerfam.tasks.text import encode, start_ids
 
 PEOPLE = ("Mary", "John", "Sandra", "Daniel")
 PLACES = ("kitchen", "garden", "office", "bathroom", "hallway", "bedroom")
@@ -188,6 +188,7 @@ class FactsText:
             TransformerFamError: the tokenizer does not know the stories' words, or the file cannot be read.
         """
         self._tokenizer = tokenizer
+        self.start_ids = start_ids(tokenizer)
         self.filler = filler if isinstance(filler, FillerStream) else load_filler(tokenizer, filler)
         unknown_id = getattr(tokenizer, "unk_token_id", None)
         for word in words():

@@ -64,14 +64,15 @@ class FactsEvaluation(TextsEvaluation):
         share: tuple[int, int],
     ) -> Iterator[dict[str, Any]]:
         length, num_supports, first = place
-        shortest = min(len(story.ids_T) for story in hidden)
+        texts = [torch.cat((torch.tensor(text.start_ids, dtype=torch.long), story.ids_T)) for story in hidden]
+        shortest = min(map(len, texts))
         state: ReadingState | None = None
         for begin in range(0, shortest, READ_TOKENS):
-            ids_BT = torch.stack([story.ids_T[begin : min(shortest, begin + READ_TOKENS)] for story in hidden])
+            ids_BT = torch.stack([ids_T[begin : min(shortest, begin + READ_TOKENS)] for ids_T in texts])
             state = model.read(ids_BT, state)
             if self.progress is not None:
                 self.progress(share[0] + len(hidden) * min(length, begin + READ_TOKENS), share[1], state)
-        state = read_ragged(model, [story.ids_T[shortest:] for story in hidden], state)
+        state = read_ragged(model, [ids_T[shortest:] for ids_T in texts], state)
         ids_BT, mask_BT = padded([torch.tensor(story.question_ids) for story in hidden])
         mask = None if bool(mask_BT.all()) else mask_BT
         said_BT = greedy_tokens(model, ids_BT, state, max(len(story.answer_ids) for story in hidden), mask)

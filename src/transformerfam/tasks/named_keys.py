@@ -112,7 +112,7 @@ class NamedKeysText:
             TransformerFamError: the tokenizer has no tokens for digits, or the file cannot be read.
         """
         self.passkey = PasskeyText(tokenizer, filler)
-        self.filler = self.passkey.filler
+        self.filler, self.start_ids = self.passkey.filler, self.passkey.start_ids
         self.key_ids, self.decode = self.passkey.key_ids, self.passkey.decode
         self._names = [encode(tokenizer, f" {name}") for name in NAMES]
         self._pieces = {

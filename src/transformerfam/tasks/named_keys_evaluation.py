@@ -72,7 +72,8 @@ class NamedKeysEvaluation(TextsEvaluation):
     ) -> Iterator[dict[str, Any]]:
         starts_B = torch.arange(first, first + len(batch)) * 7919  # every text has its own place in the filler
         state = read_ragged(
-            model, [torch.tensor(text.intro_ids(k, int(s))) for k, s in zip(batch, starts_B, strict=True)]
+            model,
+            [torch.tensor(text.start_ids + text.intro_ids(k, int(s))) for k, s in zip(batch, starts_B, strict=True)],
         )
         num_read = 0
         for length in self.filler_lengths:

@@ -68,7 +68,8 @@ def evaluate_next_token(
         }
 
     total, segment, segment_start = _Score(), _Score(), 0
-    pieces = rechunk(stream_token_ids(stream_text(path), tokenizer), PIECE_TOKENS, num_tokens, segment_tokens)
+    ids = stream_token_ids(stream_text(path), tokenizer, begins=True)
+    pieces = rechunk(ids, PIECE_TOKENS, num_tokens, segment_tokens)
     for score, state in _scores(model, pieces):
         total.add(score)
         segment.add(score)

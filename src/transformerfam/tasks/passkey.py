@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from transformerfam.errors import TransformerFamError
-from transformerfam.tasks.text import encode, read_text
+from transformerfam.tasks.text import encode, read_text, start_ids
 from transformerfam.tasks.wordings import KEY, Wording
 
 BEFORE_KEY = (
@@ -153,6 +153,7 @@ class PasskeyText:
             TransformerFamError: the tokenizer has no tokens for digits, or the file cannot be read.
         """
         self._tokenizer = tokenizer
+        self.start_ids = start_ids(tokenizer)
         self.filler = filler if isinstance(filler, FillerStream) else load_filler(tokenizer, filler)
         self.wording = wording
         pieces = wording.intro.split(KEY)
@@ -223,7 +224,7 @@ class PasskeyText:
             filler_start: first token of the filler that is used.
         """
         return PasskeySequence(
-            intro_ids=self.intro_ids(key),
+            intro_ids=self.start_ids + self.intro_ids(key),
             filler_ids=self.filler.slice(filler_start, num_filler_tokens).tolist(),
             question_ids=list(self.question_ids),
             answer_ids=self.key_ids(key),
@@ -247,7 +248,7 @@ class PasskeyText:
         """
         starts = torch.zeros(len(keys), dtype=torch.long) if filler_starts is None else filler_starts
         filler_BT = self.filler.rows(starts, num_filler_tokens)
-        intros = [self.intro_ids(key) for key in keys]
+        intros = [self.start_ids + self.intro_ids(key) for key in keys]
         tails = [self.question_ids + self.key_ids(key) for key in keys]
         if len({len(ids) for ids in tails}) > 1:
             raise TransformerFamError(

@@ -291,7 +291,7 @@ class _Reading:
                 is_uniform = self.options.prefix_tokens == "uniform"
                 at = draw.randint(0, places[0]) if is_uniform else 0
                 sentences.insert(0, (at, self.text.intro_ids(self._old_keys[row])))
-            found.append(PlacedText(self.text.filler, start, sentences))
+            found.append(PlacedText(self.text.filler, start, [(0, self.text.start_ids), *sentences]))
         return found
 
     @cached_property

@@ -2,6 +2,7 @@
 
 import contextlib
 import tempfile
+import warnings
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,15 @@ from transformerfam.errors import ReadInterrupted, TransformerFamError
 from transformerfam.files import require_target
 from transformerfam.state import FamState
 from transformerfam.tasks.next_token import rechunk
-from transformerfam.tasks.text import encode, stream_text, stream_token_ids
+from transformerfam.tasks.text import (
+    SOME_UNKNOWN,
+    encode,
+    encode_start,
+    require_known,
+    stream_text,
+    stream_token_ids,
+    unknown_share,
+)
 
 PIECE_TOKENS = 4096
 
@@ -25,8 +34,11 @@ def read_text_stream(
     *,
     skip_tokens: int = 0,
     progress: Callable[[int, FamState], None] | None = None,
+    allow_unknown: bool = False,
 ) -> FamState:
     """Read pieces of text, which may end anywhere, into one state.
+
+    A state that has read nothing else begins with the special tokens that the tokenizer begins texts with.
 
     Args:
         model: a converted model.
@@ -35,6 +47,7 @@ def read_text_stream(
         state: reading to go on with, in place; None starts one.
         skip_tokens: tokens at the beginning of the text that the state has read already.
         progress: called after every block with the tokens done, skipped ones included, and the state.
+        allow_unknown: read a text of which the tokenizer knows next to no word, too.
 
     Returns:
         The state.
@@ -42,15 +55,23 @@ def read_text_stream(
     Whatever ends the reading, `state` then holds whole pieces, and its `num_tokens_read` says how many tokens.
 
     Raises:
-        TransformerFamError: there is no token to read.
+        TransformerFamError: there is no token to read, or the text's first tokens are mostly unknown words.
         ReadInterrupted: Ctrl-C; it carries the state and the tokens of this text that are done.
+
+    Warns:
+        UserWarning: some tokens are unknown words; it gives their share.
     """
     with torch.no_grad():
         state = model.init_state() if state is None else state
     num_read_before = state.num_tokens_read
-    num_seen = 0
+    num_seen, num_unknown = 0, 0.0
+    begins = num_read_before == skip_tokens  # else the state has read something in front of this text
     try:
-        for ids in rechunk(stream_token_ids(texts, tokenizer), PIECE_TOKENS):
+        for ids in rechunk(stream_token_ids(texts, tokenizer, begins=begins), PIECE_TOKENS):
+            share = unknown_share(tokenizer, ids)
+            num_unknown += share * len(ids)
+            if num_seen == 0 and not allow_unknown:
+                require_known(share, "the text", "allow unknown words (allow_unknown, --allow-unknown)")
             rest = ids[max(0, skip_tokens - num_seen) :]
             num_seen += len(ids)
             if not rest:
@@ -67,6 +88,12 @@ def read_text_stream(
         raise TransformerFamError(
             f"the text has {num_seen} tokens and {skip_tokens} of them are skipped, at least 1 is required to read; "
             "give a longer text"
+        )
+    if num_unknown >= SOME_UNKNOWN * num_seen:
+        warnings.warn(
+            f"{num_unknown / num_seen:.1%} of the text's tokens are words that the tokenizer does not know, which all "
+            "read alike",
+            stacklevel=2,
         )
     return state
 
@@ -108,13 +135,13 @@ def save_somewhere(state: FamState, path: Path, overwrite: bool = False) -> tupl
         raise
 
 
-def count_tokens(path: str | Path, tokenizer: Any) -> int:
-    """Return the number of tokens in a UTF-8 file, or in all files of a folder.
+def count_tokens(path: str | Path, tokenizer: Any, begins: bool = True) -> int:
+    """Return the number of tokens in a UTF-8 file, or in all files of a folder, read from the beginning or behind more.
 
     Raises:
         TransformerFamError: a file cannot be read, or is not UTF-8.
     """
-    return sum(map(len, stream_token_ids(stream_text(path), tokenizer)))
+    return sum(map(len, stream_token_ids(stream_text(path), tokenizer, begins=begins)))
 
 
 @torch.no_grad()
@@ -146,7 +173,7 @@ def generate_text(
             raise TransformerFamError(
                 f"the tokenizer's chat template fails ({type(error).__name__}: {error}); ask without --chat"
             ) from error
-    ids = encode(tokenizer, question)
+    ids = encode(tokenizer, question) if state.num_tokens_read else encode_start(tokenizer, question)
     ids_BT = torch.tensor([ids], device=model.device)
     output_BT = model.generate(
         ids_BT,

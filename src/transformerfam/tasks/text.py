@@ -3,7 +3,7 @@
 import codecs
 import stat
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import IO, Any
 
@@ -13,6 +13,11 @@ from transformerfam.novels import HELD_OUT_NOVELS, open_novel
 
 READ_BYTES = 1 << 16
 STANDARD_INPUT = "-"
+MOST_UNKNOWN = 0.6
+"""Largest share of a text's tokens that may be unknown words unless it is asked for: above it hardly a sentence can be
+told from another."""
+SOME_UNKNOWN = 0.01
+"""Share of them from which on it is said."""
 
 
 def read_text(path: str | Path) -> str:
@@ -117,18 +122,19 @@ def decode_utf8(pieces: Iterable[bytes], name: str) -> Iterator[str]:
         pieces: bytes, in order.
         name: where they come from, for the error.
 
+    A byte order mark in front is no part of the text.
+
     Raises:
         TransformerFamError: the bytes are not UTF-8; the message gives the position of the first wrong byte.
     """
-    decoder = codecs.getincrementaldecoder("utf-8")()
-    num_decoded = 0  # bytes that earlier calls took, without what the decoder holds back
+    decoder = codecs.getincrementaldecoder("utf-8-sig")()
+    num_decoded = 0  # bytes that earlier calls took
     for piece, is_last in _mark_last(pieces):
-        held = len(decoder.getstate()[0])
         try:
             text = decoder.decode(piece, final=is_last)
         except UnicodeDecodeError as error:
-            position = num_decoded - held + error.start
-            yield error.object[: error.start].decode("utf-8")
+            position = num_decoded + len(piece) - len(error.object) + error.start
+            yield error.object[: error.start].decode("utf-8-sig")
             raise TransformerFamError(
                 f"{name} is not UTF-8: byte 0x{error.object[error.start]:02x} at position {position} ({error.reason}); "
                 "UTF-8 text is required, convert it first, for example with iconv -t UTF-8"
@@ -144,7 +150,9 @@ def _mark_last(pieces: Iterable[bytes]) -> Iterator[tuple[bytes, bool]]:
     yield b"", True
 
 
-def stream_token_ids(texts: Iterable[str], tokenizer: Any, piece_chars: int = 16_384) -> Iterator[list[int]]:
+def stream_token_ids(
+    texts: Iterable[str], tokenizer: Any, piece_chars: int = 16_384, *, begins: bool = False
+) -> Iterator[list[int]]:
     """Tokenise text of any length in constant memory, with the ids that the whole text would give.
 
     Pieces end between two words, where tokenizers do not join. One that joins over spaces, or a text without a space
@@ -153,11 +161,15 @@ def stream_token_ids(texts: Iterable[str], tokenizer: Any, piece_chars: int = 16
 
     Args:
         texts: pieces of text that may end anywhere.
-        tokenizer: a Hugging Face tokenizer; no special tokens are added.
+        tokenizer: a Hugging Face tokenizer.
         piece_chars: characters that are gathered before they are tokenised.
+        begins: whether the text begins here, with the special tokens that the tokenizer begins texts with; else it
+            follows what was read before.
     """
     drop_space = _joins_space_in_front(tokenizer)
     buffer = ""
+    if begins and (start := start_ids(tokenizer)):
+        yield start
     try:
         for text in texts:
             buffer += text
@@ -188,6 +200,48 @@ def encode(tokenizer: Any, text: str) -> list[int]:
         raise TransformerFamError(
             f"the text {text[:60]!r} is not UTF-8 at character {halves[0]}; give it as UTF-8"
         ) from error
+
+
+def start_ids(tokenizer: Any) -> list[int]:
+    """Return the special tokens that the tokenizer begins a text with, in front of the text's own; often none.
+
+    A text begins with them, a continuation of what was read does not.
+    """
+    own, whole = encode(tokenizer, "a"), list(tokenizer("a", verbose=False)["input_ids"])
+    for start in range(len(whole) - len(own) + 1):
+        if whole[start : start + len(own)] == own:
+            return whole[:start]
+    return []
+
+
+def encode_start(tokenizer: Any, text: str) -> list[int]:
+    """Return the token ids of a text from its beginning on, with the special tokens in front, unless it has them."""
+    ids, start = encode(tokenizer, text), start_ids(tokenizer)
+    return ids if ids[: len(start)] == start else start + ids
+
+
+def unknown_share(tokenizer: Any, ids: Sequence[int]) -> float:
+    """Return the share of token ids that stand for words that the tokenizer does not know."""
+    unknown_id = getattr(tokenizer, "unk_token_id", None)
+    return 0.0 if unknown_id is None or not ids else list(ids).count(unknown_id) / len(ids)
+
+
+def require_known(share: float, what: str, remedy: str) -> None:
+    """Refuse a text of which the tokenizer knows too little.
+
+    Args:
+        share: of its tokens that are unknown words.
+        what: name of the text.
+        remedy: how to read it all the same.
+
+    Raises:
+        TransformerFamError: the share is above `MOST_UNKNOWN`.
+    """
+    if share > MOST_UNKNOWN:
+        raise TransformerFamError(
+            f"{share:.0%} of the tokens of {what} are words that the tokenizer does not know, allowed are "
+            f"{MOST_UNKNOWN:.0%}; take a model whose vocabulary has them, or {remedy}"
+        )
 
 
 def _last_cut(text: str) -> int:

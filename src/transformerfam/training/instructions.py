@@ -14,7 +14,7 @@ import torch
 
 from transformerfam.errors import RecipeError
 from transformerfam.files import refuse_fifo
-from transformerfam.tasks.text import encode
+from transformerfam.tasks.text import encode, require_known, unknown_share
 from transformerfam.training.recipe import Recipe
 from transformerfam.training.sections import InstructionSection
 from transformerfam.training.sequences import Batch, draw_block_size
@@ -112,6 +112,7 @@ class PackedInstructions:
 
         Raises:
             RecipeError: see `read_instructions`.
+            TransformerFamError: the tokenizer knows too little of the text.
         """
         assert recipe.instructions is not None
         self.section = recipe.instructions
@@ -122,6 +123,9 @@ class PackedInstructions:
         self.pieces = read_instructions(tokenizer, self.section)
         self.announcement = encode(tokenizer, self.section.repeat_prompt) if self.section.repeat_tokens else []
         self.num_packed = self.section.length - len(self.announcement) - self.section.repeat_tokens
+        self.unknown_share = unknown_share(tokenizer, [token for piece in self.pieces for token in piece.ids])
+        if not recipe.data.allow_unknown:
+            require_known(self.unknown_share, "the instructions", "set data.allow_unknown = true")
         num_tokens = sum(len(piece.ids) for piece in self.pieces)
         self.per_epoch = max(1, num_tokens // self.num_packed)
         self._stream: tuple[int, torch.Tensor, torch.Tensor] | None = None  # epoch, tokens, weights

@@ -9,6 +9,7 @@ from transformerfam.config import FamConfig
 from transformerfam.errors import RecipeError, TransformerFamError
 from transformerfam.rivals import RivalConfig, rival_class
 from transformerfam.tasks.named_keys import NAMES
+from transformerfam.training.ranges import require_ranges
 from transformerfam.training.sections import (
     DataSection,
     InstructionSection,
@@ -46,6 +47,7 @@ class Recipe:
     reading: ReadingSection = field(default_factory=ReadingSection)
 
     def __post_init__(self) -> None:
+        require_ranges(self)
         _require(self.schedule.steps >= 1, f"schedule.steps is {self.schedule.steps}, required is at least 1")
         tokens = self.schedule.gradient_tokens
         _require(tokens is None or tokens >= 1, f"schedule.gradient_tokens is {tokens}, required is None or at least 1")

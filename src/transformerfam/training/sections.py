@@ -239,6 +239,8 @@ class DataSection:
     drawn number of supports, those in front of it at most as many. A row counts as right when all answers are."""
     fact_sentences: tuple[int, int] = (4, 10)
     """Least and most sentences of a story."""
+    allow_unknown: bool = False
+    """Train on text of which the tokenizer knows next to no word, too."""
     fact_filler: str = "sentences"
     """What stories are hidden in: the passkey's sentences, a novel of the package, or a UTF-8 file."""
 

@@ -14,7 +14,7 @@ import torch
 
 from transformerfam.errors import RecipeError
 from transformerfam.tasks.passkey import PAPER, SHORT, FillerStream, PasskeyText
-from transformerfam.tasks.text import encode, read_text
+from transformerfam.tasks.text import encode, read_text, require_known, unknown_share
 from transformerfam.training.recipe import Recipe
 from transformerfam.training.sections import DataSection, LossSection, Stage
 from transformerfam.training.told_rows import FactRows, Held, NamedRows, RepeatedRows, Row
@@ -76,6 +76,7 @@ class SequenceBuilder:
 
         Raises:
             RecipeError: the folder of books is empty, or a question is longer than `schedule.gradient_tokens`.
+            TransformerFamError: the tokenizer knows too little of the text.
         """
         self.schedule = recipe.schedule
         self.seed = recipe.schedule.seed
@@ -101,6 +102,12 @@ class SequenceBuilder:
             self.told = NamedRows(recipe, tokenizer)
         elif recipe.data.facts[1]:
             self.told = FactRows(recipe, tokenizer, recipe.data.fact_filler)
+        read = [book] if book else []
+        if isinstance(self.told, FactRows):
+            read.append(self.told.text.filler)
+        self.unknown_share = max((unknown_share(tokenizer, one.period_T.tolist()) for one in read), default=0.0)
+        if not recipe.data.allow_unknown:
+            require_known(self.unknown_share, "the training text", "set data.allow_unknown = true")
         self.repeated = RepeatedRows(recipe, tokenizer, text.filler)
         self.num_question_tokens = len(text.question_ids)
         _, num_longest_answer = self._num_key_tokens(recipe.data.key_digits[1])
@@ -343,7 +350,10 @@ def load_books(tokenizer: Any, folder: str | Path) -> FillerStream:
         )
     tokens: list[int] = []
     read: Callable[[Path], str] = read_text
-    for path in paths:
-        for paragraph in read(path).split("\n\n"):  # long texts at once make tokenizers slow and warn
+    texts = [read(path) for path in paths]
+    if not any(text.strip() for text in texts):
+        raise RecipeError(f"data.books is {str(folder)!r}, whose .txt files are empty; put text there")
+    for text in texts:
+        for paragraph in text.split("\n\n"):  # long texts at once make tokenizers slow and warn
             tokens += encode(tokenizer, paragraph + "\n\n")
     return FillerStream(tokens, Path(folder).name)

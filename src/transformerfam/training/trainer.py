@@ -16,6 +16,7 @@ from transformerfam.errors import NonFiniteLossError
 from transformerfam.models import BASE_NOTE, save_model, save_rival
 from transformerfam.processes import ends_noted, uninterrupted
 from transformerfam.tasks.provenance import device_name, memory_notes
+from transformerfam.tasks.text import SOME_UNKNOWN
 from transformerfam.training.auxiliary import auxiliary_losses
 from transformerfam.training.blocks import find_non_finite, find_non_finite_gradient
 from transformerfam.training.checkpoint import Place, cut_log, load_checkpoint, save_checkpoint
@@ -166,6 +167,9 @@ class Trainer:
             with uninterrupted():
                 self.save_memory(trained)
         text = f"{self.step} steps in {self.seconds:.0f} s; the memory is in {self.folder}"
+        unknown = getattr(self.sequences, "unknown_share", 0.0)
+        if unknown >= SOME_UNKNOWN:
+            text += f"; {unknown:.1%} of the training text's tokens are words that its tokenizer does not know"
         return TrainingResult(self.folder, self.step, self.seconds, True, text)
 
     def _train_step(self) -> dict[str, Any]:

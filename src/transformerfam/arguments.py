@@ -1,0 +1,101 @@
+"""The arguments of a call: what is heard as in transformers, and what is refused by name."""
+
+from typing import Any
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensor
+
+from transformerfam.errors import TransformerFamError
+
+PACKING_ARGUMENTS = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx")
+"""What tells transformers' attention where the texts of one row begin."""
+
+
+def check_ids(input_ids: torch.Tensor | None, vocab_size: int) -> None:
+    """Refuse empty input, token ids that are no integers, and those out of range.
+
+    Raises:
+        TransformerFamError: with the id and the range.
+    """
+    if input_ids is None or input_ids.numel() == 0:
+        raise TransformerFamError("input is empty, required is at least one token; give token ids")
+    if input_ids.is_floating_point() or input_ids.is_complex() or input_ids.dtype == torch.bool:
+        raise TransformerFamError(
+            f"token ids are of type {input_ids.dtype}, required are integers; give the tokenizer's ids as they are"
+        )
+    low, high = int(input_ids.min()), int(input_ids.max())
+    if low < 0 or high >= vocab_size:
+        raise TransformerFamError(
+            f"token id {low if low < 0 else high} is out of range, required is 0 to {vocab_size - 1}; use the "
+            "tokenizer of this model"
+        )
+
+
+def own_mask(attention_mask: torch.Tensor | None, batch_size: int, length: int) -> torch.Tensor | None:
+    """Return the columns `(B, T)` of a mask that belong to T new tokens: the last ones, as transformers has it.
+
+    Raises:
+        TransformerFamError: the mask has another shape, or fewer columns.
+    """
+    if attention_mask is None:
+        return None
+    if attention_mask.dim() != 2 or len(attention_mask) != batch_size or attention_mask.shape[1] < length:
+        raise TransformerFamError(
+            f"attention_mask has shape {tuple(attention_mask.shape)}, required is (batch, tokens) "
+            f"({batch_size}, {length}); a converted model makes its own mask of blocks and memory"
+        )
+    return attention_mask[:, -length:]
+
+
+def check_positions(position_ids: torch.Tensor | None, valid_BT: torch.Tensor | None, length: int) -> None:
+    """Refuse positions that do not run on by one from token to token, as those of several texts packed into a row.
+
+    Args:
+        position_ids: `(1 or B, T)`.
+        valid_BT: which tokens are none of padding; None: all.
+        length: T.
+
+    Raises:
+        TransformerFamError: they jump or begin anew.
+    """
+    if position_ids is None or isinstance(position_ids, FakeTensor):
+        return
+    rows = position_ids[..., -length:].reshape(-1, min(length, position_ids.shape[-1])).cpu()
+    if valid_BT is None:
+        runs_on = bool((rows.diff(dim=1) == 1).all())
+    else:
+        rows = rows.expand(len(valid_BT), -1)
+        runs_on = all(bool((row[keep].diff() == 1).all()) for row, keep in zip(rows, valid_BT.cpu(), strict=True))
+    if not runs_on or rows.shape[1] != length:
+        raise TransformerFamError(
+            f"position_ids are {rows[0].tolist()[:8]}..., required are positions that run on by one from token to "
+            "token (positions follow from the state); give texts that are packed into one row as rows of a batch"
+        )
+
+
+def take_arguments(decoder: Any, kwargs: dict[str, Any]) -> bool:
+    """Take what a piece must not get out of a call's further arguments, and refuse what is not done.
+
+    Args:
+        decoder: the decoder that is called.
+        kwargs: of the call; they go on to the class's own forward.
+
+    Returns:
+        Whether the output is an object, not a tuple.
+
+    Raises:
+        TransformerFamError: attention weights, packed texts or sight of later tokens are asked for.
+    """
+    if kwargs.get("output_attentions", decoder.config.output_attentions):
+        raise TransformerFamError(
+            "output_attentions is not available on a converted model, since every piece sees another number of keys; "
+            "call it with output_attentions=False"
+        )
+    for name in PACKING_ARGUMENTS:
+        if kwargs.get(name) is not None:
+            raise TransformerFamError(
+                f"{name} is given, and texts packed into one row would share a memory; give them as rows of a batch"
+            )
+    if kwargs.pop("is_causal", None) is False:
+        raise TransformerFamError("is_causal is False, required is True: a memory holds what was read before")
+    return kwargs.pop("return_dict", None) is not False

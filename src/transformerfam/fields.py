@@ -1,0 +1,75 @@
+"""The fields of a configuration: their names, types and ranges."""
+
+import dataclasses
+import difflib
+import inspect
+import math
+import types
+import typing
+from typing import Any, Literal
+
+from transformerfam.errors import TransformerFamError
+
+
+def require_field(config: Any, name: str, holds: bool, required: str) -> None:
+    """Refuse a field of a configuration.
+
+    Raises:
+        TransformerFamError: `holds` is False; the message names the field, its value, and what is required.
+    """
+    if not holds:
+        raise TransformerFamError(f"{name} is {getattr(config, name)!r}, required is {required}; change {name}")
+
+
+def require_types(config: Any) -> None:
+    """Refuse fields of a configuration whose values are not of the type that they are annotated with.
+
+    A number may be an integer where a float is meant, and is finite. Flags are no numbers.
+
+    Raises:
+        TransformerFamError: the message names the field, its value, and the type required.
+    """
+    hints = typing.get_type_hints(type(config))
+    for field in dataclasses.fields(config):
+        kind = hints[field.name]
+        require_field(config, field.name, _is_of_type(getattr(config, field.name), kind), _name_of_type(kind))
+
+
+def _is_of_type(value: Any, kind: Any) -> bool:
+    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
+    if origin in (types.UnionType, typing.Union):
+        return any(_is_of_type(value, one) for one in arguments)
+    if origin is Literal:
+        return isinstance(value, str) and value in arguments
+    if origin is tuple:
+        return isinstance(value, tuple) and all(_is_of_type(one, arguments[0]) for one in value)
+    if kind is float:
+        return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    return isinstance(value, kind) and (kind is bool or not isinstance(value, bool))
+
+
+def _name_of_type(kind: Any) -> str:
+    """Return how a type is said in a message."""
+    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
+    if origin in (types.UnionType, typing.Union):
+        return " or ".join(_name_of_type(one) for one in arguments)
+    if origin is Literal:
+        return f"one of {', '.join(arguments)}"
+    if origin is tuple:
+        return f"a tuple, each {_name_of_type(arguments[0])}"
+    return {int: "an integer", float: "a finite number", bool: "True or False", type(None): "None"}[kind]
+
+
+def values_to_fields(cls: type, values: dict[str, Any]) -> dict[str, Any]:
+    """Return plain values, once all of them are fields of the configuration `cls`.
+
+    Raises:
+        TransformerFamError: one is not; the message has the nearest field.
+    """
+    known = list(inspect.signature(cls).parameters)
+    for name in values:
+        if name not in known:
+            nearest = difflib.get_close_matches(name, known, n=1)
+            hint = f"; did you mean {nearest[0]}?" if nearest else f"; known fields are {', '.join(known)}"
+            raise TransformerFamError(f"{cls.__name__} has no field {name!r}{hint}")
+    return values

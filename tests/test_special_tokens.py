@@ -1,0 +1,131 @@
+"""A text begins with what its tokenizer begins texts with, and a continuation does not, wherever one is read."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny_models import BLOCK_SIZE, make_passkey_model
+from tokenizers.processors import TemplateProcessing
+from transformers import LlamaForCausalLM
+
+from transformerfam import FamConfig, convert
+from transformerfam.errors import TransformerFamError
+from transformerfam.tasks.next_token import evaluate_next_token
+from transformerfam.tasks.passkey import PasskeyText
+from transformerfam.tasks.passkey_evaluation import evaluate_passkey
+from transformerfam.tasks.reading import count_tokens, generate_text, read_text_stream
+from transformerfam.tasks.text import decode_utf8, encode, encode_start, read_text, start_ids, stream_token_ids
+
+TEXT = "There and back again. The grass is green. The sky is blue. The sun is yellow. Here we go. " * 4
+START = 3
+
+
+@pytest.fixture
+def model_and_tokenizer() -> tuple[Any, Any]:
+    """A model whose tokenizer begins every text with a token, and ends it with another."""
+    model, tokenizer = make_passkey_model()
+    first, last = (tokenizer.convert_ids_to_tokens(i) for i in (START, START + 1))
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single=f"{first} $A {last}", special_tokens=[(first, START), (last, START + 1)]
+    )
+    tokenizer.bos_token = first
+    return model, tokenizer
+
+
+def test_start_is_what_stands_in_front(model_and_tokenizer: tuple[Any, Any]) -> None:
+    """Catches a token behind the text that is taken for one in front, and a start that is there twice."""
+    _, tokenizer = model_and_tokenizer
+    assert start_ids(tokenizer) == [START]
+    assert start_ids(make_passkey_model()[1]) == []
+    assert encode_start(tokenizer, TEXT) == [START, *encode(tokenizer, TEXT)]
+    again = tokenizer.decode([START]) + " The grass"
+    assert encode_start(tokenizer, again) == encode(tokenizer, again)
+    for begins in (False, True):
+        ids = [i for piece in stream_token_ids([TEXT], tokenizer, 50, begins=begins) for i in piece]
+        assert ids == [START] * begins + encode(tokenizer, TEXT)
+
+
+def test_reading_begins_once(model_and_tokenizer: tuple[Any, Any], tmp_path: Path) -> None:
+    """Catches `fam read` that reads a token less than the README, and a second text that begins anew."""
+    model, tokenizer = model_and_tokenizer
+    (tmp_path / "book.txt").write_text(TEXT)
+    own = encode(tokenizer, TEXT)
+    state = read_text_stream(model, tokenizer, [TEXT])
+    by_hand = model.read([START, *own])
+    assert state.histories == by_hand.histories
+    assert state.num_tokens_read == count_tokens(tmp_path / "book.txt", tokenizer) == len(own) + 1
+    rest = read_text_stream(model, tokenizer, [TEXT], model.read([START, *own[:9]]), skip_tokens=10)
+    assert rest.histories == by_hand.histories
+    more = read_text_stream(model, tokenizer, [TEXT], state)
+    assert more.histories == model.read([START, *own, *own]).histories
+    for begun in (model.init_state(), by_hand):
+        before = begun.num_tokens_read
+        twin = begun.fork()
+        generate_text(model, tokenizer, "The grass", begun, 1)
+        ids = encode(tokenizer, "The grass")
+        assert begun.histories == model.read(ids if before else [START, *ids], twin).histories
+
+
+def test_tasks_begin_their_texts(model_and_tokenizer: tuple[Any, Any], tmp_path: Path) -> None:
+    """Catches a task whose texts begin otherwise than those that are read from files."""
+    model, tokenizer = model_and_tokenizer
+    firsts: list[int] = []
+    read = model.read
+
+    def noted(ids: Any, state: Any = None, *args: Any, **kwargs: Any) -> Any:
+        if state is None or state.num_tokens_read == 0:
+            mask = kwargs.get("attention_mask")
+            rows = torch.as_tensor(ids)
+            firsts.extend(int(row[0 if mask is None else int(mask[i].argmax())]) for i, row in enumerate(rows))
+        return read(ids, state, *args, **kwargs)
+
+    model.read = noted
+    list(evaluate_passkey(model, tokenizer, filler_lengths=(9,), num_keys=3, systems=("fam",), prefix_tokens=4))
+    assert firsts == [START] * 3
+    text = PasskeyText(tokenizer)
+    assert text.sequence(12345, 5).ids[0] == int(text.batch([12345], 5)[0, 0]) == START
+    (tmp_path / "book.txt").write_text(TEXT)
+    (row,) = evaluate_next_token(model, tokenizer, tmp_path / "book.txt")
+    ids = torch.tensor([[START, *encode(tokenizer, TEXT)]])
+    with torch.no_grad():
+        logits = model(input_ids=ids).logits[0, :-1]
+    assert row["num_predicted"] == ids.shape[1] - 1
+    assert row["loss"] == pytest.approx(float(torch.nn.functional.cross_entropy(logits, ids[0, 1:])), rel=1e-4)
+
+
+def test_harness_gives_the_scores_of_its_own_models(model_and_tokenizer: tuple[Any, Any]) -> None:
+    """Catches contexts that begin otherwise than those of the harness's own models."""
+    harness, huggingface = (
+        pytest.importorskip("transformerfam.harness"),
+        pytest.importorskip("lm_eval.models.huggingface"),
+    )
+    from lm_eval.api.instance import Instance
+
+    model, tokenizer = model_and_tokenizer
+    weights = {name: value for name, value in model.state_dict().items() if ".fam." not in name}
+    bases = [LlamaForCausalLM(model.config).eval() for _ in range(2)]
+    for base in bases:
+        base.load_state_dict(weights)
+    wide = FamConfig(fam_length=0, block_size=BLOCK_SIZE, num_memory_segments=20)
+    ours = harness.FamLM(convert(bases[0], wide), tokenizer=tokenizer)
+    theirs = huggingface.HFLM(bases[1], tokenizer=tokenizer, device="cpu", max_length=512)
+    pairs = [(TEXT[:88], " The grass is green."), ("", "The sky is blue.")]
+    for kind, arguments in (("loglikelihood", pairs), ("loglikelihood_rolling", [(TEXT[:88],)])):
+        requests = [Instance(request_type=kind, doc={}, arguments=one, idx=0) for one in arguments]
+        found, expected = (getattr(lm, kind)(requests, disable_tqdm=True) for lm in (ours, theirs))
+        flat = [[one[0] if isinstance(one, tuple) else one for one in scores] for scores in (found, expected)]
+        assert flat[0] == pytest.approx(flat[1], rel=1e-4)
+
+
+def test_byte_order_mark_is_no_token(tmp_path: Path) -> None:
+    """Catches a mark that is read as text, and positions of wrong bytes that leave it out."""
+    (tmp_path / "book.txt").write_bytes(b"\xef\xbb\xbfThe grass")
+    assert read_text(tmp_path / "book.txt") == "The grass"
+    for size in (1, 2, 3, 50):
+        data = b"\xef\xbb\xbfThe \xe2\x82\xac"
+        pieces = [data[i : i + size] for i in range(0, len(data), size)]
+        assert "".join(decode_utf8(pieces, "x")) == "The €"
+        wrong = b"\xef\xbb\xbfThe \xff."
+        with pytest.raises(TransformerFamError, match="byte 0xff at position 7"):
+            list(decode_utf8([wrong[i : i + size] for i in range(0, len(wrong), size)], "x"))
