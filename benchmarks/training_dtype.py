@@ -60,7 +60,8 @@ def run(model: str = "smollm2", repeats: int = 5, quick: bool = False) -> Iterat
     fields = {"block_size": block_size, "fam_length": fam_length, "num_memory_segments": 1}
     num_tokens = 5 * block_size
     ids_BT = random_tokens(model, num_tokens)
-    for update in (*UPDATE_PRESETS, *([TRAINED] if model in NAMED_MODELS else [])):
+    updates = ("paper", "gated") if quick else (*UPDATE_PRESETS, *([TRAINED] if model in NAMED_MODELS else []))
+    for update in updates:
         lengths = fields if update != TRAINED else {"block_size": block_size}
         readers = {name: trainee(model, update, lengths) for name in (*DTYPES, "rounded")}
         for name in ("bfloat16", "rounded"):

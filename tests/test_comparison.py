@@ -215,7 +215,9 @@ def test_failed_run_is_named(recipe: Path, tmp_path: Path) -> None:
     folder = tmp_path / "runs"
     (folder / "rmt-0").mkdir(parents=True)
     (folder / "rmt-0" / "checkpoint.safetensors").write_bytes(b"no checkpoint")
-    result = CliRunner().invoke(app, ["compare", str(recipe), "--output", str(folder)])
+    result = CliRunner().invoke(
+        app, ["compare", str(recipe), "--output", str(folder), "--set", 'systems=["rmt","full"]']
+    )
     assert result.exit_code == 2
     assert "1 runs failed: rmt-0" in " ".join(result.output.split())
     assert "no readable safetensors" in (folder / "rmt-0" / "run.log").read_text()
