@@ -53,7 +53,7 @@ def test_argument_of_forward_is_refused_by_name(model: Any, name: str) -> None:
 @every_model
 @torch.no_grad()
 def test_argument_of_forward_is_heard(model: Any) -> None:
-    """Catches a positional argument that is lost, and outputs of another form than was asked for."""
+    """Catches a positional argument that is lost, and outputs of another form than was wanted."""
     expected = model(input_ids=IDS).logits
     shifted = torch.arange(5, 24).expand(2, -1)
     assert torch.equal(model(IDS, torch.ones_like(IDS), shifted, is_causal=True).logits, expected)

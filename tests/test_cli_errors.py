@@ -132,7 +132,7 @@ def test_usage_is_explained_as_before():
         (("demo", "--model", "{folder}", "--seed", f"{2**70}", "--tokens", "300"), "there is no room for this"),
         (
             ("evaluate", "passkey", "--filler-tokens", "1", "--output", "{tmp}/r", "--mentions", f"{2**40}"),
-            "num_mentions is 1099511627776, required is at least 1, since a key is told, and at most 10000",
+            "num_mentions is 1099511627776, required is at least 1, since a key is given, and at most 10000",
         ),
         (
             ("read", "{book}", "--model", "{folder}", "--save", "{tmp}/s", "--skip-tokens", "-5"),

@@ -81,7 +81,7 @@ def test_model_of_another_family_comes_out_of_a_pickle(case: str) -> None:
 
 @every_model
 def test_state_comes_out_of_a_pickle_without_its_model(name: str) -> None:
-    """Catches a state that takes its model along, and one that goes on with any model."""
+    """Catches a state that takes its model along, and one that continues with any model."""
     build, argument = MODELS[name]
     model = build(argument)
     state = model.read(IDS)

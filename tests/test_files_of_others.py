@@ -1,4 +1,4 @@
-"""What a command writes takes the place of nothing that is not its own, and of finished work only if it is told to."""
+"""What a command writes takes the place of nothing that is not its own, and of finished work only if it must."""
 
 import json
 
@@ -106,15 +106,15 @@ def test_training_does_not_go_into_the_folder_of_something_else(folder, tmp_path
     assert bytes_of(base) == before
 
 
-def test_finished_training_is_begun_anew_if_asked_for(tmp_path):
+def test_finished_training_starts_over_with_overwrite(tmp_path):
     """Would catch a memory that is lost to a second start, also where its checkpoint was removed to save space."""
     recipe, output = tmp_path / "r.toml", tmp_path / "run"
     recipe.write_text(RECIPE)
     train = ("train", recipe, "--output", output)
     run(*train)
-    assert "begin anew by --overwrite" in run(*train, status=2)
+    assert "start over by --overwrite" in run(*train, status=2)
     (output / "checkpoint.safetensors").unlink()
-    assert "begin anew by --overwrite" in run(*train, status=2)
+    assert "start over by --overwrite" in run(*train, status=2)
     assert "2 steps" in run(*train, "--overwrite", "--set", "schedule.steps=2")
     assert [json.loads(line)["step"] for line in (output / "log.jsonl").read_text().splitlines()] == [0, 1]
     assert "give one of them" in run(*train, "--overwrite", "--resume", status=2)

@@ -69,7 +69,7 @@ def test_command_to_go_on_repeats_every_change(tmp_path, monkeypatch):
     assert "3 steps" in run(*command)
 
 
-def test_run_that_was_killed_before_its_first_checkpoint_begins_anew(tmp_path, monkeypatch):
+def test_run_that_was_killed_before_its_first_checkpoint_starts_over(tmp_path, monkeypatch):
     """Would catch a remedy that is none, and steps that stand in the log twice."""
     monkeypatch.setattr(trainer_module.Trainer, "save_checkpoint", lambda self: 1 / 0)
     with pytest.raises(ZeroDivisionError):
@@ -78,7 +78,7 @@ def test_run_that_was_killed_before_its_first_checkpoint_begins_anew(tmp_path, m
     recipe = tmp_path / "r.toml"
     recipe.write_text(RECIPE)
     text = run("train", recipe, "--output", tmp_path, "--resume", status=2)
-    assert "run the same command without --resume, which begins anew" in text
+    assert "run the same command without --resume, which starts over" in text
     recipe.unlink()
     Trainer(small_recipe(schedule={"steps": 2}), tmp_path).run()
     assert [json.loads(line)["step"] for line in (tmp_path / "log.jsonl").read_text().splitlines()] == [0, 1]

@@ -47,7 +47,7 @@ def test_start_is_what_stands_in_front(model_and_tokenizer: tuple[Any, Any]) -> 
 
 
 def test_reading_begins_once(model_and_tokenizer: tuple[Any, Any], tmp_path: Path) -> None:
-    """Catches `fam read` that reads a token less than the README, and a second text that begins anew."""
+    """Catches `fam read` that reads a token less than the README, and a second text that restarts."""
     model, tokenizer = model_and_tokenizer
     (tmp_path / "book.txt").write_text(TEXT)
     own = encode(tokenizer, TEXT)

@@ -45,7 +45,7 @@ def test_code_of_a_model_folder_is_not_run_though_the_text_says_yes(folder, tmp_
         "demo": ("demo", "--model", folder),
     }[command]
     text = run(*arguments, status=2, stdin="y\nyes, the text says\n")
-    assert "needs code of its own, auto_map in config.json" in text
+    assert "needs its own code, auto_map in config.json" in text
 
 
 def test_code_of_a_tokenizer_is_not_run(folder):

@@ -56,7 +56,7 @@ def check_positions(position_ids: torch.Tensor | None, valid_BT: torch.Tensor | 
         length: T.
 
     Raises:
-        TransformerFamError: they jump or begin anew.
+        TransformerFamError: they jump or restart.
     """
     if position_ids is None or isinstance(position_ids, FakeTensor):
         return
@@ -84,7 +84,7 @@ def take_arguments(decoder: Any, kwargs: dict[str, Any]) -> bool:
         Whether the output is an object, not a tuple.
 
     Raises:
-        TransformerFamError: attention weights, packed texts or sight of later tokens are asked for.
+        TransformerFamError: attention weights, packed texts or sight of later tokens are wanted.
     """
     if kwargs.get("output_attentions", decoder.config.output_attentions):
         raise TransformerFamError(

@@ -310,7 +310,7 @@ def train_command(
 ) -> None:
     """Train a memory by a recipe."""
     if resume and overwrite:
-        raise TransformerFamError("--resume goes on with a run and --overwrite begins anew; give one of them")
+        raise TransformerFamError("--resume continues a run and --overwrite starts over; give one of them")
     loaded = load_recipe(recipe, overrides or ())
     folder = output or Path("runs") / recipe.stem
     trainer = Trainer(loaded, folder, resume=resume, device=find_device(device), overwrite=overwrite)

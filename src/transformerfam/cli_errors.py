@@ -53,7 +53,7 @@ class ErrorsInOneLine(TyperGroup):
 
 
 def message_of(error: Exception) -> str | None:
-    """Return what a user is told of an error; None where typer tells it."""
+    """Return the message that a user gets for an error; None where typer prints it."""
     if type(error).__module__.partition(".")[0] in ("typer", "click"):
         return None
     if isinstance(error, TransformerFamError):

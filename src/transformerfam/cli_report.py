@@ -97,7 +97,7 @@ def report_attention(
     plot_memory(records, output / "memory.svg")
     if loaded.fam_config.fam_update == "gated":
         plot_writing(records, output / "writing.svg")
-    with RowFile(output / ROWS, anew=True) as rows:  # its rows are those of the pictures
+    with RowFile(output / ROWS, replaces=True) as rows:  # its rows are those of the pictures
         for row in memory_rows(records):
             rows.append(row | {"system": "fam", "model": model, "text": text, **weights_of(loaded), **provenance()})
     names = ", ".join(path.name for path in sorted(output.iterdir()))

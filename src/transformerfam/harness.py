@@ -117,7 +117,7 @@ class FamLM(TemplateLM):
     def tok_encode(
         self, string: str, add_special_tokens: bool | None = None, left_truncate_len: int | None = None, **kwargs: Any
     ) -> list[int]:
-        """Return the token ids of a text, of which the last `left_truncate_len` where so many are asked for.
+        """Return the token ids of a text, of which the last `left_truncate_len` where so many are wanted.
 
         None begins it as the tokenizer begins texts, unless it has that token in front, False as what follows a text.
         """

@@ -68,7 +68,7 @@ def require_at_hand(name: str, weight: torch.Tensor) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class UnboundIdentity:
-    """The identity of a state that came out of a pickle, until a model goes on with it.
+    """The identity of a state that came out of a pickle, until a model continues it.
 
     Attributes:
         metadata: what `ModelIdentity.to_metadata` gave.

@@ -64,7 +64,7 @@ def load_pretrained(kind: Any, folder: str | os.PathLike[str], local_files_only:
     except Exception as error:
         for file, key, _ in _code_in(folder):
             raise UnsupportedModelError(
-                f"{folder} needs code of its own, {key} in {file}, and no code of a folder is run; take a model that "
+                f"{folder} needs its own code, {key} in {file}, and no code of a folder is run; take a model that "
                 "transformers has itself"
             ) from error
         reason = f"{type(error).__name__}: {error}"

@@ -70,7 +70,7 @@ class FamMemory(nn.Module):
             self.prefix = nn.Parameter(rows.expand(len(layouts), -1, -1).clone())
 
     def __getstate__(self) -> dict[str, Any]:
-        """Leave compiled steps out of copies and pickles, which are compiled anew or not at all."""
+        """Leave compiled steps out of copies and pickles, which are compiled again or not at all."""
         return self.__dict__ | {"compiled_steps": []}
 
     def fam_width(self, hidden_size: int) -> int:

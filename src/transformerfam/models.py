@@ -279,7 +279,7 @@ def load_base(
     Raises:
         TransformerFamError: no such model.
         CorruptFileError: the folder holds a model that cannot be read.
-        UnsupportedModelError: it needs code of its own, which is never run.
+        UnsupportedModelError: it needs its own code, which is never run.
     """
     folder = folder or _find_folder(name_or_folder)
     if not (folder / CONFIG_FILE).is_file():

@@ -256,7 +256,7 @@ class ReadingState(Cache, abc.ABC):
 
 
 def history_of(ids: Sequence[int], before: int = 0) -> int:
-    """Return a number that tells one run of tokens from another, and goes on from that of the tokens before it."""
+    """Return a number that tells one run of tokens from another, and continues that of the tokens before it."""
     for token in ids:
         before = (before * 1_000_003 + token + 1) % ((1 << 61) - 1)
     return before

@@ -29,12 +29,12 @@ class RowFile:
     the first one holds the file for all.
     """
 
-    def __init__(self, path: str | Path, anew: bool = False) -> None:
+    def __init__(self, path: str | Path, replaces: bool = False) -> None:
         """Open the file, which is made if need be, with its folder.
 
         Args:
             path: JSON lines file.
-            anew: drop the rows that it holds.
+            replaces: drop the rows that it holds.
 
         Raises:
             CorruptFileError: the file holds something else than rows.
@@ -53,7 +53,7 @@ class RowFile:
             self._file.seek(0)
             content = self._file.read()
             self.rows, num_whole = _rows_and_end(content, self.path)
-            if anew:
+            if replaces:
                 self.rows, num_whole = [], 0
             self._cut(num_whole)
             if content[:num_whole] and not content[:num_whole].endswith(b"\n"):

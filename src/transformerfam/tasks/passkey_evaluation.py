@@ -113,7 +113,7 @@ class PasskeyEvaluation:
             raise TransformerFamError(f"prefix_tokens is {self.prefix_tokens!r}, required is at least 0, or 'uniform'")
         if not 1 <= self.num_mentions <= MAX_MENTIONS:
             raise TransformerFamError(
-                f"num_mentions is {self.num_mentions}, required is at least 1, since a key is told, and at most "
+                f"num_mentions is {self.num_mentions}, required is at least 1, since a key is given, and at most "
                 f"{MAX_MENTIONS}"
             )
         if self._swaps and min(self.batch_size, self.num_keys) < 2:

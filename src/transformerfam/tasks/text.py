@@ -14,7 +14,7 @@ from transformerfam.novels import HELD_OUT_NOVELS, open_novel
 READ_BYTES = 1 << 16
 STANDARD_INPUT = "-"
 MOST_UNKNOWN = 0.6
-"""Largest share of a text's tokens that may be unknown words unless it is asked for: above it hardly a sentence can be
+"""Largest share of a text's tokens that may be unknown words by default: above it hardly a sentence can be
 told from another."""
 SOME_UNKNOWN = 0.01
 """Share of them from which on it is said."""

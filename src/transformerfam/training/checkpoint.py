@@ -164,7 +164,7 @@ def load_checkpoint(
 
 
 def _check_progress(metadata: dict[str, Any]) -> None:
-    """Check that a checkpoint's metadata says all that a trainer goes on from.
+    """Check that a checkpoint's metadata says all that a trainer resumes from.
 
     Raises:
         KeyError: something is missing.
@@ -230,7 +230,7 @@ def recipe_of_run(folder: str | Path) -> Recipe:
     except OSError as error:
         raise TransformerFamError(f"{folder} holds no training run: {path.name} is missing; give its folder") from error
     except RecipeError as error:
-        raise CorruptFileError(f"{path} is no recipe of this package: {error}; put it back, or train anew") from error
+        raise CorruptFileError(f"{path} is no recipe of this package: {error}; put it back, or train again") from error
     except ValueError as error:  # no JSON, or no UTF-8
         raise CorruptFileError(
             f"{path} is cut or damaged ({error}); put it back, or train into another folder"

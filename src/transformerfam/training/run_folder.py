@@ -34,9 +34,9 @@ def claim_folder(
     Args:
         folder: where to.
         recipe: of the run.
-        resume: whether a run that is there goes on.
+        resume: whether a run that is there continues.
         ranks: the processes of the run; the first one holds the folder.
-        overwrite: begin anew in the place of a run that is there.
+        overwrite: start over in the place of a run that is there.
 
     Returns:
         The lock, which is held, of the first process.
@@ -49,7 +49,7 @@ def claim_folder(
     if resume and not (folder / CHECKPOINT_FILE).exists():
         raise CorruptFileError(
             f"{folder / CHECKPOINT_FILE} does not exist: no run was there, or it ended before its first checkpoint; "
-            "run the same command without --resume, which begins anew"
+            "run the same command without --resume, which starts over"
         )
     make_folder(folder)
     _require_right(folder, recipe, resume, overwrite)  # before a lock is put there
@@ -126,7 +126,7 @@ def _require_free(folder: Path, overwrite: bool) -> None:
         recipe_of_run(folder)  # that it is a recipe at all
         if not overwrite and names & {CHECKPOINT_FILE, FAM_FILE, RIVAL_FILE}:
             raise RecipeError(
-                f"{folder} holds a run already; go on with it by --resume, begin anew by --overwrite, or train into "
+                f"{folder} holds a run already; continue it by --resume, start over by --overwrite, or train into "
                 "another folder"
             )
     elif CHECKPOINT_FILE in names:
