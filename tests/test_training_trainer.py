@@ -223,6 +223,22 @@ def test_memory_with_other_lora_is_refused(tmp_path, lora):
         Trainer(small_recipe(**sections), tmp_path / "second")
 
 
+def test_lora_of_rows_alone_is_trained_and_stays_with_them(tmp_path):
+    """LoRA of FAM rows that a later run, or a reading, puts on tokens, or the reverse."""
+    whole, first = tmp_path / "whole", tmp_path / "first"
+    Trainer(small_recipe(schedule={"steps": 1}), whole).run()
+    sections = {"lora": {"rank": 2}, "model": {"base": str(whole)}, "schedule": {"steps": 2}}
+    assert Trainer(small_recipe(fam={"fam_lora": "rows"}, **sections), first).run().is_complete
+    model, _ = load_model(first)
+    assert any("lora_A" in name for name, _ in model.named_parameters())
+    with pytest.raises(TransformerFamError, match="fam_lora is 'all', and the LoRA in .* was trained with 'rows'"):
+        load_model(first, config_overrides={"fam_lora": "all"})
+    sections["model"]["memory"] = str(first)
+    with pytest.raises(TransformerFamError, match="leave fam_lora as it was trained"):
+        Trainer(small_recipe(**sections), tmp_path / "second")
+    assert Trainer(small_recipe(fam={"fam_lora": "rows"}, **sections), tmp_path / "third").run().is_complete
+
+
 def test_memory_of_another_base_is_refused(tmp_path):
     """A memory that is trained on, and noted, with a base that it does not belong to."""
     Trainer(small_recipe(schedule={"steps": 1}), tmp_path / "first").run()

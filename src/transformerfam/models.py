@@ -114,6 +114,11 @@ def load_model(
     model, tokenizer = load_base(name_or_folder, adapter, folder)
     if system == "fam":
         assert adapter is not None
+        if adapter.lora_config is not None and config.fam_lora != adapter.config.fam_lora:
+            raise TransformerFamError(
+                f"fam_lora is {config.fam_lora!r}, and the LoRA in {folder} was trained with "
+                f"{adapter.config.fam_lora!r}; leave fam_lora as it was trained"
+            )
         adapter.config = config
         adapter.apply(model, merge=merge)
     else:
