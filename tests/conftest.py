@@ -1,7 +1,27 @@
 """What all tests share."""
 
+from pathlib import Path
+
+import pytest
 import torch
+from tiny_models import PASSKEY_TEXT, save_passkey_model
 
 # One thread for each test process: two that wait for each other on a busy machine are many times slower than one.
 torch.set_num_threads(1)
 torch.set_flush_denormal(True)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Save a tiny model whose vocabulary is the passkey text's."""
+    path = tmp_path_factory.mktemp("model")
+    save_passkey_model(path)
+    return path
+
+
+@pytest.fixture
+def book(tmp_path: Path) -> Path:
+    """Write a text that the model of `folder` knows."""
+    path = tmp_path / "book.txt"
+    path.write_text(PASSKEY_TEXT, encoding="utf-8")
+    return path

@@ -5,7 +5,9 @@ import json
 
 import pytest
 import tiny_models
+from command_line import run
 from tiny_llama import make_tiny_llama
+from tiny_models import PASSKEY_TEXT
 from transformers import DynamicCache
 from typer.testing import CliRunner
 
@@ -19,7 +21,6 @@ from transformerfam.tasks.reading import generate_text
 from transformerfam.training.sections import ModelSection
 from transformerfam.training.tiny import build_tiny_model
 
-TEXT = "The grass is green. The sky is blue. The pass key is 12345. Remember it. Here we go. " * 20
 RECIPE = """
 [model]
 base = "tiny-random"
@@ -37,26 +38,6 @@ steps = 3
 batch_size = 2
 curriculum = [{ filler_tokens = [1, 9] }]
 """
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    path = tmp_path_factory.mktemp("model")
-    tiny_models.save_passkey_model(path)
-    return path
-
-
-@pytest.fixture
-def book(tmp_path):
-    path = tmp_path / "book.txt"
-    path.write_text(TEXT, encoding="utf-8")
-    return path
-
-
-def run(*arguments, status=0, stdin=None):
-    result = CliRunner().invoke(cli.app, [str(argument) for argument in arguments], input=stdin)
-    assert result.exit_code == status, (result.output, result.exception)
-    return " ".join(result.output.split())
 
 
 def run_passkey(folder, output, *more, **options):
@@ -173,7 +154,7 @@ def test_passkey_takes_a_changed_configuration_under_its_own_name(folder, tmp_pa
 def test_read_from_standard_input_equals_read_from_file(folder, tmp_path, book):
     """Would catch standard input that is decoded in another way, or read to its end first."""
     run("read", book, "--model", folder, "--save", tmp_path / "a.safetensors")
-    run("read", "-", "--model", folder, "--save", tmp_path / "b.safetensors", stdin=TEXT.encode())
+    run("read", "-", "--model", folder, "--save", tmp_path / "b.safetensors", stdin=PASSKEY_TEXT.encode())
     model, _ = load_model(folder)
     first, second = (FamState.load(tmp_path / name, model) for name in ("a.safetensors", "b.safetensors"))
     assert first.row_lengths == second.row_lengths

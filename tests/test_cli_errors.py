@@ -4,8 +4,9 @@ import os
 import sys
 
 import pytest
-import tiny_models
-from test_cli import RECIPE, TEXT, run
+from command_line import run
+from test_cli import RECIPE
+from tiny_models import PASSKEY_TEXT
 from typer.testing import CliRunner
 
 from transformerfam import cli
@@ -17,17 +18,10 @@ from transformerfam.tasks.text import encode
 from transformerfam.training.recipe_file import parse_overrides
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    path = tmp_path_factory.mktemp("model")
-    tiny_models.save_passkey_model(path)
-    return path
-
-
 @pytest.fixture
 def places(folder, tmp_path):
     """Make what commands are given here, by name."""
-    (tmp_path / "book.txt").write_text(TEXT)
+    (tmp_path / "book.txt").write_text(PASSKEY_TEXT)
     (tmp_path / "r.toml").write_text(RECIPE)
     (tmp_path / "bare.jsonl").write_text('{"task": "passkey"}\n')
     (tmp_path / "next.jsonl").write_text('{"task": "next-token", "model": 1, "first_token": "x"}\n')

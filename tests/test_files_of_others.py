@@ -4,8 +4,10 @@ import json
 
 import pytest
 import tiny_models
-from test_cli import RECIPE, TEXT, run
+from command_line import run
+from test_cli import RECIPE
 from tiny_llama import make_tiny_llama
+from tiny_models import PASSKEY_TEXT
 
 from transformerfam import FamConfig, FamState, convert
 from transformerfam.adapter import FamAdapter
@@ -15,13 +17,6 @@ from transformerfam.models import load_model, save_model
 from transformerfam.reports.figure import new_figure, save_figure
 from transformerfam.reports.markdown import write_markdown
 from transformerfam.reports.rows import RowFile
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    path = tmp_path_factory.mktemp("model")
-    tiny_models.save_passkey_model(path)
-    return path
 
 
 @pytest.fixture
@@ -77,7 +72,7 @@ def test_state_takes_the_place_of_states_alone(folder, notes, tmp_path):
 def test_finished_reading_is_overwritten_if_asked_for(folder, tmp_path):
     """Would catch a reading of hours that a second command replaces, or that cannot be replaced at all."""
     book, state = tmp_path / "book.txt", tmp_path / "s"
-    book.write_text(TEXT)
+    book.write_text(PASSKEY_TEXT)
     read = ("read", book, "--model", folder, "--save", state)
     run(*read)
     before = state.stat()
@@ -90,7 +85,7 @@ def test_finished_reading_is_overwritten_if_asked_for(folder, tmp_path):
 
 
 def load_ids(folder):
-    return load_model(folder)[1](TEXT)["input_ids"]
+    return load_model(folder)[1](PASSKEY_TEXT)["input_ids"]
 
 
 def test_training_does_not_go_into_the_folder_of_something_else(folder, tmp_path):

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from lm_eval.api.instance import Instance
-from tiny_models import make_passkey_model, save_passkey_model
+from tiny_models import make_passkey_model
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from transformerfam import FamConfig, convert
@@ -20,13 +20,6 @@ from transformerfam.models import load_smollm2, save_model
 
 CONTEXT = "There is an important info hidden. The pass key is 12345. The grass is green. The sky is blue. "
 CHOICES = [" The sun is yellow.", " Here we go.", " What is the pass key? The pass key is 12345"]
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("model")
-    save_passkey_model(path)
-    return path
 
 
 def ask(kind: Any, *arguments: Any) -> Instance:

@@ -10,8 +10,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from command_line import run
 from filelock import FileLock
-from test_cli import RECIPE, run
+from test_cli import RECIPE
 from tiny_llama import make_tiny_llama
 from training_recipes import small_recipe
 

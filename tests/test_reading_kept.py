@@ -6,7 +6,8 @@ import subprocess
 import sys
 
 import pytest
-import tiny_models
+from command_line import run
+from tiny_models import PASSKEY_TEXT
 from typer.testing import CliRunner
 
 from transformerfam import FamState, cli
@@ -17,28 +18,6 @@ from transformerfam.tasks import passkey_evaluation
 from transformerfam.tasks.passkey_evaluation import evaluate_passkey
 from transformerfam.tasks.reading import read_text_stream
 from transformerfam.tasks.text import decode_utf8, encode, list_files, stream_token_ids
-
-TEXT = "The grass is green. The sky is blue. The pass key is 12345. Remember it. Here we go. " * 20
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    path = tmp_path_factory.mktemp("model")
-    tiny_models.save_passkey_model(path)
-    return path
-
-
-@pytest.fixture
-def book(tmp_path):
-    path = tmp_path / "book.txt"
-    path.write_text(TEXT, encoding="utf-8")
-    return path
-
-
-def run(*arguments, status=0, stdin=None):
-    result = CliRunner().invoke(cli.app, [str(argument) for argument in arguments], input=stdin)
-    assert result.exit_code == status, (result.output, result.exception)
-    return " ".join(result.output.split())
 
 
 def fam(*arguments, **streams):
@@ -66,7 +45,7 @@ def test_reading_is_saved_wherever_its_output_goes(folder, book, tmp_path):
         process = fam("read", book, "--model", folder, "--save", tmp_path / "s", stdout=broken_out, stderr=full)
         assert process.wait() == 0
     os.close(broken_out)
-    assert loaded(folder, tmp_path / "s").num_tokens_read == len(encode(load_model(folder)[1], TEXT))
+    assert loaded(folder, tmp_path / "s").num_tokens_read == len(encode(load_model(folder)[1], PASSKEY_TEXT))
 
 
 def test_bar_and_messages_leave_standard_output_to_results(folder, book, tmp_path):
@@ -106,7 +85,7 @@ def test_reading_that_is_ended_is_kept(folder, book, tmp_path, monkeypatch, numb
 def test_signal_waits_for_the_piece_at_hand(folder):
     """Would catch a state whose lower layers have read a block that the upper ones have not."""
     model, tokenizer = load_model(folder)
-    ids = encode(tokenizer, TEXT)[:96]
+    ids = encode(tokenizer, PASSKEY_TEXT)[:96]
     begun = model.init_state().detach()
     layer = model.get_decoder().layers[1]
     hook = layer.register_forward_pre_hook(lambda *_: signal.raise_signal(signal.SIGINT))
@@ -135,12 +114,12 @@ def test_body_that_is_not_interrupted_hears_the_signal_at_its_end():
 def test_stream_with_a_bad_byte_at_its_end_is_kept_up_to_there(folder, tmp_path):
     """Would catch a day of a log thrown away for its last byte."""
     save = tmp_path / "part"
-    content = TEXT.encode()
+    content = PASSKEY_TEXT.encode()
     text = run("read", "-", "--model", folder, "--save", save, status=2, stdin=content + b"sky\xff")
     assert f"byte 0xff at position {len(content) + 3}" in text
-    run(*resumed(text), stdin=(TEXT + "sky is").encode())
+    run(*resumed(text), stdin=(PASSKEY_TEXT + "sky is").encode())
     model, tokenizer = load_model(folder)
-    whole = model.read(encode(tokenizer, TEXT + "sky is"))
+    whole = model.read(encode(tokenizer, PASSKEY_TEXT + "sky is"))
     part = FamState.load(save, model)
     assert part.row_lengths == whole.row_lengths
     assert (part.fams - whole.fams).abs().max() < 1e-5
@@ -154,7 +133,7 @@ def test_error_in_the_model_leaves_the_state_in_front_of_its_piece(folder):
     layer = model.get_decoder().layers[1]
     hook = layer.register_forward_pre_hook(lambda *_: (_ for _ in ()).throw(RuntimeError("out of memory")))
     with pytest.raises(RuntimeError, match="out of memory"):
-        read_text_stream(model, tokenizer, [TEXT], state)
+        read_text_stream(model, tokenizer, [PASSKEY_TEXT], state)
     hook.remove()
     assert state.row_lengths == before.row_lengths
     assert state.fams.equal(before.fams)
@@ -178,7 +157,7 @@ def test_reading_is_saved_elsewhere_if_its_folder_has_gone(folder, book, tmp_pat
     (kept,) = here.glob("*/s")
     assert f"in {kept}" in text
     assert "could not write" in text
-    assert loaded(folder, kept).num_tokens_read == len(encode(load_model(folder)[1], TEXT))
+    assert loaded(folder, kept).num_tokens_read == len(encode(load_model(folder)[1], PASSKEY_TEXT))
 
 
 # Texts that can be read once
@@ -187,11 +166,11 @@ def test_reading_is_saved_elsewhere_if_its_folder_has_gone(folder, book, tmp_pat
 def test_pipe_of_a_shell_is_read(folder, tmp_path):
     """Would catch `<(command)`, whose tokens were counted first and were gone then."""
     ends = os.pipe()
-    os.write(ends[1], TEXT.encode())
+    os.write(ends[1], PASSKEY_TEXT.encode())
     os.close(ends[1])
     run("read", f"/dev/fd/{ends[0]}", "--model", folder, "--save", tmp_path / "s")
     os.close(ends[0])
-    assert loaded(folder, tmp_path / "s").num_tokens_read == len(encode(load_model(folder)[1], TEXT))
+    assert loaded(folder, tmp_path / "s").num_tokens_read == len(encode(load_model(folder)[1], PASSKEY_TEXT))
 
 
 def test_named_pipe_is_refused(tmp_path):

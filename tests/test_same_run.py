@@ -5,7 +5,8 @@ import shlex
 import signal
 
 import pytest
-from test_cli import RECIPE, run
+from command_line import run
+from test_cli import RECIPE
 from test_comparison import SMALL
 from training_recipes import small_recipe
 

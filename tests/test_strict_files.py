@@ -4,7 +4,8 @@ import json
 
 import pytest
 import torch
-from test_cli import RECIPE, run
+from command_line import run
+from test_cli import RECIPE
 from tiny_llama import make_tiny_llama
 from training_recipes import small_recipe
 

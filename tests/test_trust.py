@@ -5,7 +5,7 @@ import json
 
 import pytest
 import tiny_models
-from test_cli import run
+from command_line import run
 from tiny_llama import make_tiny_llama
 
 from transformerfam.comparison import load_comparison

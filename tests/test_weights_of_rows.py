@@ -5,7 +5,8 @@ import json
 import pytest
 import tiny_models
 import torch
-from test_cli import TEXT, run
+from command_line import run
+from tiny_models import PASSKEY_TEXT
 
 from transformerfam.errors import StateMismatchError
 from transformerfam.models import load_model, save_model
@@ -33,7 +34,7 @@ def train_on(folder, part):
 @pytest.mark.parametrize("task", ["passkey", "next-token"])
 def test_model_that_was_trained_on_is_not_asked_into_the_same_file(folder, tmp_path, part, task):
     """Would catch old answers shown for the new weights, and no question asked."""
-    (tmp_path / "book.txt").write_text(TEXT)
+    (tmp_path / "book.txt").write_text(PASSKEY_TEXT)
     output = tmp_path / "rows.jsonl"
     asked = ("--filler-tokens", "9", "--num-keys", 2) if task == "passkey" else (tmp_path / "book.txt",)
     command = ("evaluate", task, *asked, "--model", folder, "--output", output)

@@ -11,6 +11,7 @@ from transformerfam.training.sections import ModelSection
 from transformerfam.training.tiny import build_tiny_model, build_tiny_tokenizer
 
 BLOCK_SIZE = 8
+PASSKEY_TEXT = "The grass is green. The sky is blue. The pass key is 12345. Remember it. Here we go. " * 20
 SECTION = ModelSection(
     base="tiny-random",
     num_hidden_layers=2,
