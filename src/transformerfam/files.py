@@ -212,8 +212,12 @@ def _header_of(content: bytes) -> dict[str, str]:
 
 
 @contextlib.contextmanager
-def metadata_form(path: str | os.PathLike[str], kind: str) -> Iterator[None]:
-    """Take what goes wrong in the body, which reads metadata, for metadata of another form than this package writes.
+def required_form(found: str, remedy: str) -> Iterator[None]:
+    """Take what goes wrong in the body, which reads stored values, for values of another form than is required.
+
+    Args:
+        found: what has that form, for the message.
+        remedy: what to do.
 
     Raises:
         CorruptFileError: with what went wrong.
@@ -223,10 +227,12 @@ def metadata_form(path: str | os.PathLike[str], kind: str) -> Iterator[None]:
     except TransformerFamError:
         raise
     except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
-        raise CorruptFileError(
-            f"{path} has metadata of another form than this package writes ({type(error).__name__}: {error}); make the "
-            f"{kind} again"
-        ) from error
+        raise CorruptFileError(f"{found} ({type(error).__name__}: {error}); {remedy}") from error
+
+
+def metadata_form(path: str | os.PathLike[str], kind: str) -> contextlib.AbstractContextManager[None]:
+    """Return `required_form` of the metadata of a file of some kind."""
+    return required_form(f"{path} has metadata of another form than this package writes", f"make the {kind} again")
 
 
 def require_finite(tensors: Mapping[str, torch.Tensor], path: str | os.PathLike[str], kind: str) -> None:

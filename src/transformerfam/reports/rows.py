@@ -9,7 +9,7 @@ from types import TracebackType
 from typing import Any, NamedTuple
 
 from transformerfam.errors import CorruptFileError, StateMismatchError, TransformerFamError
-from transformerfam.files import hold_file, refuse_fifo
+from transformerfam.files import hold_file, refuse_fifo, required_form
 from transformerfam.processes import process_share, uninterrupted
 from transformerfam.tasks.telling import Telling
 
@@ -162,22 +162,12 @@ def _parse(content: bytes, path: Path, first: int = 1) -> Iterator[Row]:
         yield row
 
 
-@contextlib.contextmanager
-def fields_of_rows() -> Iterator[None]:
-    """Take a field that the body misses in rows, or that is of another type, for rows of another form.
-
-    Raises:
-        CorruptFileError: with what went wrong.
-    """
-    try:
-        yield
-    except TransformerFamError:
-        raise
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise CorruptFileError(
-            f"a row lacks a field, or has it in another form ({type(error).__name__}: {error}); required are rows as "
-            "`fam evaluate` and `fam compare` write them"
-        ) from error
+def fields_of_rows() -> contextlib.AbstractContextManager[None]:
+    """Return `required_form` of the fields of rows."""
+    return required_form(
+        "a row lacks a field, or has it in another form",
+        "required are rows as `fam evaluate` and `fam compare` write them",
+    )
 
 
 def wilson_interval(num_correct: int, num_questions: int) -> tuple[float, float]:
