@@ -23,6 +23,29 @@ from transformerfam.state import FamState
 Progress = Callable[[int, int, FamState], None]
 
 
+def _saved_fam(
+    fam: torch.Tensor | None, is_saved: Sequence[bool] | None, expected: tuple[int, ...]
+) -> tuple[torch.Tensor | None, list[bool]]:
+    """Return the saved FAM of every sequence, of the shape `expected`, and which sequences start from it.
+
+    Raises:
+        TransformerFamError: arguments of `init_state` have another shape or length, or do not fit each other.
+    """
+    batch_size = expected[1]
+    if is_saved is not None and (len(is_saved) != batch_size or (fam is None and any(is_saved))):
+        raise TransformerFamError(
+            f"is_saved is {list(is_saved)}, required are {batch_size} flags, and a saved fam where one is True"
+        )
+    if fam is not None:
+        fam = fam[:, None].expand(-1, batch_size, -1, -1) if fam.dim() == 3 else fam
+        if tuple(fam.shape) != expected:
+            raise StateMismatchError(
+                f"fam has shape {tuple(fam.shape)}, required is (layers, batch, fam_length, width) {expected}; "
+                "save it from a state of the same model and configuration"
+            )
+    return fam, [fam is not None] * batch_size if is_saved is None else list(is_saved)
+
+
 def init_state(
     self: PreTrainedModel,
     batch_size: int = 1,
@@ -49,20 +72,16 @@ def init_state(
     """
     if batch_size < 1:
         raise TransformerFamError(f"batch_size is {batch_size}, required is at least 1")
-    decoder, memory = self.get_decoder(), memory_of(self)
-    if memory.config.fam_lora == "rows":
+    decoder, memory, weight = self.get_decoder(), memory_of(self), self.get_input_embeddings().weight
+    config, num_layers = memory.config, len(memory.layouts)
+    if config.fam_lora == "rows":
         bind_lora(self)
     assert memory.identity is not None
-    if is_saved is not None and (len(is_saved) != batch_size or (fam is None and any(is_saved))):
-        raise TransformerFamError(
-            f"is_saved is {list(is_saved)}, required are {batch_size} flags, and a saved fam where one is True"
-        )
-    for name, parameter in (("the embedding", self.get_input_embeddings().weight), *memory.named_parameters()):
+    for name, parameter in (("the embedding", weight), *memory.named_parameters()):
         require_at_hand(name, parameter)
-    config, weight = memory.config, self.get_input_embeddings().weight
-    num_layers = len(memory.layouts)
+    expected = (num_layers, batch_size, config.fam_length, memory.fam_width(weight.shape[1]))
+    fam, saved = _saved_fam(fam, is_saved, expected)
     fam_dtype = getattr(torch, config.fam_dtype)
-    saved = [fam is not None] * batch_size if is_saved is None else list(is_saved)
     needs_initial = config.needs_initial_fam or (config.fam_length and not all(saved))
     asking = initial = initial_fam(decoder) if needs_initial and not config.has_slots else None
     if needs_initial and config.has_slots:
@@ -72,14 +91,6 @@ def init_state(
             joined_slots(*layout.turner.turn(*slots, -first_position(config)))
             for layout, slots in zip(memory.layouts, passed.slots, strict=True)
         ]
-    if fam is not None:
-        expected = (num_layers, batch_size, config.fam_length, memory.fam_width(weight.shape[1]))
-        fam = fam[:, None].expand(-1, batch_size, -1, -1) if fam.dim() == 3 else fam
-        if tuple(fam.shape) != expected:
-            raise StateMismatchError(
-                f"fam has shape {tuple(fam.shape)}, required is (layers, batch, fam_length, width) {expected}; "
-                "save it from a state of the same model and configuration"
-            )
     queries = None if initial is None else initial_queries(decoder, initial)
     layers = []
     kinds: dict[LayerPlan, int] = {}
