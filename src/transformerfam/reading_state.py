@@ -145,7 +145,7 @@ class ReadingState(Cache, abc.ABC):
         return self.map(torch.Tensor.detach)
 
     def __getstate__(self) -> dict[str, Any]:
-        """Leave the model out of a pickle, which the next model to go on with the state is compared with."""
+        """Leave the model out of a pickle, with which the next model that continues the state is compared."""
         left_out = {"identity": UnboundIdentity(self.identity.to_metadata(self.config)), "step": None}
         return self.__dict__ | left_out | {"_records": False, "_before": None, "is_generating": False}
 

@@ -1,7 +1,7 @@
 """LoRA on FAM rows alone: tokens go through the base model's own weights.
 
 PEFT puts its layers in the place of linear ones, which see FAM rows and tokens side by side and do not know which is
-which. Whoever sends rows through the layers says how many stand in front; a bound layer adds its product to those.
+which. The caller of a pass says how many of its first rows are FAM rows; a bound layer adds its product to those.
 """
 
 import contextlib

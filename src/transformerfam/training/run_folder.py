@@ -79,7 +79,7 @@ def release(lock: BaseFileLock | None) -> None:
 
 
 def require_same_run(folder: Path, recipe: Recipe, may_differ: tuple[str, ...] = FREE_TO_CHANGE) -> None:
-    """Refuse to go on with a run by another recipe than its own.
+    """Refuse to resume a run with a recipe that is not its own.
 
     Args:
         folder: of the run; one that has no recipe yet takes any.
