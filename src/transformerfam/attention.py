@@ -14,6 +14,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from transformerfam.cache_layer import FamLayer, joined_slots
 from transformerfam.errors import TransformerFamError
+from transformerfam.half_precision import fitting
 from transformerfam.kernels import Sight
 from transformerfam.masks import Phase, piece_mask
 from transformerfam.positions import fam_offsets, first_position, query_shift, row_offsets
@@ -161,8 +162,8 @@ class Piece(PassingStep):
         if not self.num_rows or layer.fam is None or (self.config.has_slots and not layer.is_lowest):
             return hidden_BTD
         if self.updates and self.config.fam_feeds == "next" and not layer.is_lowest:
-            layer.new_value = hidden_BTD[:, : self.config.fam_length].to(layer.fam.dtype, copy=True)
-        rows = self._with_key_rows(layer, self._residual(layer)).to(hidden_BTD.dtype)
+            layer.new_value = fitting(hidden_BTD[:, : self.config.fam_length].clone(), layer.fam.dtype)
+        rows = fitting(self._with_key_rows(layer, self._residual(layer)), hidden_BTD.dtype, layer.mean_share)
         if torch.is_grad_enabled():
             return torch.cat((rows, hidden_BTD[:, self.num_rows :]), dim=1)
         hidden_BTD[:, : self.num_rows] = rows  # the layer before has noted what its own rows became
@@ -178,7 +179,7 @@ class Piece(PassingStep):
         asking = self._asking(layer)
         if asking is self._residual(layer):
             return hidden_BTD
-        rows = self._with_key_rows(layer, asking).to(hidden_BTD.dtype)
+        rows = fitting(self._with_key_rows(layer, asking), hidden_BTD.dtype, layer.mean_share)
         return torch.cat((rows, hidden_BTD[:, self.num_rows :]), dim=1)
 
     def _asking(self, layer: FamLayer) -> torch.Tensor:
@@ -246,8 +247,10 @@ class Piece(PassingStep):
         if self.updates and not config.takes_block:
             rows = slice(0, config.fam_length)
             distance = -self.query_shift - first_position(config)
-            made_key, made_value = (part[:, :, rows].to(layer.fam.dtype) for part in (key_BGTK, value_BGTK))
-            layer.new_value = joined_slots(*layer.turner.turn(made_key, made_value, distance))
+            exact = torch.promote_types(layer.fam.dtype, key_BGTK.dtype)
+            made_key, made_value = (part[:, :, rows].to(exact) for part in (key_BGTK, value_BGTK))
+            made = joined_slots(*layer.turner.turn(made_key, made_value, distance))
+            layer.new_value = fitting(made, layer.fam.dtype)
         if not self.writes_slots:
             return None
         fam_key, fam_value = layer.turner.turn(*layer.slots(), first_position(config))
@@ -337,7 +340,7 @@ class Piece(PassingStep):
         weights_BGFT = weights_BHFT.to(exact).unflatten(1, (key.shape[1], -1)).mean(2)
         weights_BGFT = weights_BGFT / weights_BGFT.sum(-1, keepdim=True).clamp_min(torch.finfo(exact).tiny)
         mean = layer.turner.turn(weights_BGFT @ key, weights_BGFT @ value, row_offsets(self.config))
-        return joined_slots(*mean).to(layer.fam.dtype)
+        return fitting(joined_slots(*mean), layer.fam.dtype)
 
     def leave_layer(self, layer: FamLayer, hidden_BTD: torch.Tensor) -> None:
         """Note what the FAM rows became; it is the layer's FAM once the whole piece is through.
@@ -347,11 +350,12 @@ class Piece(PassingStep):
         if not self.updates or layer.fam is None:
             return
         if self.config.fam_feeds == "same":
-            updated = hidden_BTD[:, : self.config.fam_length].to(layer.fam.dtype, copy=True)
+            updated = fitting(hidden_BTD[:, : self.config.fam_length].clone(), layer.fam.dtype)
             if hidden_BTD.dtype != layer.fam.dtype:
                 # The part of the residual that the model's type cannot hold is not lost.
                 residual = self._residual(layer)
-                updated = updated + (residual - residual.to(hidden_BTD.dtype).to(residual.dtype))
+                held = fitting(residual, hidden_BTD.dtype, layer.mean_share)
+                updated = updated + (residual - held.to(residual.dtype))
         elif layer.new_value is None:
             return  # the lowest layer's FAM stays
         else:
@@ -386,10 +390,12 @@ class Piece(PassingStep):
         """Move the state on: count the tokens, and make complete blocks memory segments and FAMs the past.
 
         Raises:
-            TransformerFamError: a share of attention is not a number; the state stays in front of the piece.
+            TransformerFamError: a share of attention, or a number of the FAM, is not finite; the state stays in front
+                of the piece.
         """
         state = self.state
         self._check_shares()
+        self._check_fams()
         done = self._flags(self.completes)
         for layer in state.layers:
             layer.keep_fam()
@@ -411,6 +417,22 @@ class Piece(PassingStep):
                 "the attention of a FAM row is not a number, so the memory is not updated; look for values out of "
                 f"range in the weights or the input, or read in another type than {shares[0].dtype}"
             )
+
+    def _check_fams(self) -> None:
+        """Refuse a FAM that is not finite, where it begins; a training step finds it in its loss."""
+        written = [(layer_idx, layer.next_fam) for layer_idx, layer in enumerate(self.state.layers)]
+        fams = {layer_idx: fam for layer_idx, fam in written if fam is not None}
+        if torch.is_grad_enabled() or not fams or isinstance(next(iter(fams.values())), FakeTensor):
+            return
+        largest = torch.stack([fam.abs().amax().to(self.state.layers[0].keys.device) for fam in fams.values()])
+        if bool(largest.isfinite().all()):
+            return
+        layer_idx = list(fams)[int(largest.isfinite().logical_not().nonzero()[0])]
+        raise TransformerFamError(
+            f"the FAM of layer {layer_idx} is not finite after block {max(self.state.num_blocks_per_row)}, so the memory "
+            "is not updated; look for values out of range in the weights or the input, or read in another type than "
+            f"{self.state.layers[layer_idx].keys.dtype}"
+        )
 
     def _roll(self, layer: FamLayer, done: bool | torch.Tensor) -> None:
         """Shift the memory segments and older FAMs of a layer by one block, turned back by `block_size`."""

@@ -17,6 +17,7 @@ from torch import nn
 from transformers.cache_utils import CacheLayerMixin
 
 from transformerfam.config import FamConfig
+from transformerfam.half_precision import MEAN_SHARE
 from transformerfam.positions import Turner
 
 
@@ -111,8 +112,12 @@ class FamLayer(CacheLayerMixin):
         sections: where what stands in keys and values.
         turner: turns both.
         is_lowest: whether no layer below carries FAM.
+
+    Attributes:
+        mean_share: how large a row may be in the model's type, see `half_precision`.
     """
 
+    mean_share = MEAN_SHARE
     is_compileable = False
 
     def __init__(

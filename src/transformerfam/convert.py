@@ -21,6 +21,7 @@ from transformerfam.errors import TransformerFamError, UnsupportedModelError
 from transformerfam.families import Family, decoder_layers, family_of, part_of
 from transformerfam.flash import FLASH_BACK_ENDS
 from transformerfam.forward import read_pieces
+from transformerfam.half_precision import MEAN_SHARE_WITHOUT_NORM
 from transformerfam.identity import ModelIdentity
 from transformerfam.kernels import BACK_END, MIXED_BACK_END
 from transformerfam.layouts import find_layouts
@@ -101,6 +102,8 @@ def attach(model: PreTrainedModel, config: FamConfig, layouts: Sequence[LayerLay
     config = _with_fam_layers(config, layouts)
     memory = FamMemory(config, embedding, layouts)
     memory.caches_queries = family.has_attention_interface and not family.is_parallel(model.config)
+    if not family.is_parallel(model.config) and family.behind == "mlp":
+        memory.mean_share = MEAN_SHARE_WITHOUT_NORM
     memory.identity = ModelIdentity(model)
     decoder.fam = memory
     if family.has_attention_interface:

@@ -15,6 +15,7 @@ from transformerfam.cache_layer import LayerPlan
 from transformerfam.config import FamConfig
 from transformerfam.errors import TransformerFamError
 from transformerfam.flash import FLASH_BACK_ENDS
+from transformerfam.half_precision import MEAN_SHARE, fitting
 from transformerfam.identity import ModelIdentity
 from transformerfam.kernels import BACK_END, Sight
 from transformerfam.positions import Turner, fam_offsets, first_position, query_shift
@@ -50,6 +51,7 @@ class FamMemory(nn.Module):
         layouts: what every layer hands to its cache.
         prompt: `(F, D)` embeddings from which the initial FAM is made (`fam_init="prompt"`).
         prefix: `(L, F, D)` initial FAM of every layer (`fam_init="prefix"`).
+        mean_share: how large a row may be in the model's type, see `half_precision`.
         caches_queries: whether attention can be handed queries of the initial FAM, so that with `fam_query="initial"` F
             rows go through the layers, not 2 F: not where the feed-forward is given what attention is made from.
     """
@@ -59,6 +61,7 @@ class FamMemory(nn.Module):
         self.config = config
         self.layouts = tuple(layouts)
         self.identity: ModelIdentity | None = None
+        self.mean_share = MEAN_SHARE
         self.caches_queries = False
         self.compiled_steps: list[Any] = []  # the pieces that go through a compiled graph, see `compiled`
         if config.fam_length == 0:
@@ -232,7 +235,7 @@ def personal_memory(model: PreTrainedModel, fam_LFD: torch.Tensor) -> list[nn.Pa
         delattr(memory, name)
     model.requires_grad_(False)
     weight = model.get_input_embeddings().weight
-    memory.prefix = nn.Parameter(fam_LFD.to(weight.device, weight.dtype, copy=True))
+    memory.prefix = nn.Parameter(fitting(fam_LFD.to(weight.device, copy=True), weight.dtype))
     _change_config(model, fam_init="prefix", zero_first_residual=False)
     return [memory.prefix]
 
@@ -267,14 +270,15 @@ class InitialFam(PassingStep):
 class _InitialQueries(PassingStep):
     """Send every layer's initial FAM through that layer alone, and note its queries."""
 
-    def __init__(self, fams: Sequence[torch.Tensor]) -> None:
+    def __init__(self, fams: Sequence[torch.Tensor], mean_share: float) -> None:
         self.fams = iter(fams)
+        self.mean_share = mean_share
         self.length = fams[0].shape[1]
         self.queries: list[torch.Tensor] = []
 
     def enter_layer(self, layer: None, hidden_BTD: torch.Tensor) -> torch.Tensor:
         """Return the layer's initial FAM."""
-        return next(self.fams).to(hidden_BTD.dtype)
+        return fitting(next(self.fams), hidden_BTD.dtype, self.mean_share)
 
     def sight(self, layer: None) -> Sight:
         """Let every row see every other, and note what asks."""
@@ -385,7 +389,7 @@ def initial_queries(decoder: Any, fams: Sequence[torch.Tensor]) -> list[torch.Te
     if config.fam_query != "initial" or config.fam_position == "zero" or not (memory.caches_queries and takes_queries):
         return None
     positions = _row_positions(config, query_shift(config)).to(fams[0].device)
-    step = _InitialQueries(fams)
+    step = _InitialQueries(fams, memory.mean_share)
     weight = decoder.get_input_embeddings().weight
     cache = StepCache([None] * len(memory.layouts), step)
     with leading_rows(config.fam_length):

@@ -11,6 +11,7 @@ from transformerfam.cache_argument import rename_cache
 from transformerfam.cache_layer import FamLayer, LayerPlan, Sections, joined_slots
 from transformerfam.errors import ReadInterrupted, StateMismatchError, TransformerFamError
 from transformerfam.generation import GENERATION_METHODS
+from transformerfam.half_precision import fitting
 from transformerfam.identity import require_at_hand
 from transformerfam.memory import initial_fam, initial_queries, memory_of, prompt_pass
 from transformerfam.positions import first_position
@@ -104,17 +105,19 @@ def init_state(
         rows = kept = start = None
         if config.carries_fam(i):
             if initial is not None:
-                start = rows = initial[i].to(fam_dtype).expand(batch_size, -1, -1)
+                start = rows = fitting(initial[i], fam_dtype).expand(batch_size, -1, -1)
             if fam is not None:
-                rows = fam[i].to(weight.device, fam_dtype)
+                rows = fitting(fam[i].to(weight.device), fam_dtype)
                 if start is not None and not all(saved):
                     rows = torch.where(torch.tensor(saved, device=weight.device)[:, None, None], rows, start)
             assert rows is not None
             rows = rows.clone(memory_format=torch.contiguous_format)
             if asking is not None and config.needs_initial_fam and (not config.has_slots or i == lowest):
-                kept = asking[i].to(fam_dtype).expand(batch_size, -1, -1).clone(memory_format=torch.contiguous_format)
+                kept = fitting(asking[i], fam_dtype).expand(batch_size, -1, -1)
+                kept = kept.clone(memory_format=torch.contiguous_format)
         kind = kinds.setdefault(plan, len(kinds))
         layer = FamLayer(keys, values, rows, kept, plan, kind, sections, layout.turner, i == lowest)
+        layer.mean_share = memory.mean_share
         layer.query = queries[i] if queries is not None and config.carries_fam(i) else None
         layers.append(layer)
     return FamState(

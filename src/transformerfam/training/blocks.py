@@ -13,6 +13,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
+from transformerfam.errors import TransformerFamError
 from transformerfam.families import decoder_layers
 from transformerfam.positions import first_position
 from transformerfam.reading_state import ReadingState
@@ -259,7 +260,10 @@ def find_non_finite(model: PreTrainedModel, batch: Batch, state: ReadingState) -
         block_size = model.fam_config.block_size
         for block_idx, (start, stop) in enumerate(block_spans(batch.input_ids_BT.shape[1], block_size)):
             ids_BT = batch.input_ids_BT[:, start:stop].to(model.device)
-            model.get_decoder()(input_ids=ids_BT, past_key_values=state)
+            try:
+                model.get_decoder()(input_ids=ids_BT, past_key_values=state)
+            except TransformerFamError as error:  # the state takes nothing that is not finite
+                return f"block {block_idx}, layer {found[0]}" if found else f"block {block_idx}: {error}"
             if found:
                 return f"block {block_idx}, layer {found[0]}"
     finally:
