@@ -8,11 +8,15 @@ from typing import Any
 
 import pytest
 import torch
+from peft import LoraConfig, inject_adapter_in_model
 from tiny_families import CASES, make_tiny
+from torch.nn.functional import cross_entropy
+from torch.utils.checkpoint import checkpoint
+from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM, GlmConfig, LlamaConfig, LlamaForCausalLM
 from typer.testing import CliRunner
 
-from transformerfam import FamConfig, convert
+from transformerfam import FamConfig, FamState, convert
 from transformerfam.cli import app
 from transformerfam.config import UPDATE_PRESETS
 from transformerfam.convert import fam_parameters
@@ -83,7 +87,7 @@ from pathlib import Path
 from torch.nn.functional import cross_entropy
 from torch.utils.checkpoint import checkpoint
 from transformers import LlamaConfig, LlamaForCausalLM
-from transformerfam import FamConfig, convert
+from transformerfam import FamConfig, FamState, convert
 
 def resident(field):
     line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(field))
@@ -193,3 +197,45 @@ def test_what_cannot_be_planned_is_refused() -> None:
     result = CliRunner().invoke(app, ["plan", "tiny", "--set", "block_sise=64"])
     assert result.exit_code == 2
     assert "did you mean block_size?" in result.stderr
+
+
+@pytest.mark.parametrize(("training", "preset"), [("full", "paper"), ("lora", "gated")])
+def test_training_operations_are_those_that_torch_counts(training: Any, preset: str) -> None:
+    """Catches what a step does beside the layers: logits made again with their block, LoRA's own matrices."""
+    shape = {"vocab_size": 640, "hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4}
+    config = LlamaConfig(**shape, num_hidden_layers=3, num_key_value_heads=4)
+    size, length, num_blocks = 16, 4, 6
+    fam = FamConfig.preset(preset, block_size=size, fam_length=length, num_memory_segments=0, fam_key_bias=0.0)
+    plan = make_plan("x", fam, context_tokens=num_blocks * size, config=config, training=training, lora_rank=8)
+    model: Any = LlamaForCausalLM(config)
+    model.set_attn_implementation("eager")  # its matrix products are counted on every machine
+    if training == "lora":
+        inject_adapter_in_model(LoraConfig(r=8, target_modules="all-linear"), model)
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_("lora_" in name)
+    model = convert(model, fam).train()
+    ids = torch.zeros(1, num_blocks * size, dtype=torch.long)
+
+    def run(before: FamState, part: torch.Tensor) -> tuple[torch.Tensor, FamState]:
+        after = before.shallow_copy()
+        logits = model(input_ids=part, past_key_values=after).logits
+        return cross_entropy(logits[0], part[0]), after
+
+    state, total = model.init_state(), torch.zeros(())
+    with FlopCounterMode(display=False) as counter:
+        for part in ids.split(size, dim=1):
+            loss, state = checkpoint(run, state, part, use_reentrant=False)
+            total = total + loss
+        total.backward()
+    counted = counter.get_total_flops() / ids.numel()
+    masked = size * (size - 1) / 2 / size  # eager attention computes what lies behind a token too
+    masked *= 4 * ModelShape.of(config).flops_per_pair
+    assert plan.flops_per_token_training + masked == pytest.approx(counted, rel=0.01)
+
+
+@pytest.mark.parametrize("training", ["full", "lora"])
+def test_averages_of_adafactor_are_those_it_keeps(training: Any) -> None:
+    """Catches a plan with other settings than a recipe's: a first moment is kept beside sums of rows and columns."""
+    config = make_tiny("llama").config
+    plan = make_plan("x", FAM, context_tokens=32, config=config, training=training, optimizer="adafactor", lora_rank=4)
+    assert plan.trained_parameters * 4 < plan.bytes_optimizer < plan.trained_parameters * 4 * 1.5

@@ -429,9 +429,9 @@ class Piece(PassingStep):
             return
         layer_idx = list(fams)[int(largest.isfinite().logical_not().nonzero()[0])]
         raise TransformerFamError(
-            f"the FAM of layer {layer_idx} is not finite after block {max(self.state.num_blocks_per_row)}, so the memory "
-            "is not updated; look for values out of range in the weights or the input, or read in another type than "
-            f"{self.state.layers[layer_idx].keys.dtype}"
+            f"the FAM of layer {layer_idx} is not finite after block {max(self.state.num_blocks_per_row)}, so the "
+            "memory is not updated; look for values out of range in the weights or the input, or read in another type "
+            f"than {self.state.layers[layer_idx].keys.dtype}"
         )
 
     def _roll(self, layer: FamLayer, done: bool | torch.Tensor) -> None:

@@ -14,7 +14,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.functional import cross_entropy
 from torch.utils.checkpoint import checkpoint
-from transformers import Adafactor, AutoConfig, LlamaConfig, PreTrainedModel
+from transformers import AutoConfig, LlamaConfig, PreTrainedModel
 
 from transformerfam.cache_layer import LayerPlan
 from transformerfam.config import FamConfig
@@ -28,6 +28,8 @@ from transformerfam.masks import piece_mask
 from transformerfam.memory import LayerLayout
 from transformerfam.models import NAMED_MODELS, load_base
 from transformerfam.state import FamState
+from transformerfam.training.optimizer import new_optimizer
+from transformerfam.training.sections import OptimizerSection
 
 Training = Literal["full", "lora", "none"]
 OptimizerKind = Literal["adamw", "adafactor"]
@@ -222,7 +224,7 @@ def _measured(
     if training == "none":
         return peak
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    steps = Adafactor(trained, lr=1e-3, relative_step=False) if optimizer == "adafactor" else torch.optim.AdamW(trained)
+    steps = new_optimizer([{"params": trained}], OptimizerSection(kind=optimizer))
     for parameter in trained:
         parameter.grad = torch.zeros_like(parameter)
     steps.step()
@@ -284,16 +286,20 @@ def _flops(model: Any, training: Training) -> tuple[float, float]:
     num_experts = num_experts or getattr(config, "n_routed_experts", None) or 1
     share = (getattr(config, "num_experts_per_tok", None) or 1) / num_experts
     per_row = sum(2 * p.numel() * (share if ".experts." in name else 1.0) for name, p in _matrices(model))
+    own = sum(2 * p.numel() for name, p in decoder_layers(model).named_parameters() if "lora_" in name)
     size = fam.block_size
     memory = model.get_decoder().fam
     num_rows = rows_in_front(fam, memory.caches_queries)
     rows_per_token = 1 + num_rows / size
     pairs = sum(_pairs_per_token(fam, plan, num_rows) for plan in memory.plans())
     carrying = [layout for layout, plan in zip(memory.layouts, memory.plans(), strict=True) if plan.has_fam]
-    means = sum(_means_per_token(fam, layout) for layout in carrying)
-    layers = per_row * rows_per_token + 2 * heads * widths * pairs + means
+    mixing = 2 * heads * widths * pairs + sum(_means_per_token(fam, layout) for layout in carrying)
     logits = 2 * config.hidden_size * config.vocab_size
-    return layers, (3 if training == "lora" else 4) * layers + (2 if training == "lora" else 3) * logits
+    # A block's checkpoint makes everything again. Backward, a product of two things that are trained costs two more,
+    # one with a frozen matrix one.
+    frozen = 3 if training == "lora" else 4
+    trained = frozen * (rows_per_token * per_row + logits) + 4 * (rows_per_token * own + mixing)
+    return rows_per_token * per_row + mixing, trained
 
 
 def _pairs_per_token(fam: FamConfig, plan: LayerPlan, num_rows: int) -> float:

@@ -1,6 +1,7 @@
 """The optimizer with a learning rate for each group of weights, its schedule, and the average of the weights."""
 
 import math
+from typing import Any
 
 import torch
 from torch import nn
@@ -25,6 +26,14 @@ def build_optimizer(model: PreTrainedModel, recipe: Recipe) -> torch.optim.Optim
     groups = [{"params": rest, "lr": rest_lr, "base_lr": rest_lr}]
     if prompt:
         groups.append({"params": prompt, "lr": prompt_lr, "base_lr": prompt_lr, "weight_decay": 0.0})
+    foreach = False if recipe.schedule.shard else None  # which takes no weights that are shared out beside others
+    return new_optimizer(groups, section, foreach)
+
+
+def new_optimizer(
+    groups: list[dict[str, Any]], section: OptimizerSection, foreach: bool | None = None
+) -> torch.optim.Optimizer:
+    """Return the optimizer of a section for groups of weights; `foreach` is AdamW's."""
     if section.kind == "adafactor":
         return Adafactor(
             groups,
@@ -35,7 +44,6 @@ def build_optimizer(model: PreTrainedModel, recipe: Recipe) -> torch.optim.Optim
             relative_step=False,
             warmup_init=False,
         )
-    foreach = False if recipe.schedule.shard else None  # which takes no weights that are shared out beside others
     return torch.optim.AdamW(
         groups, lr=section.lr, betas=section.betas, weight_decay=section.weight_decay, foreach=foreach
     )
