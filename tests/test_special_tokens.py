@@ -1,5 +1,6 @@
 """A text begins with what its tokenizer begins texts with, and a continuation does not, wherever one is read."""
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -7,18 +8,25 @@ import pytest
 import torch
 from tiny_models import BLOCK_SIZE, make_passkey_model
 from tokenizers.processors import TemplateProcessing
+from training_recipes import small_recipe
 from transformers import LlamaForCausalLM
 
 from transformerfam import FamConfig, convert
-from transformerfam.errors import TransformerFamError
+from transformerfam.errors import RecipeError, TransformerFamError
 from transformerfam.tasks.next_token import evaluate_next_token
 from transformerfam.tasks.passkey import PasskeyText
 from transformerfam.tasks.passkey_evaluation import evaluate_passkey
 from transformerfam.tasks.reading import count_tokens, generate_text, read_text_stream
 from transformerfam.tasks.text import decode_utf8, encode, encode_start, read_text, start_ids, stream_token_ids
+from transformerfam.training import trainer
+from transformerfam.training.recipe import Recipe
+from transformerfam.training.sequences import Batch
+from transformerfam.training.setup import build_trainee
 
 TEXT = "There and back again. The grass is green. The sky is blue. The sun is yellow. Here we go. " * 4
 START = 3
+BEGIN = 1
+"""No word of any text."""
 
 
 @pytest.fixture
@@ -129,3 +137,63 @@ def test_byte_order_mark_is_no_token(tmp_path: Path) -> None:
         wrong = b"\xef\xbb\xbfThe \xff."
         with pytest.raises(TransformerFamError, match="byte 0xff at position 7"):
             list(decode_utf8([wrong[i : i + size] for i in range(0, len(wrong), size)], "x"))
+
+
+def with_start(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the tiny model's tokenizer begin texts with a token, wherever a recipe is trained."""
+
+    def build(recipe: Recipe) -> Any:
+        model, tokenizer = build_trainee(recipe)
+        first = tokenizer.convert_ids_to_tokens(BEGIN)
+        tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+            single=f"{first} $A", special_tokens=[(first, BEGIN)]
+        )
+        return model, tokenizer
+
+    monkeypatch.setattr(trainer, "build_trainee", build)
+
+
+@pytest.mark.parametrize("is_told", [False, True])
+def test_training_text_begins_where_no_state_is_passed(
+    is_told: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Catches a memory that is trained on texts without their beginning and asked with it."""
+    data = {"named_keys": (1, 2)} if is_told else {}
+    recipe = small_recipe(
+        data=data,
+        schedule={"steps": 6, "curriculum": [{"filler_tokens": [20, 40]}]},
+        state_passing={"probability": 0.6},
+    )
+    with_start(monkeypatch)
+    began: list[tuple[bool, Batch]] = []
+
+    def noted(self: Batch, start: list[int], is_passed: bool) -> Batch:
+        batch = begun(self, start, is_passed)
+        began.append((is_passed, batch))
+        with_teacher = begun(dataclasses.replace(self, teacher_ids_NT=self.input_ids_BT), start, is_passed)
+        assert with_teacher.teacher_ids_NT is not None
+        assert with_teacher.teacher_ids_NT[:, 0].eq(BEGIN).all()
+        num = 0 if is_passed else 1
+        torch.testing.assert_close(batch.input_ids_BT[:, num:], self.input_ids_BT)
+        for old, new in zip(self.weights_BT.nonzero(), batch.weights_BT.nonzero(), strict=True):
+            assert new.tolist() == [int(old[0]), int(old[1]) + num]
+            assert batch.labels_BT[*new] == self.labels_BT[*old]
+            assert batch.is_key_BT[*new] == self.is_key_BT[*old]
+        assert (batch.question_start, *batch.num_told_B.tolist()) == tuple(
+            num + n for n in (self.question_start, *self.num_told_B.tolist())
+        )
+        return batch
+
+    begun = Batch.begun
+    monkeypatch.setattr(Batch, "begun", noted)
+    trainer.Trainer(recipe, tmp_path / "run").run()
+    assert {is_passed for is_passed, _ in began} == {False, True}
+    for is_passed, batch in began:
+        assert bool(batch.input_ids_BT[:, 0].eq(BEGIN).all()) != is_passed
+
+
+def test_stored_filler_has_no_place_for_a_beginning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    recipe = small_recipe(schedule={"stored_blocks": 4, "steps_per_stored_block": 1})
+    with_start(monkeypatch)
+    with pytest.raises(RecipeError, match="stored_blocks is above 0, and the tokenizer begins texts with special"):
+        trainer.Trainer(recipe, tmp_path / "run")

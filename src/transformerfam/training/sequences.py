@@ -58,6 +58,41 @@ class Batch:
         num_rows, length = self.input_ids_BT.shape
         return num_rows * (length if self.is_read_T is None else int(self.is_read_T.sum()))
 
+    def begun(self, start: Sequence[int], is_passed: bool) -> "Batch":
+        """Return the batch with what the tokenizer begins texts with in front of rows that begin one.
+
+        The teacher's do always, the batch's unless a state is passed, which they continue.
+
+        Args:
+            start: token ids, often none.
+            is_passed: whether the rows continue what was read in an earlier step.
+        """
+        num, batch = len(start), self
+        if self.teacher_ids_NT is not None and not _begins(self.teacher_ids_NT, start):
+            batch = dataclasses.replace(batch, teacher_ids_NT=_with_front(self.teacher_ids_NT, start))
+        if is_passed or _begins(self.input_ids_BT, start):
+            return batch
+        ids, taught = _with_front(self.input_ids_BT, start), self.is_taught_BT
+        return dataclasses.replace(
+            batch,
+            input_ids_BT=ids,
+            labels_BT=ids.roll(-1, dims=1),  # the last column has weight 0
+            weights_BT=_with_front(self.weights_BT, [0.0] * num),
+            is_key_BT=_with_front(self.is_key_BT, [False] * num),
+            question_start=self.question_start + num,
+            num_told_B=self.num_told_B + num,
+            is_taught_BT=None if taught is None else _with_front(taught, [False] * num),
+        )
+
+
+def _begins(rows_BT: torch.Tensor, start: Sequence[int]) -> bool:
+    return bool(rows_BT[:, : len(start)].eq(torch.tensor(start, dtype=rows_BT.dtype)).all())
+
+
+def _with_front(rows_BT: torch.Tensor, front: Sequence[Any]) -> torch.Tensor:
+    """Return rows with the same values in front of each."""
+    return torch.cat((torch.tensor(front, dtype=rows_BT.dtype).expand(len(rows_BT), -1), rows_BT), dim=1)
+
 
 def draw_block_size(seed: int, step: int, block_sizes: Sequence[int]) -> int:
     """Draw the block of a step."""
@@ -220,7 +255,7 @@ class SequenceBuilder:
             return Row(ids, len(answer_ids), carried_key, is_told=False, held=carried_key)
         prefix_ids = text.filler.slice(start, num_prefix).tolist()
         told = text.sequence(key, num_filler, start + num_prefix)
-        return Row(prefix_ids + told.ids, num_answer, key, True, key, num_prefix + num_intro)
+        return Row(prefix_ids + told.ids[len(text.start_ids) :], num_answer, key, True, key, num_prefix + num_intro)
 
     def _written_on(self, row: Row, filler_T: torch.Tensor, told: slice) -> Row:
         """Write a row's key, question and answer on stored filler."""

@@ -12,11 +12,11 @@ import torch
 
 from transformerfam.adapter import FamAdapter
 from transformerfam.convert import set_block_size, set_key_bias
-from transformerfam.errors import NonFiniteLossError
+from transformerfam.errors import NonFiniteLossError, RecipeError
 from transformerfam.models import BASE_NOTE, save_model, save_rival
 from transformerfam.processes import ends_noted, uninterrupted
 from transformerfam.tasks.provenance import device_name, memory_notes
-from transformerfam.tasks.text import SOME_UNKNOWN
+from transformerfam.tasks.text import SOME_UNKNOWN, start_ids
 from transformerfam.training.auxiliary import auxiliary_losses
 from transformerfam.training.blocks import find_non_finite, find_non_finite_gradient
 from transformerfam.training.checkpoint import Place, cut_log, load_checkpoint, save_checkpoint
@@ -84,6 +84,12 @@ class Trainer:
         device = device if self.ranks.accelerator is None else self.ranks.accelerator.device
         self.lock = claim_folder(self.folder, recipe, resume, self.ranks, overwrite)
         self.model, self.tokenizer = build_trainee(recipe)
+        self.start_ids = start_ids(self.tokenizer)
+        if self.start_ids and recipe.schedule.stored_blocks:
+            raise RecipeError(
+                "schedule.stored_blocks is above 0, and the tokenizer begins texts with special tokens, for which "
+                "stored blocks leave no place; set it to 0"
+            )
         self.model.to(device)
         self.step_module = self.ranks.wrap(self.model)
         self.auxiliary = auxiliary_losses(self.model, recipe)
@@ -185,6 +191,7 @@ class Trainer:
             group["lr"] = group["base_lr"] * factor
         stored_ids_NT = None if self.stored is None else self.stored.ids_NT
         batch = self.sequences.batch(step, self.stage_idx, None if saved is None else saved.keys, stored_ids_NT)
+        batch = batch.begun(self.start_ids, is_passed=saved is not None)
         own = self.ranks.own_batch(batch)
         lesson = None if self.teacher is None else self.teacher.read(own)
         num_repeats = self.sequences.num_repeats(step)
@@ -201,7 +208,7 @@ class Trainer:
         if not bool(torch.isfinite(grad_norm)):
             raise NonFiniteLossError(
                 f"the gradient of {find_non_finite_gradient(self.model)} is not finite at step {self.step}, though the "
-                "loss is; {TRY_AGAIN}"
+                f"loss is; {TRY_AGAIN}"
             )
         self.optimizer.step()
         self.average.update(self.model, step)

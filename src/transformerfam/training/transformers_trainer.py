@@ -8,6 +8,7 @@ from torch.utils.data import Dataset, SequentialSampler
 from transformers import Trainer
 
 from transformerfam.errors import RecipeError
+from transformerfam.tasks.text import start_ids
 from transformerfam.training.auxiliary import auxiliary_losses
 from transformerfam.training.instructions import PackedInstructions, weighed_batch
 from transformerfam.training.recipe import Recipe
@@ -65,6 +66,7 @@ class MemoryTrainer(Trainer):
             )
         self.recipe = recipe
         model, tokenizer = build_trainee(recipe)
+        self.start_ids = start_ids(tokenizer)
         model = options.pop("model", model)
         self.auxiliary = auxiliary_losses(model, recipe)
         self.passing = StatePassing(recipe.state_passing, recipe.schedule.seed)
@@ -84,8 +86,9 @@ class MemoryTrainer(Trainer):
         """Read a batch block after block, as `fam train` does, and return its loss."""
         inner: Any = self.accelerator.unwrap_model(model)
         step = self.state.global_step
-        batch = weighed_batch(inputs["input_ids"].cpu(), inputs["weights"].cpu())
         saved = self.passing.draw(step)
+        batch = weighed_batch(inputs["input_ids"].cpu(), inputs["weights"].cpu())
+        batch = batch.begun(self.start_ids, is_passed=saved is not None)
         state = start_state(inner, self.recipe, self.passing, step, batch, saved)
         output = run_step(inner, batch, state, self.recipe, None, None, 0, self.auxiliary)
         self.passing.keep(step, output.passed_fam_LBFD, (None,) * len(batch.keys))
