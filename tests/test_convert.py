@@ -25,7 +25,7 @@ from transformers.models.llama import modeling_llama
 from transformerfam import FamConfig, convert
 from transformerfam.attention import piece_mask
 from transformerfam.cache_argument import as_cache
-from transformerfam.convert import fam_parameters, memory_of, set_key_bias
+from transformerfam.convert import fam_parameters, memory_of, set_block_size, set_key_bias
 from transformerfam.errors import ReadInterrupted, TransformerFamError, UnsupportedModelError
 from transformerfam.positions import Turner
 from transformerfam.rivals import RivalConfig
@@ -306,3 +306,15 @@ def test_seam_that_does_not_fit_in_half_precision_is_not_the_versions_fault(monk
     model = make_tiny("gemma2", sliding_window=4000).to(torch.bfloat16)
     with pytest.raises(UnsupportedModelError, match=r"the cache seam .* in torch.bfloat16; convert it in float32"):
         convert(model, FamConfig(block_size=8, fam_length=3))
+
+
+def test_positions_that_a_model_was_not_trained_on_are_said() -> None:
+    """Catches the README's block of 1,024 and three memory segments on a model of 2,048 positions."""
+    fits = FamConfig(block_size=128, fam_length=4, num_memory_segments=3)
+    model = convert(make_tiny("llama"), fits)  # a warning would be an error
+    with pytest.warns(UserWarning, match="reaches position 531, and the model was trained on positions up to 511"):
+        convert(make_tiny("llama"), fits.replace(block_size=133))
+    with pytest.warns(UserWarning, match=r"max_position_embeddings.*smaller block_size, or fewer num_memory_segments"):
+        set_block_size(model, 133)
+    with pytest.warns(UserWarning, match="reaches position 599"):
+        attach_rival(make_tiny("llama"), RivalConfig(system="rmt", block_size=600))

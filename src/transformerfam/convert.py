@@ -34,6 +34,7 @@ from transformerfam.memory import (
     set_block_size,
     set_key_bias,
 )
+from transformerfam.positions import first_position, warn_beyond_trained
 from transformerfam.reading import READER_METHODS, init_state
 from transformerfam.seams import check_seams, check_structure
 from transformerfam.versions import does_not_fit
@@ -87,6 +88,7 @@ def convert(model: PreTrainedModel, config: FamConfig) -> PreTrainedModel:
             raise
         raise does_not_fit(f"{type(model).__name__} does not run as conversion runs it ({error})") from error
     assert type(model) is type_of_model
+    warn_beyond_trained(model.config, first_position(config) + config.block_size)
     return model
 
 

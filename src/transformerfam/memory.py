@@ -18,7 +18,7 @@ from transformerfam.flash import FLASH_BACK_ENDS
 from transformerfam.half_precision import MEAN_SHARE, fitting
 from transformerfam.identity import ModelIdentity
 from transformerfam.kernels import BACK_END, Sight
-from transformerfam.positions import Turner, fam_offsets, first_position, query_shift
+from transformerfam.positions import Turner, fam_offsets, first_position, query_shift, warn_beyond_trained
 from transformerfam.row_lora import leading_rows
 from transformerfam.steps import PassingStep
 
@@ -138,6 +138,7 @@ def set_key_bias(model: PreTrainedModel, value: float) -> None:
 def set_block_size(model: PreTrainedModel, block_size: int) -> None:
     """Set `block_size` of a converted model; a state with another one is refused from now on, its FAM is not."""
     _change_config(model, block_size=block_size)
+    warn_beyond_trained(model.config, first_position(model.fam_config) + block_size)
 
 
 def _change_config(model: PreTrainedModel, **changes: Any) -> None:

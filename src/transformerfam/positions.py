@@ -6,6 +6,9 @@ kept keys are turned back by `block_size` instead (rotations compose), so that p
 Source: B.2.1 of arXiv 2404.09173.
 """
 
+import warnings
+from typing import Any
+
 import torch
 
 from transformerfam.config import FamConfig
@@ -17,6 +20,18 @@ Distance = float | range | tuple[float, ...]
 def first_position(config: FamConfig) -> int:
     """Return the position of a block's first token, large enough that nothing in sight of it stands before 0."""
     return max(config.num_memory_slots, (config.num_previous_fams - 1) * config.block_size + config.fam_length)
+
+
+def warn_beyond_trained(model_config: Any, num_positions: int) -> None:
+    """Warn of positions behind those that a model was trained on, where RoPE's angles are new to it."""
+    trained = getattr(model_config, "max_position_embeddings", None)
+    if trained is not None and num_positions > trained:
+        warnings.warn(
+            f"a block reaches position {num_positions - 1:,}, and the model was trained on positions up to "
+            f"{trained - 1:,} (max_position_embeddings), so it will read worse; choose a smaller block_size, or fewer "
+            "num_memory_segments",
+            stacklevel=3,
+        )
 
 
 def row_offsets(config: FamConfig) -> tuple[float, ...]:

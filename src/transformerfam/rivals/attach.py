@@ -18,6 +18,7 @@ from transformerfam.identity import ModelIdentity
 from transformerfam.kernels import MIXED_BACK_END
 from transformerfam.layouts import RELATIVE_TOLERANCE, find_layouts, relative_error
 from transformerfam.memory import StepCache, run_decoder
+from transformerfam.positions import warn_beyond_trained
 from transformerfam.reading import READER_METHODS
 from transformerfam.rivals.config import RivalConfig
 from transformerfam.rivals.piece import Rival, RivalPiece
@@ -82,6 +83,7 @@ def attach(model: PreTrainedModel, config: RivalConfig) -> PreTrainedModel:
             delattr(model, name)
         model.set_attn_implementation(back_end)
         raise
+    warn_beyond_trained(model.config, config.block_size)
     return model
 
 
