@@ -5,6 +5,7 @@ import json
 import pytest
 import tiny_models
 from command_line import run
+from peft import LoraConfig, get_peft_model
 from test_cli import RECIPE
 from tiny_llama import make_tiny_llama
 from tiny_models import PASSKEY_TEXT
@@ -138,6 +139,22 @@ def test_models_and_memories_take_the_place_of_their_kind_alone(folder, tmp_path
     for more in ((), ("--overwrite",)):
         run("average", *memories, "--output", tmp_path / "mean", *more)
     assert "add --overwrite" in run("average", *memories, "--output", tmp_path / "mean", status=2)
+
+
+def test_memory_does_not_take_the_place_of_a_peft_adapter(tmp_path):
+    """Would catch another's LoRA that is gone, and a save that cannot be done again after it was broken off."""
+    model = get_peft_model(make_tiny_llama(), LoraConfig(r=2, target_modules=["q_proj"]))
+    model.save_pretrained(tmp_path)
+    before = bytes_of(tmp_path)
+    adapter = FamAdapter.from_model(
+        get_peft_model(convert(make_tiny_llama(), FamConfig(block_size=16, fam_length=2)), LoraConfig(r=2))
+    )
+    with pytest.raises(TransformerFamError, match="holds a PEFT adapter without a memory .*choose another folder"):
+        adapter.save_pretrained(tmp_path)
+    assert bytes_of(tmp_path) == before
+    adapter.save_pretrained(tmp_path / "own")
+    (tmp_path / "own" / "fam.safetensors").unlink()
+    adapter.save_pretrained(tmp_path / "own")
 
 
 def test_figures_and_tables_take_the_place_of_their_kind_alone(tmp_path):

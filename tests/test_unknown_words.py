@@ -1,6 +1,8 @@
 """Words that a tokenizer does not know are said, and where nearly all are such, the text is refused."""
 
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from tiny_models import make_passkey_model, save_passkey_model
@@ -10,6 +12,8 @@ from typer.testing import CliRunner
 from transformerfam.cli import app
 from transformerfam.comparison.plan import load_comparison
 from transformerfam.errors import RecipeError, TransformerFamError
+from transformerfam.tasks.next_token import evaluate_next_token
+from transformerfam.tasks.passkey_evaluation import PasskeyEvaluation
 from transformerfam.tasks.reading import read_text_stream
 from transformerfam.training.trainer import Trainer
 
@@ -79,3 +83,20 @@ def test_command_says_how_many_words_are_unknown(tmp_path: Path) -> None:
     allowed = CliRunner().invoke(app, [*command, "--allow-unknown"])
     assert allowed.exit_code == 0
     assert "% of the text's tokens are words that the tokenizer does not know" in " ".join(allowed.output.split())
+
+
+def test_evaluation_on_unknown_words_is_refused_or_said(tmp_path: Path) -> None:
+    """Catches a filler, or a scored text, of which a model of fifty words sees one unknown word after the other."""
+    model, tokenizer = make_passkey_model()
+    (tmp_path / "manual.txt").write_text(MANUAL)
+    (tmp_path / "mixed.txt").write_text("Use option verbose to print more. " * 3 + KNOWN)
+    options = {"filler_lengths": (8,), "num_keys": 1, "systems": ("fam",)}
+    evaluations: list[Callable[[str], Any]] = [
+        lambda name: list(PasskeyEvaluation(**options, filler=str(tmp_path / name)).rows(model, tokenizer)),
+        lambda name: list(evaluate_next_token(model, tokenizer, tmp_path / name, num_tokens=200)),
+    ]
+    for evaluate in evaluations:
+        with pytest.raises(TransformerFamError, match=r"tokens of .*manual.txt are words that the tokenizer does not"):
+            evaluate("manual.txt")
+        with pytest.warns(UserWarning, match=r"of .*mixed.txt's tokens are words that the tokenizer does not know"):
+            evaluate("mixed.txt")

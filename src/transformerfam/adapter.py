@@ -151,9 +151,12 @@ class FamAdapter:
             dtype: type in which floating tensors are stored, for example `torch.float16`; None keeps theirs.
 
         Raises:
-            TransformerFamError: the disk is full or the folder cannot be written; an old adapter is left as it was.
+            TransformerFamError: the disk is full or the folder cannot be written; an old adapter is left as it was. Or
+                the folder holds a PEFT adapter without a memory.
         """
         folder = Path(folder)
+        lora_config = json.dumps(self.lora_config, indent=2, sort_keys=True) + "\n"
+        self._require_own(folder, lora_config)
 
         def stored(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
             return {name: value.to(dtype or value.dtype).cpu().contiguous() for name, value in tensors.items()}
@@ -174,13 +177,25 @@ class FamAdapter:
         try:
             folder.mkdir(parents=True, exist_ok=True)
             if lora:
-                write_text(folder / LORA_CONFIG_FILE, json.dumps(self.lora_config, indent=2, sort_keys=True) + "\n")
+                write_text(folder / LORA_CONFIG_FILE, lora_config)
                 temporary = folder / f".{LORA_FILE}"
                 save_file(lora, temporary)
                 temporary.replace(folder / LORA_FILE)
         except (OSError, SafetensorError) as error:
             raise TransformerFamError(f"could not write the adapter to {folder}: {error}; free space there") from error
         save_tensors(folder / FAM_FILE, own, metadata)
+
+    @staticmethod
+    def _require_own(folder: Path, lora_config: str) -> None:
+        """Refuse a folder that holds an adapter without a memory, unless a save like this one was broken off there."""
+        there = [name for name in (LORA_CONFIG_FILE, LORA_FILE) if (folder / name).exists()]
+        if not there or (folder / FAM_FILE).exists():
+            return
+        if LORA_CONFIG_FILE not in there or (folder / LORA_CONFIG_FILE).read_text(encoding="utf-8") != lora_config:
+            raise TransformerFamError(
+                f"{folder} holds a PEFT adapter without a memory ({', '.join(there)}), which would be replaced; choose "
+                "another folder"
+            )
 
     @classmethod
     def from_pretrained(cls, folder: str | os.PathLike[str]) -> "FamAdapter":

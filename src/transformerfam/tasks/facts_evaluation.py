@@ -11,6 +11,7 @@ from transformerfam.reading_state import ReadingState
 from transformerfam.tasks.facts import FactsText, HiddenStory, draw_story
 from transformerfam.tasks.provenance import weights_of
 from transformerfam.tasks.ragged import READ_TOKENS, greedy_tokens, padded, read_ragged
+from transformerfam.tasks.text import require_filler
 from transformerfam.tasks.texts_evaluation import TextsEvaluation
 
 TASK = "facts"
@@ -43,6 +44,7 @@ class FactsEvaluation(TextsEvaluation):
             tokenizer: its tokenizer.
         """
         text, done = FactsText(tokenizer, self.filler), 0
+        require_filler(tokenizer, text.filler)
         total = sum(self.filler_lengths) * len(self.num_supports) * self.num_texts
         for length in self.filler_lengths:
             for num_supports in self.num_supports:

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from transformerfam.errors import TransformerFamError
 from transformerfam.reading_state import ReadingState
 from transformerfam.tasks.provenance import provenance, weights_of
-from transformerfam.tasks.text import stream_text, stream_token_ids
+from transformerfam.tasks.text import known_pieces, stream_text, stream_token_ids
 
 PIECE_TOKENS = 256
 """Tokens whose logits are held at once; with 49,152 words they take 50 MB."""
@@ -70,6 +70,7 @@ def evaluate_next_token(
     total, segment, segment_start = _Score(), _Score(), 0
     ids = stream_token_ids(stream_text(path), tokenizer, begins=True)
     pieces = rechunk(ids, PIECE_TOKENS, num_tokens, segment_tokens)
+    pieces = known_pieces(pieces, tokenizer, Path(path).name, "take another text")
     for score, state in _scores(model, pieces):
         total.add(score)
         segment.add(score)

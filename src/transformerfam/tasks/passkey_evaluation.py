@@ -24,6 +24,7 @@ from transformerfam.tasks.placed_text import PlacedText
 from transformerfam.tasks.provenance import provenance, weights_of
 from transformerfam.tasks.ragged import READ_TOKENS, greedy_tokens, read_ragged
 from transformerfam.tasks.telling import Telling
+from transformerfam.tasks.text import require_filler
 from transformerfam.tasks.wordings import Wording
 
 MAX_MENTIONS = 10_000
@@ -133,6 +134,7 @@ class PasskeyEvaluation:
             tokenizer: its tokenizer.
         """
         filler = self.filler if isinstance(self.filler, FillerStream) else load_shuffled(tokenizer, self.filler)
+        require_filler(tokenizer, filler)
         text = PasskeyText(tokenizer, filler, self.wording)
         keys = draw_keys(self.num_keys, self.seed, self.num_digits)
         own = keys[self.process[0] :: self.process[1]]

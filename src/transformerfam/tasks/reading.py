@@ -2,7 +2,6 @@
 
 import contextlib
 import tempfile
-import warnings
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -14,13 +13,11 @@ from transformerfam.files import require_target
 from transformerfam.state import FamState
 from transformerfam.tasks.next_token import rechunk
 from transformerfam.tasks.text import (
-    SOME_UNKNOWN,
     encode,
     encode_start,
-    require_known,
+    known_pieces,
     stream_text,
     stream_token_ids,
-    unknown_share,
 )
 
 PIECE_TOKENS = 4096
@@ -64,14 +61,12 @@ def read_text_stream(
     with torch.no_grad():
         state = model.init_state() if state is None else state
     num_read_before = state.num_tokens_read
-    num_seen, num_unknown = 0, 0.0
+    num_seen = 0
     begins = num_read_before == skip_tokens  # else the state has read something in front of this text
     try:
-        for ids in rechunk(stream_token_ids(texts, tokenizer, begins=begins), PIECE_TOKENS):
-            share = unknown_share(tokenizer, ids)
-            num_unknown += share * len(ids)
-            if num_seen == 0 and not allow_unknown:
-                require_known(share, "the text", "allow unknown words (allow_unknown, --allow-unknown)")
+        pieces = rechunk(stream_token_ids(texts, tokenizer, begins=begins), PIECE_TOKENS)
+        remedy = "allow unknown words (allow_unknown, --allow-unknown)"
+        for ids in known_pieces(pieces, tokenizer, "the text", remedy, allow_unknown=allow_unknown):
             rest = ids[max(0, skip_tokens - num_seen) :]
             num_seen += len(ids)
             if not rest:
@@ -88,12 +83,6 @@ def read_text_stream(
         raise TransformerFamError(
             f"the text has {num_seen} tokens and {skip_tokens} of them are skipped, at least 1 is required to read; "
             "give a longer text"
-        )
-    if num_unknown >= SOME_UNKNOWN * num_seen:
-        warnings.warn(
-            f"{num_unknown / num_seen:.1%} of the text's tokens are words that the tokenizer does not know, which all "
-            "read alike",
-            stacklevel=2,
         )
     return state
 

@@ -3,6 +3,7 @@
 import codecs
 import stat
 import sys
+import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import IO, Any
@@ -242,6 +243,46 @@ def require_known(share: float, what: str, remedy: str) -> None:
             f"{share:.0%} of the tokens of {what} are words that the tokenizer does not know, allowed are "
             f"{MOST_UNKNOWN:.0%}; take a model whose vocabulary has them, or {remedy}"
         )
+
+
+def warn_unknown(share: float, what: str) -> None:
+    """Warn of a text of which the tokenizer does not know some words; `share` is that of its tokens."""
+    if share >= SOME_UNKNOWN:
+        warnings.warn(
+            f"{share:.1%} of {what}'s tokens are words that the tokenizer does not know, which all read alike",
+            stacklevel=3,
+        )
+
+
+def known_pieces(
+    pieces: Iterable[list[int]], tokenizer: Any, what: str, remedy: str, *, allow_unknown: bool = False
+) -> Iterator[list[int]]:
+    """Yield the pieces of a text; behind the last one, warn of unknown words.
+
+    The first word does not count: without a space in front, a tokenizer of whole words does not know it.
+
+    Raises:
+        TransformerFamError: at the first piece, the tokenizer knows too little of it, and `allow_unknown` is False.
+    """
+    num_read, num_unknown = 0, 0.0
+    for ids in pieces:
+        share = unknown_share(tokenizer, ids[1:] if num_read == 0 else ids)
+        if num_read == 0 and not allow_unknown:
+            require_known(share, what, remedy)
+        num_read, num_unknown = num_read + len(ids), num_unknown + share * len(ids)
+        yield ids
+    warn_unknown(num_unknown / max(1, num_read), what)
+
+
+def require_filler(tokenizer: Any, stream: Any) -> None:
+    """Refuse or warn of an evaluation's filler of which the tokenizer knows too little, or not all.
+
+    Raises:
+        TransformerFamError: the share of unknown words is above `MOST_UNKNOWN`.
+    """
+    share = unknown_share(tokenizer, stream.period_T.tolist())
+    require_known(share, f"the filler {stream.name}", "another filler")
+    warn_unknown(share, f"the filler {stream.name}")
 
 
 def _last_cut(text: str) -> int:
