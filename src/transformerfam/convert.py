@@ -100,7 +100,8 @@ def attach(model: PreTrainedModel, config: FamConfig, layouts: Sequence[LayerLay
     decoder, family, embedding = model.get_decoder(), family_of(model), model.get_input_embeddings()
     config = _with_fam_layers(config, layouts)
     memory = FamMemory(config, embedding, layouts)
-    memory.caches_queries = family.has_attention_interface and not family.is_parallel(model.config)
+    asks_by_queries = family.has_attention_interface and family.asks_by_queries
+    memory.caches_queries = asks_by_queries and not family.is_parallel(model.config)
     memory.identity = ModelIdentity(model)
     decoder.fam = memory
     if family.has_attention_interface:

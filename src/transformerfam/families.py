@@ -5,6 +5,7 @@ version at hand, is what conversion checks with numbers (`seams`).
 """
 
 import dataclasses
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -55,6 +56,14 @@ def _residual_multiplier(config: Any) -> float:
     return float(config.residual_multiplier)
 
 
+def _attention_norm(config: Any) -> tuple[str, ...]:
+    return ("attention_layernorm",)
+
+
+def _depth_factor(config: Any) -> float:
+    return float(config.scale_depth) / math.sqrt(config.num_hidden_layers)
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Family:
     """Where the seams are in the layers of one family, by the names of submodules.
@@ -72,6 +81,8 @@ class Family:
         is_parallel: whether attention and feed-forward are added to one residual, from the configuration.
         has_attention_interface: whether attention goes through transformers' attention interface, so that a back end
             without dense masks can serve it.
+        asks_by_queries: whether rows enter attention's output through their queries alone, called for once, so that
+            queries made before can stand for them; not where the output has a gate, or attention runs twice.
         since: first version of this package that serves it.
         special: what sets the family apart from Llama.
     """
@@ -86,6 +97,7 @@ class Family:
     behind: str = "post_attention_layernorm"
     is_parallel: Callable[[Any], bool] = _never
     has_attention_interface: bool = True
+    asks_by_queries: bool = True
     since: str = "0.1.0"
     special: str = ""
 
@@ -171,6 +183,132 @@ FAMILIES = {
     ),
     "deepseek_v3": Family(
         name="DeepSeek-V3", special="latent attention: carried are latents, and one rotary key for all heads"
+    ),
+    "gemma": Family(name="Gemma", special="embeddings multiplied by the root of their width"),
+    "qwen2_moe": Family(
+        name="Qwen2-MoE", special="mixture of experts beside a shared one; optionally sliding windows on the upper layers"
+    ),
+    "ministral": Family(name="Ministral", special="some layers slide and keep their window"),
+    "ministral3": Family(
+        name="Ministral 3",
+        special="queries grow with the position from `original_max_position_embeddings` on; FAM keeps positions in its "
+        "window, where they grow only if the window is that long",
+    ),
+    "olmo": Family(name="OLMo", special="norms without weights; optionally clipped queries, keys and values"),
+    "olmo3": Family(
+        name="OLMo 3",
+        entries=_attention_itself,
+        branch="post_attention_layernorm",
+        behind="mlp",
+        special="norms behind attention and feed-forward alone; norms on queries and keys; three of four layers slide "
+        "and keep their window",
+    ),
+    "olmoe": Family(name="OLMoE", special="mixture of experts; norms on queries and keys"),
+    "flex_olmo": Family(
+        name="FlexOlmo",
+        entries=_attention_itself,
+        branch="post_attention_layernorm",
+        behind="mlp",
+        special="norms behind attention and feed-forward alone; norms on queries and keys; mixture of experts",
+    ),
+    "exaone4": Family(
+        name="EXAONE 4.0",
+        entries=_attention_itself,
+        branch="post_attention_layernorm",
+        behind="mlp",
+        special="norms behind attention and feed-forward alone; norms on queries and keys; where some layers slide, the "
+        "others have no RoPE",
+    ),
+    "glm": Family(name="GLM-4", special="interleaved RoPE on a part of every head"),
+    "glm4": Family(
+        name="GLM-4-0414",
+        branch="post_self_attn_layernorm",
+        special="norms in front of and behind attention and feed-forward; interleaved RoPE on a part of every head",
+    ),
+    "glm4_moe": Family(
+        name="GLM-4.5 (MoE)",
+        special="mixture of experts beside a shared one; RoPE on a part of every head; optionally norms on queries and keys",
+    ),
+    "glm4_moe_lite": Family(
+        name="GLM-4.7-Flash", special="latent attention: carried are latents, and one rotary key for all heads"
+    ),
+    "ernie4_5": Family(name="ERNIE 4.5", special="interleaved RoPE"),
+    "ernie4_5_moe": Family(
+        name="ERNIE 4.5 (MoE)", special="interleaved RoPE; mixture of experts beside shared ones on the upper layers"
+    ),
+    "cohere": Family(name="Cohere (Command R)", is_parallel=_always, special="parallel residual; interleaved RoPE"),
+    "starcoder2": Family(
+        name="StarCoder2", special="layer norms and biases; optionally a sliding window on every layer"
+    ),
+    "helium": Family(name="Helium", special="interleaved RoPE"),
+    "seed_oss": Family(name="Seed-OSS", special="biases on queries, keys and values"),
+    "arcee": Family(name="Arcee (AFM)", special="a feed-forward of two matrices, with squared ReLU"),
+    "apertus": Family(
+        name="Apertus",
+        entries=_attention_norm,
+        behind="feedforward_layernorm",
+        special="norms on queries and keys; a feed-forward of two matrices, with xIELU",
+    ),
+    "bitnet": Family(name="BitNet", special="norms in front of the last matrix of attention and feed-forward"),
+    "nemotron": Family(
+        name="Nemotron", special="layer norms whose weight is added to 1; RoPE on a part of every head; squared ReLU"
+    ),
+    "jais2": Family(name="Jais 2", special="layer norms and biases; squared ReLU"),
+    "internlm3": Family(name="InternLM3", special="Llama's class; needs transformers 5.24 or newer"),
+    "cwm": Family(name="CWM", special="three of four layers slide and keep their window"),
+    "granitemoe": Family(
+        name="Granite-MoE",
+        branch_factor=_residual_multiplier,
+        special="mixture of experts; factors on embeddings, attention, residual branches and logits",
+    ),
+    "granitemoeshared": Family(
+        name="Granite-MoE (shared)",
+        branch_factor=_residual_multiplier,
+        special="mixture of experts beside a shared one; factors on embeddings, attention, residual branches and logits",
+    ),
+    "dots1": Family(
+        name="dots.llm1", special="norms on queries and keys; mixture of experts; optionally sliding windows"
+    ),
+    "phimoe": Family(
+        name="Phi-3.5-MoE", special="mixture of experts; layer norms; RoPE of type longrope is refused"
+    ),
+    "minimax_m2": Family(
+        name="MiniMax-M2", special="mixture of experts; norms on queries and keys; RoPE on a part of every head"
+    ),
+    "minicpm3": Family(
+        name="MiniCPM3",
+        branch_factor=_depth_factor,
+        special="latent attention: carried are latents, and one rotary key for all heads; factors on embeddings, "
+        "residual branches and logits",
+    ),
+    "hyperclovax": Family(
+        name="HyperCLOVA X",
+        branch="post_norm1",
+        branch_factor=_residual_multiplier,
+        special="optionally norms behind attention and feed-forward; factors as Granite's",
+    ),
+    "nanochat": Family(name="nanochat", special="norms without weights, on queries and keys behind RoPE; squared ReLU"),
+    "persimmon": Family(
+        name="Persimmon",
+        output_projection="dense",
+        special="one matrix for queries, keys and values; layer norms on queries and keys; RoPE on a part of every head",
+    ),
+    "vaultgemma": Family(
+        name="VaultGemma",
+        behind="pre_feedforward_layernorm",
+        special="soft caps (attention back end eager); every other layer slides and keeps its window",
+    ),
+    "solar_open": Family(name="Solar Open", special="mixture of experts beside a shared one"),
+    "youtu": Family(
+        name="Youtu-LLM", special="latent attention: carried are latents, and one rotary key for all heads"
+    ),
+    "exaone_moe": Family(
+        name="EXAONE-MoE", special="norms on queries and keys; mixture of experts; where some layers slide, the others have no RoPE"
+    ),
+    "diffllama": Family(
+        name="DiffLlama",
+        asks_by_queries=False,
+        special="differential attention: the difference of two groups of heads",
     ),
 }
 """By `model_type`."""
