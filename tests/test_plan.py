@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_families import CASES, make_tiny
+from tiny_families import EVERY_CASE, make_tiny
 from transformers import AutoModelForCausalLM, GlmConfig, LlamaConfig, LlamaForCausalLM
 from typer.testing import CliRunner
 
@@ -25,7 +25,7 @@ SMALL = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_atte
 FAM = FamConfig(block_size=8, fam_length=2, num_memory_segments=1)
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", EVERY_CASE)
 def test_parameters_and_state_are_those_of_the_real_model(case: str) -> None:
     """Catches a family that is planned in another shape than it is built and converted in."""
     config = make_tiny(case).config
