@@ -18,7 +18,7 @@ from transformers import Cache, PreTrainedModel
 from transformerfam.cache_argument import cache_in
 from transformerfam.config import FamConfig
 from transformerfam.errors import TransformerFamError, UnsupportedModelError
-from transformerfam.families import Family, decoder_layers, family_of, part_of
+from transformerfam.families import FAMILIES, Family, decoder_layers, family_of, part_of
 from transformerfam.flash import FLASH_BACK_ENDS
 from transformerfam.forward import read_pieces
 from transformerfam.identity import ModelIdentity
@@ -34,7 +34,8 @@ from transformerfam.memory import (
     set_key_bias,
 )
 from transformerfam.reading import READER_METHODS, init_state
-from transformerfam.seams import check_seams, check_structure
+from transformerfam.seams import check_model, check_seams, check_structure
+from transformerfam.unlisted import UNFORESEEN, check_back_ends, convert_by_checks
 from transformerfam.versions import does_not_fit
 
 __all__ = ["convert", "fam_parameters", "memory_of", "personal_memory", "set_block_size", "set_key_bias"]
@@ -55,6 +56,8 @@ def convert(model: PreTrainedModel, config: FamConfig) -> PreTrainedModel:
     A hybrid model, where some layers have a sliding window of their own, keeps those as they are and carries FAM on
     the others, unless `fam_layers` says otherwise; the layers are then named in `model.fam_config`.
 
+    A family without a row in the table is tried by more checks, where its layers' parts have the usual names.
+
     Args:
         model: a decoder with a language-model head of a served family.
         config: block size, FAM length and every other choice.
@@ -65,20 +68,36 @@ def convert(model: PreTrainedModel, config: FamConfig) -> PreTrainedModel:
     Raises:
         UnsupportedModelError: the family is not served, or a seam does not do what the algorithm says.
 
+    Warns:
+        UserWarning: the family has no row, and was found by the checks.
+
     Source: DESIGN, "How FAM enters a model"; Algorithms 1 and 2.
     """
-    check_structure(model, config)
+    check_model(model)
     if hasattr(model.get_decoder(), "fam"):
         raise UnsupportedModelError(
             "the model is converted already; load it again to convert it with another configuration"
         )
+    if model.config.model_type in FAMILIES:
+        _convert(model, config, has_row=True)
+    else:
+        convert_by_checks(model, lambda: _convert(model, config, has_row=False))
+    return model
+
+
+def _convert(model: PreTrainedModel, config: FamConfig, has_row: bool) -> None:
+    """Attach a memory and check it; where it does not fit, the model is as it was."""
+    check_structure(model, config)
     back_end, type_of_model = model.config._attn_implementation, type(model)
+    unforeseen = (TypeError, AttributeError, KeyError) if has_row else UNFORESEEN
     handles: list[Any] | None = None
     try:
         with torch.autocast(model.device.type, enabled=False):  # whose rounding is none of the model's own type
             handles = attach(model, config, find_layouts(model))
-            check_seams(model)
-    except (TransformerFamError, TypeError, AttributeError, KeyError) as error:
+            check_seams(model, every_layer=not has_row)
+            if not has_row:
+                check_back_ends(model)
+    except (TransformerFamError, *unforeseen) as error:
         if handles is not None:
             revert(model, handles)
             model.set_attn_implementation(back_end)
@@ -86,7 +105,6 @@ def convert(model: PreTrainedModel, config: FamConfig) -> PreTrainedModel:
             raise
         raise does_not_fit(f"{type(model).__name__} does not run as conversion runs it ({error})") from error
     assert type(model) is type_of_model
-    return model
 
 
 def attach(model: PreTrainedModel, config: FamConfig, layouts: Sequence[LayerLayout]) -> list[Any]:

@@ -314,9 +314,69 @@ FAMILIES = {
 """By `model_type`."""
 
 
+SEQUENCES = {
+    "Gemma 2": {"branch": "post_attention_layernorm", "behind": "pre_feedforward_layernorm"},
+    "GLM-4-0414": {"branch": "post_self_attn_layernorm", "behind": "post_attention_layernorm"},
+    "OLMo 2": {"entries": _attention_itself, "branch": "post_attention_layernorm", "behind": "mlp"},
+    "Llama": {"behind": "post_attention_layernorm"},
+    "VaultGemma": {"behind": "pre_feedforward_layernorm"},
+    "StableLM in parallel": {"behind": "mlp", "is_parallel": _always},
+}
+"""Usual orders of a layer's parts, by a family that has it; where several fit by name, numbers choose."""
+
+
+def usual_families(layer: nn.Module, config: Any) -> list[Family]:
+    """Return what a layer of a family without a row may be, by the usual names of its parts.
+
+    Args:
+        layer: of the decoder.
+        config: of the model.
+    """
+    parts = {name for name, _ in layer.named_children()}
+    attention = next((name for name in ("self_attn", "attention") if name in parts), None)
+    if attention is None:
+        return []
+    inner = {name for name, _ in layer.get_submodule(attention).named_children()}
+    output = next((name for name in ("o_proj", "dense", "out_proj") if name in inner), None)
+    if output is None:
+        return []
+    factor = _residual_multiplier if hasattr(config, "residual_multiplier") else _one
+    found = []
+    for name, sequence in SEQUENCES.items():
+        choices: dict[str, Any] = {"branch": attention, "entries": _one_norm} | sequence
+        entries = {attention} if choices["entries"] is _attention_itself else {"input_layernorm"}
+        if choices["entries"] is _attention_itself and "input_layernorm" in parts:
+            continue
+        if {choices["branch"], choices["behind"], *entries} <= parts:
+            kind = Family(
+                name=name,
+                attention=attention,
+                output_projection=output,
+                branch_factor=factor,
+                asks_by_queries=False,
+                **choices,
+            )
+            found.append(kind)
+    return found
+
+
 def family_of(model: Any) -> Family:
-    """Return the family of a model of a served `model_type`."""
-    return FAMILIES[model.config.model_type]
+    """Return the family of a model: that of its `model_type`, or the one that conversion has found by numbers."""
+    found: Family | None = getattr(model.get_decoder(), "fam_family", None)
+    return FAMILIES[model.config.model_type] if found is None else found
+
+
+def require_row(model_type: str, what: str) -> None:
+    """Refuse a family that has no row in the table.
+
+    Raises:
+        UnsupportedModelError: names what needs one.
+    """
+    if model_type not in FAMILIES:
+        raise UnsupportedModelError(
+            f"model type {model_type!r} has no row in the table of families, which {what} needs; it has "
+            f"{', '.join(FAMILIES)}"
+        )
 
 
 def decoder_layers(model: Any) -> nn.ModuleList:

@@ -22,7 +22,7 @@ from transformerfam.convert import fam_parameters
 from transformerfam.costs import rows_in_front
 from transformerfam.errors import CorruptFileError, TransformerFamError, UnsupportedModelError
 from transformerfam.fake_model import AllocatedBytes, build_on_meta, convert_fake, make_fake
-from transformerfam.families import FAMILIES, decoder_layers
+from transformerfam.families import decoder_layers, require_row
 from transformerfam.loading import load_pretrained
 from transformerfam.masks import piece_mask
 from transformerfam.memory import LayerLayout
@@ -138,10 +138,7 @@ def make_plan(
         TransformerFamError: there is no such model.
     """
     config = find_config(model) if config is None else config
-    if config.model_type not in FAMILIES:
-        raise UnsupportedModelError(
-            f"model type {config.model_type!r} is not served, required is one of {', '.join(FAMILIES)}"
-        )
+    require_row(config.model_type, "a plan")
     converted, peak = _fake_run(config, fam, dtype, training, lora_rank, batch_size, optimizer, context_tokens)
     hours = None
     reading, training_flops = _flops(converted, training)
