@@ -24,6 +24,7 @@ CACHE_ARGUMENT = {"gpt_neox": "layer_past", "falcon": "layer_past"}
 NORM_BEHIND_ATTENTION = {
     "gemma2": "post_attention_layernorm",
     "gemma3_text": "post_attention_layernorm",
+    "gemma4_text": "post_attention_layernorm",
     "olmo2": "post_attention_layernorm",
     "olmo3": "post_attention_layernorm",
     "exaone4": "post_attention_layernorm",
@@ -34,6 +35,7 @@ NORM_BEHIND_ATTENTION = {
 NORM_IN_FRONT_OF_FEED_FORWARD = {
     "gemma2": "pre_feedforward_layernorm",
     "gemma3_text": "pre_feedforward_layernorm",
+    "gemma4_text": "pre_feedforward_layernorm",
     "vaultgemma": "pre_feedforward_layernorm",
     "apertus": "feedforward_layernorm",
     "olmo2": None,
@@ -44,6 +46,7 @@ NORM_IN_FRONT_OF_FEED_FORWARD = {
 NORM_BEHIND_FEED_FORWARD = {
     "gemma2": "post_feedforward_layernorm",
     "gemma3_text": "post_feedforward_layernorm",
+    "gemma4_text": "post_feedforward_layernorm",
     "olmo2": "post_feedforward_layernorm",
     "olmo3": "post_feedforward_layernorm",
     "exaone4": "post_feedforward_layernorm",
@@ -279,6 +282,8 @@ class FamilyReference:
         }
         if model_config.model_type == "falcon":
             arguments |= {"alibi": None, "output_attentions": True}
+        if model_config.model_type == "gemma4_text":
+            arguments["shared_kv_states"] = {}
         try:
             output = layer(rows_TD[None], **arguments)
         finally:
@@ -310,8 +315,12 @@ class FamilyReference:
         inner = (attended if in_front is None else getattr(layer, in_front)(attended))[None]
         made = _one_of(layer, FEED_FORWARD)(inner)
         made = made[0] if isinstance(made, tuple) else made
+        if getattr(layer, "enable_moe_block", False):  # Gemma 4, whose experts are given the sum in front of the norm
+            _, weights, chosen = layer.router(attended)
+            routed = layer.experts(layer.pre_feedforward_layernorm_2(attended), chosen, weights)
+            made = layer.post_feedforward_layernorm_1(made) + layer.post_feedforward_layernorm_2(routed)
         if kind == "granitemoeshared":
             made = made + layer.shared_mlp(inner)
         if kind in NORM_BEHIND_FEED_FORWARD:
             made = getattr(layer, NORM_BEHIND_FEED_FORWARD[kind])(made)
-        return attended + factor * made[0]
+        return (attended + factor * made[0]) * getattr(layer, "layer_scalar", 1.0)

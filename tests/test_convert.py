@@ -11,8 +11,6 @@ from tiny_llama import make_tiny_llama, random_ids
 from transformers import (
     BertConfig,
     BertLMHeadModel,
-    GlmConfig,
-    GlmForCausalLM,
     GPT2Config,
     GPT2LMHeadModel,
     LlamaConfig,
@@ -129,12 +127,6 @@ def test_model_without_rope_is_refused() -> None:
     model = GPT2LMHeadModel(GPT2Config(n_embd=32, n_layer=1, n_head=2, vocab_size=50))
     with pytest.raises(UnsupportedModelError, match="GPT2LMHeadModel has no rotary position embedding"):
         convert(model, CONFIG)
-
-
-def test_family_not_served_is_refused() -> None:
-    config = GlmConfig(**SHAPE, head_dim=8, pad_token_id=None)
-    with pytest.raises(UnsupportedModelError, match="'glm' is not served, required is one of llama, mistral"):
-        convert(GlmForCausalLM(config), CONFIG)
 
 
 def test_something_else_is_refused() -> None:

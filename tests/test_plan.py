@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from tiny_families import EVERY_CASE, make_tiny
-from transformers import AutoModelForCausalLM, GlmConfig, LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, JetMoeConfig, LlamaConfig, LlamaForCausalLM
 from typer.testing import CliRunner
 
 from transformerfam import FamConfig, convert
@@ -188,8 +188,8 @@ def test_command_says_what_a_model_needs() -> None:
 def test_what_cannot_be_planned_is_refused() -> None:
     with pytest.raises(TransformerFamError, match="there is no configuration for 'no-such-model'"):
         find_config("no-such-model")
-    with pytest.raises(UnsupportedModelError, match="model type 'glm' is not served"):
-        make_plan("x", FAM, context_tokens=64, config=GlmConfig())
+    with pytest.raises(UnsupportedModelError, match="model type 'jetmoe' has no row in the table of families, which a p"):
+        make_plan("x", FAM, context_tokens=64, config=JetMoeConfig())
     result = CliRunner().invoke(app, ["plan", "tiny", "--set", "block_sise=64"])
     assert result.exit_code == 2
     assert "did you mean block_size?" in result.stderr

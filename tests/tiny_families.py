@@ -111,12 +111,27 @@ FACTORS: dict[str, Any] = {
     "attention_multiplier": 0.3,
     "logits_scaling": 2.0,
 }
+GEMMA4: dict[str, Any] = {
+    "head_dim": 8,
+    "global_head_dim": 16,
+    "num_global_key_value_heads": 1,
+    "attention_k_eq_v": True,
+    "sliding_window": 6,
+    "layer_types": ["full_attention", "sliding_attention", "full_attention"],
+    "num_kv_shared_layers": 0,
+    "hidden_size_per_layer_input": 0,
+}
 HALF_ROTARY: dict[str, Any] = {
     "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}
 }
 
 FURTHER_CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "gemma": ("Gemma", {"head_dim": 8, "initializer_range": 0.1}),
+    "gemma4_text": ("Gemma4", GEMMA4),
+    "gemma4_text with experts": (
+        "Gemma4",
+        GEMMA4 | {"enable_moe_block": True, "num_experts": 4, "top_k_experts": 2, "moe_intermediate_size": 16},
+    ),
     "qwen2_moe": (
         "Qwen2Moe",
         {
@@ -217,6 +232,7 @@ FURTHER_CASES: dict[str, tuple[str, dict[str, Any]]] = {
 ALL_CASES = CASES | FURTHER_CASES
 OWN_CLASSES = {
     "Gemma3": ("Gemma3TextConfig", "Gemma3ForCausalLM"),
+    "Gemma4": ("Gemma4TextConfig", "Gemma4ForCausalLM"),
     "InternLM3": ("InternLM3Config", "LlamaForCausalLM"),
 }
 

@@ -117,6 +117,7 @@ def attach(model: PreTrainedModel, config: FamConfig, layouts: Sequence[LayerLay
     """
     decoder, family, embedding = model.get_decoder(), family_of(model), model.get_input_embeddings()
     config = _with_fam_layers(config, layouts)
+    _check_slots(config, layouts)
     memory = FamMemory(config, embedding, layouts)
     asks_by_queries = family.has_attention_interface and family.asks_by_queries
     memory.caches_queries = asks_by_queries and not family.is_parallel(model.config)
@@ -186,6 +187,20 @@ def _with_fam_layers(config: FamConfig, layouts: Sequence[LayerLayout]) -> FamCo
     if config.fam_length == 0 or config.fam_layers is not None or len(layers) in (0, len(layouts)):
         return config
     return config.replace(fam_layers=layers)
+
+
+def _check_slots(config: FamConfig, layouts: Sequence[LayerLayout]) -> None:
+    """Refuse slots in layers whose keys and values differ in shape, since a state stacks them."""
+    if not config.has_slots:
+        return
+    shapes = {i: (each.key_shape, each.value_shape) for i, each in enumerate(layouts) if config.carries_fam(i)}
+    lowest = min(shapes)
+    for layer_idx, shape in shapes.items():
+        if shape != shapes[lowest]:
+            raise UnsupportedModelError(
+                f"fam_feeds is 'slots', and layer {layer_idx} keeps keys and values of {shape} heads and widths, layer "
+                f"{lowest} of {shapes[lowest]}; name layers of one shape in fam_layers"
+            )
 
 
 class _OnTheWay(threading.local):

@@ -56,6 +56,18 @@ def _residual_multiplier(config: Any) -> float:
     return float(config.residual_multiplier)
 
 
+def _nothing(config: Any) -> str | None:
+    return None
+
+
+def _gemma4_reason(config: Any) -> str | None:
+    if config.hidden_size_per_layer_input:
+        return "its layers are given embeddings of the token ids, which the rows of a FAM do not have"
+    if config.num_kv_shared_layers:
+        return "its upper layers take the keys of lower ones, beside the cache"
+    return None
+
+
 def _attention_norm(config: Any) -> tuple[str, ...]:
     return ("attention_layernorm",)
 
@@ -85,6 +97,7 @@ class Family:
             queries made before can stand for them; not where the output has a gate, or attention runs twice.
         since: first version of this package that serves it.
         special: what sets the family apart from Llama.
+        refuses: why a member cannot be served, from the configuration; None where it can.
     """
 
     name: str
@@ -100,6 +113,7 @@ class Family:
     asks_by_queries: bool = True
     since: str = "0.1.0"
     special: str = ""
+    refuses: Callable[[Any], str | None] = _nothing
 
 
 FAMILIES = {
@@ -185,6 +199,14 @@ FAMILIES = {
         name="DeepSeek-V3", special="latent attention: carried are latents, and one rotary key for all heads"
     ),
     "gemma": Family(name="Gemma", special="embeddings multiplied by the root of their width"),
+    "gemma4_text": Family(
+        name="Gemma 4 (text)",
+        branch="post_attention_layernorm",
+        behind="pre_feedforward_layernorm",
+        special="norms behind attention and feed-forward; five of six layers slide, with heads and a RoPE of their own, "
+        "and keep their window; members with embeddings per layer (E2B, E4B) are refused",
+        refuses=_gemma4_reason,
+    ),
     "qwen2_moe": Family(
         name="Qwen2-MoE", special="mixture of experts beside a shared one; optionally sliding windows on the upper layers"
     ),
@@ -314,6 +336,23 @@ FAMILIES = {
 """By `model_type`."""
 
 
+OTHER_LAYERS = {
+    "linear_attention": ", whose recurrent state a FamState does not carry, and which would read FAM rows as tokens",
+    "chunked_attention": ", where the first token of a chunk sees nothing in front of it, and no memory either",
+    "indexed_attention": ", which chooses a few keys by an index of its own, not by the keys in sight",
+}
+"""What is in the way of a memory in layers of other types."""
+
+NOT_SERVED = {
+    "gemma3n_text": "its layers pass four streams of hidden states on, and are given embeddings of the token ids; the "
+    "rows of a FAM are one stream, and have no ids",
+    "hunyuan_v1_dense": "its keys go through a norm with weights behind RoPE, so that no rotation takes kept keys to "
+    "another position",
+    "hunyuan_v1_moe": "its keys go through a norm with weights behind RoPE, so that no rotation takes kept keys to "
+    "another position",
+}
+"""Families that were looked at and cannot be served, by `model_type`, with the reason."""
+
 SEQUENCES = {
     "Gemma 2": {"branch": "post_attention_layernorm", "behind": "pre_feedforward_layernorm"},
     "GLM-4-0414": {"branch": "post_self_attn_layernorm", "behind": "post_attention_layernorm"},
@@ -399,6 +438,33 @@ def part_of(layer: nn.Module, name: str) -> nn.Module:
         ) from error
 
 
+def refuse_by_configuration(name: str, config: Any) -> None:
+    """Refuse a model that is known not to go together with the memory, before its layers are looked at.
+
+    Args:
+        name: of its class.
+        config: of the model.
+
+    Raises:
+        UnsupportedModelError: with the reason.
+    """
+    text_config = config.get_text_config(decoder=True)
+    if text_config is not config:
+        raise UnsupportedModelError(
+            f"{name} takes more than text: its own forward merges images or sound into the embeddings and makes the "
+            f"masks, where a memory cannot come in; required is its text model (model type "
+            f"{text_config.model_type!r}) as a causal decoder of its own"
+        )
+    if config.model_type in NOT_SERVED:
+        raise UnsupportedModelError(f"{name} is not served: {NOT_SERVED[config.model_type]}")
+    if config.model_type in FAMILIES:
+        reason = FAMILIES[config.model_type].refuses(config)
+        if reason is not None:
+            raise UnsupportedModelError(f"{name} is not served with this configuration: {reason}")
+    if hasattr(config, "num_hidden_layers"):
+        own_windows(config)
+
+
 def own_windows(config: Any) -> list[int | None]:
     """Return every layer's own sliding window in tokens, the token itself included; None where it has none.
 
@@ -410,6 +476,7 @@ def own_windows(config: Any) -> list[int | None]:
     for layer_type in types:
         if layer_type not in ("full_attention", "sliding_attention"):
             raise UnsupportedModelError(
-                f"the model has a layer of type {layer_type!r}, required are full_attention and sliding_attention"
+                f"the model has a layer of type {layer_type!r}{OTHER_LAYERS.get(layer_type, '')}; required are "
+                "full_attention and sliding_attention"
             )
     return [window if layer_type == "sliding_attention" else None for layer_type in types]

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from transformerfam.cache_argument import cache_in
 from transformerfam.config import FamConfig
 from transformerfam.errors import UnsupportedModelError
-from transformerfam.families import decoder_layers, family_of, own_windows, part_of
+from transformerfam.families import decoder_layers, family_of, part_of, refuse_by_configuration
 from transformerfam.flash import FLASH_BACK_ENDS
 from transformerfam.identity import require_at_hand
 from transformerfam.kernels import BACK_END
@@ -41,12 +41,18 @@ def check_model(model: Any) -> None:
     name = type(model).__name__
     if model.config.is_encoder_decoder:
         raise UnsupportedModelError(f"{name} is an encoder-decoder model, required is a decoder alone")
+    refuse_by_configuration(name, model.config)
     if model.get_output_embeddings() is None or not model.can_generate():
         raise UnsupportedModelError(
             f"{name} has no language-model head or is an encoder; required is a causal decoder, loaded with "
             "AutoModelForCausalLM"
         )
     rotary = getattr(model.get_decoder(), "rotary_emb", None)
+    if rotary is None and inverse_frequencies(model):
+        raise UnsupportedModelError(
+            f"{name} keeps its rotary position embedding (RoPE) elsewhere than in its decoder's `rotary_emb`, where its "
+            "angles are looked up"
+        )
     if rotary is None or not inverse_frequencies(rotary) or getattr(model.config, "alibi", False):
         raise UnsupportedModelError(
             f"{name} has no rotary position embedding (RoPE), which the memory's positions need; choose a model with "
@@ -63,7 +69,6 @@ def check_structure(model: Any, config: FamConfig) -> None:
     name, rotary = type(model).__name__, model.get_decoder().rotary_emb
     if getattr(model.config, "use_bidirectional_attention", None) not in (None, False, "vision"):  # text is causal then
         raise UnsupportedModelError(f"{name} sees later tokens (use_bidirectional_attention), required is a causal one")
-    own_windows(model.config)
     if model.config._attn_implementation not in ATTENTION_BACK_ENDS:
         raise UnsupportedModelError(
             f"attention back end is {model.config._attn_implementation!r}, required is one of "
