@@ -181,7 +181,7 @@ def refuse_and_compare(match: str) -> None:
 def test_wrong_turning_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     """Catches a check that passes a family with another RoPE layout."""
     turn = Turner.turn
-    monkeypatch.setattr(Turner, "turn", lambda self, key, value, distance: turn(self, key, value, -distance))
+    monkeypatch.setattr(Turner, "turn", lambda self, key, value, distance: turn(self, key, value, 2 * distance))
     refuse_and_compare("the position seam does not fit this model: what layer 0 keeps does not turn")
 
 

@@ -275,6 +275,12 @@ def test_table_of_the_docs_is_that_of_the_tests() -> None:
         assert describe_families() == rest.removesuffix(end + after)
 
 
+@pytest.mark.parametrize("name", ["README.md", "CHANGELOG.md"])
+def test_number_of_families_is_that_of_the_table(name: str) -> None:
+    text = (Path(__file__).parent.parent / name).read_text()
+    assert f"{len(FAMILIES)} families are served" in text
+
+
 def test_every_served_family_has_a_case() -> None:
     assert {case.split()[0] for case in ALL_CASES} == set(FAMILIES)
 

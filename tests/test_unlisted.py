@@ -1,4 +1,4 @@
-"""A family without a row: found by numbers where its layers are usual ones, refused with the reason where they are not."""
+"""A family without a row: found by numbers where its layers are usual ones, refused with the reason otherwise."""
 
 import copy
 import dataclasses

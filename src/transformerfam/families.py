@@ -203,12 +203,13 @@ FAMILIES = {
         name="Gemma 4 (text)",
         branch="post_attention_layernorm",
         behind="pre_feedforward_layernorm",
-        special="norms behind attention and feed-forward; five of six layers slide, with heads and a RoPE of their own, "
-        "and keep their window; members with embeddings per layer (E2B, E4B) are refused",
+        special="norms behind attention and feed-forward; five of six layers slide, with their own heads and RoPE, and "
+        "keep their window; members with embeddings per layer (E2B, E4B) are refused",
         refuses=_gemma4_reason,
     ),
     "qwen2_moe": Family(
-        name="Qwen2-MoE", special="mixture of experts beside a shared one; optionally sliding windows on the upper layers"
+        name="Qwen2-MoE",
+        special="mixture of experts and a shared one; optionally sliding windows on the upper layers",
     ),
     "ministral": Family(name="Ministral", special="some layers slide and keep their window"),
     "ministral3": Family(
@@ -238,8 +239,8 @@ FAMILIES = {
         entries=_attention_itself,
         branch="post_attention_layernorm",
         behind="mlp",
-        special="norms behind attention and feed-forward alone; norms on queries and keys; where some layers slide, the "
-        "others have no RoPE",
+        special="norms behind attention and feed-forward alone; norms on queries and keys; where some layers slide, "
+        "the others have no RoPE",
     ),
     "glm": Family(name="GLM-4", special="interleaved RoPE on a part of every head"),
     "glm4": Family(
@@ -249,14 +250,14 @@ FAMILIES = {
     ),
     "glm4_moe": Family(
         name="GLM-4.5 (MoE)",
-        special="mixture of experts beside a shared one; RoPE on a part of every head; optionally norms on queries and keys",
+        special="mixture of experts and a shared one; RoPE on a part of heads; optionally norms on queries and keys",
     ),
     "glm4_moe_lite": Family(
         name="GLM-4.7-Flash", special="latent attention: carried are latents, and one rotary key for all heads"
     ),
     "ernie4_5": Family(name="ERNIE 4.5", special="interleaved RoPE"),
     "ernie4_5_moe": Family(
-        name="ERNIE 4.5 (MoE)", special="interleaved RoPE; mixture of experts beside shared ones on the upper layers"
+        name="ERNIE 4.5 (MoE)", special="interleaved RoPE; mixture of experts and shared ones on the upper layers"
     ),
     "cohere": Family(name="Cohere (Command R)", is_parallel=_always, special="parallel residual; interleaved RoPE"),
     "starcoder2": Family(
@@ -286,14 +287,12 @@ FAMILIES = {
     "granitemoeshared": Family(
         name="Granite-MoE (shared)",
         branch_factor=_residual_multiplier,
-        special="mixture of experts beside a shared one; factors on embeddings, attention, residual branches and logits",
+        special="mixture of experts and a shared one; factors on embeddings, attention, residual branches and logits",
     ),
     "dots1": Family(
         name="dots.llm1", special="norms on queries and keys; mixture of experts; optionally sliding windows"
     ),
-    "phimoe": Family(
-        name="Phi-3.5-MoE", special="mixture of experts; layer norms; RoPE of type longrope is refused"
-    ),
+    "phimoe": Family(name="Phi-3.5-MoE", special="mixture of experts; layer norms; RoPE of type longrope is refused"),
     "minimax_m2": Family(
         name="MiniMax-M2", special="mixture of experts; norms on queries and keys; RoPE on a part of every head"
     ),
@@ -313,19 +312,20 @@ FAMILIES = {
     "persimmon": Family(
         name="Persimmon",
         output_projection="dense",
-        special="one matrix for queries, keys and values; layer norms on queries and keys; RoPE on a part of every head",
+        special="one matrix for queries, keys and values; norms on queries and keys; RoPE on a part of every head",
     ),
     "vaultgemma": Family(
         name="VaultGemma",
         behind="pre_feedforward_layernorm",
         special="soft caps (attention back end eager); every other layer slides and keeps its window",
     ),
-    "solar_open": Family(name="Solar Open", special="mixture of experts beside a shared one"),
+    "solar_open": Family(name="Solar Open", special="mixture of experts and a shared one"),
     "youtu": Family(
         name="Youtu-LLM", special="latent attention: carried are latents, and one rotary key for all heads"
     ),
     "exaone_moe": Family(
-        name="EXAONE-MoE", special="norms on queries and keys; mixture of experts; where some layers slide, the others have no RoPE"
+        name="EXAONE-MoE",
+        special="norms on queries and keys; mixture of experts; where some layers slide, the others have no RoPE",
     ),
     "diffllama": Family(
         name="DiffLlama",
@@ -353,7 +353,7 @@ NOT_SERVED = {
 }
 """Families that were looked at and cannot be served, by `model_type`, with the reason."""
 
-SEQUENCES = {
+SEQUENCES: dict[str, dict[str, Any]] = {
     "Gemma 2": {"branch": "post_attention_layernorm", "behind": "pre_feedforward_layernorm"},
     "GLM-4-0414": {"branch": "post_self_attn_layernorm", "behind": "post_attention_layernorm"},
     "OLMo 2": {"entries": _attention_itself, "branch": "post_attention_layernorm", "behind": "mlp"},
@@ -452,8 +452,8 @@ def refuse_by_configuration(name: str, config: Any) -> None:
     if text_config is not config:
         raise UnsupportedModelError(
             f"{name} takes more than text: its own forward merges images or sound into the embeddings and makes the "
-            f"masks, where a memory cannot come in; required is its text model (model type "
-            f"{text_config.model_type!r}) as a causal decoder of its own"
+            f"masks, where a memory cannot come in; convert its text model ({text_config.model_type!r}) alone, which "
+            "transformerfam.text_models.text_model(model) gives"
         )
     if config.model_type in NOT_SERVED:
         raise UnsupportedModelError(f"{name} is not served: {NOT_SERVED[config.model_type]}")

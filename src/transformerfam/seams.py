@@ -50,8 +50,8 @@ def check_model(model: Any) -> None:
     rotary = getattr(model.get_decoder(), "rotary_emb", None)
     if rotary is None and inverse_frequencies(model):
         raise UnsupportedModelError(
-            f"{name} keeps its rotary position embedding (RoPE) elsewhere than in its decoder's `rotary_emb`, where its "
-            "angles are looked up"
+            f"{name} keeps its rotary position embedding (RoPE) elsewhere than in its decoder's `rotary_emb`, where "
+            "its angles are looked up"
         )
     if rotary is None or not inverse_frequencies(rotary) or getattr(model.config, "alibi", False):
         raise UnsupportedModelError(
@@ -248,6 +248,11 @@ def check_seams(model: PreTrainedModel, every_layer: bool = False) -> None:
 
 
 def require_equal(seam: str, there: torch.Tensor, required: torch.Tensor) -> None:
+    """Refuse a model where a seam gives something else than is required, beyond the rounding of its type.
+
+    Raises:
+        UnsupportedModelError: names the seam, and by how much it differs.
+    """
     error, dtype = relative_error(there, required), required.dtype
     limit = RELATIVE_TOLERANCE[dtype]
     if error <= limit:

@@ -1,6 +1,6 @@
 """Numeric checks for a family that has no row in the table: what its names promise is not believed.
 
-The checks of `seams` say that the four seams do what the algorithm says for a few tokens. A layer may do more than that:
+The checks of `seams` say that the four seams do what the algorithm says for a few tokens. A layer may do more:
 choose among many keys, slide by a window that its configuration does not name, mix tokens by a convolution, depend on
 the absolute position. For a family with a row its tests have looked; here numbers do, on the model at hand.
 """
@@ -301,7 +301,7 @@ def _check_windows(model: PreTrainedModel) -> None:
     back_end = model.config._attn_implementation
     model.set_attn_implementation("eager")  # whose masks are dense
     for layer, gives_tuple in zip(layers, is_tuple, strict=True):
-        layer.forward = functools.partial(note, gives_tuple)  # type: ignore[method-assign]
+        layer.forward = functools.partial(note, gives_tuple)
     try:
         decoder(input_ids=first, **as_cache(_LongPast()))
     finally:
@@ -399,4 +399,3 @@ def check_back_ends(model: PreTrainedModel) -> None:
     found[1].require_equal("attention back end")
     if memory.config.fam_length:
         require_equal("attention back end", *(each.to(model.dtype) for each in reversed(fams)))
-
