@@ -73,8 +73,6 @@ def test_made_up_family_reads_as_the_one_that_it_is_built_as(options: str) -> No
         ("glm4", "GLM-4-0414"),
         ("vaultgemma", "VaultGemma"),
         ("cohere", "StableLM in parallel"),
-        ("stablelm in parallel", "StableLM in parallel"),
-        ("granitemoe", "Llama"),
         ("persimmon", "Llama"),
         ("deepseek_v3", "Llama"),
     ],
