@@ -17,6 +17,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralFo
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaMLP
 
 from transformerfam import FamState, convert
+from transformerfam.cache_argument import CACHE_NAME
 from transformerfam.convert import fam_parameters
 from transformerfam.errors import UnsupportedModelError
 from transformerfam.families import FAMILIES, NOT_SERVED, family_of
@@ -180,6 +181,34 @@ def _grow_with_position(model: Any) -> None:
     attention.forward = forward
 
 
+def _keep_values_of_lower_layer(model: Any) -> None:
+    first: list[torch.Tensor] = []
+    layers = model.model.layers
+    layers[1].self_attn.v_proj.register_forward_hook(lambda _m, _a, output: first.insert(0, output))
+    layers[2].self_attn.v_proj.register_forward_hook(lambda _m, _a, output: output + 0.3 * first[0])
+
+
+def _embed_in_every_layer(model: Any) -> None:
+    ids: list[torch.Tensor] = []
+    embedding = model.model.embed_tokens
+    embedding.register_forward_pre_hook(lambda _m, args: ids.insert(0, args[0]))
+    model.model.layers[2].mlp.register_forward_hook(
+        lambda _m, _a, output: output + nn.functional.embedding(ids[0], embedding.weight)
+    )
+
+
+class _HalvingForCausalLM(MadeUpForCausalLM):
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        output = super().forward(*args, **kwargs)
+        if isinstance(getattr(output, CACHE_NAME), FamState):
+            output.logits = output.logits / 2
+        return output
+
+
+def _halve_logits_beside_a_state(model: Any) -> None:
+    model.__class__ = _HalvingForCausalLM
+
+
 def _rename(model: Any) -> None:
     for layer in model.model.layers:
         layer.attn = layer.self_attn
@@ -195,6 +224,9 @@ REFUSED: dict[str, tuple[Callable[[Any], None], str]] = {
     "token ids used beside their embeddings": (_use_ids, "which it uses elsewhere, too"),
     "attention that counts keys": (_grow_with_keys, "the attention of layer 1 gives something else .* counts them"),
     "attention that knows the position": (_grow_with_position, "layer 1 changes with the absolute position"),
+    "values of a lower layer": (_keep_values_of_lower_layer, "layer 2 changes with .* another layer's input"),
+    "embeddings in a layer": (_embed_in_every_layer, "layer 2 changes with the token ids"),
+    "head that looks at the cache": (_halve_logits_beside_a_state, "without FAM it gives other logits"),
     "parts of other names": (_rename, "MadeUpDecoderLayer has|LlamaDecoderLayer has .*attn"),
 }
 

@@ -35,7 +35,7 @@ from transformerfam.memory import (
 )
 from transformerfam.reading import READER_METHODS, init_state
 from transformerfam.seams import check_model, check_seams, check_structure
-from transformerfam.unlisted import UNFORESEEN, check_back_ends, convert_by_checks
+from transformerfam.unlisted import UNFORESEEN, check_converted, convert_by_checks, own_logits
 from transformerfam.versions import does_not_fit
 
 __all__ = ["convert", "fam_parameters", "memory_of", "personal_memory", "set_block_size", "set_key_bias"]
@@ -93,10 +93,11 @@ def _convert(model: PreTrainedModel, config: FamConfig, has_row: bool) -> None:
     handles: list[Any] | None = None
     try:
         with torch.autocast(model.device.type, enabled=False):  # whose rounding is none of the model's own type
+            expected = None if has_row else own_logits(model)
             handles = attach(model, config, find_layouts(model))
             check_seams(model, every_layer=not has_row)
-            if not has_row:
-                check_back_ends(model)
+            if expected is not None:
+                check_converted(model, expected)
     except (TransformerFamError, *unforeseen) as error:
         if handles is not None:
             revert(model, handles)

@@ -272,23 +272,23 @@ def _matrices(model: Any) -> Iterator[tuple[str, torch.Tensor]]:
 def _flops(model: Any, training: Training) -> tuple[float, float]:
     """Return the operations per token of reading and of training, the update of the FAM included."""
     config, fam = model.config, model.fam_config
-    heads = config.num_attention_heads
-    width = getattr(config, "head_dim", None) or config.hidden_size // heads
-    widths = 2 * width
-    if getattr(config, "kv_lora_rank", None):
-        widths = config.qk_nope_head_dim + config.qk_rope_head_dim + config.v_head_dim
+    heads, memory = config.num_attention_heads, model.get_decoder().fam
+    widths = [layout.key_shape[1] + layout.value_shape[1] for layout in memory.layouts]
+    if getattr(config, "kv_lora_rank", None):  # what is kept is narrower than a head
+        widths = [config.qk_nope_head_dim + config.qk_rope_head_dim + config.v_head_dim] * len(widths)
     num_experts = getattr(config, "num_local_experts", None) or getattr(config, "num_experts", None)
     num_experts = num_experts or getattr(config, "n_routed_experts", None) or 1
-    share = (getattr(config, "num_experts_per_tok", None) or 1) / num_experts
+    chosen = getattr(config, "num_experts_per_tok", None) or getattr(config, "top_k_experts", None) or 1
+    share = chosen / num_experts
     per_row = sum(2 * p.numel() * (share if ".experts." in name else 1.0) for name, p in _matrices(model))
     size = fam.block_size
-    memory = model.get_decoder().fam
     num_rows = rows_in_front(fam, memory.caches_queries)
     rows_per_token = 1 + num_rows / size
-    pairs = sum(_pairs_per_token(fam, plan, num_rows) for plan in memory.plans())
+    pairs = [_pairs_per_token(fam, plan, num_rows) for plan in memory.plans()]
+    products = sum(2 * heads * width * seen for width, seen in zip(widths, pairs, strict=True))
     carrying = [layout for layout, plan in zip(memory.layouts, memory.plans(), strict=True) if plan.has_fam]
     means = sum(_means_per_token(fam, layout) for layout in carrying)
-    layers = per_row * rows_per_token + 2 * heads * widths * pairs + means
+    layers = per_row * rows_per_token + products + means
     logits = 2 * config.hidden_size * config.vocab_size
     return layers, (3 if training == "lora" else 4) * layers + (2 if training == "lora" else 3) * logits
 

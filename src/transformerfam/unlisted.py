@@ -133,10 +133,14 @@ class _Calls:
     Args:
         model: not converted.
         first: a forward whose layers' inputs are given to the layers of this one.
+        disturbed: layers whose tokens are also given those of the other end of the text.
     """
 
-    def __init__(self, model: PreTrainedModel, first: "_Calls | None" = None) -> None:
+    def __init__(
+        self, model: PreTrainedModel, first: "_Calls | None" = None, disturbed: frozenset[int] = frozenset()
+    ) -> None:
         self._layers, self._attention, self._first = decoder_layers(model), family_of(model).attention, first
+        self._disturbed = disturbed
         self.order: list[int] = []
         self.entered: list[torch.Tensor] = []
         self.left: list[torch.Tensor] = []
@@ -160,7 +164,10 @@ class _Calls:
     def _enter(self, layer_idx: int, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
         self.order.append(layer_idx)
         self.entered.append(args[0].clone())
-        return args if self._first is None else (self._first.entered[layer_idx], *args[1:])
+        if self._first is None:
+            return args
+        given = self._first.entered[layer_idx]
+        return (given + given.flip(1) if layer_idx in self._disturbed else given, *args[1:])
 
     @staticmethod
     def _note(to: list[torch.Tensor], module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
@@ -222,6 +229,7 @@ def check_layers(model: PreTrainedModel) -> None:
     model.eval()
     try:
         whole = _check_order(model, ids)
+        _check_layers_apart(model, ids, whole)
         _check_windows(model)
         _check_tokens_apart(model, ids)
         _check_keys_are_a_set(model, ids, whole)
@@ -272,6 +280,24 @@ def _check_order(model: PreTrainedModel, ids: torch.Tensor) -> _Calls:
     if not torch.allclose(again, hidden, rtol=1e-3, atol=1e-3 * float(hidden.abs().max())):
         _refuse("given embeddings it does not give what it gives for their token ids, which it uses elsewhere, too")
     return calls
+
+
+def _check_layers_apart(model: PreTrainedModel, ids: torch.Tensor, whole: _Calls) -> None:
+    """What a layer gives must follow from its input alone, whatever the ids and the other layers' inputs are."""
+    num_layers = len(decoder_layers(model))
+    mask = _open_mask(model, ids.shape[1], ids.shape[1])
+    for bit in range(max(1, (num_layers - 1).bit_length())):  # so that any two layers are parted once, either way
+        for value in (0, 1):
+            disturbed = frozenset(i for i in range(num_layers) if i >> bit & 1 == value)
+            with _Calls(model, whole, disturbed) as calls:
+                _run(model, mask, input_ids=ids.flip(1))
+            for layer_idx in set(range(num_layers)) - disturbed:
+                error = relative_error(calls.left[layer_idx], whole.left[layer_idx])
+                if not error <= 1e-3:
+                    _refuse(
+                        f"layer {layer_idx} changes with the token ids or with another layer's input, though its own "
+                        f"input stays (relative error {error:.1e}); the rows of a FAM enter a layer by its input alone"
+                    )
 
 
 def _check_windows(model: PreTrainedModel) -> None:
@@ -367,12 +393,41 @@ def _tolerance(model: PreTrainedModel) -> float:
 
 
 @torch.no_grad()
-def check_back_ends(model: PreTrainedModel) -> None:
-    """A converted model on back end `fam` must give what it gives on `eager`, with a gated memory, too.
+def own_logits(model: PreTrainedModel) -> torch.Tensor:
+    """Return a model's logits for two probing blocks, `(1, T, V)`."""
+    generator, was_training = torch.Generator().manual_seed(4), model.training
+    ids = torch.randint(model.get_input_embeddings().weight.shape[0], (1, 2 * PROBE_BLOCK_SIZE), generator=generator)
+    model.eval()
+    try:
+        logits: torch.Tensor = model(input_ids=ids.to(model.device)).logits
+    finally:
+        model.train(was_training)
+    return logits
+
+
+@torch.no_grad()
+def check_converted(model: PreTrainedModel, expected_BTV: torch.Tensor) -> None:
+    """Refuse a converted model whose head or back end does something else than before.
+
+    Args:
+        model: converted.
+        expected_BTV: its `own_logits` before conversion.
 
     Raises:
-        UnsupportedModelError: `fam` leaves something out that the class hands to attention.
+        UnsupportedModelError: without FAM it gives other logits, or back end `fam` leaves something out that the class
+            hands to attention.
     """
+    with probing(model, fam_length=0, fam_layers=None):
+        logits = own_logits(model)
+    if logits.dtype in (torch.float32, torch.float64):  # in others rounding chooses other experts
+        error = relative_error(logits, expected_BTV)
+        if not error <= 1e-3:
+            _refuse(f"without FAM it gives other logits than before conversion (relative error {error:.1e})")
+    _check_back_ends(model)
+
+
+def _check_back_ends(model: PreTrainedModel) -> None:
+    """A converted model on back end `fam` must give what it gives on `eager`, with a gated memory, too."""
     decoder, memory = model.get_decoder(), memory_of(model)
     if model.config._attn_implementation != BACK_END:
         return
