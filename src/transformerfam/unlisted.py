@@ -112,7 +112,8 @@ def neutral_weights_drawn(model: PreTrainedModel) -> Iterator[None]:
         require_at_hand(f"the weight {name}", weight)
         if id(weight) in embeddings or not weight.is_floating_point() or not weight.numel():
             continue
-        if weight.dim() < 2 or bool((weight.detach() == weight.detach().flatten()[0]).all()):
+        flat = weight.detach().flatten()
+        if weight.dim() < 2 or all(bool((part == flat[0]).all()) for part in (flat[:64], flat)):
             own.append((weight, weight.detach().clone()))
     try:
         with torch.no_grad():
