@@ -1,7 +1,6 @@
 """A family without a row: found by numbers where its layers are usual ones, refused with the reason otherwise."""
 
 import copy
-import dataclasses
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -111,6 +110,17 @@ def test_saved_and_copied_model_is_found_again(tmp_path: Path) -> None:
 def test_bfloat16_is_tried_too() -> None:
     """Catches tolerances that only float32 meets."""
     convert_unlisted(make_made_up(initializer_range=0.02, max_position_embeddings=131072).to(torch.bfloat16))
+
+
+def test_stored_table_of_rope_is_not_drawn() -> None:
+    """Catches kept keys that turn by angles that were drawn for the checks."""
+    expected = logits_of(convert_unlisted(make_made_up()))
+    model = make_made_up()
+    rotary = model.model.rotary_emb
+    table = rotary.inv_freq.clone()
+    del rotary.inv_freq
+    rotary.register_buffer("inv_freq", table, persistent=True)
+    torch.testing.assert_close(logits_of(convert_unlisted(model)), expected, atol=1e-6, rtol=1e-5)
 
 
 def test_without_fam_it_is_tried_too() -> None:
@@ -384,4 +394,3 @@ def test_rows_of_the_table_warn_of_nothing() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         convert(make_tiny("llama"), CONFIG)
-    assert dataclasses.is_dataclass(FAMILIES["llama"])

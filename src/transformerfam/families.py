@@ -277,7 +277,7 @@ FAMILIES = {
         name="Nemotron", special="layer norms whose weight is added to 1; RoPE on a part of every head; squared ReLU"
     ),
     "jais2": Family(name="Jais 2", special="layer norms and biases; squared ReLU"),
-    "internlm3": Family(name="InternLM3", special="Llama's class; needs transformers 5.24 or newer"),
+    "internlm3": Family(name="InternLM3", special="Llama's class; not in transformers 5.14"),
     "cwm": Family(name="CWM", special="three of four layers slide and keep their window"),
     "granitemoe": Family(
         name="Granite-MoE",

@@ -58,6 +58,14 @@ def check_model(model: Any) -> None:
             f"{name} has no rotary position embedding (RoPE), which the memory's positions need; choose a model with "
             "RoPE"
         )
+    rope_type = getattr(rotary, "rope_type", None)
+    rope_types = rope_type.values() if isinstance(rope_type, dict) else (rope_type,)
+    for rope_type in rope_types:
+        if rope_type in ("dynamic", "longrope"):
+            raise UnsupportedModelError(
+                f"RoPE of type {rope_type!r} changes with the length of the text, so keys cannot be turned; set "
+                "another type"
+            )
 
 
 def check_structure(model: Any, config: FamConfig) -> None:
@@ -66,7 +74,7 @@ def check_structure(model: Any, config: FamConfig) -> None:
     Raises:
         UnsupportedModelError: with the part that does not fit.
     """
-    name, rotary = type(model).__name__, model.get_decoder().rotary_emb
+    name = type(model).__name__
     if getattr(model.config, "use_bidirectional_attention", None) not in (None, False, "vision"):  # text is causal then
         raise UnsupportedModelError(f"{name} sees later tokens (use_bidirectional_attention), required is a causal one")
     if model.config._attn_implementation not in ATTENTION_BACK_ENDS:
@@ -82,13 +90,6 @@ def check_structure(model: Any, config: FamConfig) -> None:
             f"{name} has soft caps on its attention, which attention back end 'sdpa' leaves out; load it with "
             "attn_implementation='eager'"
         )
-    rope_types = rotary.rope_type.values() if isinstance(rotary.rope_type, dict) else (rotary.rope_type,)
-    for rope_type in rope_types:
-        if rope_type in ("dynamic", "longrope"):
-            raise UnsupportedModelError(
-                f"RoPE of type {rope_type!r} changes with the length of the text, so keys cannot be turned; set "
-                "another type"
-            )
     require_at_hand("the embedding", model.get_input_embeddings().weight)
     _check_update(model, config)
 

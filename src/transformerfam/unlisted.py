@@ -74,21 +74,22 @@ def convert_by_checks(model: PreTrainedModel, convert_as: Callable[[], None]) ->
         )
     reasons: list[str] = []
     with neutral_weights_drawn(model):
-        for family in families:
-            decoder.fam_family = family
-            try:
-                if not reasons:
-                    check_layers(model)
-            except UnsupportedModelError as error:
+        decoder.fam_family = families[0]
+        try:
+            check_layers(model)
+            for family in families:
+                decoder.fam_family = family
+                try:
+                    convert_as()
+                except TransformerFamError as error:
+                    reasons.append(f"as {family.name}'s they fail: {getattr(error, 'reason', error)}")
+                else:
+                    break
+        except UnsupportedModelError as error:
+            raise UnsupportedModelError(f"{start}, and its layers are not such as can be tried: {error}") from error
+        finally:
+            if not hasattr(decoder, "fam"):
                 del decoder.fam_family
-                raise UnsupportedModelError(f"{start}, and its layers are not such as can be tried: {error}") from error
-            try:
-                convert_as()
-            except TransformerFamError as error:
-                del decoder.fam_family
-                reasons.append(f"as {family.name}'s they fail: {getattr(error, 'reason', error)}")
-            else:
-                break
     if len(reasons) == len(families):
         raise UnsupportedModelError(f"{start}, and numeric checks do not accept its layers; {'; '.join(reasons)}")
     warnings.warn(
@@ -106,11 +107,12 @@ def neutral_weights_drawn(model: PreTrainedModel) -> Iterator[None]:
     A norm's weight of 1, a bias of 0 or a gate that has not been trained yet would hide what the layer does with it.
     """
     generator = torch.Generator().manual_seed(0)
-    embeddings = {id(parameter) for parameter in model.get_input_embeddings().parameters()}
+    kept = {id(weight) for weight in model.get_input_embeddings().parameters()}
+    kept |= {id(table) for table in model.get_decoder().rotary_emb.buffers()}  # from which turning is found out
     own: list[tuple[torch.Tensor, torch.Tensor]] = []
     for name, weight in model.get_decoder().state_dict(keep_vars=True).items():
         require_at_hand(f"the weight {name}", weight)
-        if id(weight) in embeddings or not weight.is_floating_point() or not weight.numel():
+        if id(weight) in kept or not weight.is_floating_point() or not weight.numel():
             continue
         flat = weight.detach().flatten()
         if weight.dim() < 2 or all(bool((part == flat[0]).all()) for part in (flat[:64], flat)):
@@ -327,13 +329,16 @@ def _check_windows(model: PreTrainedModel) -> None:
         handle.remove()
     back_end = model.config._attn_implementation
     model.set_attn_implementation("eager")  # whose masks are dense
+    forwards = [vars(layer).get("forward") for layer in layers]  # as accelerate sets them
     for layer, gives_tuple in zip(layers, is_tuple, strict=True):
         layer.forward = functools.partial(note, gives_tuple)
     try:
         decoder(input_ids=first, **as_cache(_LongPast()))
     finally:
-        for layer in layers:
+        for layer, forward in zip(layers, forwards, strict=True):
             del layer.forward
+            if forward is not None:
+                layer.forward = forward
         model.set_attn_implementation(back_end)
     for layer_idx, (found, own) in enumerate(zip(seen, own_windows(model.config), strict=True)):
         if found != (PAST_LENGTH + 1 if own is None else own):
