@@ -118,9 +118,8 @@ class FamilyReference:
         size = self.config.block_size
         memories = [_Memory(fam, fam) for fam in self._initial_fams(initial)]
         if self.config.has_slots:
-            for layer_idx, memory in enumerate(memories):
+            for memory in memories:
                 memory.slots = [(memory.initial, torch.eye(len(memory.initial))[None])]
-                memory.fam = self._fam_of_slots(layer_idx, memory)
         blocks = []
         for start in range(0, len(ids_T), size):
             hidden = self._embed(ids_T[start : start + size])
@@ -128,6 +127,9 @@ class FamilyReference:
             for layer_idx, memory in enumerate(memories):
                 hidden, rows = self._run_block(layer_idx, hidden, rows, memory, start)
             blocks.append(hidden)
+        if self.config.has_slots:
+            for layer_idx, memory in enumerate(memories):
+                memory.fam = self._fam_of_slots(layer_idx, memory)
         last_norm = _one_of(self.decoder, LAST_NORM)
         fams = [m.fam if self.config.carries_fam(i) else torch.zeros_like(m.fam) for i, m in enumerate(memories)]
         return last_norm(torch.cat(blocks)), torch.stack(fams)
@@ -209,7 +211,6 @@ class FamilyReference:
                 memory.slots = [(rows, left * (1 - share_GF)[..., None]) for rows, left in memory.slots]
                 written = block_TD if config.fam_value == "block" else asking
                 memory.slots.append((written, share_GF[..., None] * value_GFN))
-                memory.fam = self._fam_of_slots(layer_idx, memory)
             elif has_fam:
                 assert memory.fam_keys is not None
                 asking = memory.fam if config.fam_query == "previous" else memory.initial
