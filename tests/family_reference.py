@@ -19,7 +19,41 @@ from transformerfam.reference import fam_positions
 LAYERS = ("layers", "h")
 ATTENTION = ("self_attn", "attention", "self_attention")
 LAST_NORM = ("norm", "final_layer_norm", "final_layernorm", "ln_f")
+FEED_FORWARD = ("mlp", "block_sparse_moe")
 CACHE_ARGUMENT = {"gpt_neox": "layer_past", "falcon": "layer_past"}
+NORM_BEHIND_ATTENTION = {
+    "gemma2": "post_attention_layernorm",
+    "gemma3_text": "post_attention_layernorm",
+    "gemma4_text": "post_attention_layernorm",
+    "olmo2": "post_attention_layernorm",
+    "olmo3": "post_attention_layernorm",
+    "exaone4": "post_attention_layernorm",
+    "flex_olmo": "post_attention_layernorm",
+    "glm4": "post_self_attn_layernorm",
+    "hyperclovax": "post_norm1",
+}
+NORM_IN_FRONT_OF_FEED_FORWARD = {
+    "gemma2": "pre_feedforward_layernorm",
+    "gemma3_text": "pre_feedforward_layernorm",
+    "gemma4_text": "pre_feedforward_layernorm",
+    "vaultgemma": "pre_feedforward_layernorm",
+    "apertus": "feedforward_layernorm",
+    "olmo2": None,
+    "olmo3": None,
+    "exaone4": None,
+    "flex_olmo": None,
+}
+NORM_BEHIND_FEED_FORWARD = {
+    "gemma2": "post_feedforward_layernorm",
+    "gemma3_text": "post_feedforward_layernorm",
+    "gemma4_text": "post_feedforward_layernorm",
+    "olmo2": "post_feedforward_layernorm",
+    "olmo3": "post_feedforward_layernorm",
+    "exaone4": "post_feedforward_layernorm",
+    "flex_olmo": "post_feedforward_layernorm",
+    "glm4": "post_mlp_layernorm",
+    "hyperclovax": "post_norm2",
+}
 KeysAndValues = tuple[Tensor, Tensor]
 
 
@@ -84,9 +118,8 @@ class FamilyReference:
         size = self.config.block_size
         memories = [_Memory(fam, fam) for fam in self._initial_fams(initial)]
         if self.config.has_slots:
-            for layer_idx, memory in enumerate(memories):
+            for memory in memories:
                 memory.slots = [(memory.initial, torch.eye(len(memory.initial))[None])]
-                memory.fam = self._fam_of_slots(layer_idx, memory)
         blocks = []
         for start in range(0, len(ids_T), size):
             hidden = self._embed(ids_T[start : start + size])
@@ -94,18 +127,33 @@ class FamilyReference:
             for layer_idx, memory in enumerate(memories):
                 hidden, rows = self._run_block(layer_idx, hidden, rows, memory, start)
             blocks.append(hidden)
+        if self.config.has_slots:
+            for layer_idx, memory in enumerate(memories):
+                memory.fam = self._fam_of_slots(layer_idx, memory)
         last_norm = _one_of(self.decoder, LAST_NORM)
         fams = [m.fam if self.config.carries_fam(i) else torch.zeros_like(m.fam) for i, m in enumerate(memories)]
         return last_norm(torch.cat(blocks)), torch.stack(fams)
 
     def _embed(self, ids_T: Tensor) -> Tensor:
-        return self.model.get_input_embeddings()(ids_T) * getattr(self.model.config, "embedding_multiplier", 1.0)
+        return self._entered(self.model.get_input_embeddings()(ids_T))
+
+    def _entered(self, rows_TD: Tensor) -> Tensor:
+        """Return what the decoder makes of embeddings in front of its layers."""
+        if self.model.config.model_type == "nanochat":
+            return self.decoder.norm(rows_TD)
+        return rows_TD * getattr(self.model.config, "embedding_multiplier", 1.0)
+
+    def _branch_factor(self) -> float:
+        config = self.model.config
+        if config.model_type == "minicpm3":
+            return config.scale_depth / len(self.layers) ** 0.5
+        return getattr(config, "residual_multiplier", 1.0)
 
     def _initial_fams(self, initial: Tensor) -> list[Tensor]:
         if self.config.fam_init == "prefix" or self.config.fam_length == 0:
             return list(initial) if initial.dim() == 3 else [initial] * len(self.layers)
         positions, _ = fam_positions(self.config, 0)
-        rows, inputs = initial * getattr(self.model.config, "embedding_multiplier", 1.0), []
+        rows, inputs = self._entered(initial), []
         for layer_idx in range(len(self.layers)):
             inputs.append(rows)
             rows, _ = self._run_layer(layer_idx, rows, positions, [], torch.zeros(len(rows), len(rows)))
@@ -163,7 +211,6 @@ class FamilyReference:
                 memory.slots = [(rows, left * (1 - share_GF)[..., None]) for rows, left in memory.slots]
                 written = block_TD if config.fam_value == "block" else asking
                 memory.slots.append((written, share_GF[..., None] * value_GFN))
-                memory.fam = self._fam_of_slots(layer_idx, memory)
             elif has_fam:
                 assert memory.fam_keys is not None
                 asking = memory.fam if config.fam_query == "previous" else memory.initial
@@ -220,8 +267,9 @@ class FamilyReference:
         cache = _GivenKeys(given, sees_own)
         position_ids = torch.tensor(positions)[None]
         kinds = [model_config.layer_types[layer_idx]] if hasattr(self.decoder.rotary_emb, "layer_types") else []
-        attention, mlp = _one_of(layer, ATTENTION), layer.mlp
-        behind = layer.post_attention_layernorm if self._has_norm_behind() else attention
+        attention, mlp = _one_of(layer, ATTENTION), _one_of(layer, FEED_FORWARD)
+        norm = NORM_BEHIND_ATTENTION.get(model_config.model_type)
+        behind = attention if norm is None else getattr(layer, norm)
         handles = [
             module.register_forward_hook(lambda _m, _a, output, to=to: to.append(self._clone(output)))
             for module, to in ((behind, self.last_branch), (mlp, self.last_mlp))
@@ -230,11 +278,13 @@ class FamilyReference:
         arguments: dict[str, Any] = {
             CACHE_ARGUMENT.get(model_config.model_type, CACHE_NAME): cache,
             "attention_mask": mask.to(rows_TD.dtype)[None, None],
-            "position_ids": position_ids,
+            "position_ids": position_ids.clamp(min=0),  # Ministral 3's factor on queries is no number in front of 0
             "position_embeddings": self.decoder.rotary_emb(rows_TD[None], position_ids, *kinds),
         }
         if model_config.model_type == "falcon":
             arguments |= {"alibi": None, "output_attentions": True}
+        if model_config.model_type == "gemma4_text":
+            arguments["shared_kv_states"] = {}
         try:
             output = layer(rows_TD[None], **arguments)
         finally:
@@ -247,26 +297,31 @@ class FamilyReference:
     def _clone(output: Any) -> Tensor:
         return (output[0] if isinstance(output, tuple) else output)[0].clone()
 
-    def _has_norm_behind(self) -> bool:
-        return self.model.config.model_type in ("gemma2", "gemma3_text", "olmo2")
-
     def _with_residual(self, layer_idx: int, residual: Tensor) -> Tensor:
         """Return what the last run layer would have made had attention been added to other rows than it was made of."""
         config, layer = self.model.config, self.layers[layer_idx]
-        factor = getattr(config, "residual_multiplier", 1.0)
+        factor, kind = self._branch_factor(), config.model_type
         attended = residual + self.last_branch[-1] * factor
         is_parallel = {
+            "cohere": True,
             "cohere2": True,
             "phi": True,
             "gpt_neox": getattr(config, "use_parallel_residual", False),
             "stablelm": getattr(config, "use_parallel_residual", False),
             "falcon": getattr(config, "parallel_attn", False) or getattr(config, "new_decoder_architecture", False),
         }
-        if is_parallel.get(config.model_type, False):
+        if is_parallel.get(kind, False):
             return attended + self.last_mlp[-1]
-        if config.model_type in ("gemma2", "gemma3_text"):
-            return attended + layer.post_feedforward_layernorm(layer.mlp(layer.pre_feedforward_layernorm(attended)))
-        if config.model_type == "olmo2":
-            return attended + layer.post_feedforward_layernorm(layer.mlp(attended))
-        inner = layer.mlp(layer.post_attention_layernorm(attended)[None])
-        return attended + factor * (inner[0] if isinstance(inner, tuple) else inner)[0]
+        in_front = NORM_IN_FRONT_OF_FEED_FORWARD.get(kind, "post_attention_layernorm")
+        inner = (attended if in_front is None else getattr(layer, in_front)(attended))[None]
+        made = _one_of(layer, FEED_FORWARD)(inner)
+        made = made[0] if isinstance(made, tuple) else made
+        if getattr(layer, "enable_moe_block", False):  # Gemma 4, whose experts are given the sum in front of the norm
+            _, weights, chosen = layer.router(attended)
+            routed = layer.experts(layer.pre_feedforward_layernorm_2(attended), chosen, weights)
+            made = layer.post_feedforward_layernorm_1(made) + layer.post_feedforward_layernorm_2(routed)
+        if kind == "granitemoeshared":
+            made = made + layer.shared_mlp(inner)
+        if kind in NORM_BEHIND_FEED_FORWARD:
+            made = getattr(layer, NORM_BEHIND_FEED_FORWARD[kind])(made)
+        return (attended + factor * made[0]) * getattr(layer, "layer_scalar", 1.0)

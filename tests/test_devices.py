@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_families import CASES, make_tiny
+from tiny_families import EVERY_CASE, make_tiny
 from tiny_llama import make_tiny_llama, random_ids, random_rows
 from training_recipes import small_recipe
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -215,7 +215,7 @@ def test_training_gives_the_same_losses_and_is_resumed_elsewhere(tmp_path: Any, 
 
 @needs_cuda
 @torch.no_grad()
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", EVERY_CASE)
 def test_every_family_reads_the_same(case: str) -> None:
     """Catches a family's tables, latents or experts that stay behind on another device."""
     config = FamConfig(block_size=5, fam_length=2, num_memory_segments=1, fam_key_bias=0.0)

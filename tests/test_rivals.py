@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 from rival_reference import PLAIN
-from tiny_families import CASES, make_tiny
+from tiny_families import EVERY_CASE, make_tiny
 from tiny_llama import make_tiny_llama, random_ids, random_rows
 from transformers import DynamicCache
 
@@ -274,7 +274,7 @@ def test_growing_memory_is_not_handed_on() -> None:
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", EVERY_CASE)
 def test_full_attention_gives_base_logits_in_every_family(case: str) -> None:
     """Catches a cache or a mask that does not fit a family: in pieces, full attention is the model itself."""
     ids = random_ids(2, 20)
@@ -288,21 +288,21 @@ def test_full_attention_gives_base_logits_in_every_family(case: str) -> None:
 
 @torch.no_grad()
 def caches_latents(model: Any) -> bool:
-    """Whether all heads share what is cached: DeepSeek does so from transformers 5.15 on."""
+    """Whether all heads share what is cached: latent attention does so from transformers 5.15 on."""
     cache = DynamicCache()
     model(input_ids=random_ids(1, 3), **as_cache(cache))
-    return model.config.model_type.startswith("deepseek") and cache.layers[0].keys.shape[1] == 1
+    return hasattr(model.config, "kv_lora_rank") and cache.layers[0].keys.shape[1] == 1
 
 
 @pytest.mark.parametrize("system", RECURRENT)
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", EVERY_CASE)
 def test_every_rival_serves_every_family_or_says_why_not(case: str, system: str) -> None:
     """Catches a rival that reads a family wrongly: attaching it compares pieces with the whole."""
     config = RivalConfig.from_dict(
         {"system": system, "block_size": 8, "num_memory_tokens": 3, "association_width": 4, "decay_rank": 4}
     )
     model = make_tiny(case)
-    is_latent, takes_eager = caches_latents(model), case.startswith(("gemma2", "gpt_oss"))
+    is_latent, takes_eager = caches_latents(model), case.startswith(("gemma2", "gpt_oss", "vaultgemma"))
     if system in ("infini", "gated_linear") and (is_latent or takes_eager or case.startswith("falcon")):
         with pytest.raises(
             UnsupportedModelError, match=f"{system} needs the heads' own|required for {system}|{system} adds"

@@ -264,7 +264,7 @@ def test_refused_conversion_says_whether_the_version_may_be_the_cause(
     here = versions.installed_versions() | {"torch": versions.TESTED["torch"][0]} | installed
     monkeypatch.setattr(versions, "installed_versions", lambda: here)
     turn = Turner.turn
-    monkeypatch.setattr(Turner, "turn", lambda self, key, value, distance: turn(self, key, value, -distance))
+    monkeypatch.setattr(Turner, "turn", lambda self, key, value, distance: turn(self, key, value, 2 * distance))
     with pytest.raises(UnsupportedModelError, match=f"the position seam does not fit this model.*{message}"):
         converted()
 

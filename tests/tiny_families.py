@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from typing import Any
 
+import pytest
 import torch
 import transformers
 from transformers import PreTrainedModel
@@ -95,13 +96,168 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
 }
 """By a name that begins with the model type: the name of its classes in transformers, and its configuration."""
 
-OWN_CLASSES = {"Gemma3": ("Gemma3TextConfig", "Gemma3ForCausalLM")}
+ROUTED: dict[str, Any] = {
+    "n_routed_experts": 4,
+    "num_experts_per_tok": 2,
+    "n_group": 2,
+    "topk_group": 1,
+    "n_shared_experts": 1,
+    "moe_intermediate_size": 16,
+    "first_k_dense_replace": 1,
+}
+FACTORS: dict[str, Any] = {
+    "residual_multiplier": 0.6,
+    "embedding_multiplier": 3.0,
+    "attention_multiplier": 0.3,
+    "logits_scaling": 2.0,
+}
+GEMMA4: dict[str, Any] = {
+    "head_dim": 8,
+    "global_head_dim": 16,
+    "num_global_key_value_heads": 1,
+    "attention_k_eq_v": True,
+    "sliding_window": 6,
+    "layer_types": ["full_attention", "sliding_attention", "full_attention"],
+    "num_kv_shared_layers": 0,
+    "hidden_size_per_layer_input": 0,
+}
+HALF_ROTARY: dict[str, Any] = {
+    "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}
+}
+
+FURTHER_CASES: dict[str, tuple[str, dict[str, Any]]] = {
+    "gemma": ("Gemma", {"head_dim": 8, "initializer_range": 0.1}),
+    "gemma4_text": ("Gemma4", GEMMA4),
+    "gemma4_text with experts": (
+        "Gemma4",
+        GEMMA4 | {"enable_moe_block": True, "num_experts": 4, "top_k_experts": 2, "moe_intermediate_size": 16},
+    ),
+    "qwen2_moe": (
+        "Qwen2Moe",
+        {
+            "num_experts": 4,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 16,
+            "shared_expert_intermediate_size": 16,
+            "mlp_only_layers": [0],
+        },
+    ),
+    "ministral": ("Ministral", {"head_dim": 8, "sliding_window": 6, "layer_types": HYBRID}),
+    "ministral3": (
+        "Ministral3",
+        {
+            "head_dim": 8,
+            "rope_parameters": {
+                "rope_type": "yarn",
+                "rope_theta": 1e4,
+                "factor": 4.0,
+                "original_max_position_embeddings": 128,
+                "llama_4_scaling_beta": 0.1,
+            },
+        },
+    ),
+    "olmo": ("Olmo", {"clip_qkv": 2.0}),
+    "olmo3": ("Olmo3", {"sliding_window": 6, "layer_types": HYBRID}),
+    "olmoe": ("Olmoe", {"num_experts": 4, "num_experts_per_tok": 2}),
+    "flex_olmo": ("FlexOlmo", {"num_experts": 4, "num_experts_per_tok": 2}),
+    "exaone4": ("Exaone4", {"sliding_window": 6, "layer_types": HYBRID}),
+    "exaone4 without windows": ("Exaone4", {"sliding_window": None, "layer_types": ["full_attention"] * 3}),
+    "glm": ("Glm", {"head_dim": 8, "attention_bias": True}),
+    "glm4": ("Glm4", {"head_dim": 8}),
+    "glm4_moe": ("Glm4Moe", ROUTED | {"head_dim": 8, "use_qk_norm": True}),
+    "glm4_moe_lite": ("Glm4MoeLite", LATENT),
+    "ernie4_5": ("Ernie4_5", {"head_dim": 8, "use_bias": True}),
+    "ernie4_5_moe": (
+        "Ernie4_5_Moe",
+        {"moe_num_experts": 4, "moe_k": 2, "moe_intermediate_size": 16, "moe_num_shared_experts": 1},
+    ),
+    "cohere": ("Cohere", {"logit_scale": 1.0, "use_qk_norm": True}),
+    "starcoder2": ("Starcoder2", {}),
+    "starcoder2 with windows": ("Starcoder2", {"sliding_window": 7}),
+    "helium": ("Helium", {"head_dim": 8}),
+    "seed_oss": ("SeedOss", {"head_dim": 8}),
+    "arcee": ("Arcee", {}),
+    "apertus": ("Apertus", {}),
+    "bitnet": ("BitNet", {}),
+    "nemotron": ("Nemotron", HALF_ROTARY),
+    "jais2": ("Jais2", {}),
+    "internlm3": ("InternLM3", {"head_dim": 8}),
+    "cwm": (
+        "Cwm",
+        {
+            "head_dim": 8,
+            "sliding_window": 6,
+            "layer_types": HYBRID,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 1e4},
+            "bos_token_id": 1,
+            "eos_token_id": 2,
+        },
+    ),
+    "granitemoe": ("GraniteMoe", EXPERTS | FACTORS),
+    "granitemoeshared": ("GraniteMoeShared", EXPERTS | FACTORS | {"shared_intermediate_size": 16}),
+    "dots1": ("Dots1", ROUTED | {"sliding_window": None}),
+    "phimoe": ("Phimoe", EXPERTS | {"attention_bias": True}),
+    "minimax_m2": ("MiniMaxM2", EXPERTS | {"head_dim": 8}),
+    "minicpm3": ("MiniCPM3", LATENT | {"scale_depth": 1.4, "scale_emb": 3.0, "dim_model_base": 16}),
+    "hyperclovax": ("HyperCLOVAX", FACTORS | {"head_dim": 8, "use_post_norm": True}),
+    "nanochat": ("NanoChat", {}),
+    "persimmon": ("Persimmon", {}),
+    "vaultgemma": (
+        "VaultGemma",
+        {
+            "head_dim": 8,
+            "sliding_window": 6,
+            "layer_types": HYBRID,
+            "query_pre_attn_scalar": 8,
+            "attn_implementation": "eager",
+        },
+    ),
+    "solar_open": ("SolarOpen", ROUTED | {"head_dim": 8}),
+    "youtu": ("Youtu", LATENT),
+    "exaone_moe": (
+        "ExaoneMoe",
+        {
+            "num_experts": 4,
+            "num_experts_per_tok": 2,
+            "num_shared_experts": 1,
+            "moe_intermediate_size": 16,
+            "sliding_window": 6,
+            "layer_types": HYBRID,
+        },
+    ),
+    "diffllama": ("DiffLlama", {}),
+}
+"""Families whose layers are put together of parts that those of `CASES` have; fewer tests go through them."""
+
+ALL_CASES = CASES | FURTHER_CASES
+OWN_CLASSES = {
+    "Gemma3": ("Gemma3TextConfig", "Gemma3ForCausalLM"),
+    "Gemma4": ("Gemma4TextConfig", "Gemma4ForCausalLM"),
+    "InternLM3": ("InternLM3Config", "LlamaForCausalLM"),
+}
+
+
+def is_at_hand(case: str) -> bool:
+    """Say whether the installed transformers has a case's classes."""
+    return all(hasattr(transformers, name) for name in class_names(case))
+
+
+def class_names(case: str) -> tuple[str, str]:
+    """Return the names of a case's configuration and model in transformers."""
+    stem = ALL_CASES[case][0]
+    return OWN_CLASSES.get(stem, (f"{stem}Config", f"{stem}ForCausalLM"))
+
+
+EVERY_CASE = [
+    *CASES,
+    *(pytest.param(case, marks=pytest.mark.slow) for case in FURTHER_CASES if is_at_hand(case)),
+]
+"""For tests that all families pass: those of `CASES` in `make test`, the others in `make prove`."""
 
 
 def make_tiny(case: str, **changes: Any) -> PreTrainedModel:
     """Make a random model of width 32 and three layers whose attention is sharp, so that a wrong key shows."""
-    stem, options = CASES[case]
-    config_name, model_name = OWN_CLASSES.get(stem, (f"{stem}Config", f"{stem}ForCausalLM"))
+    options, (config_name, model_name) = ALL_CASES[case][1], class_names(case)
     config_class: Callable[..., Any] = getattr(transformers, config_name)
     config = config_class(**SHAPE | options | changes)
     with torch.random.fork_rng():

@@ -18,7 +18,7 @@ from transformers import Cache, PreTrainedModel
 from transformerfam.cache_argument import cache_in
 from transformerfam.config import FamConfig
 from transformerfam.errors import TransformerFamError, UnsupportedModelError
-from transformerfam.families import Family, decoder_layers, family_of, part_of
+from transformerfam.families import FAMILIES, Family, decoder_layers, family_of, part_of
 from transformerfam.flash import FLASH_BACK_ENDS
 from transformerfam.forward import read_pieces
 from transformerfam.half_precision import MEAN_SHARE_WITHOUT_NORM
@@ -36,7 +36,8 @@ from transformerfam.memory import (
 )
 from transformerfam.positions import first_position, warn_beyond_trained
 from transformerfam.reading import READER_METHODS, init_state
-from transformerfam.seams import check_seams, check_structure
+from transformerfam.seams import check_model, check_seams, check_structure
+from transformerfam.unlisted import UNFORESEEN, check_converted, convert_by_checks, own_logits
 from transformerfam.versions import does_not_fit
 
 __all__ = ["convert", "fam_parameters", "memory_of", "personal_memory", "set_block_size", "set_key_bias"]
@@ -57,6 +58,8 @@ def convert(model: PreTrainedModel, config: FamConfig) -> PreTrainedModel:
     A hybrid model, where some layers have a sliding window of their own, keeps those as they are and carries FAM on
     the others, unless `fam_layers` says otherwise; the layers are then named in `model.fam_config`.
 
+    A family without a row in the table is tried by more checks, where its layers' parts have the usual names.
+
     Args:
         model: a decoder with a language-model head of a served family.
         config: block size, FAM length and every other choice.
@@ -67,20 +70,38 @@ def convert(model: PreTrainedModel, config: FamConfig) -> PreTrainedModel:
     Raises:
         UnsupportedModelError: the family is not served, or a seam does not do what the algorithm says.
 
+    Warns:
+        UserWarning: the family has no row, and was found by the checks.
+
     Source: DESIGN, "How FAM enters a model"; Algorithms 1 and 2.
     """
-    check_structure(model, config)
+    check_model(model)
     if hasattr(model.get_decoder(), "fam"):
         raise UnsupportedModelError(
             "the model is converted already; load it again to convert it with another configuration"
         )
+    if model.config.model_type in FAMILIES:
+        _convert(model, config, has_row=True)
+    else:
+        convert_by_checks(model, lambda: _convert(model, config, has_row=False))
+    warn_beyond_trained(model.config, first_position(config) + config.block_size)
+    return model
+
+
+def _convert(model: PreTrainedModel, config: FamConfig, has_row: bool) -> None:
+    """Attach a memory and check it; where it does not fit, the model is as it was."""
+    check_structure(model, config)
     back_end, type_of_model = model.config._attn_implementation, type(model)
+    unforeseen = (TypeError, AttributeError, KeyError) if has_row else UNFORESEEN
     handles: list[Any] | None = None
     try:
         with torch.autocast(model.device.type, enabled=False):  # whose rounding is none of the model's own type
+            expected = None if has_row else own_logits(model)
             handles = attach(model, config, find_layouts(model))
-            check_seams(model)
-    except (TransformerFamError, TypeError, AttributeError, KeyError) as error:
+            check_seams(model, every_layer=not has_row)
+            if expected is not None:
+                check_converted(model, expected)
+    except (TransformerFamError, *unforeseen) as error:
         if handles is not None:
             revert(model, handles)
             model.set_attn_implementation(back_end)
@@ -88,8 +109,6 @@ def convert(model: PreTrainedModel, config: FamConfig) -> PreTrainedModel:
             raise
         raise does_not_fit(f"{type(model).__name__} does not run as conversion runs it ({error})") from error
     assert type(model) is type_of_model
-    warn_beyond_trained(model.config, first_position(config) + config.block_size)
-    return model
 
 
 def attach(model: PreTrainedModel, config: FamConfig, layouts: Sequence[LayerLayout]) -> list[Any]:
@@ -102,8 +121,10 @@ def attach(model: PreTrainedModel, config: FamConfig, layouts: Sequence[LayerLay
     """
     decoder, family, embedding = model.get_decoder(), family_of(model), model.get_input_embeddings()
     config = _with_fam_layers(config, layouts)
+    _check_slots(config, layouts)
     memory = FamMemory(config, embedding, layouts)
-    memory.caches_queries = family.has_attention_interface and not family.is_parallel(model.config)
+    asks_by_queries = family.has_attention_interface and family.asks_by_queries
+    memory.caches_queries = asks_by_queries and not family.is_parallel(model.config)
     if not family.is_parallel(model.config) and family.behind == "mlp":
         memory.mean_share = MEAN_SHARE_WITHOUT_NORM
     memory.identity = ModelIdentity(model)
@@ -172,6 +193,20 @@ def _with_fam_layers(config: FamConfig, layouts: Sequence[LayerLayout]) -> FamCo
     if config.fam_length == 0 or config.fam_layers is not None or len(layers) in (0, len(layouts)):
         return config
     return config.replace(fam_layers=layers)
+
+
+def _check_slots(config: FamConfig, layouts: Sequence[LayerLayout]) -> None:
+    """Refuse slots in layers whose keys and values differ in shape, since a state stacks them."""
+    if not config.has_slots:
+        return
+    shapes = {i: (each.key_shape, each.value_shape) for i, each in enumerate(layouts) if config.carries_fam(i)}
+    lowest = min(shapes)
+    for layer_idx, shape in shapes.items():
+        if shape != shapes[lowest]:
+            raise UnsupportedModelError(
+                f"fam_feeds is 'slots', and layer {layer_idx} keeps keys and values of {shape} heads and widths, layer "
+                f"{lowest} of {shapes[lowest]}; name layers of one shape in fam_layers"
+            )
 
 
 class _OnTheWay(threading.local):

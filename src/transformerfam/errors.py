@@ -8,7 +8,15 @@ class TransformerFamError(ValueError):
 
 
 class UnsupportedModelError(TransformerFamError):
-    """The model cannot be converted; the message names the part that does not fit."""
+    """The model cannot be converted; the message names the part that does not fit.
+
+    Attributes:
+        reason: what does not fit, without what the message says of installed versions.
+    """
+
+    def __init__(self, message: str, reason: str | None = None) -> None:
+        super().__init__(message)
+        self.reason = message if reason is None else reason
 
 
 class StateMismatchError(TransformerFamError):

@@ -106,6 +106,10 @@ def convert_fake(model: PreTrainedModel, fam: FamConfig) -> None:
             position_ids=torch.arange(2)[None],
             **as_cache(recorder),
         )
-    turner = Turner(inverse_frequencies(decoder.rotary_emb)[0])
-    windows = own_windows(config)
-    attach(model, fam, [LayerLayout(*recorder.shapes[i], turner, window) for i, window in enumerate(windows)])
+    layouts = []
+    for layer_idx, window in enumerate(own_windows(config)):
+        key_shape, value_shape = recorder.shapes[layer_idx]
+        # Which table a layer turns by is found with values; here one that is not too wide for its keys stands for it.
+        table = next(table for table in inverse_frequencies(decoder.rotary_emb) if 2 * len(table) <= key_shape[1])
+        layouts.append(LayerLayout(key_shape, value_shape, Turner(table), window))
+    attach(model, fam, layouts)

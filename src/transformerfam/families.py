@@ -5,6 +5,7 @@ version at hand, is what conversion checks with numbers (`seams`).
 """
 
 import dataclasses
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -55,6 +56,26 @@ def _residual_multiplier(config: Any) -> float:
     return float(config.residual_multiplier)
 
 
+def _nothing(config: Any) -> str | None:
+    return None
+
+
+def _gemma4_reason(config: Any) -> str | None:
+    if config.hidden_size_per_layer_input:
+        return "its layers are given embeddings of the token ids, which the rows of a FAM do not have"
+    if config.num_kv_shared_layers:
+        return "its upper layers take the keys of lower ones, beside the cache"
+    return None
+
+
+def _attention_norm(config: Any) -> tuple[str, ...]:
+    return ("attention_layernorm",)
+
+
+def _depth_factor(config: Any) -> float:
+    return float(config.scale_depth) / math.sqrt(config.num_hidden_layers)
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Family:
     """Where the seams are in the layers of one family, by the names of submodules.
@@ -72,8 +93,11 @@ class Family:
         is_parallel: whether attention and feed-forward are added to one residual, from the configuration.
         has_attention_interface: whether attention goes through transformers' attention interface, so that a back end
             without dense masks can serve it.
+        asks_by_queries: whether rows enter attention's output through their queries alone, called for once, so that
+            queries made before can stand for them; not where the output has a gate, or attention runs twice.
         since: first version of this package that serves it.
         special: what sets the family apart from Llama.
+        refuses: why a member cannot be served, from the configuration; None where it can.
     """
 
     name: str
@@ -86,8 +110,10 @@ class Family:
     behind: str = "post_attention_layernorm"
     is_parallel: Callable[[Any], bool] = _never
     has_attention_interface: bool = True
+    asks_by_queries: bool = True
     since: str = "0.1.0"
     special: str = ""
+    refuses: Callable[[Any], str | None] = _nothing
 
 
 FAMILIES = {
@@ -172,13 +198,224 @@ FAMILIES = {
     "deepseek_v3": Family(
         name="DeepSeek-V3", special="latent attention: carried are latents, and one rotary key for all heads"
     ),
+    "gemma": Family(name="Gemma", special="embeddings multiplied by the root of their width"),
+    "gemma4_text": Family(
+        name="Gemma 4 (text)",
+        branch="post_attention_layernorm",
+        behind="pre_feedforward_layernorm",
+        special="norms behind attention and feed-forward; five of six layers slide, with their own heads and RoPE, and "
+        "keep their window; members with embeddings per layer (E2B, E4B) are refused",
+        refuses=_gemma4_reason,
+    ),
+    "qwen2_moe": Family(
+        name="Qwen2-MoE",
+        special="mixture of experts and a shared one; optionally sliding windows on the upper layers",
+    ),
+    "ministral": Family(name="Ministral", special="some layers slide and keep their window"),
+    "ministral3": Family(
+        name="Ministral 3",
+        special="queries grow with the position from `original_max_position_embeddings` on; FAM keeps positions in its "
+        "window, where they grow only if the window is that long",
+    ),
+    "olmo": Family(name="OLMo", special="norms without weights; optionally clipped queries, keys and values"),
+    "olmo3": Family(
+        name="OLMo 3",
+        entries=_attention_itself,
+        branch="post_attention_layernorm",
+        behind="mlp",
+        special="norms behind attention and feed-forward alone; norms on queries and keys; three of four layers slide "
+        "and keep their window",
+    ),
+    "olmoe": Family(name="OLMoE", special="mixture of experts; norms on queries and keys"),
+    "flex_olmo": Family(
+        name="FlexOlmo",
+        entries=_attention_itself,
+        branch="post_attention_layernorm",
+        behind="mlp",
+        special="norms behind attention and feed-forward alone; norms on queries and keys; mixture of experts",
+    ),
+    "exaone4": Family(
+        name="EXAONE 4.0",
+        entries=_attention_itself,
+        branch="post_attention_layernorm",
+        behind="mlp",
+        special="norms behind attention and feed-forward alone; norms on queries and keys; where some layers slide, "
+        "the others have no RoPE",
+    ),
+    "glm": Family(name="GLM-4", special="interleaved RoPE on a part of every head"),
+    "glm4": Family(
+        name="GLM-4-0414",
+        branch="post_self_attn_layernorm",
+        special="norms in front of and behind attention and feed-forward; interleaved RoPE on a part of every head",
+    ),
+    "glm4_moe": Family(
+        name="GLM-4.5 (MoE)",
+        special="mixture of experts and a shared one; RoPE on a part of heads; optionally norms on queries and keys",
+    ),
+    "glm4_moe_lite": Family(
+        name="GLM-4.7-Flash", special="latent attention: carried are latents, and one rotary key for all heads"
+    ),
+    "ernie4_5": Family(name="ERNIE 4.5", special="interleaved RoPE"),
+    "ernie4_5_moe": Family(
+        name="ERNIE 4.5 (MoE)", special="interleaved RoPE; mixture of experts and shared ones on the upper layers"
+    ),
+    "cohere": Family(name="Cohere (Command R)", is_parallel=_always, special="parallel residual; interleaved RoPE"),
+    "starcoder2": Family(
+        name="StarCoder2", special="layer norms and biases; optionally a sliding window on every layer"
+    ),
+    "helium": Family(name="Helium", special="interleaved RoPE"),
+    "seed_oss": Family(name="Seed-OSS", special="biases on queries, keys and values"),
+    "arcee": Family(name="Arcee (AFM)", special="a feed-forward of two matrices, with squared ReLU"),
+    "apertus": Family(
+        name="Apertus",
+        entries=_attention_norm,
+        behind="feedforward_layernorm",
+        special="norms on queries and keys; a feed-forward of two matrices, with xIELU",
+    ),
+    "bitnet": Family(name="BitNet", special="norms in front of the last matrix of attention and feed-forward"),
+    "nemotron": Family(
+        name="Nemotron", special="layer norms whose weight is added to 1; RoPE on a part of every head; squared ReLU"
+    ),
+    "jais2": Family(name="Jais 2", special="layer norms and biases; squared ReLU"),
+    "internlm3": Family(name="InternLM3", special="Llama's class; not in transformers 5.14"),
+    "cwm": Family(name="CWM", special="three of four layers slide and keep their window"),
+    "granitemoe": Family(
+        name="Granite-MoE",
+        branch_factor=_residual_multiplier,
+        special="mixture of experts; factors on embeddings, attention, residual branches and logits",
+    ),
+    "granitemoeshared": Family(
+        name="Granite-MoE (shared)",
+        branch_factor=_residual_multiplier,
+        special="mixture of experts and a shared one; factors on embeddings, attention, residual branches and logits",
+    ),
+    "dots1": Family(
+        name="dots.llm1", special="norms on queries and keys; mixture of experts; optionally sliding windows"
+    ),
+    "phimoe": Family(name="Phi-3.5-MoE", special="mixture of experts; layer norms; RoPE of type longrope is refused"),
+    "minimax_m2": Family(
+        name="MiniMax-M2", special="mixture of experts; norms on queries and keys; RoPE on a part of every head"
+    ),
+    "minicpm3": Family(
+        name="MiniCPM3",
+        branch_factor=_depth_factor,
+        special="latent attention: carried are latents, and one rotary key for all heads; factors on embeddings, "
+        "residual branches and logits",
+    ),
+    "hyperclovax": Family(
+        name="HyperCLOVA X",
+        branch="post_norm1",
+        branch_factor=_residual_multiplier,
+        special="optionally norms behind attention and feed-forward; factors as Granite's",
+    ),
+    "nanochat": Family(name="nanochat", special="norms without weights, on queries and keys behind RoPE; squared ReLU"),
+    "persimmon": Family(
+        name="Persimmon",
+        output_projection="dense",
+        special="one matrix for queries, keys and values; norms on queries and keys; RoPE on a part of every head",
+    ),
+    "vaultgemma": Family(
+        name="VaultGemma",
+        behind="pre_feedforward_layernorm",
+        special="soft caps (attention back end eager); every other layer slides and keeps its window",
+    ),
+    "solar_open": Family(name="Solar Open", special="mixture of experts and a shared one"),
+    "youtu": Family(
+        name="Youtu-LLM", special="latent attention: carried are latents, and one rotary key for all heads"
+    ),
+    "exaone_moe": Family(
+        name="EXAONE-MoE",
+        special="norms on queries and keys; mixture of experts; where some layers slide, the others have no RoPE",
+    ),
+    "diffllama": Family(
+        name="DiffLlama",
+        asks_by_queries=False,
+        special="differential attention: the difference of two groups of heads",
+    ),
 }
 """By `model_type`."""
 
 
+OTHER_LAYERS = {
+    "linear_attention": ", whose recurrent state a FamState does not carry, and which would read FAM rows as tokens",
+    "chunked_attention": ", where the first token of a chunk sees nothing in front of it, and no memory either",
+    "indexed_attention": ", which chooses a few keys by an index of its own, not by the keys in sight",
+}
+"""What is in the way of a memory in layers of other types."""
+
+NOT_SERVED = {
+    "gemma3n_text": "its layers pass four streams of hidden states on, and are given embeddings of the token ids; the "
+    "rows of a FAM are one stream, and have no ids",
+    "hunyuan_v1_dense": "its keys go through a norm with weights behind RoPE, so that no rotation takes kept keys to "
+    "another position",
+    "hunyuan_v1_moe": "its keys go through a norm with weights behind RoPE, so that no rotation takes kept keys to "
+    "another position",
+}
+"""Families that were looked at and cannot be served, by `model_type`, with the reason."""
+
+SEQUENCES: dict[str, dict[str, Any]] = {
+    "Gemma 2": {"branch": "post_attention_layernorm", "behind": "pre_feedforward_layernorm"},
+    "GLM-4-0414": {"branch": "post_self_attn_layernorm", "behind": "post_attention_layernorm"},
+    "OLMo 2": {"entries": _attention_itself, "branch": "post_attention_layernorm", "behind": "mlp"},
+    "Llama": {"behind": "post_attention_layernorm"},
+    "VaultGemma": {"behind": "pre_feedforward_layernorm"},
+    "StableLM in parallel": {"behind": "mlp", "is_parallel": _always},
+}
+"""Usual orders of a layer's parts, by a family that has it; where several fit by name, numbers choose."""
+
+
+def usual_families(layer: nn.Module, config: Any) -> list[Family]:
+    """Return what a layer of a family without a row may be, by the usual names of its parts.
+
+    Args:
+        layer: of the decoder.
+        config: of the model.
+    """
+    parts = {name for name, _ in layer.named_children()}
+    attention = next((name for name in ("self_attn", "attention") if name in parts), None)
+    if attention is None:
+        return []
+    inner = {name for name, _ in layer.get_submodule(attention).named_children()}
+    output = next((name for name in ("o_proj", "dense", "out_proj") if name in inner), None)
+    if output is None:
+        return []
+    factor = _residual_multiplier if hasattr(config, "residual_multiplier") else _one
+    found = []
+    for name, sequence in SEQUENCES.items():
+        choices: dict[str, Any] = {"branch": attention, "entries": _one_norm} | sequence
+        entries = {attention} if choices["entries"] is _attention_itself else {"input_layernorm"}
+        if choices["entries"] is _attention_itself and "input_layernorm" in parts:
+            continue
+        if {choices["branch"], choices["behind"], *entries} <= parts:
+            kind = Family(
+                name=name,
+                attention=attention,
+                output_projection=output,
+                branch_factor=factor,
+                asks_by_queries=False,
+                **choices,
+            )
+            found.append(kind)
+    return found
+
+
 def family_of(model: Any) -> Family:
-    """Return the family of a model of a served `model_type`."""
-    return FAMILIES[model.config.model_type]
+    """Return the family of a model: that of its `model_type`, or the one that conversion has found by numbers."""
+    found: Family | None = getattr(model.get_decoder(), "fam_family", None)
+    return FAMILIES[model.config.model_type] if found is None else found
+
+
+def require_row(model_type: str, what: str) -> None:
+    """Refuse a family that has no row in the table.
+
+    Raises:
+        UnsupportedModelError: names what needs one.
+    """
+    if model_type not in FAMILIES:
+        raise UnsupportedModelError(
+            f"model type {model_type!r} has no row in the table of families, which {what} needs; it has "
+            f"{', '.join(FAMILIES)}"
+        )
 
 
 def decoder_layers(model: Any) -> nn.ModuleList:
@@ -201,6 +438,33 @@ def part_of(layer: nn.Module, name: str) -> nn.Module:
         ) from error
 
 
+def refuse_by_configuration(name: str, config: Any) -> None:
+    """Refuse a model that is known not to go together with the memory, before its layers are looked at.
+
+    Args:
+        name: of its class.
+        config: of the model.
+
+    Raises:
+        UnsupportedModelError: with the reason.
+    """
+    text_config = config.get_text_config(decoder=True)
+    if text_config is not config:
+        raise UnsupportedModelError(
+            f"{name} takes more than text: its own forward merges images or sound into the embeddings and makes the "
+            f"masks, where a memory cannot come in; convert its text model ({text_config.model_type!r}) alone, which "
+            "transformerfam.text_models.text_model(model) gives"
+        )
+    if config.model_type in NOT_SERVED:
+        raise UnsupportedModelError(f"{name} is not served: {NOT_SERVED[config.model_type]}")
+    if config.model_type in FAMILIES:
+        reason = FAMILIES[config.model_type].refuses(config)
+        if reason is not None:
+            raise UnsupportedModelError(f"{name} is not served with this configuration: {reason}")
+    if hasattr(config, "num_hidden_layers"):
+        own_windows(config)
+
+
 def own_windows(config: Any) -> list[int | None]:
     """Return every layer's own sliding window in tokens, the token itself included; None where it has none.
 
@@ -212,6 +476,7 @@ def own_windows(config: Any) -> list[int | None]:
     for layer_type in types:
         if layer_type not in ("full_attention", "sliding_attention"):
             raise UnsupportedModelError(
-                f"the model has a layer of type {layer_type!r}, required are full_attention and sliding_attention"
+                f"the model has a layer of type {layer_type!r}{OTHER_LAYERS.get(layer_type, '')}; required are "
+                "full_attention and sliding_attention"
             )
     return [window if layer_type == "sliding_attention" else None for layer_type in types]

@@ -37,6 +37,17 @@ RunPiece = Callable[[Any, State, torch.Tensor, list[int], dict[str, Any]], MoeMo
 further arguments of the model's forward."""
 
 
+@dataclasses.dataclass
+class DecoderOutput(MoeModelOutputWithPast):
+    """What a decoder gives, with what some heads look up in it.
+
+    Attributes:
+        shared_kv_states: None; Gemma 4's head copies it.
+    """
+
+    shared_kv_states: Any = None
+
+
 @torch.compiler.disable(reason=NOT_COMPILED)
 def read_pieces(
     self: Any,
@@ -303,7 +314,7 @@ def _join(
 ) -> MoeModelOutputWithPast:
     """Join the pieces' hidden states and put every token's back where the caller had it."""
     if not pieces:  # a chunk of padding alone
-        return MoeModelOutputWithPast(last_hidden_state=torch.zeros_like(inputs_BTD), **as_cache(state))
+        return DecoderOutput(last_hidden_state=torch.zeros_like(inputs_BTD), **as_cache(state))
     in_order = columns[0] == list(range(inputs_BTD.shape[1])) and all(c == columns[0] for c in columns)
     index = None
     if not in_order:
@@ -341,7 +352,7 @@ def _join(
     if pieces[0].router_logits is not None:
         by_layer = zip(*(p.router_logits for p in pieces), strict=True)
         router_logits = tuple(joined(parts).flatten(0, 1) for parts in by_layer)
-    return MoeModelOutputWithPast(
+    return DecoderOutput(
         last_hidden_state=last_hidden_state,
         hidden_states=hidden_states,
         router_logits=router_logits,

@@ -126,7 +126,7 @@ def _known_turners(rotary: Any) -> Iterator[Turner]:
     for is_in_values in (False, True):
         for is_interleaved in (False, True):
             for is_at_end in (False, True):
-                for table in tables:
+                for table in (*tables, *(-table for table in tables)):
                     yield Turner(table, is_interleaved, is_at_end, is_in_values)
     yield Turner(None)
 

@@ -80,8 +80,8 @@ class FamMemory(nn.Module):
         """Return the numbers of one row of the FAM: `hidden_size`, or with slots all heads' keys and values."""
         if not self.config.has_slots:
             return hidden_size
-        heads = (self.layouts[0].key_shape, self.layouts[0].value_shape)
-        return sum(count * width for count, width in heads)
+        lowest = next(layout for i, layout in enumerate(self.layouts) if self.config.carries_fam(i))
+        return sum(count * width for count, width in (lowest.key_shape, lowest.value_shape))
 
     def plans(self) -> list[LayerPlan]:
         """Return what every layer keeps and sees with the configuration in force."""

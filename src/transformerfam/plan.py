@@ -22,7 +22,7 @@ from transformerfam.convert import fam_parameters
 from transformerfam.costs import rows_in_front
 from transformerfam.errors import CorruptFileError, TransformerFamError, UnsupportedModelError
 from transformerfam.fake_model import AllocatedBytes, build_on_meta, convert_fake, make_fake
-from transformerfam.families import FAMILIES, decoder_layers
+from transformerfam.families import decoder_layers, require_row
 from transformerfam.loading import load_pretrained
 from transformerfam.masks import piece_mask
 from transformerfam.memory import LayerLayout
@@ -140,10 +140,7 @@ def make_plan(
         TransformerFamError: there is no such model.
     """
     config = find_config(model) if config is None else config
-    if config.model_type not in FAMILIES:
-        raise UnsupportedModelError(
-            f"model type {config.model_type!r} is not served, required is one of {', '.join(FAMILIES)}"
-        )
+    require_row(config.model_type, "a plan")
     converted, peak = _fake_run(config, fam, dtype, training, lora_rank, batch_size, optimizer, context_tokens)
     hours = None
     reading, training_flops = _flops(converted, training)
@@ -277,23 +274,23 @@ def _matrices(model: Any) -> Iterator[tuple[str, torch.Tensor]]:
 def _flops(model: Any, training: Training) -> tuple[float, float]:
     """Return the operations per token of reading and of training, the update of the FAM included."""
     config, fam = model.config, model.fam_config
-    heads = config.num_attention_heads
-    width = getattr(config, "head_dim", None) or config.hidden_size // heads
-    widths = 2 * width
-    if getattr(config, "kv_lora_rank", None):
-        widths = config.qk_nope_head_dim + config.qk_rope_head_dim + config.v_head_dim
+    heads, memory = config.num_attention_heads, model.get_decoder().fam
+    widths = [layout.key_shape[1] + layout.value_shape[1] for layout in memory.layouts]
+    if getattr(config, "kv_lora_rank", None):  # what is kept is narrower than a head
+        widths = [config.qk_nope_head_dim + config.qk_rope_head_dim + config.v_head_dim] * len(widths)
     num_experts = getattr(config, "num_local_experts", None) or getattr(config, "num_experts", None)
     num_experts = num_experts or getattr(config, "n_routed_experts", None) or 1
-    share = (getattr(config, "num_experts_per_tok", None) or 1) / num_experts
+    chosen = getattr(config, "num_experts_per_tok", None) or getattr(config, "top_k_experts", None) or 1
+    share = chosen / num_experts
     per_row = sum(2 * p.numel() * (share if ".experts." in name else 1.0) for name, p in _matrices(model))
     own = sum(2 * p.numel() for name, p in decoder_layers(model).named_parameters() if "lora_" in name)
     size = fam.block_size
-    memory = model.get_decoder().fam
     num_rows = rows_in_front(fam, memory.caches_queries)
     rows_per_token = 1 + num_rows / size
-    pairs = sum(_pairs_per_token(fam, plan, num_rows) for plan in memory.plans())
+    pairs = [_pairs_per_token(fam, plan, num_rows) for plan in memory.plans()]
+    products = sum(2 * heads * width * seen for width, seen in zip(widths, pairs, strict=True))
     carrying = [layout for layout, plan in zip(memory.layouts, memory.plans(), strict=True) if plan.has_fam]
-    mixing = 2 * heads * widths * pairs + sum(_means_per_token(fam, layout) for layout in carrying)
+    mixing = products + sum(_means_per_token(fam, layout) for layout in carrying)
     logits = 2 * config.hidden_size * config.vocab_size
     # A block's checkpoint makes everything again. Backward, a product of two things that are trained costs two more,
     # one with a frozen matrix one.

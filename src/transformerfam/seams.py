@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from transformerfam.cache_argument import cache_in
 from transformerfam.config import FamConfig
 from transformerfam.errors import UnsupportedModelError
-from transformerfam.families import FAMILIES, decoder_layers, family_of, own_windows, part_of
+from transformerfam.families import decoder_layers, family_of, part_of, refuse_by_configuration
 from transformerfam.flash import FLASH_BACK_ENDS
 from transformerfam.identity import require_at_hand
 from transformerfam.kernels import BACK_END
@@ -27,11 +27,11 @@ PROBE_WINDOW = 3
 ATTENTION_BACK_ENDS = ("eager", "sdpa", "flex_attention", BACK_END, *FLASH_BACK_ENDS)
 
 
-def check_structure(model: Any, config: FamConfig) -> None:
-    """Refuse a model whose parts are not where the seams need them.
+def check_model(model: Any) -> None:
+    """Refuse what is no causal decoder of transformers with RoPE, whatever its family.
 
     Raises:
-        UnsupportedModelError: with the part that does not fit.
+        UnsupportedModelError: with what it is, or what it has not.
     """
     if not isinstance(model, PreTrainedModel):
         raise UnsupportedModelError(
@@ -39,27 +39,44 @@ def check_structure(model: Any, config: FamConfig) -> None:
             "with AutoModelForCausalLM.from_pretrained, and convert before PEFT wraps it"
         )
     name = type(model).__name__
-    model_type = model.config.model_type
     if model.config.is_encoder_decoder:
         raise UnsupportedModelError(f"{name} is an encoder-decoder model, required is a decoder alone")
+    refuse_by_configuration(name, model.config)
     if model.get_output_embeddings() is None or not model.can_generate():
         raise UnsupportedModelError(
             f"{name} has no language-model head or is an encoder; required is a causal decoder, loaded with "
             "AutoModelForCausalLM"
         )
     rotary = getattr(model.get_decoder(), "rotary_emb", None)
+    if rotary is None and inverse_frequencies(model):
+        raise UnsupportedModelError(
+            f"{name} keeps its rotary position embedding (RoPE) elsewhere than in its decoder's `rotary_emb`, where "
+            "its angles are looked up"
+        )
     if rotary is None or not inverse_frequencies(rotary) or getattr(model.config, "alibi", False):
         raise UnsupportedModelError(
             f"{name} has no rotary position embedding (RoPE), which the memory's positions need; choose a model with "
             "RoPE"
         )
-    if model_type not in FAMILIES:
-        raise UnsupportedModelError(
-            f"model type {model_type!r} is not served, required is one of {', '.join(FAMILIES)}"
-        )
-    if getattr(model.config, "use_bidirectional_attention", False):
+    rope_type = getattr(rotary, "rope_type", None)
+    rope_types = rope_type.values() if isinstance(rope_type, dict) else (rope_type,)
+    for rope_type in rope_types:
+        if rope_type in ("dynamic", "longrope"):
+            raise UnsupportedModelError(
+                f"RoPE of type {rope_type!r} changes with the length of the text, so keys cannot be turned; set "
+                "another type"
+            )
+
+
+def check_structure(model: Any, config: FamConfig) -> None:
+    """Refuse a model of a known family whose parts are not where the seams need them.
+
+    Raises:
+        UnsupportedModelError: with the part that does not fit.
+    """
+    name = type(model).__name__
+    if getattr(model.config, "use_bidirectional_attention", None) not in (None, False, "vision"):  # text is causal then
         raise UnsupportedModelError(f"{name} sees later tokens (use_bidirectional_attention), required is a causal one")
-    own_windows(model.config)
     if model.config._attn_implementation not in ATTENTION_BACK_ENDS:
         raise UnsupportedModelError(
             f"attention back end is {model.config._attn_implementation!r}, required is one of "
@@ -73,13 +90,6 @@ def check_structure(model: Any, config: FamConfig) -> None:
             f"{name} has soft caps on its attention, which attention back end 'sdpa' leaves out; load it with "
             "attn_implementation='eager'"
         )
-    rope_types = rotary.rope_type.values() if isinstance(rotary.rope_type, dict) else (rotary.rope_type,)
-    for rope_type in rope_types:
-        if rope_type in ("dynamic", "longrope"):
-            raise UnsupportedModelError(
-                f"RoPE of type {rope_type!r} changes with the length of the text, so keys cannot be turned; set "
-                "another type"
-            )
     require_at_hand("the embedding", model.get_input_embeddings().weight)
     _check_update(model, config)
 
@@ -104,7 +114,7 @@ def _check_update(model: Any, config: FamConfig) -> None:
 
 
 @contextlib.contextmanager
-def _probing(model: PreTrainedModel, **changes: Any) -> Iterator[None]:
+def probing(model: PreTrainedModel, **changes: Any) -> Iterator[None]:
     """Put a small configuration in force for a probe, without dropout."""
     memory, was_training = model.get_decoder().fam, model.training
     config = memory.config
@@ -148,7 +158,7 @@ def _short_windows(decoder: Any) -> Iterator[None]:
         memory.layouts = layouts
 
 
-class _Watch:
+class Watch:
     """Note what enters every layer and what its attention gives, for tokens without FAM rows.
 
     A second run can be given what entered the layers in a first one. Rounding, and with it the choice of experts, is
@@ -165,14 +175,14 @@ class _Watch:
         outputs: of every layer, what its attention gave.
     """
 
-    def __init__(self, model: PreTrainedModel, first: "_Watch | None" = None, num_given: int | None = None) -> None:
+    def __init__(self, model: PreTrainedModel, first: "Watch | None" = None, num_given: int | None = None) -> None:
         layers, self._attention = decoder_layers(model), family_of(model).attention
         self._layers, self._first, self._num_given = layers, first, num_given
         self.entered: list[list[torch.Tensor]] = [[] for _ in layers]
         self.inputs: list[list[torch.Tensor]] = [[] for _ in layers]
         self.outputs: list[list[torch.Tensor]] = [[] for _ in layers]
 
-    def __enter__(self) -> "_Watch":
+    def __enter__(self) -> "Watch":
         self._handles = []
         for layer_idx, layer in enumerate(self._layers):
             enter, leave = (functools.partial(step, layer_idx) for step in (self._enter, self._leave))
@@ -213,12 +223,16 @@ class _Watch:
         assert self._first is not None
         pairs = [(self.entered[0], self._first.entered[0]), *zip(self.outputs, self._first.outputs, strict=True)]
         for there, required in pairs:
-            _require_equal(seam, torch.cat(there, dim=1)[:, :num_tokens], torch.cat(required, dim=1)[:, :num_tokens])
+            require_equal(seam, torch.cat(there, dim=1)[:, :num_tokens], torch.cat(required, dim=1)[:, :num_tokens])
 
 
 @torch.no_grad()
-def check_seams(model: PreTrainedModel) -> None:
+def check_seams(model: PreTrainedModel, every_layer: bool = False) -> None:
     """Run a few tokens through the converted model and compare with what the algorithm says.
+
+    Args:
+        model: converted.
+        every_layer: look for the residual in every layer with FAM, not in the lowest one alone.
 
     Raises:
         UnsupportedModelError: names the seam that fails, and by how much.
@@ -231,10 +245,15 @@ def check_seams(model: PreTrainedModel) -> None:
     _check_cache_and_mask(model, ids)
     if model.get_decoder().fam.config.fam_length:
         _check_rows(model, ids)
-        _check_first_residual(model, ids)
+        _check_first_residual(model, ids, every_layer)
 
 
-def _require_equal(seam: str, there: torch.Tensor, required: torch.Tensor) -> None:
+def require_equal(seam: str, there: torch.Tensor, required: torch.Tensor) -> None:
+    """Refuse a model where a seam gives something else than is required, beyond the rounding of its type.
+
+    Raises:
+        UnsupportedModelError: names the seam, and by how much it differs.
+    """
     error, dtype = relative_error(there, required), required.dtype
     limit = RELATIVE_TOLERANCE[dtype]
     if error <= limit:
@@ -255,11 +274,11 @@ def _require_changed(seam: str, there: torch.Tensor, before: torch.Tensor) -> No
 def _check_cache_and_mask(model: PreTrainedModel, ids: torch.Tensor) -> None:
     """Without FAM, attention on pieces of two blocks that all see each other must give what the base model's gives."""
     decoder = model.get_decoder()
-    with _probing(model, fam_length=0, fam_layers=None), _short_windows(decoder):
-        with _Watch(model) as base:
+    with probing(model, fam_length=0, fam_layers=None), _short_windows(decoder):
+        with Watch(model) as base:
             type(decoder).forward(decoder, input_ids=ids, use_cache=False)
         state = model.init_state(1)
-        with _Watch(model, base) as pieces:
+        with Watch(model, base) as pieces:
             for part in ids.split((3, 5), dim=1):
                 decoder(input_ids=part, past_key_values=state)
     pieces.require_equal("cache")
@@ -272,10 +291,10 @@ def _check_rows(model: PreTrainedModel, ids: torch.Tensor) -> None:
     saved = torch.randn(shape, generator=torch.Generator().manual_seed(1))
     changed = ids.clone()
     changed[:, -1] = (ids[:, -1] + 1) % model.get_input_embeddings().weight.shape[0]
-    with _probing(model):
-        first, results = _Watch(model), []
+    with probing(model):
+        first, results = Watch(model), []
         num_same = ids.shape[1] - 1
-        later = _Watch(model, first, num_same)
+        later = Watch(model, first, num_same)
         for tokens, fam, watch in (
             (ids, saved, first),
             (ids, -saved, contextlib.nullcontext()),
@@ -290,56 +309,62 @@ def _check_rows(model: PreTrainedModel, ids: torch.Tensor) -> None:
     later.require_equal("mask", num_same)
 
 
-def _check_first_residual(model: PreTrainedModel, ids: torch.Tensor) -> None:
+def _check_first_residual(model: PreTrainedModel, ids: torch.Tensor, every_layer: bool) -> None:
     """In the first update, what goes on behind attention must be the attention branch alone.
 
     Where the feed-forward layer is added to the same residual, the layer's output must be the two branches alone. In
     the update of a saved FAM the branches must be the same, and the residual be there once.
     """
     fam = _any_fam(model)
-    layer_idx = next(i for i in range(len(fam)) if memory_of(model).config.carries_fam(i))
-    branches, first_sum = _branches(model, ids, fam, layer_idx, is_saved=False)
-    branches_of_saved, sum_of_saved = _branches(model, ids, fam, layer_idx, is_saved=True)
-    _require_equal("row", branches, branches_of_saved)
-    _require_equal("first residual", first_sum, branches)
-    _require_equal("first residual", sum_of_saved, branches_of_saved + fam[layer_idx].to(branches))
+    chosen = [i for i in range(len(fam)) if memory_of(model).config.carries_fam(i)]
+    chosen = chosen if every_layer else chosen[:1]
+    first, saved = (_branches(model, ids, fam, chosen, is_saved=is_saved) for is_saved in (False, True))
+    for layer_idx, (branches, first_sum), (branches_of_saved, sum_of_saved) in zip(chosen, first, saved, strict=True):
+        require_equal("row", branches, branches_of_saved)
+        require_equal("first residual", first_sum, branches)
+        require_equal("first residual", sum_of_saved, branches_of_saved + fam[layer_idx].to(branches))
 
 
 def _branches(
-    model: PreTrainedModel, ids: torch.Tensor, fam_LFD: torch.Tensor, layer_idx: int, *, is_saved: bool
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return what a layer adds to the residual of FAM rows in an update, and the sum that goes on."""
+    model: PreTrainedModel, ids: torch.Tensor, fam_LFD: torch.Tensor, chosen: list[int], *, is_saved: bool
+) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """Return what layers add to the residual of FAM rows in an update, and the sums that go on."""
     decoder, family, config = model.get_decoder(), family_of(model), model.config
-    layer: Any = decoder_layers(model)[layer_idx]
-    seen: dict[str, torch.Tensor] = {}
+    layers = [decoder_layers(model)[layer_idx] for layer_idx in chosen]
+    seen: list[dict[str, torch.Tensor]] = [{} for _ in layers]
 
-    def note_output(name: str, module: nn.Module, args: Any, output: Any) -> None:
+    def note_output(of: dict[str, torch.Tensor], name: str, module: nn.Module, args: Any, output: Any) -> None:
         output = output[0] if isinstance(output, tuple) else output
-        seen[name] = output[:, :PROBE_FAM_LENGTH].clone()  # some layers add to it in place
+        of[name] = output[:, :PROBE_FAM_LENGTH].clone()  # some layers add to it in place
 
-    def note_input(module: nn.Module, args: Any) -> None:
-        seen["sum"] = args[0][:, :PROBE_FAM_LENGTH].clone()
+    def note_input(of: dict[str, torch.Tensor], module: nn.Module, args: Any) -> None:
+        of["sum"] = args[0][:, :PROBE_FAM_LENGTH].clone()
 
-    last = part_of(layer, family.branch)
-    if family.branch == family.attention:  # its own hook has changed what it puts out, so listen to what is in it
-        last = part_of(last, family.output_projection)
-    handles = [last.register_forward_hook(functools.partial(note_output, "attention"), prepend=True)]
-    if family.is_parallel(config):
-        handles += [
-            part_of(layer, "mlp").register_forward_hook(functools.partial(note_output, "feed-forward")),
-            layer.register_forward_hook(functools.partial(note_output, "sum")),
-        ]
-    else:
-        handles.append(part_of(layer, family.behind).register_forward_pre_hook(note_input))
+    handles = []
+    for layer, of in zip(layers, seen, strict=True):
+        last = part_of(layer, family.branch)
+        if family.branch == family.attention:  # its own hook has changed what it puts out: listen to what is in it
+            last = part_of(last, family.output_projection)
+        note = functools.partial(note_output, of)
+        handles.append(last.register_forward_hook(functools.partial(note, "attention"), prepend=True))
+        if family.is_parallel(config):
+            handles += [
+                part_of(layer, "mlp").register_forward_hook(functools.partial(note, "feed-forward")),
+                layer.register_forward_hook(functools.partial(note, "sum")),
+            ]
+        else:
+            behind = part_of(layer, family.behind)
+            handles.append(behind.register_forward_pre_hook(functools.partial(note_input, of)))
     try:
-        with _probing(model, fam_init=decoder.fam.config.fam_init):
+        with probing(model, fam_init=decoder.fam.config.fam_init):
             state = model.init_state(1, fam=fam_LFD)
             state.starts_from_saved_fam = [is_saved]
             decoder(input_ids=ids[:, :PROBE_BLOCK_SIZE], past_key_values=state)
     finally:
         for handle in handles:
             handle.remove()
-    return family.branch_factor(config) * seen["attention"] + seen.get("feed-forward", 0), seen["sum"]
+    factor = family.branch_factor(config)
+    return [(factor * of["attention"] + of.get("feed-forward", 0), of["sum"]) for of in seen]
 
 
 def _any_fam(model: PreTrainedModel) -> torch.Tensor:

@@ -51,7 +51,7 @@ def does_not_fit(reason: str) -> UnsupportedModelError:
     Returns:
         An error that also says whether the installed versions were tested, and so may be the cause.
     """
-    return UnsupportedModelError(f"{reason}; {_likely_cause()}")
+    return UnsupportedModelError(f"{reason}; {_likely_cause()}", reason)
 
 
 def _likely_cause() -> str:

@@ -12,7 +12,7 @@ from transformerfam.cache_argument import take_cache
 from transformerfam.config import FamConfig
 from transformerfam.convert import LayerSeam, bind_method
 from transformerfam.errors import StateMismatchError, TransformerFamError, UnsupportedModelError
-from transformerfam.families import decoder_layers, family_of
+from transformerfam.families import decoder_layers, family_of, require_row
 from transformerfam.forward import NOT_COMPILED, Inputs, read_in_pieces, state_or_new
 from transformerfam.identity import ModelIdentity
 from transformerfam.kernels import MIXED_BACK_END
@@ -23,7 +23,7 @@ from transformerfam.reading import READER_METHODS
 from transformerfam.rivals.config import RivalConfig
 from transformerfam.rivals.piece import Rival, RivalPiece
 from transformerfam.rivals.state import Lane, RivalState
-from transformerfam.seams import check_structure
+from transformerfam.seams import check_model, check_structure
 from transformerfam.versions import does_not_fit
 
 PROBE_LENGTHS = (3, 1, 5)
@@ -47,6 +47,8 @@ def attach(model: PreTrainedModel, config: RivalConfig) -> PreTrainedModel:
         UnsupportedModelError: the family is not served, or not by this rival.
     """
     plain = FamConfig(block_size=config.block_size, fam_length=0, num_memory_segments=0)
+    check_model(model)
+    require_row(model.config.model_type, "a rival")
     check_structure(model, plain)
     decoder = model.get_decoder()
     if hasattr(decoder, "fam") or hasattr(decoder, "rival"):
