@@ -189,8 +189,11 @@ def test_trained_rival_is_loaded_strictly(recipe: Path, tmp_path: Path) -> None:
     assert "has no trained rmt" in runner.invoke(app, ["evaluate", "passkey", *missing]).output.replace("\n", " ")
 
 
-def test_comparison_runs_to_its_end_and_goes_on(recipe: Path, tmp_path: Path) -> None:
-    """Catches a scheduler that loses a finished run or does it twice, and a figure that cannot be drawn."""
+def test_comparison_runs_to_its_end_and_goes_on(recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches a scheduler that loses a finished run or does it twice, a figure that cannot be drawn, and code that is
+    run since it lies in the folder at hand."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "torch.py").write_text("raise SystemExit('this is not torch')")
     runner, folder, rows = CliRunner(), tmp_path / "runs", tmp_path / "rows.jsonl"
     command = ["compare", str(recipe), "--output", str(folder), "--rows", str(rows)]
     figure = tmp_path / "figure.svg"

@@ -17,7 +17,7 @@ from transformerfam.training.tiny import build_tiny_tokenizer
 
 WRONG: dict[type, list[Any]] = {
     bool: [3, 0, 1.0, "False", None],
-    int: [2.5, 4.0, True, "8"],
+    int: [2.5, 4.0, True, "8", 2**70],
     float: [math.nan, -math.inf, True, "0.5"],
     str: ["no such word", 3, None, ["gated"]],
 }
@@ -76,6 +76,13 @@ def recipe_with(section: str, name: str, value: Any) -> Any:
     else:
         sections[section] = sections.get(section, {}) | {name: value}
     return small_recipe(**sections)
+
+
+def test_integer_that_torch_cannot_hold_is_refused_by_name() -> None:
+    """Catches a number whose error is torch's, or that is read for hours."""
+    for section, values in {"model": {"hidden_size": 2**70}, "schedule": {"block_sizes": [8, 2**63]}}.items():
+        with pytest.raises(RecipeError, match=rf"{section}\.\w+ is .*required is an integer below 2\^63"):
+            small_recipe(**{section: values})
 
 
 @pytest.mark.parametrize("section", RANGES)

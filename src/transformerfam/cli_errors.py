@@ -64,7 +64,7 @@ def message_of(error: Exception) -> str | None:
     if isinstance(error, OSError):
         what = f"use {error.filename}" if error.filename else "read or write"
         return f"cannot {what} ({error.strerror or error}); check the path, its rights and the free space"
-    is_too_large = isinstance(error, RuntimeError | ValueError) and any(
+    is_too_large = isinstance(error, RuntimeError | ValueError | TypeError) and any(
         word in str(error).lower() for word in TOO_LARGE
     )
     if is_too_large or isinstance(error, MemoryError | OverflowError):

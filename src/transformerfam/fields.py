@@ -10,6 +10,9 @@ from typing import Any, Literal
 
 from transformerfam.errors import TransformerFamError
 
+LARGEST_INTEGER = 2**63 - 1
+"""What torch takes for a number of tokens, a size or a seed."""
+
 
 def require_field(config: Any, name: str, holds: bool, required: str) -> None:
     """Refuse a field of a configuration.
@@ -45,7 +48,9 @@ def _is_of_type(value: Any, kind: Any) -> bool:
         return isinstance(value, tuple) and all(_is_of_type(one, arguments[0]) for one in value)
     if kind is float:
         return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-    return isinstance(value, kind) and (kind is bool or not isinstance(value, bool))
+    if kind is int:
+        return isinstance(value, int) and not isinstance(value, bool) and abs(value) <= LARGEST_INTEGER
+    return isinstance(value, kind)
 
 
 def _name_of_type(kind: Any) -> str:
@@ -57,7 +62,7 @@ def _name_of_type(kind: Any) -> str:
         return f"one of {', '.join(arguments)}"
     if origin is tuple:
         return f"a tuple, each {_name_of_type(arguments[0])}"
-    return {int: "an integer", float: "a finite number", bool: "True or False", type(None): "None"}[kind]
+    return {int: "an integer below 2^63", float: "a finite number", bool: "True or False", type(None): "None"}[kind]
 
 
 def values_to_fields(cls: type, values: dict[str, Any]) -> dict[str, Any]:

@@ -243,6 +243,7 @@ def run_all(
     changes = [part for override in overrides for part in ("--set", override)]
     command = [
         sys.executable,
+        "-P",  # a torch.py in the folder at hand is not torch
         "-m",
         "transformerfam",
         "compare",

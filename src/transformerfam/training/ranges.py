@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 from transformerfam.errors import RecipeError
+from transformerfam.fields import LARGEST_INTEGER
 
 Range = tuple[Callable[[float], bool], str]
 
@@ -148,3 +149,5 @@ def _require_section(where: str, section: Any, ranges: dict[str, Range]) -> None
             is_finite = math.isfinite(number) or (number == math.inf and field.name in MAY_BE_INFINITE)
             if not is_finite or not holds(number):
                 raise RecipeError(f"{where}.{field.name} is {value!r}, required is {required}; change it")
+            if isinstance(number, int) and abs(number) > LARGEST_INTEGER:
+                raise RecipeError(f"{where}.{field.name} is {value!r}, required is an integer below 2^63; change it")
