@@ -122,7 +122,7 @@ def test_usage_is_explained_as_before():
             ("train", "{recipe}", "--output", "{tmp}/t", "--set", f"model.hidden_size={2**40}"),
             "there is no room for this",
         ),
-        (("train", "{recipe}", "--output", "{tmp}/t", "--set", f"schedule.seed={2**70}"), "there is no room for this"),
+        (("train", "{recipe}", "--output", "{tmp}/t", "--set", f"schedule.seed={2**70}"), "is an integer below 2^63"),
         (("demo", "--model", "{folder}", "--seed", f"{2**70}", "--tokens", "300"), "there is no room for this"),
         (
             ("evaluate", "passkey", "--filler-tokens", "1", "--output", "{tmp}/r", "--mentions", f"{2**40}"),

@@ -129,7 +129,7 @@ def test_command_line_runs_a_long_and_a_short_task(tmp_path: Path) -> None:
         max_position_embeddings=64,
     )
     torch.manual_seed(0)
-    model = convert(LlamaForCausalLM(config).eval(), FamConfig(block_size=64, fam_length=2, num_memory_segments=0))
+    model = convert(LlamaForCausalLM(config).eval(), FamConfig(block_size=32, fam_length=2, num_memory_segments=0))
     save_model(model, tokenizer, tmp_path / "model")
     rows = [{"context": CONTEXT * n, "choices": CHOICES, "answer": n % 3} for n in range(1, 5)]
     (tmp_path / "rows.json").write_text("".join(json.dumps(row) + "\n" for row in rows))

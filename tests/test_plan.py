@@ -172,7 +172,7 @@ def test_more_devices_share_weights_gradients_and_averages() -> None:
 
 def test_longer_texts_cost_their_states_alone() -> None:
     config = LlamaConfig(
-        vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=4, num_attention_heads=4
+        vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4
     )
     plans = [make_plan("x", FAM, context_tokens=n, config=config, training="lora", lora_rank=2) for n in (800, 1600)]
     grown = plans[1].bytes_activations - plans[0].bytes_activations

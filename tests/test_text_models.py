@@ -31,9 +31,9 @@ def make_gemma3() -> Any:
     return transformers.Gemma3ForConditionalGeneration(config).eval()
 
 
-def make_llava() -> Any:
+def make_llava(**changes: Any) -> Any:
     vision = transformers.CLIPVisionConfig(**VISION)
-    config = transformers.LlavaConfig(text_config=transformers.LlamaConfig(**SHAPE), vision_config=vision)
+    config = transformers.LlavaConfig(text_config=transformers.LlamaConfig(**SHAPE | changes), vision_config=vision)
     return transformers.LlavaForConditionalGeneration(config).eval()
 
 
@@ -70,7 +70,11 @@ def test_fam_is_carried_and_generates() -> None:
 def test_snippet_of_the_docs_runs() -> None:
     page = (Path(__file__).parent.parent / "docs" / "families.md").read_text()
     (block,) = re.findall(r"^```python\n(.*?)^```", page, re.MULTILINE | re.DOTALL)
-    names: dict[str, Any] = {"multimodal": make_llava(), "convert": convert, "FamConfig": FamConfig}
+    names: dict[str, Any] = {
+        "multimodal": make_llava(max_position_embeddings=4096),
+        "convert": convert,
+        "FamConfig": FamConfig,
+    }
     exec(compile(block, "families.md", "exec"), names)
     assert names["model"].fam_config.block_size == 512
 

@@ -17,7 +17,7 @@ def make_tiny_llama(
         num_hidden_layers=num_layers,
         num_attention_heads=num_attention_heads,
         num_key_value_heads=num_key_value_heads,
-        max_position_embeddings=512,
+        max_position_embeddings=8192,
         initializer_range=0.2,
         tie_word_embeddings=False,
         bos_token_id=None,

@@ -66,7 +66,7 @@ class FamLM(TemplateLM):
             TransformerFamError: no such model, system, device or field, or a batch size that is no number.
         """
         super().__init__()
-        if not str(batch_size).isdigit() or int(batch_size) < 1:
+        if not str(batch_size).isdecimal() or int(batch_size) < 1:
             raise TransformerFamError(
                 f"batch_size is {batch_size!r}, required is a number of at least 1; give --batch_size 8"
             )
