@@ -87,6 +87,14 @@ def test_every_system_gets_a_recipe_with_one_budget(recipe: Path) -> None:
     assert recipes[RunName("bswa_m6", 0)].fam.num_memory_segments == 6
 
 
+def test_name_of_a_run_ends_in_a_number() -> None:
+    """Catches a digit that is no decimal one."""
+    assert RunName.parse("fam-12") == RunName("fam", 12)
+    for text in ("fam-\u00b2", "fam-", "-1", "fam"):
+        with pytest.raises(RecipeError, match="is no run, required is SYSTEM-SEED"):
+            RunName.parse(text)
+
+
 def test_variants_are_systems_with_changes(recipe: Path) -> None:
     """Catches an ablation that changes nothing, or every system."""
     names = ['systems=["fam","fam_f4","rmt_4"]', 'variants={fam_f4="fam",rmt_4="rmt"}', "max_filler_tokens={}"]

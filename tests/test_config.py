@@ -18,7 +18,7 @@ from transformerfam.training.tiny import build_tiny_tokenizer
 WRONG: dict[type, list[Any]] = {
     bool: [3, 0, 1.0, "False", None],
     int: [2.5, 4.0, True, "8", 2**70],
-    float: [math.nan, -math.inf, True, "0.5"],
+    float: [math.nan, -math.inf, 1e39, True, "0.5"],
     str: ["no such word", 3, None, ["gated"]],
 }
 
@@ -90,7 +90,7 @@ def test_number_out_of_range_is_refused_by_name(section: str) -> None:
     """Catches a training that goes uphill, drops a loss or keeps weights that are no numbers."""
     is_float = {"lora": ("alpha", "lr"), "stage": ("advance_accuracy",)}
     for name, (_, required) in RANGES[section].items():
-        for value in (*OUT_OF_RANGE[required], math.nan, math.inf):
+        for value in (*OUT_OF_RANGE[required], math.nan, math.inf, 1e39):
             given = [value, 0.5] if name == "betas" else value
             if not isinstance(value, float) and name not in is_float.get(section, ()):
                 given = [float(value), 0.5] if name == "betas" else value

@@ -70,7 +70,7 @@ def report_attention(
     heads: Annotated[str, typer.Option("--heads", help="Heads of the maps; the first of them is filmed.")] = "0",
     block: Annotated[int | None, typer.Option("--block", help="Block of the maps; the last if not given.")] = None,
     key: Annotated[
-        int | None, typer.Option("--key", help="Tell this pass key in front of the text, and mark it.")
+        int | None, typer.Option("--key", min=1, help="Tell this pass key in front of the text, and mark it.")
     ] = None,
 ) -> None:
     """Draw attention maps of one block, a film over blocks, the FAM's norm and change, and what gated rows wrote."""

@@ -3,7 +3,6 @@
 import dataclasses
 import difflib
 import inspect
-import math
 import types
 import typing
 from typing import Any, Literal
@@ -12,6 +11,9 @@ from transformerfam.errors import TransformerFamError
 
 LARGEST_INTEGER = 2**63 - 1
 """What torch takes for a number of tokens, a size or a seed."""
+
+LARGEST_FLOAT = 3.4e38
+"""What float32 holds."""
 
 
 def require_field(config: Any, name: str, holds: bool, required: str) -> None:
@@ -47,7 +49,7 @@ def _is_of_type(value: Any, kind: Any) -> bool:
     if origin is tuple:
         return isinstance(value, tuple) and all(_is_of_type(one, arguments[0]) for one in value)
     if kind is float:
-        return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+        return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= LARGEST_FLOAT
     if kind is int:
         return isinstance(value, int) and not isinstance(value, bool) and abs(value) <= LARGEST_INTEGER
     return isinstance(value, kind)

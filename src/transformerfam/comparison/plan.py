@@ -39,8 +39,8 @@ class RunName:
         Raises:
             RecipeError: it is no name of a run.
         """
-        system, dash, seed = text.rpartition("-")
-        if not dash or not seed.isdecimal():
+        system, _, seed = text.rpartition("-")
+        if not system or not seed.isdecimal():
             raise RecipeError(f"{text!r} is no run, required is SYSTEM-SEED, for example fam-0")
         return cls(system, int(seed))
 

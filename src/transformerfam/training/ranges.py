@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 from transformerfam.errors import RecipeError
-from transformerfam.fields import LARGEST_INTEGER
+from transformerfam.fields import LARGEST_FLOAT, LARGEST_INTEGER
 
 Range = tuple[Callable[[float], bool], str]
 
@@ -146,7 +146,7 @@ def _require_section(where: str, section: Any, ranges: dict[str, Range]) -> None
         for number in value if isinstance(value, tuple) else (value,):
             if not isinstance(number, int | float):
                 continue
-            is_finite = math.isfinite(number) or (number == math.inf and field.name in MAY_BE_INFINITE)
+            is_finite = abs(number) <= LARGEST_FLOAT or (number == math.inf and field.name in MAY_BE_INFINITE)
             if not is_finite or not holds(number):
                 raise RecipeError(f"{where}.{field.name} is {value!r}, required is {required}; change it")
             if isinstance(number, int) and abs(number) > LARGEST_INTEGER:

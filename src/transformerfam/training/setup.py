@@ -52,7 +52,10 @@ def build_trainee(recipe: Recipe) -> tuple[PreTrainedModel, PreTrainedTokenizerB
         config = require_peft().LoraConfig(
             r=lora.rank, lora_alpha=lora.alpha, target_modules=list(lora.targets), lora_dropout=0.0, bias="none"
         )
-        inject_lora(model, config)
+        try:
+            inject_lora(model, config)
+        except ValueError as error:  # PEFT's, of names that no layer has
+            raise RecipeError(f"lora.targets is {list(lora.targets)}, which PEFT refuses ({error})") from error
     if section.dtype != "float32":
         hold_frozen_weights_in(getattr(torch, section.dtype), model)
     if recipe.lora is not None and recipe.lora.fused and recipe.fam.fam_lora == "all":
