@@ -123,6 +123,7 @@ def test_usage_is_explained_as_before():
             "there is no room for this",
         ),
         (("train", "{recipe}", "--output", "{tmp}/t", "--set", f"schedule.seed={2**70}"), "is an integer below 2^63"),
+        (("plan", "tiny", "--tokens", "1e9", "--tflops", "0"), "should be greater than or equal to"),
         (("report", "attention", "--output", "{tmp}/p", "--key", "-5"), "should be greater than or equal to 1"),
         (("demo", "--model", "{folder}", "--seed", f"{2**70}", "--tokens", "300"), "there is no room for this"),
         (

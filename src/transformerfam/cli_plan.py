@@ -24,8 +24,10 @@ def plan_command(
     lora_rank: Annotated[int, typer.Option("--lora-rank", min=1)] = 64,
     optimizer: Annotated[str, typer.Option("--optimizer", help="adamw or adafactor.")] = "adamw",
     dtype: Annotated[str, typer.Option("--dtype", help=f"Of {', '.join(FAM_DTYPES)}.")] = "bfloat16",
-    tokens: Annotated[float | None, typer.Option("--tokens", help="Tokens to train on, for the hours.")] = None,
-    tflops: Annotated[float, typer.Option("--tflops", help="10^12 operations per second that a device does.")] = 400.0,
+    tokens: Annotated[float | None, typer.Option("--tokens", min=0, help="Tokens to train on, for the hours.")] = None,
+    tflops: Annotated[
+        float, typer.Option("--tflops", min=1e-9, help="10^12 operations per second that a device does.")
+    ] = 400.0,
     overrides: Annotated[list[str] | None, typer.Option("--set", help="Fields of the memory, key=value.")] = None,
 ) -> None:
     """Say what a model will need, without its weights: parameters, bytes, operations, hours."""

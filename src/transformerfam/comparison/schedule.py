@@ -83,7 +83,7 @@ class Schedule:
                 )
             )
             try:
-                code = DoitMain(ModuleTaskLoader(tasks)).run(["run"])
+                code = DoitMain(ModuleTaskLoader(tasks), config_filenames=()).run(["run"])
             finally:
                 for process in self.processes:
                     process.communicate()  # closes its input first
