@@ -25,12 +25,7 @@ SHAPE: dict[str, Any] = {
 }
 NO_GROUPS = {"num_key_value_heads": 4}
 EXPERTS = {"num_experts_per_tok": 2, "num_local_experts": 4}
-LATENT: dict[str, Any] = {
-    "kv_lora_rank": 16,
-    "q_lora_rank": 12,
-    "qk_rope_head_dim": 4,
-    "qk_nope_head_dim": 8,
-    "v_head_dim": 8,
+ROUTED: dict[str, Any] = {
     "n_routed_experts": 4,
     "num_experts_per_tok": 2,
     "n_group": 2,
@@ -38,6 +33,14 @@ LATENT: dict[str, Any] = {
     "n_shared_experts": 1,
     "moe_intermediate_size": 16,
     "first_k_dense_replace": 1,
+}
+LATENT: dict[str, Any] = {
+    "kv_lora_rank": 16,
+    "q_lora_rank": 12,
+    "qk_rope_head_dim": 4,
+    "qk_nope_head_dim": 8,
+    "v_head_dim": 8,
+    **ROUTED,
     **NO_GROUPS,
 }
 HYBRID = ["sliding_attention", "full_attention", "sliding_attention"]
@@ -96,15 +99,6 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
 }
 """By a name that begins with the model type: the name of its classes in transformers, and its configuration."""
 
-ROUTED: dict[str, Any] = {
-    "n_routed_experts": 4,
-    "num_experts_per_tok": 2,
-    "n_group": 2,
-    "topk_group": 1,
-    "n_shared_experts": 1,
-    "moe_intermediate_size": 16,
-    "first_k_dense_replace": 1,
-}
 FACTORS: dict[str, Any] = {
     "residual_multiplier": 0.6,
     "embedding_multiplier": 3.0,

@@ -162,7 +162,7 @@ class Piece(PassingStep):
         if not self.num_rows or layer.fam is None or (self.config.has_slots and not layer.is_lowest):
             return hidden_BTD
         if self.updates and self.config.fam_feeds == "next" and not layer.is_lowest:
-            layer.new_value = fitting(hidden_BTD[:, : self.config.fam_length].clone(), layer.fam.dtype)
+            layer.new_value = fitting(hidden_BTD[:, : self.config.fam_length], layer.fam.dtype, copy=True)
         rows = fitting(self._with_key_rows(layer, self._residual(layer)), hidden_BTD.dtype, layer.mean_share)
         if torch.is_grad_enabled():
             return torch.cat((rows, hidden_BTD[:, self.num_rows :]), dim=1)
@@ -350,7 +350,7 @@ class Piece(PassingStep):
         if not self.updates or layer.fam is None:
             return
         if self.config.fam_feeds == "same":
-            updated = fitting(hidden_BTD[:, : self.config.fam_length].clone(), layer.fam.dtype)
+            updated = fitting(hidden_BTD[:, : self.config.fam_length], layer.fam.dtype, copy=True)
             if hidden_BTD.dtype != layer.fam.dtype:
                 # The part of the residual that the model's type cannot hold is not lost.
                 residual = self._residual(layer)

@@ -116,6 +116,16 @@ class Family:
     refuses: Callable[[Any], str | None] = _nothing
 
 
+SEQUENCES: dict[str, dict[str, Any]] = {
+    "Gemma 2": {"branch": "post_attention_layernorm", "behind": "pre_feedforward_layernorm"},
+    "GLM-4-0414": {"branch": "post_self_attn_layernorm", "behind": "post_attention_layernorm"},
+    "OLMo 2": {"entries": _attention_itself, "branch": "post_attention_layernorm", "behind": "mlp"},
+    "Llama": {"behind": "post_attention_layernorm"},
+    "VaultGemma": {"behind": "pre_feedforward_layernorm"},
+    "StableLM in parallel": {"behind": "mlp", "is_parallel": _always},
+}
+"""Usual orders of a layer's parts, by a family that has it; where several fit by name, numbers choose."""
+
 FAMILIES = {
     "llama": Family(name="Llama"),
     "mistral": Family(name="Mistral", special="a sliding window on every layer, which limits the memory segments"),
@@ -125,24 +135,20 @@ FAMILIES = {
     "qwen3_moe": Family(name="Qwen3-MoE", special="norms on queries and keys; mixture of experts"),
     "gemma2": Family(
         name="Gemma 2",
-        branch="post_attention_layernorm",
-        behind="pre_feedforward_layernorm",
+        **SEQUENCES["Gemma 2"],
         special="soft caps (attention back end eager); norms behind attention and feed-forward; every other layer "
         "slides and keeps its window",
     ),
     "gemma3_text": Family(
         name="Gemma 3 (text)",
-        branch="post_attention_layernorm",
-        behind="pre_feedforward_layernorm",
+        **SEQUENCES["Gemma 2"],
         special="norms behind attention and feed-forward; five of six layers slide, with a RoPE of their own, and keep "
         "their window",
     ),
     "phi3": Family(name="Phi-3", special="one matrix for queries, keys and values; RoPE of type longrope is refused"),
     "olmo2": Family(
         name="OLMo 2",
-        entries=_attention_itself,
-        branch="post_attention_layernorm",
-        behind="mlp",
+        **SEQUENCES["OLMo 2"],
         special="norms behind attention and feed-forward alone; norms on queries and keys",
     ),
     "smollm3": Family(name="SmolLM3", special="every fourth layer has no RoPE"),
@@ -201,8 +207,7 @@ FAMILIES = {
     "gemma": Family(name="Gemma", special="embeddings multiplied by the root of their width"),
     "gemma4_text": Family(
         name="Gemma 4 (text)",
-        branch="post_attention_layernorm",
-        behind="pre_feedforward_layernorm",
+        **SEQUENCES["Gemma 2"],
         special="norms behind attention and feed-forward; five of six layers slide, with their own heads and RoPE, and "
         "keep their window; members with embeddings per layer (E2B, E4B) are refused",
         refuses=_gemma4_reason,
@@ -220,25 +225,19 @@ FAMILIES = {
     "olmo": Family(name="OLMo", special="norms without weights; optionally clipped queries, keys and values"),
     "olmo3": Family(
         name="OLMo 3",
-        entries=_attention_itself,
-        branch="post_attention_layernorm",
-        behind="mlp",
+        **SEQUENCES["OLMo 2"],
         special="norms behind attention and feed-forward alone; norms on queries and keys; three of four layers slide "
         "and keep their window",
     ),
     "olmoe": Family(name="OLMoE", special="mixture of experts; norms on queries and keys"),
     "flex_olmo": Family(
         name="FlexOlmo",
-        entries=_attention_itself,
-        branch="post_attention_layernorm",
-        behind="mlp",
+        **SEQUENCES["OLMo 2"],
         special="norms behind attention and feed-forward alone; norms on queries and keys; mixture of experts",
     ),
     "exaone4": Family(
         name="EXAONE 4.0",
-        entries=_attention_itself,
-        branch="post_attention_layernorm",
-        behind="mlp",
+        **SEQUENCES["OLMo 2"],
         special="norms behind attention and feed-forward alone; norms on queries and keys; where some layers slide, "
         "the others have no RoPE",
     ),
@@ -339,7 +338,7 @@ FAMILIES = {
 OTHER_LAYERS = {
     "linear_attention": ", whose recurrent state a FamState does not carry, and which would read FAM rows as tokens",
     "chunked_attention": ", where the first token of a chunk sees nothing in front of it, and no memory either",
-    "indexed_attention": ", which chooses a few keys by an index of its own, not by the keys in sight",
+    "indexed_attention": ", which chooses a few keys by a separate index, not by the keys in sight",
 }
 """What is in the way of a memory in layers of other types."""
 
@@ -352,16 +351,6 @@ NOT_SERVED = {
     "another position",
 }
 """Families that were looked at and cannot be served, by `model_type`, with the reason."""
-
-SEQUENCES: dict[str, dict[str, Any]] = {
-    "Gemma 2": {"branch": "post_attention_layernorm", "behind": "pre_feedforward_layernorm"},
-    "GLM-4-0414": {"branch": "post_self_attn_layernorm", "behind": "post_attention_layernorm"},
-    "OLMo 2": {"entries": _attention_itself, "branch": "post_attention_layernorm", "behind": "mlp"},
-    "Llama": {"behind": "post_attention_layernorm"},
-    "VaultGemma": {"behind": "pre_feedforward_layernorm"},
-    "StableLM in parallel": {"behind": "mlp", "is_parallel": _always},
-}
-"""Usual orders of a layer's parts, by a family that has it; where several fit by name, numbers choose."""
 
 
 def usual_families(layer: nn.Module, config: Any) -> list[Family]:

@@ -236,7 +236,7 @@ def personal_memory(model: PreTrainedModel, fam_LFD: torch.Tensor) -> list[nn.Pa
         delattr(memory, name)
     model.requires_grad_(False)
     weight = model.get_input_embeddings().weight
-    memory.prefix = nn.Parameter(fitting(fam_LFD.to(weight.device, copy=True), weight.dtype))
+    memory.prefix = nn.Parameter(fitting(fam_LFD.to(weight.device), weight.dtype, copy=True))
     _change_config(model, fam_init="prefix", zero_first_residual=False)
     return [memory.prefix]
 
