@@ -191,6 +191,38 @@ def _grow_with_position(model: Any) -> None:
     attention.forward = forward
 
 
+def _grow_slowly(model: Any) -> None:
+    attention = model.model.layers[1].self_attn
+
+    def forward(*args: Any, forward: Any = attention.forward, position_ids: Any, **kwargs: Any) -> Any:
+        attention.scaling = 8**-0.5 * (1 + 0.02 * float(torch.log1p(position_ids.max() // 128)))
+        return forward(*args, position_ids=position_ids, **kwargs)
+
+    attention.forward = forward
+
+
+def _hooked_layer(model: Any, change: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]) -> None:
+    layer = model.model.layers[2]
+
+    def forward(*args: Any, forward: Any = layer.forward, position_ids: Any, **kwargs: Any) -> Any:
+        return change(forward(*args, position_ids=position_ids, **kwargs), position_ids[..., None])
+
+    layer.forward = forward
+
+
+class _FullExperts(LlamaMLP):
+    """Gives nothing to tokens behind the eighth of those that go one way."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        way = x[..., 0] > 0
+        places = torch.where(way, way.cumsum(1), (~way).cumsum(1))
+        return super().forward(x) * (places <= max(2, x.shape[1] * 3 // 4))[..., None]
+
+
+def _fill_experts(model: Any) -> None:
+    model.model.layers[1].mlp.__class__ = _FullExperts
+
+
 def _keep_values_of_lower_layer(model: Any) -> None:
     first: list[torch.Tensor] = []
     layers = model.model.layers
@@ -233,7 +265,21 @@ REFUSED: dict[str, tuple[Callable[[Any], None], str]] = {
     "layer that runs twice": (_run_twice, "do not run once each, one after the other: they ran as \\[0, 1, 0, 2\\]"),
     "token ids used beside their embeddings": (_use_ids, "which it uses elsewhere, too"),
     "attention that counts keys": (_grow_with_keys, "the attention of layer 1 gives something else .* counts them"),
-    "attention that knows the position": (_grow_with_position, "layer 1 changes with the absolute position"),
+    "attention that knows the position": (_grow_with_position, "the queries' size in layer 1 changes with the absol"),
+    "queries that grow slowly": (_grow_slowly, "the queries' size in layer 1 changes with the absolute position"),
+    "layer that goes by the place in 16 tokens": (
+        lambda model: _hooked_layer(model, lambda out, at: torch.where(at % 16 == 15, -out, out)),
+        "layer 2 changes with the absolute position",
+    ),
+    "layer that is stronger behind some tokens": (
+        lambda model: _hooked_layer(model, lambda out, at: out * (1 + 0.5 * (at >= 64))),
+        "layer 2 changes with the absolute position",
+    ),
+    "layer that grows": (
+        lambda model: _hooked_layer(model, lambda out, at: out * (1 + 1e-5 * at)),
+        "layer 2 changes with the absolute position",
+    ),
+    "experts with a limited capacity": (_fill_experts, "share something out among the tokens"),
     "values of a lower layer": (_keep_values_of_lower_layer, "layer 2 changes with .* another layer's input"),
     "embeddings in a layer": (_embed_in_every_layer, "layer 2 changes with the token ids"),
     "head that looks at the cache": (_halve_logits_beside_a_state, "without FAM it gives other logits"),

@@ -6,6 +6,7 @@ the absolute position. For a family with a row its tests have looked; here numbe
 """
 
 import contextlib
+import contextvars
 import functools
 import warnings
 from collections.abc import Callable, Iterator
@@ -13,7 +14,8 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import Cache, PreTrainedModel
+from transformers import AttentionInterface, AttentionMaskInterface, Cache, PreTrainedModel
+from transformers.masking_utils import sdpa_mask
 
 from transformerfam.cache_argument import as_cache
 from transformerfam.errors import TransformerFamError, UnsupportedModelError
@@ -31,14 +33,23 @@ UNFORESEEN = (TypeError, AttributeError, LookupError, ValueError, RuntimeError)
 NUM_COPIES = 1200
 """Copies of every key that attention sees: 9,600 keys, more than those are that sparse attention chooses."""
 
+NUM_TWINS = 64
+"""Copies of one token in an input, which all go to the same expert."""
+
 PAST_LENGTH = 100_003
 """Tokens in front of the one whose mask is looked at: more than windows are, and no multiple of a chunk's length."""
 
 FAR = 65_536
 """Positions by which a text is moved: more than those up to which queries keep their size in models that change it."""
 
+STARTS = (1, 13, 77, 1013, FAR)
+"""Positions at which a text begins for the checks: no multiples of what layers may count by."""
+
 FAR_TOLERANCE = 3e-2
-"""Angles of RoPE are float32: at 65,536 they are wrong by 0.004. Queries that grow with the position differ by more."""
+"""Angles of RoPE are float32: at 65,536 they are wrong by 0.004. Layers that know the position differ by more."""
+
+SIZING_BACK_END = "fam_sizes"
+_SIZES: contextvars.ContextVar[list[torch.Tensor]] = contextvars.ContextVar("norms of queries")
 
 
 def convert_by_checks(model: PreTrainedModel, convert_as: Callable[[], None]) -> None:
@@ -237,6 +248,7 @@ def check_layers(model: PreTrainedModel) -> None:
         _check_tokens_apart(model, ids)
         _check_keys_are_a_set(model, ids, whole)
         _check_positions_are_relative(model, ids, whole)
+        _check_tokens_are_uncounted(model, ids)
     except UNFORESEEN as error:
         if isinstance(error, TransformerFamError):
             raise
@@ -364,6 +376,19 @@ def _check_tokens_apart(model: PreTrainedModel, ids: torch.Tensor) -> None:
         )
 
 
+def _check_tokens_are_uncounted(model: PreTrainedModel, ids: torch.Tensor) -> None:
+    """A token that is there many times, each of which sees itself alone, must be what it is alone."""
+    mask = torch.full((NUM_TWINS, NUM_TWINS), torch.finfo(model.dtype).min, dtype=model.dtype).fill_diagonal_(0)
+    alone = _run(model, _open_mask(model, 1, 1), input_ids=ids[:, :1])
+    twins = _run(model, mask[None, None].to(ids.device), input_ids=ids[:, :1].expand(1, NUM_TWINS))
+    error = relative_error(twins, alone.expand_as(twins))
+    if not error <= _tolerance(model):
+        _refuse(
+            f"a token changes where it is there {NUM_TWINS} times and sees itself alone (relative error {error:.1e}): "
+            "its layers share something out among the tokens of an input, as experts with a limited capacity do"
+        )
+
+
 def _check_keys_are_a_set(model: PreTrainedModel, ids: torch.Tensor, whole: _Calls) -> None:
     """Attention must be a mean over all keys in sight, whatever their order and number."""
     num_keys = ids.shape[1] * NUM_COPIES
@@ -380,18 +405,64 @@ def _check_keys_are_a_set(model: PreTrainedModel, ids: torch.Tensor, whole: _Cal
 
 
 def _check_positions_are_relative(model: PreTrainedModel, ids: torch.Tensor, whole: _Calls) -> None:
-    """Attention must be the same wherever a text begins."""
+    """Layers must give the same wherever a text begins, and no query may grow with its position."""
     longest = getattr(model.config, "max_position_embeddings", None)
-    start = FAR if longest is None else max(0, min(FAR, longest - ids.shape[1]))
-    with _Calls(model, whole) as calls:
-        _run(model, _open_mask(model, ids.shape[1], ids.shape[1]), start=start, input_ids=ids)
-    for layer_idx, (there, required) in enumerate(zip(calls.attended, whole.attended, strict=True)):
-        error = relative_error(there, required)
-        if not error <= max(FAR_TOLERANCE, _tolerance(model)):
-            _refuse(
-                f"the attention of layer {layer_idx} changes with the absolute position (relative error {error:.1e} at "
-                f"position {start}), and positions of a text with FAM stay small"
-            )
+    room = FAR if longest is None else max(0, longest - ids.shape[1])
+    sizes_at_0 = _query_sizes(model, ids, whole, 0)
+    for start in sorted({min(start, room) for start in STARTS}):
+        sizes = zip(_query_sizes(model, ids, whole, start), sizes_at_0, strict=True)
+        for layer_idx, (there, required) in enumerate(sizes):
+            _require_relative(f"the queries' size in layer {layer_idx}", there, required, _tolerance(model), start)
+        with _Calls(model, whole) as calls:
+            _run(model, _open_mask(model, ids.shape[1], ids.shape[1]), start=start, input_ids=ids)
+        tolerance = max(FAR_TOLERANCE * start / FAR, _tolerance(model))
+        for part, found, expected in (
+            ("the attention of layer", calls.attended, whole.attended),
+            ("layer", calls.left, whole.left),
+        ):
+            for layer_idx, (there, required) in enumerate(zip(found, expected, strict=True)):
+                _require_relative(f"{part} {layer_idx}", there, required, tolerance, start)
+
+
+def _require_relative(what: str, there: torch.Tensor, required: torch.Tensor, tolerance: float, start: int) -> None:
+    error = relative_error(there, required)
+    if not error <= tolerance:
+        _refuse(
+            f"{what} changes with the absolute position (relative error {error:.1e} where a text begins at position "
+            f"{start}), and positions of a text with FAM stay small"
+        )
+
+
+def _query_sizes(model: PreTrainedModel, ids: torch.Tensor, whole: _Calls, start: int) -> list[torch.Tensor]:
+    """Return the norms of every layer's queries, scaled, `(B, H, T)` each, as attention is handed them."""
+    sizes: list[torch.Tensor] = []
+    token, back_end = _SIZES.set(sizes), model.config._attn_implementation
+    try:
+        model.set_attn_implementation(SIZING_BACK_END)
+        with _Calls(model, whole):
+            _run(model, _open_mask(model, ids.shape[1], ids.shape[1]), start=start, input_ids=ids)
+    finally:
+        model.set_attn_implementation(back_end)
+        _SIZES.reset(token)
+    return sizes
+
+
+def _note_sizes(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    mask: torch.Tensor | None,
+    scaling: float | None = None,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, None]:
+    """Note the queries' norms, and give every token its own value: what comes of it is not looked at."""
+    _SIZES.get().append(query.norm(dim=-1) * (query.shape[-1] ** -0.5 if scaling is None else scaling))
+    return value.repeat_interleave(query.shape[1] // value.shape[1], 1).transpose(1, 2), None
+
+
+AttentionInterface.register(SIZING_BACK_END, _note_sizes)
+AttentionMaskInterface.register(SIZING_BACK_END, sdpa_mask)
 
 
 def _tolerance(model: PreTrainedModel) -> float:
