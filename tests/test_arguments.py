@@ -35,6 +35,11 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "attention weights": ({"output_attentions": True}, "output_attentions is not available"),
     "narrow mask": ({"attention_mask": torch.ones(2, 18)}, r"attention_mask has shape \(2, 18\)"),
     "mask of pairs": ({"attention_mask": torch.ones(2, 1, 19, 19)}, "attention_mask has shape"),
+    "mask that is added": ({"attention_mask": torch.zeros(2, 19) - 1e9}, "attention_mask has the entry -1000000000.0"),
+    "mask without a number": ({"attention_mask": torch.full((2, 19), torch.nan)}, "attention_mask has the entry nan"),
+    "soft cap of another": ({"softcap": 1.0}, "softcap is given"),
+    "sinks of another": ({"s_aux": torch.zeros(4)}, "s_aux is given"),
+    "window of another": ({"sliding_window": 2}, "sliding_window is given"),
     "embeddings, too": ({"inputs_embeds": torch.zeros(2, 19, 32)}, "exactly one of"),
 }
 
@@ -92,6 +97,11 @@ READS: dict[str, tuple[dict[str, Any], str]] = {
     "a list of floats": ({"input_ids": [1.5, 2.0]}, "token ids are of type"),
     "flags": ({"input_ids": IDS > 3}, "token ids are of type torch.bool"),
     "three dimensions": ({"input_ids": IDS[None]}, "token ids have shape"),
+    "mask that is added": (
+        {"input_ids": IDS, "attention_mask": torch.zeros(2, 19) - 1e9},
+        "attention_mask has the ent",
+    ),
+    "mask of counts": ({"input_ids": IDS, "attention_mask": [[2] * 19] * 2}, "attention_mask has the entry 2"),
     "nothing": ({"input_ids": []}, "input is empty"),
     "a bar by name": ({"input_ids": IDS, "progress": "bar"}, "progress is 'bar'"),
     "another thing for a state": ({"input_ids": IDS, "state": {}}, "state is a dict"),

@@ -310,3 +310,17 @@ def test_positions_that_a_model_was_not_trained_on_are_said() -> None:
         set_block_size(model, 133)
     with pytest.warns(UserWarning, match="reaches position 599"):
         attach_rival(make_tiny("llama"), RivalConfig(system="rmt", block_size=600))
+
+
+def test_texts_that_outgrow_positions_are_said_once() -> None:
+    """Catches full attention, and FAM rows at position 0, far beyond what a model was trained on without a word."""
+    small = FamConfig(block_size=16, fam_length=2, num_memory_segments=1, fam_position="zero")
+    rival = attach_rival(make_tiny("llama"), RivalConfig(system="full", block_size=32))
+    for model, options in ((rival, {}), (convert(make_tiny("llama"), small), {"position_offset": 8})):
+        state = model.init_state(**options)
+        model.read(random_ids(1, 504), state)
+        with pytest.warns(UserWarning, match=r"the text has come to position 5(12|19), .* up to 511 .*the text.s beginning"):
+            model.read(random_ids(1, 9), state)
+        model.read(random_ids(1, 9), state)  # a second warning would be an error
+    with pytest.warns(UserWarning, match="the text has come to position 5,000"):
+        model.read(random_ids(1, 1), model.init_state(position_offset=5000))

@@ -148,6 +148,15 @@ def test_assisted_decoding_takes_back_what_was_not_accepted(model: Any, name: st
         torch.testing.assert_close(states[1].fams, states[0].fams)
 
 
+@pytest.mark.parametrize("name", ["assistant_early_exit", "use_mtp"])
+def test_drafts_of_the_model_itself_are_refused_before_it_is_changed(model: Any, name: str) -> None:
+    """Catches an error amid a draft, which left the model with one layer."""
+    num_layers = model.config.num_hidden_layers
+    with pytest.raises(TransformerFamError, match=f"{name} is 1, required is None"):
+        model.generate(random_ids(1, 5), **{name: 1}, max_new_tokens=2, do_sample=False)
+    assert model.config.num_hidden_layers == num_layers
+
+
 @torch.no_grad()
 @pytest.mark.parametrize("num_removed", [1, 3, 8, 11])
 def test_crop_reads_what_is_left_again(model: Any, num_removed: int) -> None:

@@ -72,3 +72,11 @@ def test_gradients_that_cannot_be_kept_are_refused_by_name() -> None:
     for reader, match in ((model, "switch activation checkpointing off"), (rival, "a rival's rows")):
         with pytest.raises(TransformerFamError, match=f"no gradient to keep: .*{match}"):
             reader(input_ids=IDS, output_hidden_states=True).hidden_states[1].retain_grad()
+
+
+def test_hooks_on_hidden_states_are_refused_by_name() -> None:
+    """Catches a hook that is never called, or sees a part of the gradient."""
+    model = convert(make_tiny_llama(), WIDE)
+    for hidden in model(input_ids=IDS, output_hidden_states=True).hidden_states[:-1]:
+        with pytest.raises(TransformerFamError, match=r"a hook on .* call retain_grad\(\) and backward\(\)"):
+            hidden.register_hook(lambda grad: grad)

@@ -10,6 +10,9 @@ from transformerfam.errors import TransformerFamError
 PACKING_ARGUMENTS = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx")
 """What tells transformers' attention where the texts of one row begin."""
 
+ATTENTION_ARGUMENTS = ("softcap", "s_aux", "scaling", "sliding_window", "dropout", "position_bias")
+"""What layers hand to attention, and some back ends also take from the call of the model."""
+
 
 def check_ids(input_ids: torch.Tensor | None, vocab_size: int) -> None:
     """Refuse empty input, token ids that are no integers, and those out of range.
@@ -35,7 +38,7 @@ def own_mask(attention_mask: torch.Tensor | None, batch_size: int, length: int) 
     """Return the columns `(B, T)` of a mask that belong to T new tokens: the last ones, as transformers has it.
 
     Raises:
-        TransformerFamError: the mask has another shape, or fewer columns.
+        TransformerFamError: the mask has another shape, fewer columns, or other entries than 0 and 1.
     """
     if attention_mask is None:
         return None
@@ -44,6 +47,13 @@ def own_mask(attention_mask: torch.Tensor | None, batch_size: int, length: int) 
             f"attention_mask has shape {tuple(attention_mask.shape)}, required is (batch, tokens) "
             f"({batch_size}, {length}); a converted model makes its own mask of blocks and memory"
         )
+    if not isinstance(attention_mask, FakeTensor) and attention_mask.dtype != torch.bool:
+        others = attention_mask[(attention_mask != 0) & (attention_mask != 1)]
+        if others.numel():
+            raise TransformerFamError(
+                f"attention_mask has the entry {others[0].item()}, required are 1 for tokens and 0 for padding; give "
+                "those, not what is added to attention's logits"
+            )
     return attention_mask[:, -length:]
 
 
@@ -84,7 +94,7 @@ def take_arguments(decoder: Any, kwargs: dict[str, Any]) -> bool:
         Whether the output is an object, not a tuple.
 
     Raises:
-        TransformerFamError: attention weights, packed texts or sight of later tokens are wanted.
+        TransformerFamError: attention weights, packed texts, another attention or sight of later tokens are wanted.
     """
     if kwargs.get("output_attentions", decoder.config.output_attentions):
         raise TransformerFamError(
@@ -95,6 +105,11 @@ def take_arguments(decoder: Any, kwargs: dict[str, Any]) -> bool:
         if kwargs.get(name) is not None:
             raise TransformerFamError(
                 f"{name} is given, and texts packed into one row would share a memory; give them as rows of a batch"
+            )
+    for name in ATTENTION_ARGUMENTS:
+        if kwargs.get(name) is not None:
+            raise TransformerFamError(
+                f"{name} is given, which a layer's attention has from the model's configuration; change it there"
             )
     if kwargs.pop("is_causal", None) is False:
         raise TransformerFamError("is_causal is False, required is True: a memory holds what was read before")

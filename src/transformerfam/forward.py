@@ -21,6 +21,7 @@ from transformerfam.errors import StateMismatchError, TransformerFamError
 from transformerfam.hidden_gradients import take_gradients_of, without_gradients
 from transformerfam.identity import ModelIdentity, UnboundIdentity
 from transformerfam.memory import QUERY_BACK_ENDS, FamMemory, run_decoder
+from transformerfam.positions import warn_text_beyond_trained
 from transformerfam.reading_state import ReadingState
 from transformerfam.row_lora import bind_lora, leading_rows
 from transformerfam.state import FamState
@@ -155,6 +156,7 @@ def read_in_pieces(
     """
     inputs_BTD, valid, ids = inputs.embeds_BTD, inputs.valid_BT, inputs.ids
     batch_size, length = inputs_BTD.shape[:2]
+    num_before = state.num_tokens_read
     state.note_input(inputs_BTD, valid, ids)
     lengths = [length] * batch_size if valid is None else valid.sum(1).tolist()
     if valid is not None:  # move padding behind the tokens
@@ -177,6 +179,7 @@ def read_in_pieces(
         width += max(counts)
     if is_checkpointed:
         state.make_room()
+    _warn_of_positions(decoder, state, num_before)
     why = None
     if is_checkpointed:
         why = "their block is computed again; switch activation checkpointing off"
@@ -184,6 +187,17 @@ def read_in_pieces(
         why = "a rival's rows are parted by where they stand; take those of a model with FAM"
     output = _join(pieces, columns, valid, inputs_BTD, state if inputs.gives_state else None, why)
     return output if inputs.gives_object else output.to_tuple()
+
+
+def _warn_of_positions(decoder: Any, state: ReadingState, num_before: int) -> None:
+    """Warn once of a reading whose positions grow with it, where they come to more than the model was trained on."""
+    start, trained = state.text_start, getattr(decoder.config, "max_position_embeddings", None)
+    if start is None or trained is None or (num_before and start + num_before > trained):
+        return
+    why = "fam_position 'zero' measures every block's distance from the text's beginning"
+    if not isinstance(state, FamState):
+        why = "full attention counts positions from the text's beginning"
+    warn_text_beyond_trained(decoder.config, start + state.num_tokens_read, why)
 
 
 def _rows_of(ids_BT: torch.Tensor | None, valid: torch.Tensor | None) -> list[list[int]] | None:

@@ -13,6 +13,9 @@ from transformerfam.cache_argument import CACHE_NAME, rename_cache
 from transformerfam.errors import StateMismatchError, TransformerFamError
 from transformerfam.reading_state import ReadingState, history_of
 
+OWN_DRAFTS = ("assistant_early_exit", "use_mtp")
+"""Options of `generate` that let a part of the model itself draft tokens."""
+
 
 @dataclasses.dataclass
 class _Call:
@@ -92,6 +95,12 @@ def prepare_cache_for_generation(
             f"cache_implementation is {generation_config.cache_implementation!r}, required is None; a converted model "
             "carries a FamState"
         )
+    for name in OWN_DRAFTS:
+        if getattr(generation_config, name, None):
+            raise TransformerFamError(
+                f"{name} is {getattr(generation_config, name)!r}, required is None: a part of the model that drafts "
+                "tokens has no memory of its own; give assistant_model or prompt_lookup_num_tokens"
+            )
     call = _CALL.get()
     num_beams = generation_config.num_beams or 1
     expand = max(num_beams, generation_config.num_return_sequences or 1)

@@ -1,10 +1,12 @@
 """`hidden_states[i].retain_grad()` of a model that reads in pieces, as of one that reads at once.
 
 What a caller gets of a layer is joined from what every piece had, and no layer has used the joined tensor. Its gradient
-is therefore that of the pieces' own tensors, joined alike.
+is therefore that of the pieces' own tensors, joined alike. A hook and `torch.autograd.grad` would see what the caller
+computes from the joined tensor alone. Hooks are refused; `autograd.grad` cannot be: call `retain_grad()`, `backward()`.
 """
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 
@@ -45,6 +47,14 @@ def take_gradients_of(
             hidden.register_hook(note)
 
     whole_BTD.retain_grad = retain_grad  # type: ignore[method-assign]
+    return _without_hooks(whole_BTD, "a layer has used each piece's own tensor; call retain_grad() and backward()")
+
+
+def _without_hooks(whole_BTD: torch.Tensor, why: str) -> torch.Tensor:
+    def register_hook(*args: Any, **kwargs: Any) -> None:
+        raise TransformerFamError(f"a hook on these hidden states would not see their gradient: {why}")
+
+    whole_BTD.register_hook = register_hook  # type: ignore[method-assign]
     return whole_BTD
 
 
@@ -60,4 +70,4 @@ def without_gradients(whole_BTD: torch.Tensor, why: str) -> torch.Tensor:
         raise TransformerFamError(f"these hidden states have no gradient to keep: {why}")
 
     whole_BTD.retain_grad = retain_grad  # type: ignore[method-assign]
-    return whole_BTD
+    return _without_hooks(whole_BTD, why)

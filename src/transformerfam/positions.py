@@ -34,6 +34,23 @@ def warn_beyond_trained(model_config: Any, num_positions: int) -> None:
         )
 
 
+def warn_text_beyond_trained(model_config: Any, num_positions: int, why: str) -> None:
+    """Warn of a text that has come to positions behind those that a model was trained on.
+
+    Args:
+        model_config: of the model.
+        num_positions: from the beginning of the text on.
+        why: they are counted from there.
+    """
+    trained = getattr(model_config, "max_position_embeddings", None)
+    if trained is not None and num_positions > trained:
+        warnings.warn(
+            f"the text has come to position {num_positions - 1:,}, and the model was trained on positions up to "
+            f"{trained - 1:,} (max_position_embeddings), so it will read worse: {why}",
+            stacklevel=3,
+        )
+
+
 def row_offsets(config: FamConfig) -> tuple[float, ...]:
     """Return where the rows of a FAM stand, measured from the first token after the block that wrote it.
 

@@ -62,6 +62,11 @@ class ReadingState(Cache, abc.ABC):
         return tuple(n * size + fill for n, fill in zip(self.num_blocks_per_row, self.block_fill, strict=True))
 
     @property
+    def text_start(self) -> int | None:
+        """Position of a text's first token where positions are counted from there; None where they stay in a block."""
+        return None
+
+    @property
     def num_tokens_read(self) -> int:
         """Tokens that the longest sequence has read."""
         return max(self.row_lengths)

@@ -70,6 +70,11 @@ class FamState(ReadingState):
     # What it holds
 
     @property
+    def text_start(self) -> int | None:
+        """`position_offset` where FAM rows stand at position 0, from which every block is farther away; else None."""
+        return self.position_offset if self.config.fam_length and self.config.fam_position == "zero" else None
+
+    @property
     def num_bytes(self) -> int:
         """Bytes of all tensors; constant from `init_state` on."""
         return sum(t.numel() * t.element_size() for layer in self.layers for t in layer.tensors().values())

@@ -115,6 +115,11 @@ class RivalState(ReadingState):
         self.num_blocks_per_row = [placed[row].num_blocks for row in range(len(placed))]
 
     @property
+    def text_start(self) -> int | None:
+        """0 where a segment never ends, else None."""
+        return 0 if self.identity.model.get_decoder().rival.is_endless else None
+
+    @property
     def num_bytes(self) -> int:
         """Bytes of all tensors."""
         return sum(t.numel() * t.element_size() for lane in self.lanes for t in lane.tensors().values())
