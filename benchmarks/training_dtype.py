@@ -10,11 +10,11 @@ from benchmarks.harness import Row, alternate, ratios, row, spread
 from benchmarks.models import converted, random_tokens
 from transformerfam.adapter import inject_lora
 from transformerfam.config import UPDATE_PRESETS
+from transformerfam.memory import hold_weights_in
 from transformerfam.models import NAMED_MODELS, load_model
 from transformerfam.training.blocks import run_batch
 from transformerfam.training.instructions import weighed_batch
 from transformerfam.training.lora import fuse_lora
-from transformerfam.training.setup import hold_frozen_weights_in
 
 DTYPES = ("float32", "bfloat16")
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -65,8 +65,8 @@ def run(model: str = "smollm2", repeats: int = 5, quick: bool = False) -> Iterat
         lengths = fields if update != TRAINED else {"block_size": block_size}
         readers = {name: trainee(model, update, lengths) for name in (*DTYPES, "rounded")}
         for name in ("bfloat16", "rounded"):
-            hold_frozen_weights_in(torch.bfloat16, readers[name])
-        hold_frozen_weights_in(torch.float32, readers["rounded"])
+            hold_weights_in("bfloat16", readers[name], only_frozen=True)
+        hold_weights_in("float32", readers["rounded"], only_frozen=True)
         steps = {name: lora_steps(reader, ids_BT) for name, reader in readers.items()}
         found = {name: step() for name, step in steps.items()}
         distance = {name: float((found[name] - found["float32"]).norm() / found["float32"].norm()) for name in found}

@@ -5,6 +5,7 @@ import json
 
 import pytest
 import tiny_models
+import torch
 from command_line import run
 from tiny_llama import make_tiny_llama
 from tiny_models import PASSKEY_TEXT
@@ -14,6 +15,7 @@ from typer.testing import CliRunner
 from transformerfam import FamConfig, FamState, cli, convert, demo
 from transformerfam.adapter import FamAdapter
 from transformerfam.cache_argument import as_cache
+from transformerfam.memory import fam_parameters, hold_weights_in
 from transformerfam.models import load_model, save_model
 from transformerfam.reports.rows import read_rows
 from transformerfam.tasks import provenance
@@ -175,6 +177,25 @@ def test_next_token_takes_a_folder_and_standard_input_as_the_file(folder, tmp_pa
     assert len({(row["loss"], row["num_tokens"]) for row in rows}) == 1
     again = run("evaluate", "next-token", "-", "--model", folder, "--system", "fam,bswa", status=2, stdin=b"text")
     assert "standard input can be read once" in again
+
+
+def test_weights_are_held_in_another_type_on_request(folder, tmp_path, book):
+    """Catches a type that is not heard, rounds the tables of RoPE, or is missing from the model's name in rows."""
+    state, output = tmp_path / "s.safetensors", tmp_path / "rows.jsonl"
+    half = ("--dtype", "bfloat16")
+    run("read", book, "--model", folder, "--save", state, *half)
+    run("generate", "The pass key is", "--state", state, "--model", folder, "--max-new-tokens", 2, *half)
+    error = run("generate", "key", "--state", state, "--model", folder, status=2)
+    assert "bfloat16" in error
+    run_passkey(folder, output, *half)
+    run_passkey(folder, output)
+    assert [row["model"] for row in read_rows([output])] == [f"{folder} bfloat16"] * 4 + [str(folder)] * 4
+    assert "--dtype is 'int8', required is one of" in run_passkey(folder, output, "--dtype", "int8", status=2)
+    model, _ = load_model(folder)
+    hold_weights_in("bfloat16", model)
+    kept = [*fam_parameters(model), *model.model.rotary_emb.buffers()]
+    assert {tensor.dtype for tensor in kept} == {torch.float32}
+    assert model.dtype == torch.bfloat16
 
 
 def test_folder_is_read_file_after_file(folder, tmp_path):

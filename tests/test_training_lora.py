@@ -15,9 +15,10 @@ from transformerfam import FamConfig, convert
 from transformerfam.adapter import inject_lora, merge_lora
 from transformerfam.config import UPDATE_PRESETS
 from transformerfam.errors import RecipeError
+from transformerfam.memory import hold_weights_in
 from transformerfam.models import load_model
 from transformerfam.training.lora import fuse_lora, unfuse_lora
-from transformerfam.training.setup import build_trainee, hold_frozen_weights_in
+from transformerfam.training.setup import build_trainee
 from transformerfam.training.tiny import build_tiny_tokenizer
 from transformerfam.training.trainer import Trainer
 
@@ -93,7 +94,7 @@ def test_gradients_in_bfloat16_are_near_those_in_float32(way: str, preset: str) 
             elif "fam" in name:
                 parameter.data = random_rows(*parameter.shape, seed=seed)
         if is_half and way != "autocast":
-            hold_frozen_weights_in(torch.bfloat16, model)
+            hold_weights_in("bfloat16", model, only_frozen=True)
         assert fuse_lora(model) == 2 * len(TARGETS)
         with torch.autocast("cpu", dtype=torch.bfloat16, enabled=is_half and way == "autocast"):
             logits = model(input_ids=random_ids(2, 13), past_key_values=model.init_state(2)).logits

@@ -16,11 +16,11 @@ from transformerfam.cli_errors import TRACEBACK, ErrorsInOneLine
 from transformerfam.cli_output import say
 from transformerfam.cli_plan import plan_command
 from transformerfam.cli_report import report_app
-from transformerfam.config import UPDATE_PRESETS, FamConfig
+from transformerfam.config import FAM_DTYPES, UPDATE_PRESETS, FamConfig
 from transformerfam.demo import draw_seed, prepare_demo, run_demo
 from transformerfam.errors import TransformerFamError
 from transformerfam.files import require_target
-from transformerfam.memory import set_prompt
+from transformerfam.memory import hold_weights_in, set_prompt
 from transformerfam.models import GATED, find_device, load_model, name_in_rows, save_model
 from transformerfam.processes import INTERRUPTED, own_device, process_share, uninterrupted
 from transformerfam.progress import tokens_bar, training_bar
@@ -63,6 +63,10 @@ SystemOption = Annotated[
         help="fam (the model's own memory, in rows fam_gated where it is gated), bswa, fam_untrained, "
         f"{', '.join(f'fam{ending}' for ending in CONTROLS)}; several with commas. By default the model's own memory.",
     ),
+]
+DtypeOption = Annotated[
+    str | None,
+    typer.Option("--dtype", help=f"Type of the weights, of {', '.join(FAM_DTYPES)}; as they are if not given."),
 ]
 DeviceOption = Annotated[str, typer.Option("--device", help="cpu, cuda, cuda:1 or another of torch.")]
 OverwriteOption = Annotated[bool, typer.Option("--overwrite", help="Take the place of what this package wrote there.")]
@@ -107,6 +111,7 @@ def evaluate_passkey_command(
         Path | None, typer.Option("--wording", help="TOML file with intro, question and answer, which hold {key}.")
     ] = None,
     device: DeviceOption = "cpu",
+    dtype: DtypeOption = None,
     overrides: SetOption = None,
 ) -> None:
     """Hide keys in filler, read once per key, and ask at every length; a killed run goes on where it was."""
@@ -115,9 +120,9 @@ def evaluate_passkey_command(
     words = PAPER if wording is None else Wording.load(wording)
     with RowFile(output) as rows:
         for loaded, asked in _systems_by_model(system).items():
-            loaded_model, tokenizer = _load(model, loaded, parse_overrides(overrides), device)
+            loaded_model, tokenizer = _load(model, loaded, parse_overrides(overrides), device, dtype)
             systems = [name_in_rows(name, loaded_model) for name in asked]
-            require_same_weights(rows.rows, _named_with(model, overrides), systems, **weights_of(loaded_model))
+            require_same_weights(rows.rows, _named_with(model, overrides, dtype), systems, **weights_of(loaded_model))
             with tokens_bar(f"passkey, {', '.join(systems)}") as update:
                 evaluation = PasskeyEvaluation(
                     filler_lengths=lengths,
@@ -133,7 +138,7 @@ def evaluate_passkey_command(
                     num_mentions=mentions,
                     wording=words,
                     checkpoint=output,
-                    model_name=_named_with(model, overrides),
+                    model_name=_named_with(model, overrides, dtype),
                     process=process_share(),
                     max_training_filler_tokens=memory_notes(model, loaded).get("max_training_filler_tokens"),
                     progress=update,
@@ -161,6 +166,7 @@ def evaluate_next_token_command(
     ] = None,
     output: Annotated[Path | None, typer.Option("--output", help="JSON lines; rows are appended.")] = None,
     device: DeviceOption = "cpu",
+    dtype: DtypeOption = None,
     overrides: SetOption = None,
 ) -> None:
     """Measure loss and accuracy of predicting every token of a text."""
@@ -171,10 +177,10 @@ def evaluate_next_token_command(
         for loaded, systems in _systems_by_model(system).items():
             if control_of(systems[0]) is not None:
                 raise TransformerFamError(f"system {systems[0]!r} belongs to the passkey task; take fam or bswa")
-            loaded_model, tokenizer = _load(model, loaded, parse_overrides(overrides), device)
+            loaded_model, tokenizer = _load(model, loaded, parse_overrides(overrides), device, dtype)
             named = name_in_rows(systems[0], loaded_model)
             before = [] if rows is None else rows.rows
-            require_same_weights(before, _named_with(model, overrides), [named], **weights_of(loaded_model))
+            require_same_weights(before, _named_with(model, overrides, dtype), [named], **weights_of(loaded_model))
             with tokens_bar(f"next token, {loaded}") as update:
                 measured = evaluate_next_token(
                     loaded_model,
@@ -183,7 +189,7 @@ def evaluate_next_token_command(
                     num_tokens=num_tokens,
                     segment_tokens=segment_tokens,
                     system=named,
-                    model_name=_named_with(model, overrides),
+                    model_name=_named_with(model, overrides, dtype),
                     progress=update,
                 )
                 for row in measured:
@@ -237,6 +243,7 @@ def read_command(
         bool, typer.Option("--allow-unknown", help="Read a text of which the model knows next to no word, too.")
     ] = False,
     device: DeviceOption = "cpu",
+    dtype: DtypeOption = None,
     overwrite: OverwriteOption = False,
 ) -> None:
     """Read a text of any length and save the state; whatever ends it, what was read is saved, and how to go on said."""
@@ -245,7 +252,7 @@ def read_command(
     require_target(save, "state", replaces, OR_OVERWRITE)
     if file != STANDARD_INPUT:
         list_files(file)  # before the model is loaded
-    loaded_model, tokenizer = _load(model, device=device)
+    loaded_model, tokenizer = _load(model, device=device, dtype=dtype)
     reading = loaded_model.init_state().detach() if state is None else FamState.load(state, loaded_model, batch_size=1)
     num_before = reading.num_tokens_read
     num_tokens = None if is_read_once(file) else count_tokens(file, tokenizer, state is None)
@@ -268,7 +275,8 @@ def read_command(
         with uninterrupted():
             kept, _ = save_somewhere(reading, save, replaces)
         again = shlex.join(["fam", "read", file, "--model", model, "--state", str(kept), "--save", str(kept)])
-        again += _device_argument(device) + (" --allow-unknown" if allow_unknown else "")
+        again += _device_argument(device) + (f" --dtype {dtype}" if dtype else "")
+        again += " --allow-unknown" if allow_unknown else ""
         again += f" --skip-tokens {num_done}"
         text = f"after {num_done:,} tokens, which are kept in {kept}; go on with: {again}"
         if isinstance(error, KeyboardInterrupt):
@@ -292,9 +300,10 @@ def generate_command(
     max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", min=1)] = 32,
     chat: Annotated[bool, typer.Option("--chat", help="Ask in the model's chat template.")] = False,
     device: DeviceOption = "cpu",
+    dtype: DtypeOption = None,
 ) -> None:
     """Answer a question on a saved reading with the likeliest tokens."""
-    loaded_model, tokenizer = _load(model, device=device)
+    loaded_model, tokenizer = _load(model, device=device, dtype=dtype)
     loaded_state = FamState.load(state, loaded_model, batch_size=1)
     typer.echo(generate_text(loaded_model, tokenizer, question, loaded_state, max_new_tokens, chat))
 
@@ -369,11 +378,19 @@ def _hide_loading_bars() -> None:
 
 
 def _load(
-    model: str, system: str = "fam", overrides: dict[str, Any] | None = None, device: str = "cpu"
+    model: str,
+    system: str = "fam",
+    overrides: dict[str, Any] | None = None,
+    device: str = "cpu",
+    dtype: str | None = None,
 ) -> tuple[Any, Any]:
     _hide_loading_bars()
     place = find_device(own_device(device))
+    if dtype not in (None, *FAM_DTYPES):
+        raise TransformerFamError(f"--dtype is {dtype!r}, required is one of {', '.join(FAM_DTYPES)}; choose one")
     loaded, tokenizer = load_model(model, system, overrides)
+    if dtype is not None:
+        hold_weights_in(dtype, loaded)
     return loaded.to(place), tokenizer
 
 
@@ -387,9 +404,9 @@ def _systems_by_model(systems: str | None) -> dict[str, list[str]]:
     return groups
 
 
-def _named_with(model: str, overrides: list[str] | None) -> str:
-    """Return the model's name for the rows, with the fields that were changed: rows of one name are of one system."""
-    return " ".join([model, *(overrides or [])])
+def _named_with(model: str, overrides: list[str] | None, dtype: str | None) -> str:
+    """Return the model's name for the rows, with what was changed: rows of one name are of one system."""
+    return " ".join([model, *(overrides or []), *([dtype] if dtype else [])])
 
 
 def _whole_number(text: str, name: str) -> int:

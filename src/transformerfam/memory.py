@@ -130,6 +130,27 @@ def initial_rows(model: PreTrainedModel) -> list[nn.Parameter]:
     return [parameter for name, parameter in rival.named_parameters() if name in rival.learned_rows]
 
 
+def hold_weights_in(dtype: str, model: PreTrainedModel, only_frozen: bool = False) -> None:
+    """Hold a converted model's weights in another type, in place; its memory's rows, and what states check, stay.
+
+    Tables of RoPE stay float32, which `model.to(dtype)` would round.
+
+    Args:
+        dtype: "float32", "bfloat16" or "float16".
+        model: converted, or with a rival.
+        only_frozen: leave what is trained as it is.
+    """
+    decoder = model.get_decoder()
+    memory = decoder.rival if hasattr(decoder, "rival") else memory_of(model)
+    assert memory.identity is not None
+    memory.identity.base_digest_before_merge = memory.identity.base_digest()
+    kept = {id(parameter) for parameter in fam_parameters(model)} if hasattr(decoder, "fam") else set()
+    kept |= {id(parameter) for parameter in model.parameters() if only_frozen and parameter.requires_grad}
+    for parameter in model.parameters():
+        if parameter.is_floating_point() and id(parameter) not in kept:
+            parameter.data = parameter.data.to(getattr(torch, dtype))
+
+
 def set_key_bias(model: PreTrainedModel, value: float) -> None:
     """Set `fam_key_bias` of a converted model; states that exist keep theirs."""
     _change_config(model, fam_key_bias=float(value))

@@ -2,14 +2,13 @@
 
 from typing import Any
 
-import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from transformerfam.adapter import inject_lora
 from transformerfam.config import FamConfig
 from transformerfam.convert import convert
 from transformerfam.errors import RecipeError
-from transformerfam.memory import memory_of, prefix_from_prompt, set_prompt
+from transformerfam.memory import hold_weights_in, prefix_from_prompt, set_prompt
 from transformerfam.models import BASE_NOTE, load_base, load_model
 from transformerfam.rivals import attach
 from transformerfam.tasks.facts import words
@@ -57,20 +56,10 @@ def build_trainee(recipe: Recipe) -> tuple[PreTrainedModel, PreTrainedTokenizerB
         except ValueError as error:  # PEFT's, of names that no layer has
             raise RecipeError(f"lora.targets is {list(lora.targets)}, which PEFT refuses ({error})") from error
     if section.dtype != "float32":
-        hold_frozen_weights_in(getattr(torch, section.dtype), model)
+        hold_weights_in(section.dtype, model, only_frozen=True)
     if recipe.lora is not None and recipe.lora.fused and recipe.fam.fam_lora == "all":
         fuse_lora(model)
     return model, tokenizer
-
-
-def hold_frozen_weights_in(dtype: torch.dtype, model: PreTrainedModel) -> None:
-    """Hold what is not trained in another type; the memory stays that of the base weights as they were."""
-    identity = memory_of(model).identity
-    assert identity is not None
-    identity.base_digest_before_merge = identity.base_digest()
-    for parameter in model.parameters():
-        if not parameter.requires_grad:
-            parameter.data = parameter.data.to(dtype)
 
 
 def _words_of(recipe: Recipe) -> list[str]:
