@@ -104,6 +104,32 @@ def test_bad_arguments_are_refused(folder: Path) -> None:
         FamLM("tinny")
 
 
+@pytest.mark.parametrize(
+    ("arguments", "match"),
+    [
+        ({"system": "bswa"}, "system is 'bswa', and pretrained is a model that is converted already; leave system out"),
+        ({"block_size": 8}, "block_size is 8, and pretrained is a model"),
+        ({"fam_key_biass": 8}, "fam_key_biass is 8, and pretrained is a model"),
+        ({"tokenizer": None}, "tokenizer is None, required is the tokenizer of the model"),
+        ({"pretrained": LlamaForCausalLM}, "pretrained is a type, required is a folder, tiny, smollm2 or a converted"),
+    ],
+)
+def test_argument_that_a_given_model_leaves_no_room_for_is_refused(arguments: dict[str, Any], match: str) -> None:
+    """Catches a comparison of systems or block sizes that scores one and the same model."""
+    model, tokenizer = make_passkey_model()
+    with pytest.raises(TransformerFamError, match=match):
+        FamLM(**{"pretrained": model, "tokenizer": tokenizer} | arguments)
+
+
+def test_given_model_keeps_its_type_and_takes_the_tokenizer_of_a_folder(folder: Path) -> None:
+    """Catches a model in bfloat16 that is scored in float32, and a folder of a tokenizer taken for a tokenizer."""
+    model, _ = make_passkey_model()
+    lm = FamLM(model.to(torch.bfloat16), tokenizer=str(folder))
+    assert lm.model.dtype == torch.bfloat16
+    assert len(lm.tok_encode(CONTEXT)) > 9
+    assert FamLM(model, tokenizer=str(folder), dtype="float32").model.dtype == torch.float32
+
+
 SHORT_TASK = """
 task: tiny_choices
 dataset_path: json

@@ -5,7 +5,8 @@ command line, where this model is known; `import transformerfam.harness` makes i
 """
 
 import logging
-from collections.abc import Iterable, Sequence
+import os
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -15,12 +16,13 @@ from lm_eval.api.registry import register_model
 from lm_eval.models.utils import has_bos_prefix, normalize_gen_kwargs
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, StoppingCriteria
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, StoppingCriteria
 
 from transformerfam.config import FAM_DTYPES, FamConfig
 from transformerfam.errors import TransformerFamError
+from transformerfam.loading import load_pretrained
 from transformerfam.models import find_device, load_model
-from transformerfam.peft_adapters import load_peft_folder
+from transformerfam.peft_adapters import base_of, load_peft_folder
 from transformerfam.state import FamState
 
 logger = logging.getLogger(__name__)
@@ -38,13 +40,13 @@ class FamLM(TemplateLM):
 
     def __init__(
         self,
-        pretrained: str | PreTrainedModel,
-        system: str = "fam",
+        pretrained: str | os.PathLike[str] | PreTrainedModel,
+        system: str | None = None,
         device: str | None = None,
-        dtype: str = "float32",
+        dtype: str | None = None,
         batch_size: int | str = 1,
         max_batch_size: int | None = None,
-        tokenizer: str | PreTrainedTokenizerBase | None = None,
+        tokenizer: str | os.PathLike[str] | PreTrainedTokenizerBase | None = None,
         peft: str | None = None,
         **fields: Any,
     ) -> None:
@@ -52,39 +54,53 @@ class FamLM(TemplateLM):
 
         Args:
             pretrained: "tiny", "smollm2" or a folder, as for `transformerfam.models.load_model`; or a converted model.
-            system: "fam", "bswa" or "fam_untrained".
-            device: where to; the CPU if none is given, and for "cuda:0", the harness's own default, where there is no
-                CUDA.
-            dtype: "float32", "bfloat16" or "float16".
+            system: "fam", "bswa" or "fam_untrained"; "fam" if none is given. A model that is given is its own.
+            device: where to; if none is given, and for "cuda:0", the harness's own default, where there is no CUDA: the
+                CPU, or where a model that is given is.
+            dtype: "float32", "bfloat16" or "float16"; if none is given, float32, or what a model that is given has.
             batch_size: continuations of one context that are scored together.
             max_batch_size: ignored; the harness hands it over.
-            tokenizer: of a converted model; else it is ignored here, and read by tasks that generate text by length.
+            tokenizer: of a converted model, or the folder of one. With a folder of a model, whose tokenizer is taken, a
+                name here is read by tasks alone that generate text by length.
             peft: folder of an adapter that PEFT wrote, which is added to the weights.
-            **fields: of `FamConfig`, in place of the trained ones, as in `fam_key_bias=-8`.
+            **fields: of `FamConfig`, in place of the trained ones, as in `fam_key_bias=-8`; not for a model that is
+                given.
 
         Raises:
-            TransformerFamError: no such model, system, device or field, or a batch size that is no number.
+            TransformerFamError: no such model, system, device or field, a batch size that is no number, or an argument
+                that a model that is given leaves no room for.
         """
         super().__init__()
         if not str(batch_size).isdecimal() or int(batch_size) < 1:
             raise TransformerFamError(
                 f"batch_size is {batch_size!r}, required is a number of at least 1; give --batch_size 8"
             )
-        if dtype not in FAM_DTYPES:
+        if dtype not in (None, *FAM_DTYPES):
             raise TransformerFamError(f"dtype is {dtype!r}, required is one of {', '.join(FAM_DTYPES)}")
         self.batch_size = int(batch_size)
         if device == "cuda:0" and not torch.cuda.is_available():
-            logger.warning("there is no CUDA here, so the model goes to the CPU")
+            logger.warning("there is no CUDA here, so the model stays on the CPU")
             device = None
         self._device = find_device(device or "cpu")
         self.model: Any = pretrained
         self.tokenizer: Any = tokenizer
-        if isinstance(pretrained, str):
-            self.model, self.tokenizer = load_model(pretrained, system, fields)
+        if isinstance(pretrained, str | os.PathLike):
+            self.model, own = load_model(pretrained, "fam" if system is None else system, fields)
+            self.tokenizer = tokenizer if isinstance(tokenizer, PreTrainedTokenizerBase) else own
+            self.name, dtype = str(pretrained), dtype or "float32"
+        else:
+            _require_as_given(pretrained, fields if system is None else {"system": system} | fields)
+            if isinstance(tokenizer, str | os.PathLike):
+                self.tokenizer = load_pretrained(AutoTokenizer, tokenizer)
+            self.name = type(pretrained).__name__
+            self._device = self._device if device else base_of(pretrained).device
+        if not isinstance(self.tokenizer, PreTrainedTokenizerBase):
+            raise TransformerFamError(
+                f"tokenizer is {self.tokenizer!r}, required is the tokenizer of the model that is given, or its folder"
+            )
         if peft is not None:
             load_peft_folder(self.model, peft, merge=True)
-        self.model.to(self._device, getattr(torch, dtype))
-        self.name = str(pretrained) if isinstance(pretrained, str) else type(pretrained).__name__
+        self.model.to(device=self._device, dtype=None if dtype is None else getattr(torch, dtype))
 
     @property
     def fam_config(self) -> FamConfig:
@@ -245,6 +261,24 @@ class FamLM(TemplateLM):
             **options,
         )
         return _cut(self.tokenizer.decode(output[0, 1:], skip_special_tokens=True), until)
+
+
+def _require_as_given(model: Any, arguments: Mapping[str, Any]) -> None:
+    """Refuse what is no converted model, and arguments that would have to convert it again.
+
+    Raises:
+        TransformerFamError: the message names the argument.
+    """
+    if not hasattr(model, "init_state"):
+        raise TransformerFamError(
+            f"pretrained is a {type(model).__name__}, required is a folder, tiny, smollm2 or a converted model; call "
+            "convert(model, FamConfig(...)) first"
+        )
+    for name, value in arguments.items():
+        raise TransformerFamError(
+            f"{name} is {value!r}, and pretrained is a model that is converted already; leave {name} out, and convert "
+            "or load the model with it"
+        )
 
 
 class _StopTexts(StoppingCriteria):
