@@ -140,6 +140,26 @@ def test_saved_memory_stays_apart_from_the_weights(tmp_path: Path) -> None:
         merge_lora(found)
 
 
+def test_memory_is_saved_beside_lora_of_rows_by_peft(tmp_path: Path) -> None:
+    """Catches a memory among PEFT's `modules_to_save` taken for a layer in which no rows can be told apart."""
+    ids = random_ids(2, 17)
+    options: dict[str, Any] = {"target_modules": ["q_proj"], "modules_to_save": ["fam"], "init_lora_weights": False}
+
+    def converted() -> Any:
+        return convert(make_tiny_llama(), FamConfig.preset("gated", **SHAPE | {"fam_lora": "rows"}))
+
+    model = peft.get_peft_model(converted(), peft.LoraConfig(r=3, **options))
+    draw(model.get_base_model())
+    model(input_ids=ids, labels=ids).loss.backward()
+    trained = [name for name, parameter in model.named_parameters() if parameter.grad is not None]
+    assert any("fam.modules_to_save.default.prompt" in name for name in trained)
+    model.save_pretrained(tmp_path)
+    loaded = peft.PeftModel.from_pretrained(converted(), tmp_path)
+    torch.testing.assert_close(loaded(input_ids=ids).logits, model(input_ids=ids).logits)
+    with pytest.raises(TransformerFamError, match="cannot be merged into weights that tokens use"):
+        model.merge_and_unload()
+
+
 @torch.no_grad()
 def test_compiled_steps_are_the_same() -> None:
     """Catches a graph in which the rows of another piece have LoRA."""

@@ -48,9 +48,10 @@ def bind_lora(model: nn.Module) -> None:
     if not getattr(model, "peft_config", None):
         return
     peft, output = require_peft(), model.get_output_embeddings()  # type: ignore[operator]
+    memory = getattr(model.get_decoder(), "fam", None)  # type: ignore[operator]
     adapters = (peft.tuners.tuners_utils.BaseTunerLayer, peft.utils.other.AuxiliaryTrainingWrapper)
     for name, module in model.named_modules():
-        if not isinstance(module, adapters) or _is_bound(module):
+        if not isinstance(module, adapters) or _is_bound(module) or module is memory:
             continue
         if not isinstance(module, peft.tuners.lora.Linear) or module is output:
             raise TransformerFamError(
