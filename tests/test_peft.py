@@ -6,13 +6,14 @@ from typing import Any
 import peft
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from tiny_llama import make_tiny_llama, random_ids, random_rows
 from tiny_models import save_passkey_model
 
 from transformerfam import FamConfig, FamState, convert
 from transformerfam.adapter import FamAdapter
 from transformerfam.convert import fam_parameters, memory_of, personal_memory, set_block_size
-from transformerfam.errors import CorruptFileError, StateMismatchError, TransformerFamError
+from transformerfam.errors import CorruptFileError, StateMismatchError, TransformerFamError, UnsupportedModelError
 from transformerfam.models import load_model
 from transformerfam.peft_adapters import load_peft_folder
 
@@ -222,3 +223,67 @@ def test_folder_of_peft_is_loaded_with_its_base(merge: bool, tmp_path: Path) -> 
         load_peft_folder(convert(make_tiny_llama(), CONFIG), tmp_path / "adapter", merge)
     with pytest.raises(CorruptFileError, match=r"holds no PEFT adapter \(adapter_config.json is missing\)"):
         load_peft_folder(base, tmp_path / "base", merge)
+
+
+SOFT_PROMPTS: dict[str, Any] = {
+    "prompt tuning": peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3),
+    "prefix tuning": peft.PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3),
+    "p-tuning": peft.PromptEncoderConfig(task_type="CAUSAL_LM", num_virtual_tokens=3, encoder_hidden_size=8),
+    "adaption prompt": peft.AdaptionPromptConfig(task_type="CAUSAL_LM", adapter_len=3, adapter_layers=1),
+}
+
+
+@pytest.mark.parametrize("merge", [False, True])
+@pytest.mark.parametrize("kind", SOFT_PROMPTS)
+def test_adapter_outside_of_the_layers_is_refused(kind: str, merge: bool, tmp_path: Path) -> None:
+    """Catches soft prompts that are dropped: the model then answers as if it had never been adapted."""
+    wrapped: Any = peft.get_peft_model(make_tiny_llama(), SOFT_PROMPTS[kind])
+    wrapped.save_pretrained(tmp_path)
+    with pytest.raises(UnsupportedModelError, match="of PEFT's type .*, which does not act through the model's layers"):
+        load_peft_folder(convert(make_tiny_llama(), CONFIG), tmp_path, merge)
+
+
+def test_adapter_that_would_be_dropped_is_not_taken_off() -> None:
+    """Catches a memory saved without the soft prompt or the other adapter that its model runs with."""
+    prompted: Any = peft.get_peft_model(convert(make_tiny_llama(), CONFIG), SOFT_PROMPTS["prompt tuning"])
+    with pytest.raises(UnsupportedModelError, match="the adapter 'default' is of PEFT's type PROMPT_TUNING"):
+        FamAdapter.from_model(prompted)
+    other: Any = peft.get_peft_model(
+        convert(make_tiny_llama(), CONFIG), peft.LoHaConfig(r=2, target_modules=["q_proj"])
+    )
+    with pytest.raises(UnsupportedModelError, match="is of PEFT's type LOHA, required is LORA; save it with PEFT's"):
+        FamAdapter.from_model(other)
+
+
+def test_ways_of_peft_that_do_not_fit_a_memory_are_refused_by_name() -> None:
+    """Catches a traceback of PEFT's, and an adapter per row beside an initial FAM of one of them."""
+    adapted: Any = peft.get_peft_model(convert(make_tiny_llama(), CONFIG), SOFT_PROMPTS["adaption prompt"])
+    with pytest.raises(UnsupportedModelError, match="attention of layer 1 is a AdaptedAttention now"):
+        logits_of(adapted)
+    with pytest.raises(TransformerFamError, match="an adapter is named 'prompt', as a parameter of the memory is"):
+        logits_of(peft_model("prompt"))
+    assert logits_of(peft_model("prefix")).shape == (2, 30, 61)
+    model = peft_model("one")
+    model.add_adapter("two", peft.LoraConfig(r=2, target_modules=["v_proj"], init_lora_weights=False))
+    model.eval()
+    for given in ({}, {"past_key_values": model.init_state(2)}):
+        with pytest.raises(TransformerFamError, match=r"adapter_names is \['one', 'two'\], required is one adapter"):
+            model(input_ids=IDS, adapter_names=["one", "two"], **given)
+    with pytest.raises(TransformerFamError, match=r"adapter_names is \['one', 'two'\], required is one adapter"):
+        model.generate(input_ids=IDS, adapter_names=["one", "two"], max_new_tokens=2)
+
+
+@pytest.mark.parametrize(("change", "match"), [("less", "it lacks .*lora_A"), ("more", "it holds .*lora_C")])
+def test_adapter_with_other_tensors_than_its_layers_is_refused(change: str, match: str, tmp_path: Path) -> None:
+    """Catches LoRA that is left as it was drawn, of which PEFT only warns."""
+    make_peft_model("lora").save_pretrained(tmp_path)
+    path = tmp_path / "adapter_model.safetensors"
+    tensors = load_file(path)
+    name = min(name for name in tensors if "lora_A" in name)
+    if change == "less":
+        del tensors[name]
+    else:
+        tensors[name.replace("lora_A", "lora_C")] = tensors[name].clone()
+    save_file(tensors, path)
+    with pytest.raises(StateMismatchError, match=match):
+        load_peft_folder(convert(make_tiny_llama(), CONFIG), tmp_path, merge=False)

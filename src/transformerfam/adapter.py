@@ -33,6 +33,7 @@ from transformerfam.files import (
 from transformerfam.identity import describe_architecture
 from transformerfam.peft_adapters import (
     LORA_CONFIG_FILE,
+    LORA_FILE,
     active_adapter,
     adapter_tensors,
     base_of,
@@ -46,7 +47,6 @@ from transformerfam.versions import require_peft
 
 ADAPTER_FORMAT_VERSION = 1
 FAM_FILE = "fam.safetensors"
-LORA_FILE = "adapter_model.safetensors"
 SETTLE_SECONDS = 1.0
 """How long two files that do not fit together are read again: another process may be writing the second."""
 

@@ -266,6 +266,11 @@ class LayerSeam:
         step, layer = found
         hidden_BTD = step.enter_layer(layer, args[0])
         attention: Any = module.get_submodule(self.family.attention)
+        if not hasattr(attention, "config"):
+            raise UnsupportedModelError(
+                f"attention of layer {self.layer_idx} is a {type(attention).__name__} now, which takes no FAM; leave "
+                "the layer's own attention in place (PEFT's adaption prompts replace it, LoRA does not)"
+            )
         back_end = attention.config._attn_implementation
         takes_sight = back_end in (BACK_END, MIXED_BACK_END, *FLASH_BACK_ENDS.values())
         mask: Any = step.sight(layer) if takes_sight else None

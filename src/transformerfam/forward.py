@@ -23,7 +23,7 @@ from transformerfam.identity import ModelIdentity, UnboundIdentity
 from transformerfam.memory import QUERY_BACK_ENDS, FamMemory, run_decoder
 from transformerfam.positions import warn_text_beyond_trained
 from transformerfam.reading_state import ReadingState
-from transformerfam.row_lora import bind_lora, leading_rows
+from transformerfam.row_lora import bind_lora, leading_rows, refuse_adapter_names
 from transformerfam.state import FamState
 
 NOT_COMPILED = (
@@ -81,6 +81,7 @@ def read_pieces(
         TransformerFamError: an argument asks for what is not done; the message names it.
         StateMismatchError: the state is another model's, or of another configuration or batch.
     """
+    refuse_adapter_names(self.fam.identity.model)
     inputs = Inputs.of(self, input_ids, inputs_embeds, attention_mask, position_ids, use_cache, kwargs)
     state = _own_state(self, take_cache(kwargs, cache), len(inputs.embeds_BTD))
     return read_in_pieces(self, state, inputs, _run_piece, kwargs)

@@ -106,13 +106,19 @@ def memory_of(model: PreTrainedModel) -> FamMemory:
     """Return the converted model's `FamMemory`; of several, as PEFT keeps them per adapter, the active one's.
 
     Raises:
-        TransformerFamError: the model is not converted.
+        TransformerFamError: the model is not converted, or an adapter has the name of a parameter of the memory.
     """
     memory = getattr(model.get_decoder(), "fam", None)
     if memory is None:
         raise TransformerFamError("the model has no memory yet; call convert(model, FamConfig(...)) first")
     if isinstance(memory, FamMemory):
         return memory
+    for name in memory.modules_to_save:
+        if name in dict(memory.original_module.named_parameters()):
+            raise TransformerFamError(
+                f"an adapter is named {name!r}, as a parameter of the memory is, which PEFT could not save with it; "
+                "name the adapter otherwise"
+            )
     own = [name for name in memory.active_adapters if name in memory.modules_to_save]
     return memory.modules_to_save[own[0]] if own else memory.original_module
 

@@ -1,25 +1,58 @@
 """PEFT's adapters on a converted model: put in, taken off, loaded from PEFT's own folders, and merged."""
 
 import os
+import warnings
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from transformers import PreTrainedModel
 
 from transformerfam.convert import memory_of
-from transformerfam.errors import CorruptFileError, StateMismatchError, TransformerFamError
+from transformerfam.errors import CorruptFileError, StateMismatchError, TransformerFamError, UnsupportedModelError
 from transformerfam.identity import adapters_in_force
 from transformerfam.row_lora import refuse_merge
 from transformerfam.versions import require_peft
 
 LORA_CONFIG_FILE = "adapter_config.json"
+LORA_FILE = "adapter_model.safetensors"
 
 
 def base_of(model: Any) -> PreTrainedModel:
-    """Return the transformers model inside of a `PeftModel`, which has PEFT's layers, or the model itself."""
+    """Return the transformers model inside of a `PeftModel`, which has PEFT's layers, or the model itself.
+
+    Raises:
+        UnsupportedModelError: the `PeftModel` keeps to itself what its adapters do.
+    """
+    configs = getattr(model, "peft_config", None) or {}
+    for name, config in configs.items():
+        require_in_layers(config, f"the adapter {name!r}")
     inner: PreTrainedModel = model.get_base_model() if hasattr(model, "get_base_model") else model
     return inner
+
+
+def require_in_layers(config: Any, what: str) -> None:
+    """Refuse an adapter of PEFT's that does not act through the model's own layers alone.
+
+    Soft prompts are held by the `PeftModel`, and so is what chooses or follows the layers of some other kinds: the
+    model inside reads as if they were not there.
+
+    Args:
+        config: PEFT's, of the adapter.
+        what: name of the adapter, for the message.
+
+    Raises:
+        UnsupportedModelError: it does not.
+    """
+    peft = require_peft()
+    tuner = peft.mapping.PEFT_TYPE_TO_TUNER_MAPPING.get(config.peft_type)
+    tuners = peft.tuners.tuners_utils.BaseTuner, peft.AdaLoraModel
+    if tuner is None or tuner.forward not in [kind.forward for kind in tuners]:
+        raise UnsupportedModelError(
+            f"{what} is of PEFT's type {getattr(config.peft_type, 'value', config.peft_type)}, which does not act "
+            "through the model's layers alone, as a memory needs; required is LoRA or another type that does"
+        )
 
 
 def has_adapters(model: Any) -> bool:
@@ -83,8 +116,18 @@ def _outer_names(name: str) -> list[str]:
 
 
 def adapter_tensors(model: PreTrainedModel, name: str) -> dict[str, torch.Tensor]:
-    """Return the tensors of an adapter by PEFT's names."""
-    tensors = require_peft().get_peft_model_state_dict(model, adapter_name=name)
+    """Return the tensors of a LoRA adapter by PEFT's names.
+
+    Raises:
+        UnsupportedModelError: it is of another type.
+    """
+    peft, config = require_peft(), model.peft_config[name]
+    if config.peft_type != peft.PeftType.LORA:
+        raise UnsupportedModelError(
+            f"the adapter {name!r} is of PEFT's type {config.peft_type.value}, required is LORA; save it with PEFT's "
+            "own save_pretrained, and load its folder with load_model"
+        )
+    tensors = peft.get_peft_model_state_dict(model, adapter_name=name)
     return {key: value.detach().clone() for key, value in tensors.items()}
 
 
@@ -101,6 +144,8 @@ def set_adapter_tensors(model: PreTrainedModel, tensors: dict[str, torch.Tensor]
         raise StateMismatchError(f"adapter has no tensor {error}, which its configuration names") from error
     if result.unexpected_keys:
         raise StateMismatchError(f"adapter has LoRA for unknown parts: {result.unexpected_keys[:3]}")
+    if missing := sorted(adapter_tensors(model, "default").keys() - values.keys()):
+        raise StateMismatchError(f"adapter has no tensor {missing[0]}, which its configuration names")
 
 
 def load_peft_folder(model: PreTrainedModel, folder: str | os.PathLike[str], merge: bool) -> PreTrainedModel:
@@ -115,22 +160,36 @@ def load_peft_folder(model: PreTrainedModel, folder: str | os.PathLike[str], mer
         The same object.
 
     Raises:
-        CorruptFileError: the folder has no adapter that PEFT can read.
+        CorruptFileError: the folder has no adapter that PEFT can read, or one that lacks tensors.
+        UnsupportedModelError: the adapter does not act through the model's layers alone, as soft prompts do.
         StateMismatchError: the adapter is of another model, or of a memory of another shape.
         MissingPackageError: PEFT is not installed.
     """
     peft = require_peft()
-    if not (Path(folder) / LORA_CONFIG_FILE).is_file():
-        raise CorruptFileError(f"{folder} holds no PEFT adapter ({LORA_CONFIG_FILE} is missing); give its folder")
+    for name in (LORA_CONFIG_FILE, LORA_FILE):
+        if not (Path(folder) / name).is_file():
+            raise CorruptFileError(f"{folder} holds no PEFT adapter ({name} is missing); give its folder")
     try:
-        peft.PeftModel.from_pretrained(model, folder)
+        require_in_layers(peft.PeftConfig.from_pretrained(folder), f"the adapter in {folder}")
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Found missing adapter keys")  # which are refused
+            loaded = peft.PeftModel.from_pretrained(model, folder)
+        result = loaded.load_adapter(folder, "default")  # once more: it says what did not fit
     except (RuntimeError, KeyError) as error:
         raise StateMismatchError(
             f"the adapter in {folder} does not fit this model ({str(error).splitlines()[0]}); load it with the base "
             "model and the FamConfig that it was trained with"
         ) from error
-    except (OSError, ValueError, TypeError) as error:
+    except UnsupportedModelError:
+        raise
+    except (OSError, SafetensorError, ValueError, TypeError) as error:
         raise CorruptFileError(f"{folder} holds no adapter that PEFT can read ({error}); copy it again") from error
+    for what, names in (("lacks", result.missing_keys), ("holds", result.unexpected_keys)):
+        if names:
+            raise StateMismatchError(
+                f"the adapter in {folder} does not fit this model: it {what} {names[0]}; load it with the base model "
+                "and the FamConfig that it was trained with"
+            )
     if merge and memory_of(model).config.fam_lora == "all":
         merge_lora(model)
     return model

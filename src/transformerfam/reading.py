@@ -18,7 +18,7 @@ from transformerfam.positions import first_position
 from transformerfam.processes import uninterrupted
 from transformerfam.progress import reading_bar
 from transformerfam.reading_state import ReadingState
-from transformerfam.row_lora import bind_lora
+from transformerfam.row_lora import bind_lora, refuse_adapter_names
 from transformerfam.state import FamState
 
 Progress = Callable[[int, int, FamState], None]
@@ -75,6 +75,7 @@ def init_state(
         raise TransformerFamError(f"batch_size is {batch_size}, required is at least 1")
     decoder, memory, weight = self.get_decoder(), memory_of(self), self.get_input_embeddings().weight
     config, num_layers = memory.config, len(memory.layouts)
+    refuse_adapter_names(self)
     if config.fam_lora == "rows":
         bind_lora(self)
     assert memory.identity is not None
