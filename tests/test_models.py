@@ -2,16 +2,18 @@
 
 import errno
 import importlib.util
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from tiny_llama import make_tiny_llama, random_ids, random_rows
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
-from transformers import PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from transformerfam import FamConfig, convert, smollm2
 from transformerfam.adapter import FamAdapter, inject_lora
@@ -139,6 +141,62 @@ def test_load_model_refuses_plain_model_as_trained(folder: Path) -> None:
         load_model(folder)
     model, _ = load_model(folder, "fam_untrained", CONFIG.to_dict())
     assert model.fam_config == CONFIG
+
+
+def without(name: str) -> Any:
+    return lambda tensors: tensors.pop(name)
+
+
+@pytest.mark.parametrize(
+    ("change", "fields", "message"),
+    [
+        (without("model.layers.1.mlp.up_proj.weight"), {}, "lacks model.layers.1.mlp.up_proj.weight, which transform"),
+        (without("lm_head.weight"), {}, "lacks lm_head.weight, which transformers would draw at random"),
+        (
+            lambda tensors: [tensors.update({f"x.{name}": tensors.pop(name)}) for name in list(tensors)],
+            {},
+            "lacks lm_head.weight, model.embed_tokens.weight, .* and 18 more",
+        ),
+        (dict, {"num_hidden_layers": 1}, "holds model.layers.1.* and 6 more, which the layers of LlamaForCausalLM"),
+        (
+            lambda tensors: tensors.update({"model.layers.0.self_attn.q_proj.bias": torch.ones(32)}),
+            {},
+            "holds model.layers.0.self_attn.q_proj.bias, which the layers",
+        ),
+        (
+            lambda tensors: tensors.update({"model.norm.weight": torch.ones(31)}),
+            {},
+            "holds no model that can be read|lacks model.norm.weight",
+        ),
+    ],
+)
+def test_weights_that_are_missing_or_left_out_are_refused(
+    folder: Path, change: Any, fields: dict[str, Any], message: str
+) -> None:
+    """Catches a layer of random numbers, of which transformers only warns: in our loader and in `from_pretrained`."""
+    tensors = load_file(folder / "model.safetensors")
+    change(tensors)
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | fields))
+    for load in (load_model, load_base):
+        with pytest.raises(CorruptFileError, match=message):
+            load(folder)
+    if "model.norm" not in message:
+        with pytest.raises(CorruptFileError, match=message):
+            AutoModelForCausalLM.from_pretrained(folder)
+
+
+def test_tied_weights_and_parts_beside_the_layers_may_be_left_out(folder: Path) -> None:
+    """Catches a strict loader that refuses a model with one matrix for embeddings and head, or with a vision tower."""
+    tensors = load_file(folder / "model.safetensors")
+    del tensors["lm_head.weight"]
+    tensors["model.vision_tower.layers.0.weight"] = torch.ones(3)
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"tie_word_embeddings": True}))
+    model, _ = load_base(folder)
+    assert model.lm_head.weight is model.model.embed_tokens.weight
 
 
 def test_load_model_names_a_truncated_weights_file(folder: Path) -> None:

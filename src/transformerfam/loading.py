@@ -10,10 +10,11 @@ import contextvars
 import functools
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from torch import nn
 from transformers import PreTrainedModel
 from transformers.utils import cached_file
 
@@ -71,6 +72,52 @@ def load_pretrained(kind: Any, folder: str | os.PathLike[str], local_files_only:
         raise CorruptFileError(f"{folder} holds no model that can be read ({reason}); copy it again") from error
 
 
+def load_pretrained_model(kind: Any, folder: str | os.PathLike[str], **options: Any) -> PreTrainedModel:
+    """Call `load_pretrained` of a class of models, every weight of which is in the folder.
+
+    Raises:
+        UnsupportedModelError: as for `load_pretrained`.
+        CorruptFileError: as for it; or weights are missing, or some that are there are of no part of its layers.
+    """
+    model, found = load_pretrained(kind, folder, output_loading_info=True, **options)
+    require_weights(model, found, folder)
+    return model
+
+
+def require_weights(model: PreTrainedModel, found: Mapping[str, Any], folder: str | os.PathLike[str] | None) -> None:
+    """Refuse a model with weights that transformers drew at random, or with layers that lack what is stored for them.
+
+    What is stored beside the layers, for example a vision tower, may be left out.
+
+    Args:
+        model: as `from_pretrained` gives it.
+        found: what `from_pretrained` gives with `output_loading_info`.
+        folder: where it came from, for the message.
+
+    Raises:
+        CorruptFileError: the message names the weights.
+    """
+    missing = sorted({*found["missing_keys"], *(key[0] for key in found["mismatched_keys"])})
+    if missing:
+        raise CorruptFileError(
+            f"{folder} lacks {_some(missing)}, which transformers would draw at random; copy the model again, with all "
+            "of its files"
+        )
+    lists = tuple(f"{name}." for name, module in model.named_modules() if isinstance(module, nn.ModuleList))
+    unused = sorted(name for name in found["unexpected_keys"] if name.startswith(lists))
+    if unused:
+        raise CorruptFileError(
+            f"{folder} holds {_some(unused)}, which the layers of {type(model).__name__} would leave out; required is "
+            "the config.json that belongs to these weights"
+        )
+
+
+def _some(names: list[str]) -> str:
+    """Return the first of many names, and how many more there are."""
+    more = len(names) - 3
+    return ", ".join(names[:3]) + (f" and {more} more" if more > 0 else "")
+
+
 def _code_in(folder: str | os.PathLike[str]) -> Iterator[tuple[str, str, Any]]:
     """Yield file, key and value of what names code in the JSON files of a folder."""
     for path in sorted(Path(folder).glob("*config.json")):
@@ -110,13 +157,16 @@ def save_pretrained(self: PreTrainedModel, save_directory: str | os.PathLike[str
     FamAdapter.from_model(self).save_pretrained(save_directory)
 
 
-def _with_memory(model: Any, name_or_folder: str | os.PathLike[str], kwargs: dict[str, Any]) -> None:
+def _with_memory(
+    model: Any, name_or_folder: str | os.PathLike[str], kwargs: dict[str, Any], found: Mapping[str, Any]
+) -> None:
     """Convert a model that was saved converted, in place, and give it its memory."""
     if getattr(model.config, CONFIG_KEY, None) is None:
         return
     delattr(model.config, CONFIG_KEY)
     if _is_plain.get() or not model.can_generate():
         return
+    require_weights(model, found, name_or_folder)
     hub = {name: kwargs[name] for name in HUB_ARGUMENTS if name in kwargs}
     path = cached_file(name_or_folder, FAM_FILE, **hub)
     FamAdapter.from_pretrained(os.path.dirname(str(path))).apply(model)
@@ -136,16 +186,16 @@ def install() -> None:
         inherited = cls._keys_to_ignore_on_load_unexpected
         cls._keys_to_ignore_on_load_unexpected = [*(inherited or []), IGNORED_WEIGHTS]
         try:
-            loaded = original(cls, pretrained_model_name_or_path, *args, **kwargs)
+            options = kwargs | {"output_loading_info": True}
+            model, found = original(cls, pretrained_model_name_or_path, *args, **options)
         finally:
             if own is None:
                 del cls._keys_to_ignore_on_load_unexpected
             else:
                 cls._keys_to_ignore_on_load_unexpected = own
         if pretrained_model_name_or_path is not None:
-            model = loaded[0] if isinstance(loaded, tuple) else loaded
-            _with_memory(model, pretrained_model_name_or_path, kwargs)
-        return loaded
+            _with_memory(model, pretrained_model_name_or_path, kwargs, found)
+        return (model, found) if kwargs.get("output_loading_info") else model
 
     from_pretrained.takes_memory = True  # type: ignore[attr-defined]
     PreTrainedModel.from_pretrained = classmethod(from_pretrained)

