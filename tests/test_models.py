@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from peft import LoraConfig
 from safetensors.torch import load_file, save_file
 from tiny_llama import make_tiny_llama, random_ids, random_rows
 from tokenizers import Tokenizer
@@ -199,6 +200,16 @@ def test_tied_weights_and_parts_beside_the_layers_may_be_left_out(folder: Path) 
     assert model.lm_head.weight is model.model.embed_tokens.weight
 
 
+def test_base_in_the_folder_of_its_lora_is_plain(folder: Path) -> None:
+    """Catches a control that has the LoRA of the memory beside it, since transformers puts it in by itself."""
+    (folder / "fam.safetensors").unlink()
+    model = make_trained()
+    inject_lora(model, LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False))
+    FamAdapter.from_model(model).save_pretrained(folder)
+    assert torch.equal(load_base(folder)[0](IDS).logits, make_tiny_llama()(IDS).logits)
+    torch.testing.assert_close(logits(load_model(folder)[0]), logits(model), atol=1e-4, rtol=1e-4)
+
+
 def test_load_model_names_a_truncated_weights_file(folder: Path) -> None:
     """Catches half a model loaded without a word, or an error that does not say which file."""
     weights = folder / "model.safetensors"
@@ -209,9 +220,8 @@ def test_load_model_names_a_truncated_weights_file(folder: Path) -> None:
 
 def test_save_model_refuses_lora(tmp_path: Path) -> None:
     """Catches LoRA that vanishes because only base weights and prompt are written."""
-    peft = pytest.importorskip("peft")
     model = make_trained()
-    inject_lora(model, peft.LoraConfig(r=2, target_modules=["q_proj"]))
+    inject_lora(model, LoraConfig(r=2, target_modules=["q_proj"]))
     with pytest.raises(TransformerFamError, match="has LoRA; save it with FamAdapter"):
         save_model(model, make_tokenizer(), tmp_path)
 

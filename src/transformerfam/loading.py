@@ -10,6 +10,7 @@ import contextvars
 import functools
 import json
 import os
+import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from transformers.utils import cached_file
 from transformerfam.adapter import FAM_FILE, FamAdapter
 from transformerfam.convert import METHODS, memory_of
 from transformerfam.errors import CorruptFileError, TransformerFamError, UnsupportedModelError
-from transformerfam.peft_adapters import has_adapters
+from transformerfam.peft_adapters import LORA_CONFIG_FILE, has_adapters
 
 CONFIG_KEY = "fam_config"
 CODE_KEY = "auto_map"  # classes in Python files of the folder
@@ -42,13 +43,20 @@ def plain_loading() -> Iterator[None]:
         _is_plain.reset(token)
 
 
-def load_pretrained(kind: Any, folder: str | os.PathLike[str], local_files_only: bool = True, **options: Any) -> Any:
+def load_pretrained(
+    kind: Any,
+    folder: str | os.PathLike[str],
+    local_files_only: bool = True,
+    source: str | os.PathLike[str] | None = None,
+    **options: Any,
+) -> Any:
     """Call `from_pretrained` of a transformers class, which never runs code of the folder nor asks whether it may.
 
     Args:
         kind: the class, for example `AutoTokenizer`.
         folder: what to load.
         local_files_only: look for nothing on the Hub.
+        source: where its files are read; None is the folder.
         **options: go on to `from_pretrained`.
 
     Raises:
@@ -61,7 +69,8 @@ def load_pretrained(kind: Any, folder: str | os.PathLike[str], local_files_only:
                 f"{folder} names code to run, {key} = {value!r} in {file}, and no such code is run; remove the key"
             )
     try:
-        return kind.from_pretrained(folder, trust_remote_code=False, local_files_only=local_files_only, **options)
+        found = folder if source is None else source
+        return kind.from_pretrained(found, trust_remote_code=False, local_files_only=local_files_only, **options)
     except Exception as error:
         for file, key, _ in _code_in(folder):
             raise UnsupportedModelError(
@@ -73,15 +82,30 @@ def load_pretrained(kind: Any, folder: str | os.PathLike[str], local_files_only:
 
 
 def load_pretrained_model(kind: Any, folder: str | os.PathLike[str], **options: Any) -> PreTrainedModel:
-    """Call `load_pretrained` of a class of models, every weight of which is in the folder.
+    """Call `load_pretrained` of a class of models, every weight of which is in the folder, without LoRA beside it.
 
     Raises:
         UnsupportedModelError: as for `load_pretrained`.
         CorruptFileError: as for it; or weights are missing, or some that are there are of no part of its layers.
     """
-    model, found = load_pretrained(kind, folder, output_loading_info=True, **options)
+    with _without_adapter(Path(folder)) as source:
+        model, found = load_pretrained(kind, folder, source=source, output_loading_info=True, **options)
+    model.name_or_path = model.config._name_or_path = str(folder)
     require_weights(model, found, folder)
     return model
+
+
+@contextlib.contextmanager
+def _without_adapter(folder: Path) -> Iterator[Path]:
+    """Yield a folder of the same files but for LoRA, which transformers would put into the base model."""
+    if not (folder / LORA_CONFIG_FILE).is_file():
+        yield folder
+        return
+    with tempfile.TemporaryDirectory() as view:
+        for path in folder.iterdir():
+            if path.name != LORA_CONFIG_FILE:
+                (Path(view) / path.name).symlink_to(path.resolve())
+        yield Path(view)
 
 
 def require_weights(model: PreTrainedModel, found: Mapping[str, Any], folder: str | os.PathLike[str] | None) -> None:
