@@ -9,6 +9,7 @@ from typing import Any
 
 from benchmarks.harness import Row
 from transformerfam.reports.figure import new_figure, save_figure
+from transformerfam.reports.markdown import write_page
 from transformerfam.reports.rows import read_rows
 
 
@@ -71,7 +72,7 @@ def write_report(path: Path) -> Iterator[Path]:
                 text += _plot([row for row in of_figure if row["model"] == model], plot, picture)
                 yield picture
     page = path.with_suffix(".md")
-    page.write_text("\n".join(text) + "\n", encoding="utf-8")
+    write_page("\n".join(text) + "\n", page, "benchmarks")
     yield page
 
 

@@ -29,6 +29,7 @@ from transformerfam.masks import Phase, piece_mask
 from transformerfam.memory import InitialFam, set_prompt
 from transformerfam.models import load_base
 from transformerfam.novels import load_novel
+from transformerfam.reports.markdown import write_page
 from transformerfam.tasks.provenance import provenance
 
 SHAPE = ("block_size", "num_memory_segments", "num_sink_tokens", "fam_length")
@@ -278,7 +279,7 @@ def main() -> None:
             f"{number + 1}/{len(wanted)} {system} {changes} {row['nats_above_full']:.3f} ({seconds:.0f} s)", flush=True
         )
     if options.table:
-        Path(options.table).write_text(table(rows), encoding="utf-8")
+        write_page(table(rows), Path(options.table))
 
 
 if __name__ == "__main__":

@@ -99,7 +99,7 @@ def test_bad_requests_are_refused() -> None:
         plot_maps(records, [4], "x.png")
     with pytest.raises(TransformerFamError, match="no record has weights"):
         plot_maps([record for record in records if record.layer_idx], [0], "x.png")
-    with pytest.raises(TransformerFamError, match=r"film 'x.mp4' ends in '.mp4'"):
+    with pytest.raises(TransformerFamError, match=r"figure 'x.mp4' ends in '.mp4'"):
         plot_film(records, 0, "x.mp4")
 
 

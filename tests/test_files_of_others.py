@@ -1,23 +1,29 @@
 """What a command writes takes the place of nothing that is not its own, and of finished work only if it must."""
 
 import json
+import os
+import stat
+from pathlib import Path
 
 import pytest
 import tiny_models
 from command_line import run
 from peft import LoraConfig, get_peft_model
 from test_cli import RECIPE
+from test_comparison import SMALL
 from tiny_llama import make_tiny_llama
 from tiny_models import PASSKEY_TEXT
 
 from transformerfam import FamConfig, FamState, convert
 from transformerfam.adapter import FamAdapter
 from transformerfam.errors import CorruptFileError, TransformerFamError
-from transformerfam.files import save_tensors
+from transformerfam.files import save_tensors, write_text
 from transformerfam.models import load_model, save_model
-from transformerfam.reports.figure import new_figure, save_figure
-from transformerfam.reports.markdown import write_markdown
+from transformerfam.reports.figure import MARKS, new_figure, require_figure, save_figure
+from transformerfam.reports.markdown import require_page, write_markdown
 from transformerfam.reports.rows import RowFile
+from transformerfam.training.recipe_file import load_recipe
+from transformerfam.training.run_folder import save_recipe
 
 
 @pytest.fixture
@@ -157,20 +163,91 @@ def test_memory_does_not_take_the_place_of_a_peft_adapter(tmp_path):
     adapter.save_pretrained(tmp_path / "own")
 
 
-def test_figures_and_tables_take_the_place_of_their_kind_alone(tmp_path):
-    """Would catch `--figure photo.png`, or `--table notes.md`."""
-    photo, notes = tmp_path / "photo.png", tmp_path / "notes.md"
-    photo.write_bytes(b"\x89PNG a photo")
-    notes.write_text("# Notes\n")
-    with new_figure(photo, (2, 2)) as (figure, _):
-        with pytest.raises(TransformerFamError, match="it is no figure that this package drew"):
-            save_figure(figure, photo)
+FOREIGN_FIGURES = {
+    "photo.png": b"\x89PNG\r\n\x1a\n a photo of transformerfam",
+    "matplotlib.svg": b"<?xml version='1.0'?><dc:title>Matplotlib v3.11</dc:title>",
+    "drawing.svg": b"<?xml version='1.0'?><svg><text>transformerfam</text></svg>",
+    "paper.pdf": b"%PDF-1.4 /Title (transformerfam)",
+    "notes.svg": b"see transformerfam",
+}
+
+
+@pytest.mark.parametrize("name", FOREIGN_FIGURES)
+def test_figures_take_the_place_of_figures_of_this_package_alone(tmp_path, name):
+    """Would catch `--figure photo.png`, and a figure of the user's own that matplotlib signed."""
+    path = tmp_path / name
+    path.write_bytes(FOREIGN_FIGURES[name])
+    with new_figure(None, (2, 2)) as (figure, _), pytest.raises(TransformerFamError, match="that this package drew"):
+        save_figure(figure, path)
+    with pytest.raises(TransformerFamError, match="that this package drew"), new_figure(path, (2, 2)):
+        pass
+    rows = tmp_path / "rows.jsonl"
+    assert "that this package drew" in run("report", rows, "--figure", path, status=2)  # before it reads the rows
+    assert path.read_bytes() == FOREIGN_FIGURES[name]
+
+
+def test_own_figures_are_replaced(tmp_path):
+    with new_figure(None, (2, 2)) as (figure, _):
         for suffix in ("png", "svg", "pdf"):
             for _ in range(2):
-                save_figure(figure, tmp_path / f"new.{suffix}")
-    with pytest.raises(TransformerFamError, match="holds something else than tables"):
+                save_figure(figure, tmp_path / "sub" / f"new.{suffix}")
+        (tmp_path / "sub" / "new.png").replace(tmp_path / "png.svg")
+        with pytest.raises(TransformerFamError, match="is no .svg figure that this package drew"):
+            save_figure(figure, tmp_path / "png.svg")
+
+
+@pytest.mark.parametrize(
+    "content", ["# Notes\n", "**Important:** call Ann", "| my | table |\n| --- | --- |", "\n<!-- -->"]
+)
+def test_tables_take_the_place_of_tables_of_this_package_alone(tmp_path, content):
+    """Would catch `--table notes.md`, whatever the notes begin with, and hours of training before it is refused."""
+    notes, recipe = tmp_path / "notes.md", tmp_path / "c.toml"
+    notes.write_text(content)
+    with pytest.raises(TransformerFamError, match="does not begin with the line <!-- transformerfam: tables -->"):
         write_markdown([], notes)
-    assert (photo.read_bytes(), notes.read_text()) == (b"\x89PNG a photo", "# Notes\n")
+    recipe.write_text(SMALL)
+    (tmp_path / "training.toml").write_text(RECIPE)
+    assert "does not begin with the line" in run("compare", recipe, "--table", notes, status=2)
+    assert notes.read_text() == content
+    write_markdown([], tmp_path / "tables.md")
+    write_markdown([], tmp_path / "tables.md")
+
+
+def test_committed_pages_and_figures_can_be_made_again():
+    """Would catch a mark that the documents of this repository do not have."""
+    root = Path(__file__).parents[1]
+    for folder, kind in (("docs", "tables"), ("benchmarks", "benchmarks")):
+        paths = [path for path in (root / folder / "results").rglob("*") if path.suffix in (".md", *MARKS)]
+        assert len(paths) > 9
+        for path in paths:
+            if path.suffix == ".md":
+                require_page(path, kind)
+            else:
+                require_figure(path, tuple(MARKS))
+
+
+@pytest.mark.parametrize("mode", [0o640, 0o600])
+def test_files_keep_their_rights_and_links_stay(tmp_path, mode):
+    """Would catch a state that a group can no longer read, and a link to another disk that becomes a file."""
+    umask = os.umask(0o022)
+    try:
+        target, link = tmp_path / "disk" / "state", tmp_path / "link"
+        target.parent.mkdir()
+        link.symlink_to(target)
+        for write in (
+            lambda path: save_tensors(path, {}, {"kind": "state", "format_version": 1}),
+            lambda path: write_text(path, "text"),
+        ):
+            write(link)
+            assert stat.S_IMODE(target.stat().st_mode) == 0o644
+            target.chmod(mode)
+            write(link)
+            assert stat.S_IMODE(target.stat().st_mode) == mode
+            assert link.is_symlink()
+            assert [path.name for path in target.parent.iterdir()] == ["state"]
+            target.unlink()
+    finally:
+        os.umask(umask)
 
 
 def test_pictures_of_attention_go_into_a_folder_of_their_own(folder, tmp_path):
@@ -183,6 +260,37 @@ def test_pictures_of_attention_go_into_a_folder_of_their_own(folder, tmp_path):
     (tmp_path / "attention.jsonl").write_text("not rows")
     assert "is no result row" in run("report", "attention", "--model", folder, "--output", tmp_path, status=2)
     assert maps.read_bytes() == b"a map of the town"
+
+
+@pytest.mark.parametrize("name", ["attention.jsonl", "film.gif", "maps.png", "memory.svg"])
+def test_pictures_of_attention_take_the_place_of_their_kind_alone(folder, tmp_path, name):
+    """Would catch rows of an evaluation that are emptied, and a film of a holiday that is gone."""
+    (tmp_path / "attention.jsonl").write_text('{"task": "attention"}\n')
+    content = b'{"task": "passkey"}\n' if name == "attention.jsonl" else b"my own"
+    (tmp_path / name).write_bytes(content)
+    text = run("report", "attention", "--model", folder, "--output", tmp_path, status=2)
+    assert "holds rows of task 'passkey'" in text or "that this package drew" in text
+    assert (tmp_path / name).read_bytes() == content
+
+
+def test_recipe_alone_makes_no_run_of_a_folder(tmp_path):
+    """Would catch weights of something else replaced, since a recipe lies beside them."""
+    recipe, base = tmp_path / "r.toml", tmp_path / "base"
+    recipe.write_text(RECIPE)
+    make_tiny_llama().save_pretrained(base)
+    save_recipe(base, load_recipe(recipe))
+    before = bytes_of(base)
+    for more in ((), ("--overwrite",)):
+        assert "which is of no training run and would be lost" in run(
+            "train", recipe, "--output", base, *more, status=2
+        )
+    model, tokenizer = tiny_models.make_passkey_model()
+    with pytest.raises(TransformerFamError, match="holds a model that is not of this package"):
+        save_model(model, tokenizer, base)
+    (base / "fam.safetensors").write_bytes(b"something else")
+    assert "not of this package" in run("train", recipe, "--output", base, "--overwrite", status=2)
+    (base / "fam.safetensors").unlink()
+    assert bytes_of(base) == before
 
 
 def test_recipe_of_another_program_is_left_alone(tmp_path):

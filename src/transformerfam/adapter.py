@@ -26,6 +26,7 @@ from transformerfam.files import (
     is_ours,
     load_tensors,
     metadata_form,
+    replacing,
     require_finite,
     save_tensors,
     write_text,
@@ -51,7 +52,8 @@ SETTLE_SECONDS = 1.0
 """How long two files that do not fit together are read again: another process may be writing the second."""
 
 CONFIG_FILE = "config.json"
-RUN_FILES = {"recipe.json", "checkpoint.safetensors"}
+CHECKPOINT_FILE = "checkpoint.safetensors"
+RUN_FILES = {"recipe.json", CHECKPOINT_FILE}
 """What a folder holds beside its memory where a run of training made it."""
 
 
@@ -178,10 +180,9 @@ class FamAdapter:
             folder.mkdir(parents=True, exist_ok=True)
             if lora:
                 write_text(folder / LORA_CONFIG_FILE, lora_config)
-                temporary = folder / f".{LORA_FILE}"
-                save_file(lora, temporary)
-                temporary.replace(folder / LORA_FILE)
-        except (OSError, SafetensorError) as error:
+                with replacing(folder / LORA_FILE) as temporary:
+                    save_file(lora, temporary)
+        except OSError as error:
             raise TransformerFamError(f"could not write the adapter to {folder}: {error}; free space there") from error
         save_tensors(folder / FAM_FILE, own, metadata)
 

@@ -14,7 +14,8 @@ from transformerfam.comparison.report import comparison_tables
 from transformerfam.errors import TransformerFamError
 from transformerfam.models import find_device
 from transformerfam.processes import INTERRUPTED, end_with_input
-from transformerfam.reports.markdown import write_markdown
+from transformerfam.reports.figure import require_figure
+from transformerfam.reports.markdown import require_page, write_markdown
 from transformerfam.reports.rows import fields_of_rows, read_rows
 
 
@@ -44,6 +45,10 @@ def compare_command(
         _run_alone(comparison, RunName.parse(run), folder, find_device(device))
         return
     rows = rows or folder / "rows.jsonl"
+    for figure in figures or []:
+        require_figure(figure)
+    if table is not None:
+        require_page(table)
     failed = []
     if not report_only:
         try:

@@ -13,7 +13,15 @@ from transformerfam.cli_output import say
 from transformerfam.errors import TransformerFamError
 from transformerfam.files import make_folder
 from transformerfam.models import load_model
-from transformerfam.reports.attention import memory_rows, plot_film, plot_maps, plot_memory, plot_writing
+from transformerfam.reports.attention import (
+    FILM_SUFFIXES,
+    memory_rows,
+    plot_film,
+    plot_maps,
+    plot_memory,
+    plot_writing,
+)
+from transformerfam.reports.figure import require_figure
 from transformerfam.reports.next_token import next_token_table
 from transformerfam.reports.passkey import passkey_table, plot_passkey
 from transformerfam.reports.rows import RowFile, fields_of_rows, read_rows
@@ -21,6 +29,7 @@ from transformerfam.tasks.passkey import PasskeyText
 from transformerfam.tasks.provenance import provenance, weights_of
 
 ROWS = "attention.jsonl"
+PICTURES = ("maps.png", "film.gif", "film.png", "memory.svg", "writing.svg")
 MAX_STRIP = 8
 """Blocks of the film's strip: the first ones where a key is told, else the last ones."""
 
@@ -44,6 +53,8 @@ def report_rows(
     figures: Annotated[list[Path] | None, typer.Option("--figure", help="Passkey figure: .svg, .png or .pdf.")] = None,
 ) -> None:
     """Print tables of result rows, and draw the passkey figure; `fam report ROWS...` is the same."""
+    for figure in figures or []:
+        require_figure(figure)
     loaded = read_rows(rows)
     with fields_of_rows():
         tables = [table for table in (passkey_table(loaded), next_token_table(loaded)) if table is not None]
@@ -108,11 +119,20 @@ def _require_own(folder: Path) -> None:
     """Refuse a folder whose pictures are of something else, before they are drawn.
 
     Raises:
-        TransformerFamError: it holds files, and no rows of attention.
+        TransformerFamError: it holds files, and no rows of attention alone; or a picture is not of this package.
     """
     make_folder(folder)
     if any(folder.iterdir()) and not (folder / ROWS).exists():
         raise TransformerFamError(f"{folder} holds files and no {ROWS} of earlier pictures; give a new or empty folder")
+    if (folder / ROWS).exists():
+        tasks = {str(row["task"]) for row in read_rows([folder / ROWS])} - {"attention"}
+        if tasks:
+            raise TransformerFamError(
+                f"{folder / ROWS} holds rows of task {min(tasks)!r}, required are those of attention alone, which are "
+                "replaced; give a new or empty folder"
+            )
+    for name in PICTURES:
+        require_figure(folder / name, FILM_SUFFIXES)
     with RowFile(folder / ROWS):
         pass
 

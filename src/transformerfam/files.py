@@ -5,6 +5,7 @@ import errno
 import hashlib
 import json
 import os
+import secrets
 import stat
 import tempfile
 import time
@@ -60,23 +61,54 @@ def save_tensors(
     is_ours(path, metadata["kind"])
     text = json.dumps(dict(metadata), sort_keys=True)
     stored = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
-    header = {METADATA_KEY: text, CHECKSUM_KEY: digest_tensors(stored, text)}
-    temporary = None
+    with replacing(path) as temporary:
+        save_file(stored, temporary, metadata={METADATA_KEY: text, CHECKSUM_KEY: digest_tensors(stored, text)})
+
+
+def _with_article(kind: str) -> str:
+    return f"{'an' if kind[:1] in 'aeiou' else 'a'} {kind}"
+
+
+@contextlib.contextmanager
+def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """Yield a new file that takes the place of `path` once the body has written it.
+
+    A link stays, and what it leads to is replaced. An old file keeps its rights, a new one has those of the umask.
+
+    Raises:
+        TransformerFamError: the folder does not exist, the disk is full, or something else than a file is there; an old
+            file is left as it was.
+    """
+    target = Path(os.path.realpath(path))
+    temporary = target.with_name(f".{target.name}.{secrets.token_hex(4)}")
+    require_regular(path)
     try:
-        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-        os.close(handle)
-        save_file(stored, temporary, metadata=header)
+        os.close(os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
+        mode = (target if target.exists() else temporary).stat().st_mode
+        yield temporary
+        temporary.chmod(stat.S_IMODE(mode))  # safetensors puts a file there that its owner alone may read
         with open(temporary, "rb") as written:
             os.fsync(written.fileno())
-        os.replace(temporary, path)
+        os.replace(temporary, target)
     except (OSError, SafetensorError) as error:
         raise TransformerFamError(
             f"could not write {path}: {error}; a file that was there before is unchanged; free space or choose "
             "another folder"
         ) from error
     finally:
-        if temporary is not None and os.path.exists(temporary):
-            os.unlink(temporary)
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+
+
+def require_regular(path: str | os.PathLike[str]) -> None:
+    """Refuse to write to what is there and is no file: a folder, a device, a pipe.
+
+    Raises:
+        TransformerFamError: it is one.
+    """
+    if os.path.exists(path) and not os.path.isfile(path):
+        what = "a folder" if os.path.isdir(path) else "a device or a pipe"
+        raise TransformerFamError(f"could not write {path}: it is {what}, required is a file; choose another")
 
 
 def make_folder(folder: str | os.PathLike[str]) -> None:
@@ -176,32 +208,24 @@ def is_ours(path: Path, kind: str) -> bool:
     if path.is_file():
         with contextlib.suppress(OSError, SafetensorError, ValueError), safe_open(str(path), framework="pt") as file:
             found = json.loads((file.metadata() or {})[METADATA_KEY])["kind"]
-            there = f"a {found}"
-    if there != f"a {kind}":
+            there = _with_article(found)
+    if there != _with_article(kind):
         raise TransformerFamError(
-            f"could not write {path}: it is {there}, and only a {kind} may take the place of a {kind}; choose another "
-            "file, or move that one away"
+            f"could not write {path}: it is {there}, and only {_with_article(kind)} may take the place of "
+            f"{_with_article(kind)}; choose another file, or move that one away"
         )
     return True
 
 
 def write_text(path: str | os.PathLike[str], text: str) -> None:
-    """Write a small text file so that `path` holds either the old text or the whole new one.
+    """Write a small text file so that `path` holds either the old text or the whole new one; errors as `replacing`."""
+    write_bytes(path, text.encode())
 
-    Raises:
-        TransformerFamError: the folder does not exist or the disk is full; an old file is left as it was.
-    """
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
-        temporary.write_text(text, encoding="utf-8")
-        os.replace(temporary, path)
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
-        raise TransformerFamError(
-            f"could not write {path}: {error}; a file that was there before is unchanged; free space or choose "
-            "another folder"
-        ) from error
+
+def write_bytes(path: str | os.PathLike[str], content: bytes) -> None:
+    """Write a small file so that `path` holds either the old content or the whole new one; errors as `replacing`."""
+    with replacing(path) as temporary:
+        temporary.write_bytes(content)
 
 
 def _header_of(content: bytes) -> dict[str, str]:

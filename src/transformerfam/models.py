@@ -12,11 +12,11 @@ import torch
 from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from transformerfam.adapter import CONFIG_FILE, FAM_FILE, RUN_FILES, FamAdapter
+from transformerfam.adapter import CHECKPOINT_FILE, CONFIG_FILE, FAM_FILE, FamAdapter
 from transformerfam.config import FamConfig
 from transformerfam.convert import convert
 from transformerfam.errors import CorruptFileError, StateMismatchError, TransformerFamError
-from transformerfam.files import load_tensors, metadata_form, save_tensors
+from transformerfam.files import is_ours, load_tensors, metadata_form, save_tensors
 from transformerfam.loading import load_pretrained, load_pretrained_model, plain_loading
 from transformerfam.peft_adapters import LORA_CONFIG_FILE, has_adapters, load_peft_folder
 from transformerfam.rivals import RIVAL_NAMES, RivalConfig, attach
@@ -181,8 +181,8 @@ def _save_base(
 ) -> None:
     """Write the base weights and the tokenizer, without the parameters of the module `memory`."""
     here = Path(folder)
-    own = {FAM_FILE, RIVAL_FILE, *RUN_FILES}  # a run may have been killed while it wrote its model
-    if (here / CONFIG_FILE).exists() and not any((here / name).exists() for name in own):
+    own = {FAM_FILE: "adapter", RIVAL_FILE: "rival", CHECKPOINT_FILE: "checkpoint"}  # a run may have been killed
+    if (here / CONFIG_FILE).exists() and not any(is_ours(here / n, kind) for n, kind in own.items()):
         raise TransformerFamError(
             f"could not write the model to {folder}: it holds a model that is not of this package, whose weights would "
             "be lost; choose another folder"

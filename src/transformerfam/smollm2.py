@@ -77,9 +77,11 @@ def _fill_cache(gguf_file: Path, folder: Path) -> None:
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
-        dequantize(gguf_file, temporary)
+        made = temporary / folder.name  # inside, since only its owner may read the temporary one
+        made.mkdir()
+        dequantize(gguf_file, made)
         if not folder.is_dir():  # else another process was faster with the same bytes
-            os.rename(temporary, folder)
+            os.rename(made, folder)
     except OSError as error:
         if not folder.is_dir():
             raise TransformerFamError(

@@ -3,6 +3,7 @@
 Source: figures 4 and 11 of arXiv 2404.09173.
 """
 
+import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,16 @@ import torch
 
 from transformerfam.attention_record import BlockRecord
 from transformerfam.errors import MissingPackageError, TransformerFamError
-from transformerfam.reports.figure import LINES, MARKERS, label_ends, new_figure, save_figure
+from transformerfam.reports.figure import (
+    LINES,
+    MARKERS,
+    MARKS,
+    label_ends,
+    new_figure,
+    require_figure,
+    save_figure,
+    write_figure,
+)
 
 FILM_SUFFIXES = (".gif", ".png", ".svg", ".pdf")
 MAX_CELLS = 128
@@ -65,10 +75,7 @@ def plot_film(
         MissingPackageError: matplotlib or Pillow is not installed.
     """
     path = Path(path)
-    if path.suffix not in FILM_SUFFIXES:
-        raise TransformerFamError(
-            f"film {str(path)!r} ends in {path.suffix!r}, required is one of {', '.join(FILM_SUFFIXES)}; rename it"
-        )
+    require_figure(path, FILM_SUFFIXES)
     records = _with_weights(records, [head])
     if path.suffix != ".gif":
         with new_figure(path, (1.9 * len(records), 2.3), 1, len(records)) as (figure, all_axes):
@@ -77,7 +84,7 @@ def plot_film(
                 axes.set_title(f"block {record.block_idx}", fontsize=8)
             save_figure(figure, path)
         return
-    with new_figure(path.with_suffix(".png"), (3.4, 3.4)) as (figure, (axes,)):
+    with new_figure(None, (3.4, 3.4)) as (figure, (axes,)), tempfile.TemporaryDirectory() as folder:
         from matplotlib.animation import FuncAnimation
 
         def frame(number: int) -> list[Any]:
@@ -87,13 +94,12 @@ def plot_film(
             return []
 
         film = FuncAnimation(figure, frame, frames=len(records), interval=FRAME_MILLISECONDS)
+        drawn = Path(folder) / "film.gif"
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            film.save(path, writer="pillow", dpi=110)
+            film.save(drawn, writer="pillow", dpi=110)
         except ImportError as error:
             raise MissingPackageError("a film needs the package pillow: pip install pillow") from error
-        except OSError as error:
-            raise TransformerFamError(f"could not write {path}: {error.strerror}; choose another file") from error
+        write_figure(drawn.read_bytes().removesuffix(b";") + MARKS[".gif"][1], path)
 
 
 def draw_map(axes: Any, record: BlockRecord, head: int, marks: Mapping[int, str] | None = None) -> None:

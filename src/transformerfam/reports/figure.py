@@ -1,14 +1,22 @@
 """What all figures of accuracy against length have in common: black on white, every line named at its end."""
 
 import contextlib
+import io
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from transformerfam.errors import MissingPackageError, TransformerFamError
+from transformerfam.files import make_folder, require_regular, write_bytes
 
-MARKS = (b"transformerfam", b"Matplotlib")
-"""By which a figure is known as one of this package; earlier versions let matplotlib sign them."""
+MARK = "transformerfam"
+MARKS = {
+    ".svg": (b"<?xml", b"<dc:title>transformerfam</dc:title>"),
+    ".png": (b"\x89PNG\r\n\x1a\n", b"\x00\x00\x00\x17tEXtSoftware\x00transformerfam"),
+    ".pdf": (b"%PDF", b"/Creator (transformerfam)"),
+    ".gif": (b"GIF8", b"!\xfe\x0etransformerfam\x00;"),
+}
+"""By which a figure of each format is known as one of this package: how it begins, and what it names as its creator."""
 
 FIGURE_SUFFIXES = (".svg", ".png", ".pdf")
 LINES = ("-", "--", ":", "-.", (0, (5, 1)), (0, (1, 3)))
@@ -25,12 +33,12 @@ SAMPLE_WIDTH = 26.0
 
 @contextlib.contextmanager
 def new_figure(
-    path: str | Path, size: tuple[float, float], num_rows: int = 1, num_columns: int = 1
+    path: str | Path | None, size: tuple[float, float], num_rows: int = 1, num_columns: int = 1
 ) -> Iterator[tuple[Any, Sequence[Any]]]:
     """Begin a figure.
 
     Args:
-        path: file that it is for; its suffix must be one of `FIGURE_SUFFIXES`.
+        path: file that it is for; None where it becomes part of a film.
         size: inches.
         num_rows: of axes.
         num_columns: of axes.
@@ -40,13 +48,10 @@ def new_figure(
 
     Raises:
         MissingPackageError: matplotlib is not installed.
-        TransformerFamError: the suffix is another one.
+        TransformerFamError: no figure can be written there, see `require_figure`.
     """
-    if Path(path).suffix not in FIGURE_SUFFIXES:
-        raise TransformerFamError(
-            f"figure {str(path)!r} ends in {Path(path).suffix!r}, required is one of {', '.join(FIGURE_SUFFIXES)}; "
-            "rename it"
-        )
+    if path is not None:
+        require_figure(path)
     try:
         import matplotlib
         import matplotlib.figure
@@ -60,6 +65,39 @@ def new_figure(
         yield figure, list(figure.subplots(num_rows, num_columns, squeeze=False).flat)
 
 
+def require_figure(path: str | Path, suffixes: Sequence[str] = FIGURE_SUFFIXES) -> None:
+    """Check before the work that a figure can be written.
+
+    Args:
+        path: file to write.
+        suffixes: what its name may end in.
+
+    Raises:
+        TransformerFamError: it ends in something else, or there is something else than a figure of this package.
+    """
+    path = Path(path)
+    if path.suffix not in suffixes:
+        raise TransformerFamError(
+            f"figure {str(path)!r} ends in {path.suffix!r}, required is one of {', '.join(suffixes)}; rename it"
+        )
+    require_regular(path)
+    try:
+        content = path.read_bytes() if path.exists() else b""
+    except OSError as error:
+        raise TransformerFamError(f"could not write {path}: {error.strerror}; choose another file") from error
+    if content and not is_marked(content, path.suffix):
+        raise TransformerFamError(
+            f"could not write {path}: it is no {path.suffix} figure that this package drew; choose another file, or "
+            "move that one away"
+        )
+
+
+def is_marked(content: bytes, suffix: str) -> bool:
+    """Say whether a file is a figure of this package, in the format of its name's suffix."""
+    begins, mark = MARKS[suffix]
+    return content.startswith(begins) and mark in content
+
+
 def save_figure(figure: Any, path: str | Path) -> None:
     """Write a figure, the same bytes for the same picture.
 
@@ -67,20 +105,20 @@ def save_figure(figure: Any, path: str | Path) -> None:
         TransformerFamError: it cannot be written, or the file is no figure of this package.
     """
     path = Path(path)
-    kind = path.suffix.lower()
-    metadata: dict[str, Any] = {"Software" if kind == ".png" else "Creator": MARKS[0].decode()}
-    if kind == ".svg":
+    metadata: dict[str, Any] = {"Software" if path.suffix == ".png" else "Creator": MARK}
+    if path.suffix == ".svg":
         metadata["Date"] = None
-    try:
-        if path.exists() and (content := path.read_bytes()) and not any(m in content for m in MARKS):
-            raise TransformerFamError(
-                f"could not write {path}: it is no figure that this package drew; choose another file, or move that "
-                "one away"
-            )
-        path.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(path, dpi=200, metadata=metadata)
-    except OSError as error:
-        raise TransformerFamError(f"could not write {path}: {error.strerror}; choose another file") from error
+    drawn = io.BytesIO()
+    figure.savefig(drawn, format=path.suffix[1:], dpi=200, metadata=metadata)
+    write_figure(drawn.getvalue(), path)
+
+
+def write_figure(content: bytes, path: Path) -> None:
+    """Write a figure that is drawn; errors are those of `save_figure`."""
+    assert is_marked(content, path.suffix), "a figure without its mark"
+    require_figure(path, tuple(MARKS))
+    make_folder(path.parent)
+    write_bytes(path, content)
 
 
 def length_axis(

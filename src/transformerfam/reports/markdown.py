@@ -6,7 +6,9 @@ from pathlib import Path
 from rich.table import Table
 
 from transformerfam.errors import TransformerFamError
-from transformerfam.files import write_text
+from transformerfam.files import require_regular, write_text
+
+TABLES = "tables"
 
 
 def markdown_table(table: Table) -> str:
@@ -20,15 +22,45 @@ def markdown_table(table: Table) -> str:
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
-def write_markdown(tables: Sequence[Table], path: Path) -> None:
-    """Write tables into one file.
+def page_mark(kind: str) -> str:
+    """Return the first line of a page of this package, which is not shown."""
+    return f"<!-- transformerfam: {kind} -->"
+
+
+def require_page(path: Path, kind: str = TABLES) -> None:
+    """Check before the work that a page can be written.
+
+    Args:
+        path: file to write.
+        kind: what is on it.
 
     Raises:
-        TransformerFamError: it cannot be written, or the file begins with something else than a table.
+        TransformerFamError: there is something else.
     """
-    before = path.read_text(encoding="utf-8", errors="replace").lstrip() if path.is_file() else ""
-    if before and not before.startswith(("|", "**")):
+    require_regular(path)
+    before = path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
+    if before and before.partition("\n")[0] != page_mark(kind):
         raise TransformerFamError(
-            f"could not write {path}: it holds something else than tables; choose another file, or move that one away"
+            f"could not write {path}: it does not begin with the line {page_mark(kind)}, as {kind} of this package do; "
+            "choose another file, or move that one away"
         )
-    write_text(path, "\n".join(map(markdown_table, tables)))
+
+
+def write_page(text: str, path: Path, kind: str = TABLES) -> None:
+    """Write a page, marked as of this package.
+
+    Args:
+        text: Markdown.
+        path: file to write.
+        kind: what is on it; only a page of the same kind is replaced.
+
+    Raises:
+        TransformerFamError: it cannot be written, or there is something else.
+    """
+    require_page(path, kind)
+    write_text(path, f"{page_mark(kind)}\n\n{text}")
+
+
+def write_markdown(tables: Sequence[Table], path: Path) -> None:
+    """Write tables into one file; arguments and errors are those of `write_page`."""
+    write_page("\n".join(map(markdown_table, tables)), path)

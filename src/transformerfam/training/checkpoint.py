@@ -15,6 +15,7 @@ import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
 
+from transformerfam.adapter import CHECKPOINT_FILE
 from transformerfam.errors import CorruptFileError, RecipeError, TransformerFamError
 from transformerfam.files import load_tensors, metadata_form, save_tensors, write_text
 from transformerfam.training.optimizer import AverageOfWeights
@@ -24,7 +25,6 @@ from transformerfam.training.sharding import shared_like
 from transformerfam.training.state_passing import SavedFam, StatePassing
 from transformerfam.training.stored_filler import StoredFiller
 
-CHECKPOINT_FILE = "checkpoint.safetensors"
 RECIPE_FILE = "recipe.json"
 CHECKPOINT_FORMAT_VERSION = 1
 LOG_BEGINS = b'{"step": '

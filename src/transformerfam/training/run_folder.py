@@ -8,7 +8,7 @@ from filelock import BaseFileLock
 
 from transformerfam.adapter import CONFIG_FILE, FAM_FILE, LORA_CONFIG_FILE, LORA_FILE
 from transformerfam.errors import CorruptFileError, RecipeError, TransformerFamError
-from transformerfam.files import hold, make_folder, write_text
+from transformerfam.files import hold, is_ours, make_folder, write_text
 from transformerfam.models import RIVAL_FILE
 from transformerfam.training.checkpoint import CHECKPOINT_FILE, RECIPE_FILE, recipe_of_run
 from transformerfam.training.ranks import Ranks
@@ -21,6 +21,9 @@ WRITTEN = (
     *("pytorch_model*", "tokenizer*", "special_tokens_map.json", "vocab*", "merges.txt", "chat_template*"),
 )
 """Files that a run, or the model at its end, takes the place of."""
+
+KINDS = {CHECKPOINT_FILE: "checkpoint", FAM_FILE: "adapter", RIVAL_FILE: "rival"}
+"""Files of which one at least is in the folder of a run that has got anywhere, and what is in each."""
 
 FREE_TO_CHANGE = ("max_seconds", "checkpoint_seconds", "log_every", "threads")
 """Of a recipe's schedule, what changes no number of the run."""
@@ -122,16 +125,19 @@ def _require_free(folder: Path, overwrite: bool) -> None:
         TransformerFamError: it holds something else.
     """
     names = {path.name for path in folder.iterdir()}
+    written = [name for name, kind in KINDS.items() if is_ours(folder / name, kind)]
     if RECIPE_FILE in names:
         recipe_of_run(folder)  # that it is a recipe at all
-        if not overwrite and names & {CHECKPOINT_FILE, FAM_FILE, RIVAL_FILE}:
+        if written and not overwrite:
             raise RecipeError(
                 f"{folder} holds a run already; continue it by --resume, start over by --overwrite, or train into "
                 "another folder"
             )
-    elif CHECKPOINT_FILE in names:
+        names -= {LOG_FILE}
+    elif CHECKPOINT_FILE in written:
         raise RecipeError(f"{folder} holds a run already, without its {RECIPE_FILE}; train into another folder")
-    elif foreign := sorted(name for name in names if any(fnmatch(name, pattern) for pattern in WRITTEN)):
+    foreign = sorted(name for name in names if any(fnmatch(name, pattern) for pattern in WRITTEN))
+    if foreign and not (written and RECIPE_FILE in names):
         raise TransformerFamError(
             f"{folder} holds {foreign[0]}, which is of no training run and would be lost; train into a new folder"
         )
