@@ -246,6 +246,9 @@ def test_files_keep_their_rights_and_links_stay(tmp_path, mode):
             assert link.is_symlink()
             assert [path.name for path in target.parent.iterdir()] == ["state"]
             target.unlink()
+        save_model(*tiny_models.make_passkey_model(), tmp_path / "model")
+        for path in (tmp_path / "model").iterdir():
+            assert stat.S_IMODE(path.stat().st_mode) == 0o644, path
     finally:
         os.umask(umask)
 

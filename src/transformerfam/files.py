@@ -100,6 +100,13 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
             temporary.unlink(missing_ok=True)
 
 
+def share_rights(folder: str | os.PathLike[str], like: str) -> None:
+    """Give weights that safetensors wrote into a folder, for their owner alone to read, the rights of a file there."""
+    mode = stat.S_IMODE((Path(folder) / like).stat().st_mode)
+    for path in Path(folder).glob("*.safetensors"):
+        path.chmod(mode)
+
+
 def require_regular(path: str | os.PathLike[str]) -> None:
     """Refuse to write to what is there and is no file: a folder, a device, a pipe.
 

@@ -19,9 +19,10 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.utils import cached_file
 
-from transformerfam.adapter import FAM_FILE, FamAdapter
+from transformerfam.adapter import CONFIG_FILE, FAM_FILE, FamAdapter
 from transformerfam.convert import METHODS, memory_of
 from transformerfam.errors import CorruptFileError, TransformerFamError, UnsupportedModelError
+from transformerfam.files import share_rights
 from transformerfam.peft_adapters import LORA_CONFIG_FILE, has_adapters
 
 CONFIG_KEY = "fam_config"
@@ -178,6 +179,8 @@ def save_pretrained(self: PreTrainedModel, save_directory: str | os.PathLike[str
         type(self).save_pretrained(self, save_directory, *args, **kwargs)
     finally:
         delattr(self.config, CONFIG_KEY)
+    if (Path(save_directory) / CONFIG_FILE).exists():  # one process of several writes
+        share_rights(save_directory, CONFIG_FILE)
     FamAdapter.from_model(self).save_pretrained(save_directory)
 
 

