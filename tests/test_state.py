@@ -7,6 +7,7 @@ import struct
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import safetensors.torch
 import torch
@@ -16,6 +17,8 @@ from transformerfam import FamConfig, FamState, convert, files
 from transformerfam import state as state_module
 from transformerfam.config import UPDATE_PRESETS
 from transformerfam.errors import CorruptFileError, StateMismatchError, TransformerFamError
+from transformerfam.memory import set_block_size, set_key_bias
+from transformerfam.rivals import RivalConfig, attach
 
 
 def converted(seed: int = 0, **fields: Any) -> Any:
@@ -159,9 +162,54 @@ def test_saved_fam_of_wrong_shape_is_refused() -> None:
         converted().init_state(fam=random_rows(2, 4, 32))
 
 
-def test_batch_size_below_one_is_refused() -> None:
-    with pytest.raises(TransformerFamError, match="batch_size is 0"):
-        converted().init_state(0)
+@pytest.mark.parametrize("value", [-5, 2.5, float("nan"), float("inf"), True, "8", None, 2**60, torch.tensor(True)])
+@pytest.mark.parametrize("name", ["position_offset", "batch_size"])
+def test_numbers_of_a_new_state_are_integers_in_range(name: str, value: Any) -> None:
+    """Catches a state that is read for hours, saved, and refused when it is loaded."""
+    for model in (converted(), attach(make_tiny_llama(), RivalConfig.from_dict({"system": "rmt"}))):
+        with pytest.raises(TransformerFamError, match=f"{name} is .*, required is an integer from [01] to 2.53"):
+            model.init_state(**{name: value})
+
+
+@pytest.mark.parametrize("value", [3, np.int64(3), torch.tensor(3)])
+def test_state_with_a_number_of_another_library_is_saved_and_loaded(value: Any, tmp_path: Path) -> None:
+    """Catches numbers that JSON does not know."""
+    model = converted()
+    state = model.init_state(value, position_offset=value, is_saved=torch.tensor([False] * 3))
+    model.read(random_ids(3, 5), state).save(tmp_path / "state")
+    assert FamState.load(tmp_path / "state", model).position_offset == 3
+
+
+@pytest.mark.parametrize(
+    ("arguments", "match"),
+    [
+        ({"is_saved": [0, 1]}, r"is_saved is \[0, 1\], required are True or False"),
+        ({"is_saved": [True, False]}, "required are 2 flags, and a saved fam where one is True"),
+        ({"fam": [[1.0]]}, "fam is a list, required is a tensor of floating numbers"),
+        ({"fam": torch.zeros(2, 3, 32, dtype=torch.long)}, "fam is a torch.int64, required is a tensor of floating"),
+    ],
+)
+def test_other_arguments_of_a_new_state_are_checked(arguments: dict[str, Any], match: str) -> None:
+    with pytest.raises(TransformerFamError, match=match):
+        converted().init_state(2, **arguments)
+
+
+@pytest.mark.parametrize("value", [True, "3", None, float("nan"), 1e39, [1.0]])
+def test_key_bias_and_block_size_are_numbers(value: Any) -> None:
+    """Catches True taken for 1, and a traceback of Python's float."""
+    model = converted()
+    for change, name in ((set_key_bias, "fam_key_bias"), (set_block_size, "block_size")):
+        with pytest.raises(TransformerFamError, match=f"{name} is .*, required is"):
+            change(model, value)
+    set_key_bias(model, 2)
+    assert type(model.fam_config.fam_key_bias) is float
+
+
+@pytest.mark.parametrize("rows", [[2], [-1], [], [True, False], [0.0], torch.tensor(1), [[0]]])
+def test_rows_that_are_none_are_refused(rows: Any) -> None:
+    """Catches a traceback of Python's lists, and flags taken for numbers."""
+    with pytest.raises(TransformerFamError, match="required are numbers of sequences from 0 to 1; change rows"):
+        converted().init_state(2).select(rows)
 
 
 def test_load_refuses_another_configuration(saved: tuple[Any, Path]) -> None:

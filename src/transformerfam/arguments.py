@@ -1,5 +1,6 @@
 """The arguments of a call: what is heard as in transformers, and what is refused by name."""
 
+import operator
 from typing import Any
 
 import torch
@@ -12,6 +13,42 @@ PACKING_ARGUMENTS = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_leng
 
 ATTENTION_ARGUMENTS = ("softcap", "s_aux", "scaling", "sliding_window", "dropout", "position_bias")
 """What layers hand to attention, and some back ends also take from the call of the model."""
+
+
+LARGEST_NUMBER = 2**53
+"""Of tokens, blocks or sequences: what every part of a computation holds exactly."""
+
+
+def require_integer(name: str, value: Any, least: int) -> int:
+    """Return a number of tokens or sequences, which may be one of numpy's or torch's, as Python's own.
+
+    Args:
+        name: of the argument.
+        value: that is given.
+        least: that is allowed.
+
+    Raises:
+        TransformerFamError: it is no integer, or out of range.
+    """
+    try:
+        number = None if getattr(value, "dtype", type(value)) in (bool, torch.bool) else operator.index(value)
+    except TypeError:
+        number = None
+    if number is None or not least <= number <= LARGEST_NUMBER:
+        raise TransformerFamError(f"{name} is {value!r}, required is an integer from {least} to 2^53; change {name}")
+    return number
+
+
+def require_flags(name: str, values: Any) -> list[bool]:
+    """Return flags, one for each sequence, as Python's own.
+
+    Raises:
+        TransformerFamError: some are none.
+    """
+    flags = values.tolist() if hasattr(values, "tolist") else list(values)
+    if any(type(flag) is not bool for flag in flags):
+        raise TransformerFamError(f"{name} is {flags}, required are True or False for every sequence")
+    return flags
 
 
 def check_ids(input_ids: torch.Tensor | None, vocab_size: int) -> None:

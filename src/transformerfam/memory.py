@@ -159,7 +159,7 @@ def hold_weights_in(dtype: str, model: PreTrainedModel, only_frozen: bool = Fals
 
 def set_key_bias(model: PreTrainedModel, value: float) -> None:
     """Set `fam_key_bias` of a converted model; states that exist keep theirs."""
-    _change_config(model, fam_key_bias=float(value))
+    _change_config(model, fam_key_bias=float(value) if type(value) is int else value)
 
 
 def set_block_size(model: PreTrainedModel, block_size: int) -> None:

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from transformerfam.arguments import check_ids, own_mask
+from transformerfam.arguments import check_ids, own_mask, require_flags, require_integer
 from transformerfam.cache_argument import rename_cache
 from transformerfam.cache_layer import FamLayer, LayerPlan, Sections, joined_slots
 from transformerfam.errors import ReadInterrupted, StateMismatchError, TransformerFamError
@@ -33,18 +33,22 @@ def _saved_fam(
         TransformerFamError: arguments of `init_state` have another shape or length, or do not fit each other.
     """
     batch_size = expected[1]
+    is_saved = None if is_saved is None else require_flags("is_saved", is_saved)
     if is_saved is not None and (len(is_saved) != batch_size or (fam is None and any(is_saved))):
         raise TransformerFamError(
-            f"is_saved is {list(is_saved)}, required are {batch_size} flags, and a saved fam where one is True"
+            f"is_saved is {is_saved}, required are {batch_size} flags, and a saved fam where one is True"
         )
     if fam is not None:
+        if not isinstance(fam, torch.Tensor) or not fam.is_floating_point():
+            what = fam.dtype if isinstance(fam, torch.Tensor) else type(fam).__name__
+            raise StateMismatchError(f"fam is a {what}, required is a tensor of floating numbers, as state.fams gives")
         fam = fam[:, None].expand(-1, batch_size, -1, -1) if fam.dim() == 3 else fam
         if tuple(fam.shape) != expected:
             raise StateMismatchError(
                 f"fam has shape {tuple(fam.shape)}, required is (layers, batch, fam_length, width) {expected}; "
                 "save it from a state of the same model and configuration"
             )
-    return fam, [fam is not None] * batch_size if is_saved is None else list(is_saved)
+    return fam, [fam is not None] * batch_size if is_saved is None else is_saved
 
 
 def init_state(
@@ -68,11 +72,11 @@ def init_state(
         A state of `batch_size` sequences that have read nothing.
 
     Raises:
-        TransformerFamError: `batch_size` is below 1, `fam` has another shape, `is_saved` does not fit them, or the
-            embeddings or the initial FAM are offloaded.
+        TransformerFamError: `batch_size` or `position_offset` is no integer in range, `fam` has another shape,
+            `is_saved` does not fit them, or the embeddings or the initial FAM are offloaded.
     """
-    if batch_size < 1:
-        raise TransformerFamError(f"batch_size is {batch_size}, required is at least 1")
+    batch_size = require_integer("batch_size", batch_size, least=1)
+    position_offset = require_integer("position_offset", position_offset, least=0)
     decoder, memory, weight = self.get_decoder(), memory_of(self), self.get_input_embeddings().weight
     config, num_layers = memory.config, len(memory.layouts)
     refuse_adapter_names(self)

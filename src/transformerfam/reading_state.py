@@ -165,9 +165,19 @@ class ReadingState(Cache, abc.ABC):
             self.map(lambda tensor: tensor.clone() if tensor.is_inference() else tensor)
 
     def select(self, rows: Sequence[int] | torch.Tensor) -> Self:
-        """Return a new state of the batch rows `rows`, in that order; a row may appear more than once."""
+        """Return a new state of the batch rows `rows`, in that order; a row may appear more than once.
+
+        Raises:
+            TransformerFamError: there is no such row, or none is named.
+        """
+        indices = torch.as_tensor(rows)
+        numbers = indices.tolist() if indices.dtype in (torch.int32, torch.int64) and indices.dim() == 1 else []
+        if not numbers or not 0 <= min(numbers) <= max(numbers) < self.batch_size:
+            raise TransformerFamError(
+                f"rows are {rows!r}, required are numbers of sequences from 0 to {self.batch_size - 1}; change rows"
+            )
         twin = self.shallow_copy()
-        twin.batch_select_indices(torch.as_tensor(rows))
+        twin.batch_select_indices(indices)
         return twin
 
     def make_room(self) -> None:

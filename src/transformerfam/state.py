@@ -11,6 +11,7 @@ from typing import Any, Protocol
 
 import torch
 
+from transformerfam.arguments import LARGEST_NUMBER
 from transformerfam.cache_layer import FamLayer
 from transformerfam.config import FamConfig
 from transformerfam.errors import CorruptFileError, StateMismatchError, TransformerFamError
@@ -298,7 +299,7 @@ def _num_rows(metadata: dict[str, Any]) -> int:
     """
     fills, blocks, saved = (metadata[n] for n in ("block_fill", "num_blocks_per_row", "starts_from_saved_fam"))
     for number in (*fills, *blocks, metadata["position_offset"]):
-        if type(number) is not int or number < 0:
+        if type(number) is not int or not 0 <= number <= LARGEST_NUMBER:
             raise ValueError(f"{number!r} tokens or blocks")
     if not len(fills) == len(blocks) == len(saved) > 0 or any(type(flag) is not bool for flag in saved):
         raise ValueError(f"places of {len(fills)}, {len(blocks)} and {len(saved)} sequences")

@@ -8,6 +8,7 @@ import torch
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import MoeModelOutputWithPast
 
+from transformerfam.arguments import require_flags, require_integer
 from transformerfam.cache_argument import take_cache
 from transformerfam.config import FamConfig
 from transformerfam.convert import LayerSeam, bind_method
@@ -144,13 +145,17 @@ def init_state(
         A state of `batch_size` sequences that have read nothing.
 
     Raises:
-        TransformerFamError: `batch_size` is below 1, or `fam` has another shape.
+        TransformerFamError: a number is no integer in range, or `fam` or `is_saved` has another shape.
     """
-    if batch_size < 1:
-        raise TransformerFamError(f"batch_size is {batch_size}, required is at least 1")
+    batch_size = require_integer("batch_size", batch_size, least=1)
+    require_integer("position_offset", position_offset, least=0)
     rival: Rival = self.get_decoder().rival
     assert rival.identity is not None
-    saved = [fam is not None] * batch_size if is_saved is None else list(is_saved)
+    saved = [fam is not None] * batch_size if is_saved is None else require_flags("is_saved", is_saved)
+    if len(saved) != batch_size or (fam is None and any(saved)):
+        raise TransformerFamError(
+            f"is_saved is {saved}, required are {batch_size} flags, and a saved fam where one is True"
+        )
     lanes = []
     for is_from_saved in (False, True):
         rows = [row for row, flag in enumerate(saved) if flag == is_from_saved]
