@@ -10,10 +10,10 @@ from command_line import run
 from tiny_models import PASSKEY_TEXT
 from typer.testing import CliRunner
 
-from transformerfam import FamState, cli
+from transformerfam import FamState, cli, processes
 from transformerfam.errors import ReadInterrupted, TransformerFamError
 from transformerfam.models import load_model
-from transformerfam.processes import uninterrupted
+from transformerfam.processes import ends_as_ctrl_c, uninterrupted
 from transformerfam.tasks import passkey_evaluation
 from transformerfam.tasks.passkey_evaluation import evaluate_passkey
 from transformerfam.tasks.reading import read_text_stream
@@ -95,6 +95,47 @@ def test_signal_waits_for_the_piece_at_hand(folder):
     state, done = caught.value.state, caught.value.num_tokens_done
     assert done == state.num_tokens_read == model.fam_config.block_size
     assert (model.read(ids[done:], state).fams - model.read(ids).fams).abs().max() < 1e-6
+
+
+@pytest.mark.parametrize("ends", ["by Ctrl-C", "by an error", "whole"])
+def test_second_ctrl_c_does_not_hide_where_the_reading_is(folder, book, tmp_path, monkeypatch, ends):
+    """Would catch a held key after which nobody knows where hours of reading were saved, or whether they were."""
+    plain_read, plain_save = cli.read_text_stream, cli.save_somewhere
+
+    def read(*arguments, progress, **options):
+        def update(done, moved):
+            progress(done, moved)
+            if done > 100 and ends == "by Ctrl-C":
+                try:
+                    signal.raise_signal(signal.SIGINT)
+                finally:
+                    signal.raise_signal(signal.SIGINT)  # while the first is on its way
+
+        plain_read(*arguments, progress=update, **options)
+        if ends == "by an error":
+            raise RuntimeError("the machine is tired")
+
+    def save_somewhere(*arguments):
+        signal.raise_signal(signal.SIGINT)
+        kept = plain_save(*arguments)
+        signal.raise_signal(signal.SIGINT)
+        return kept
+
+    monkeypatch.setattr(cli, "read_text_stream", read)
+    monkeypatch.setattr(cli, "save_somewhere", save_somewhere)
+    save, status = tmp_path / "part", {"by Ctrl-C": 130, "by an error": 2, "whole": 0}[ends]
+    text = run("read", book, "--model", folder, "--save", save, status=status)
+    assert f"bytes in {save}" in text if ends == "whole" else f"kept in {save}; go on with: fam read" in text
+    assert loaded(folder, save).num_tokens_read > 100
+
+
+def test_ctrl_c_is_heard_again_once_it_has_settled(monkeypatch):
+    """Would catch a command that can be interrupted but once."""
+    monkeypatch.setattr(processes, "SETTLE_SECONDS", 0.0)
+    with ends_as_ctrl_c():
+        for _ in range(2):
+            with pytest.raises(KeyboardInterrupt):
+                signal.raise_signal(signal.SIGINT)
 
 
 def test_body_that_is_not_interrupted_hears_the_signal_at_its_end():

@@ -272,22 +272,23 @@ def read_command(
         num_done = skip_tokens + reading.num_tokens_read - num_before
         if num_done == skip_tokens:
             raise
-        with uninterrupted():
+        with uninterrupted(and_forgotten=True):
             kept, _ = save_somewhere(reading, save, replaces)
-        again = shlex.join(["fam", "read", file, "--model", model, "--state", str(kept), "--save", str(kept)])
-        again += _device_argument(device) + (f" --dtype {dtype}" if dtype else "")
-        again += " --allow-unknown" if allow_unknown else ""
-        again += f" --skip-tokens {num_done}"
-        text = f"after {num_done:,} tokens, which are kept in {kept}; go on with: {again}"
+            again = shlex.join(["fam", "read", file, "--model", model, "--state", str(kept), "--save", str(kept)])
+            again += _device_argument(device) + (f" --dtype {dtype}" if dtype else "")
+            again += " --allow-unknown" if allow_unknown else ""
+            again += f" --skip-tokens {num_done}"
+            text = f"after {num_done:,} tokens, which are kept in {kept}; go on with: {again}"
+            if isinstance(error, KeyboardInterrupt):
+                say(f"interrupted {text}")
         if isinstance(error, KeyboardInterrupt):
-            say(f"interrupted {text}")
             raise typer.Exit(INTERRUPTED) from error
         raise TransformerFamError(f"{error or type(error).__name__}; the reading ended {text}") from error
-    with uninterrupted():
+    with uninterrupted(and_forgotten=True):
         kept, refusal = save_somewhere(reading, save, replaces)
-    for warning in noted:
-        say(str(warning.message))
-    say(f"read {reading.num_tokens_read:,} tokens; state of {reading.num_bytes:,} bytes in {kept}")
+        for warning in noted:
+            say(str(warning.message))
+        say(f"read {reading.num_tokens_read:,} tokens; state of {reading.num_bytes:,} bytes in {kept}")
     if refusal is not None:
         raise refusal
 

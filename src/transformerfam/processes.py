@@ -4,12 +4,16 @@ import contextlib
 import os
 import signal
 import threading
+import time
 from collections.abc import Iterator
 from types import FrameType
 from typing import Any
 
 INTERRUPTED = 130
 """Exit status of a command that Ctrl-C, SIGTERM or SIGHUP ended, once it has saved what it had."""
+
+SETTLE_SECONDS = 1.0
+"""How long after Ctrl-C another one is the same one: of a key that is held, or of two processes that both send it."""
 
 END_SIGNALS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name))
 
@@ -38,12 +42,19 @@ def end_with_input() -> None:
 
 @contextlib.contextmanager
 def ends_as_ctrl_c() -> Iterator[None]:
-    """Let SIGTERM and SIGHUP raise KeyboardInterrupt in the body, as Ctrl-C does, unless they are ignored."""
+    """Let SIGTERM and SIGHUP raise KeyboardInterrupt in the body, as Ctrl-C does, unless they are ignored.
+
+    What follows within `SETTLE_SECONDS` is dropped, so that what was done can be saved and said.
+    """
+    last = [float("-inf")]
 
     def interrupt(number: int, frame: FrameType | None) -> None:
-        raise KeyboardInterrupt
+        before, last[0] = last[0], time.monotonic()
+        if last[0] - before >= SETTLE_SECONDS:
+            raise KeyboardInterrupt
 
-    with _handlers({n: interrupt for n in END_SIGNALS if signal.getsignal(n) is signal.SIG_DFL}):
+    plain = (signal.SIG_DFL, signal.default_int_handler)
+    with _handlers({n: interrupt for n in END_SIGNALS if signal.getsignal(n) in plain}):
         yield
 
 
@@ -63,15 +74,19 @@ def ends_noted() -> Iterator[list[int]]:
 
 
 @contextlib.contextmanager
-def uninterrupted() -> Iterator[None]:
-    """Let Ctrl-C, and whatever else has a handler, wait until the body is done: it is done whole or not begun."""
+def uninterrupted(and_forgotten: bool = False) -> Iterator[None]:
+    """Let Ctrl-C, and whatever else has a handler, wait until the body is done: it is done whole or not begun.
+
+    Args:
+        and_forgotten: drop what came meanwhile, where the process ends behind the body all the same.
+    """
     caught: list[tuple[int, FrameType | None]] = []
     before = {n: handler for n in END_SIGNALS if callable(handler := signal.getsignal(n))}
     try:
         with _handlers(dict.fromkeys(before, lambda number, frame: caught.append((number, frame)))):
             yield
     finally:
-        if caught:
+        if caught and not and_forgotten:
             number, frame = caught[0]
             before[number](number, frame)
 
