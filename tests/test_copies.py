@@ -14,6 +14,7 @@ from tiny_models import make_passkey_model
 from transformers import AutoModelForCausalLM
 
 from transformerfam import FamConfig, FamState, convert
+from transformerfam.adapter import FamAdapter
 from transformerfam.compiled import compile_decoding
 from transformerfam.config import UPDATE_PRESETS
 from transformerfam.errors import StateMismatchError, TransformerFamError
@@ -146,6 +147,7 @@ PLACES = {
 }
 
 
+@pytest.mark.filterwarnings("ignore:Attempting to save a model with offloaded:UserWarning")  # of transformers
 @pytest.mark.parametrize("is_converted_first", [False, True])
 def test_offloaded_layers_read_as_layers_at_hand(is_converted_first: bool, tmp_path: Path) -> None:
     """Catches hooks of accelerate and of conversion that do not go together."""
@@ -158,8 +160,31 @@ def test_offloaded_layers_read_as_layers_at_hand(is_converted_first: bool, tmp_p
         model = convert(base, config)
     assert torch.equal(logits_of(model), expected)
     assert model.generate(IDS[:, :4], past_key_values=model.read(IDS), **GREEDY).shape == (2, 8)
-    with pytest.raises(TransformerFamError, match=r"model\.layers\.1.* is on device 'meta'.*accelerate offloads"):
-        model.read(IDS).save(tmp_path / "state")
+    model.read(IDS).save(tmp_path / "state")
+    FamState.load(tmp_path / "state", make())  # a warning of other weights would be an error
+    FamAdapter.from_model(model).save_pretrained(tmp_path / "memory")
+    assert torch.equal(logits_of(FamAdapter.from_pretrained(tmp_path / "memory").apply(make_tiny_llama())), expected)
+    save_model(model, make_passkey_model()[1], tmp_path / "model")
+    assert torch.equal(logits_of(load_model(tmp_path / "model")[0]), expected)
+
+
+@pytest.mark.filterwarnings("ignore:Attempting to save a model with offloaded:UserWarning")  # of transformers
+def test_converted_folder_is_loaded_with_offloaded_layers(tmp_path: Path) -> None:
+    """Catches a model too large for the memory that can be converted, and cannot be loaded once it is."""
+    make().save_pretrained(tmp_path)
+    model: Any = AutoModelForCausalLM.from_pretrained(tmp_path, device_map=PLACES, offload_folder=tmp_path / "disk")
+    assert model.lm_head.weight.device.type == "meta"
+    assert torch.equal(logits_of(model.eval()), logits_of(make()))
+    model.save_pretrained(tmp_path / "again")
+    assert torch.equal(logits_of(AutoModelForCausalLM.from_pretrained(tmp_path / "again").eval()), logits_of(make()))
+
+
+def test_weight_that_nobody_holds_is_refused_by_name() -> None:
+    """Catches an error about a meta tensor when the model's digest is made."""
+    model = make()
+    model.lm_head.to("meta")
+    with pytest.raises(TransformerFamError, match="lm_head.weight is on device 'meta', as weights that accelerate"):
+        FamAdapter.from_model(model)
 
 
 def test_offloaded_embeddings_are_refused_by_name(tmp_path: Path) -> None:

@@ -28,17 +28,24 @@ LOCK_SECONDS = 10.0
 
 
 def digest_tensors(tensors: Mapping[str, torch.Tensor], salt: str = "") -> str:
-    """Return the SHA-256 of names, types, shapes and values, as a hexadecimal string."""
+    """Return the SHA-256 of names, types, shapes and values, as a hexadecimal string.
+
+    Args:
+        tensors: by their names; a mapping that reads each when it is looked up is asked for one at a time.
+        salt: text that is digested in front of them.
+    """
     digest = hashlib.sha256(salt.encode())
-    plain: dict[str, torch.Tensor] = {}
+    plain: dict[str, tuple[str, str | None]] = {}
     for name, tensor in tensors.items():
         if is_traceable_wrapper_subclass(tensor):  # quantized: values, scales and the like
-            plain |= {f"{name}.{part}": getattr(tensor, part) for part in tensor.__tensor_flatten__()[0]}
+            plain |= {f"{name}.{part}": (name, part) for part in tensor.__tensor_flatten__()[0]}
         else:
-            plain[name] = tensor
-    for name in sorted(plain):
-        tensor = plain[name].detach().cpu().contiguous()
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+            plain[name] = name, None
+    for plain_name in sorted(plain):
+        name, part = plain[plain_name]
+        value = tensors[name] if part is None else getattr(tensors[name], part)
+        tensor = value.detach().cpu().contiguous()
+        digest.update(f"{plain_name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         digest.update(tensor.flatten().view(torch.uint8).numpy().data)
     return digest.hexdigest()
 

@@ -1,9 +1,11 @@
 """Which model a state or an adapter was made on: architecture, and digests of the weights."""
 
+import contextlib
 import dataclasses
 import json
 import re
 import warnings
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -51,6 +53,54 @@ def _in_todays_fields(values: dict[str, Any], config: FamConfig) -> dict[str, An
         return type(config).from_dict(values).to_dict()
     except TransformerFamError:  # of a version to come; the difference is named
         return values
+
+
+def value_of(model: Any, name: str, parameter: torch.Tensor) -> torch.Tensor:
+    """Return a parameter, from the CPU's memory or the disk where accelerate has offloaded it.
+
+    Args:
+        model: whose parameter it is.
+        name: its full name there.
+        parameter: of which only the shape is at hand where it is offloaded.
+
+    Raises:
+        TransformerFamError: no hook of accelerate's knows its value.
+    """
+    if parameter.device.type != "meta":
+        return parameter
+    parts = name.split(".")
+    for place in range(len(parts) - 1, -1, -1):
+        hook = getattr(model.get_submodule(".".join(parts[:place])), "_hf_hook", None)
+        for one in getattr(hook, "hooks", [hook]):
+            with contextlib.suppress(KeyError):
+                if (stored := getattr(one, "weights_map", None)) is not None:
+                    return stored[".".join(parts[place:])].to(parameter.dtype)
+    require_at_hand(name, parameter)
+    raise AssertionError("a parameter on device 'meta' is at hand")
+
+
+class _Values(Mapping[str, torch.Tensor]):
+    """The values of a model's parameters, of offloaded ones each when it is looked up.
+
+    Args:
+        model: whose parameters they are.
+        chosen: full names in the model, by other names.
+    """
+
+    def __init__(self, model: Any, chosen: Mapping[str, str]) -> None:
+        self.model = model
+        self.chosen = chosen
+        self.parameters = dict(model.named_parameters())
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        full_name = self.chosen[name]
+        return value_of(self.model, full_name, self.parameters[full_name])
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.chosen)
+
+    def __len__(self) -> int:
+        return len(self.chosen)
 
 
 def require_at_hand(name: str, weight: torch.Tensor) -> None:
@@ -109,18 +159,21 @@ def adapters_in_force(model: Any) -> set[str]:
     return named
 
 
-def _plain_names(model: Any, of_memory: bool) -> dict[str, Any]:
-    """Return the parameters of the base model, or of the memory with the adapter in force, by names without PEFT's."""
+def _plain_names(model: Any, of_memory: bool) -> dict[str, str]:
+    """Return the names of the base model's parameters, or of the memory's with the adapter in force.
+
+    They stand by their names without PEFT's.
+    """
     inactive = set(getattr(model, "peft_config", None) or ()) - adapters_in_force(model)
     chosen = {}
-    for name, parameter in model.named_parameters():
+    for full_name, _ in model.named_parameters():
+        name = full_name
         is_memory, is_original = is_memory_parameter(name), ".original_module." in name
         found = re.search(r"\.(?:lora_\w+|trainable_tokens_\w+|modules_to_save)\.([^.]+)", name)
         if is_memory == of_memory and not (is_memory and is_original) and not (found and found[1] in inactive):
             name = name if found is None else name[: found.start(1)] + "default" + name[found.end(1) :]
-            chosen[re.sub(r"\.modules_to_save\.default|\.(?:base_layer|original_module|token_adapter)\b", "", name)] = (
-                parameter
-            )
+            plain = re.sub(r"\.modules_to_save\.default|\.(?:base_layer|original_module|token_adapter)\b", "", name)
+            chosen[plain] = full_name
     return chosen
 
 
@@ -157,14 +210,15 @@ class ModelIdentity:
 
     def _digest(self, of_memory: bool) -> str:
         chosen = _plain_names(self.model, of_memory)
-        for name, value in chosen.items():
-            require_at_hand(name, value)
+        values = _Values(self.model, chosen)
+        parameters = {name: values.parameters[full_name] for name, full_name in chosen.items()}
         versions = tuple(
-            (name, value.data_ptr(), None if value.is_inference() else value._version) for name, value in chosen.items()
+            (name, value.data_ptr(), None if value.is_inference() else value._version)
+            for name, value in parameters.items()
         )
         cached = self._cache.get(of_memory)
         if cached is None or cached[0] != versions:
-            cached = (versions, digest_tensors(chosen))
+            cached = (versions, digest_tensors(values))
             self._cache[of_memory] = cached
         return cached[1]
 
