@@ -11,10 +11,14 @@ from training_recipes import small_recipe
 
 from transformerfam import FamConfig, FamState, convert
 from transformerfam.adapter import FamAdapter
-from transformerfam.errors import CorruptFileError
+from transformerfam.errors import CorruptFileError, StateMismatchError, TransformerFamError
 from transformerfam.files import load_tensors, save_tensors
+from transformerfam.peft_adapters import inject_lora
+from transformerfam.rivals import RivalConfig, attach
+from transformerfam.rivals.state import RivalState
 from transformerfam.training.checkpoint import last_log_row, recipe_of_run
 from transformerfam.training.trainer import Trainer
+from transformerfam.versions import require_peft
 
 CONFIG = FamConfig(fam_key_bias=0.0, block_size=8, fam_length=2, num_memory_segments=1)
 
@@ -64,12 +68,52 @@ def test_state_as_it_was_saved_is_taken(model, saved):
         {"identity": None},
         {"identity": "a model"},
         {"identity": {"architecture": 3}},
+        {"block_fill": [2**60]},
+        {"histories": [1, 2]},
+        {"histories": ["a"]},
+        {"histories": [True]},
+        {"histories": [-1]},
+        {"histories": {"0": 1}},
+        {"unread_ids": []},
+        {"unread_ids": [61]},
+        {"unread_ids": [1.5]},
+        {"unread_ids": [True]},
+        {"unread_ids": "x"},
     ],
 )
 def test_state_with_metadata_of_another_form_is_refused(model, saved, metadata):
     """Would catch places that no reading has, and a traceback where a field is missing."""
     with pytest.raises(CorruptFileError, match="has metadata of another form .* make the state again"):
         FamState.load(saved(**metadata), model)
+
+
+@pytest.mark.parametrize("version", [True, 1.0, "1", None])
+def test_version_is_an_integer(model, saved, version):
+    """Would catch True, which Python takes for 1."""
+    with pytest.raises(CorruptFileError, match=f"has format version {version!r}, this package reads 1"):
+        FamState.load(saved(format_version=version), model)
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.complex64])
+def test_tensor_of_a_type_that_nothing_has_is_refused(model, saved, tmp_path, dtype):
+    """Would catch a traceback of torch, and numbers that are not finite in types that are not looked at."""
+    with pytest.raises(CorruptFileError, match=f"has layers.1.fam of type {dtype}, which no state has"):
+        FamState.load(saved({"layers.1.fam": torch.zeros(1, 2, 32).to(dtype)}), model)
+    FamAdapter.from_model(model).save_pretrained(tmp_path)
+    tensors, metadata = load_tensors(tmp_path / "fam.safetensors", "adapter", 1)
+    save_tensors(tmp_path / "fam.safetensors", {"prompt": tensors["prompt"].to(dtype)}, metadata)
+    with pytest.raises(CorruptFileError, match=f"has prompt of type {dtype}, which no adapter has"):
+        FamAdapter.from_pretrained(tmp_path)
+
+
+def test_ids_of_a_rival_s_state_are_checked_too(tmp_path):
+    rival = attach(make_tiny_llama(), RivalConfig(system="rmt", block_size=8))
+    rival.read(torch.arange(20)[None]).save(tmp_path / "s")
+    tensors, metadata = load_tensors(tmp_path / "s", "rival state", 1)
+    for name in ("histories", "unread_ids"):
+        save_tensors(tmp_path / "s", tensors, metadata | {name: ["a"]})
+        with pytest.raises(CorruptFileError, match=f"{name} has 'a'"):
+            RivalState.load(tmp_path / "s", rival)
 
 
 def test_state_with_other_tensors_is_refused(model, saved):
@@ -114,6 +158,65 @@ def test_adapter_with_metadata_of_another_form_is_refused(model, tmp_path, metad
     save_tensors(tmp_path / "fam.safetensors", tensors, values)
     with pytest.raises(CorruptFileError, match="metadata of another form|adapter_model.safetensors cannot be read"):
         FamAdapter.from_pretrained(tmp_path)
+
+
+ADAPTER_TENSORS = {
+    "extra": ({"junk": torch.zeros(3)}, "has a tensor 'junk', which a memory with fam_init 'prompt'"),
+    "both": ({"prefix": torch.zeros(2, 2, 32)}, "has a tensor 'prefix', which a memory with fam_init 'prompt'"),
+    "saved_fam": ({"saved_fam": torch.zeros(9, 9)}, r"saved_fam is \(9, 9\), required is .* \(2, 2, 32\)"),
+    "integers": ({"prompt": torch.zeros(2, 32, dtype=torch.long)}, "tensors that are no floating numbers"),
+    "shape": ({"prompt": torch.zeros(32)}, r"prompt is \(32,\), required is \(2, 32\)"),
+}
+
+
+@pytest.mark.parametrize("name", ADAPTER_TENSORS)
+def test_adapter_with_other_tensors_is_refused(model, tmp_path, name):
+    """Would catch tensors that nobody reads, and a saved FAM that fails when the first reading starts."""
+    changes, message = ADAPTER_TENSORS[name]
+    FamAdapter.from_model(model).save_pretrained(tmp_path)
+    tensors, metadata = load_tensors(tmp_path / "fam.safetensors", "adapter", 1)
+    save_tensors(tmp_path / "fam.safetensors", tensors | changes, metadata)
+    with pytest.raises(TransformerFamError, match=message):
+        FamAdapter.from_pretrained(tmp_path).apply(make_tiny_llama())
+
+
+LORA_CONFIGS = {
+    "no object": ([1], "lora_config is \\[1\\]"),
+    "rank of letters": ({"r": "x"}, "lora_config has r 'x'"),
+    "no rank": ({"r": 0}, "lora_config has r 0"),
+    "rank beyond all memory": ({"r": 10**9}, "lora_config has r 1000000000, and its tensors have at most 48 rows"),
+    "another rank": ({"r": 3}, "LoRA does not fit its configuration and this model: size mismatch"),
+    "another type": ({"peft_type": "IA3"}, "peft_type is 'IA3', required is 'LORA'"),
+    "no number": ({"lora_alpha": float("nan")}, "lora_config has lora_alpha nan"),
+    "endless": ({"lora_alpha": float("inf")}, "lora_config has lora_alpha inf"),
+    "letters": ({"lora_alpha": "x"}, "lora_config is none that PEFT takes"),
+    "no layer": ({"target_modules": ["zzz"]}, "lora_config is none that PEFT takes"),
+    "a number of layers": ({"target_modules": 5}, "lora_config is none that PEFT takes"),
+    "dropout": ({"lora_dropout": 5}, "lora_config is none that PEFT takes"),
+    "another layer": ({"target_modules": ["v_proj"]}, "LoRA for unknown parts|does not fit|has no tensor"),
+}
+
+
+@pytest.mark.parametrize("name", LORA_CONFIGS)
+def test_adapter_with_lora_of_another_form_is_refused(tmp_path, name):
+    """Would catch tracebacks of PEFT, and an alpha of NaN after which every answer is noise."""
+    changes, message = LORA_CONFIGS[name]
+    model = convert(make_tiny_llama(), CONFIG)
+    inject_lora(model, require_peft().LoraConfig(r=2, target_modules=["q_proj", "down_proj"]))
+    FamAdapter.from_model(model).save_pretrained(tmp_path)
+    tensors, metadata = load_tensors(tmp_path / "fam.safetensors", "adapter", 1)
+    values = metadata["lora_config"] | changes if isinstance(changes, dict) else changes
+    save_tensors(tmp_path / "fam.safetensors", tensors, metadata | {"lora_config": values})
+    with pytest.raises(TransformerFamError, match=message):
+        FamAdapter.from_pretrained(tmp_path).apply(make_tiny_llama())
+
+
+def test_adapter_of_no_architecture_fits_no_model(model):
+    """Would catch a memory that is put into any model, since nothing says where it belongs."""
+    adapter = FamAdapter.from_model(model)
+    adapter.architecture = {}
+    with pytest.raises(StateMismatchError, match="another model: class is None there and 'LlamaForCausalLM' here"):
+        adapter.apply(make_tiny_llama())
 
 
 def test_adapter_with_nan_is_refused(model, tmp_path):

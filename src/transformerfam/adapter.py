@@ -4,8 +4,10 @@
 FAM; LoRA stands beside it in PEFT's own files, so that PEFT loads it too.
 """
 
+import contextlib
 import dataclasses
 import json
+import math
 import os
 import time
 import warnings
@@ -28,10 +30,12 @@ from transformerfam.files import (
     metadata_form,
     replacing,
     require_finite,
+    required_form,
     save_tensors,
     write_text,
 )
 from transformerfam.identity import describe_architecture
+from transformerfam.memory import FamMemory
 from transformerfam.peft_adapters import (
     LORA_CONFIG_FILE,
     LORA_FILE,
@@ -218,6 +222,7 @@ class FamAdapter:
             time.sleep(0.05)
         require_finite(tensors | lora, folder / FAM_FILE, "adapter")
         with metadata_form(folder / FAM_FILE, "adapter"):
+            _check_metadata(metadata, tensors, lora)
             return cls(
                 config=FamConfig.from_dict(metadata["fam_config"]),
                 saved_fam=tensors.pop("saved_fam", None),
@@ -248,15 +253,17 @@ class FamAdapter:
             UserWarning: the base weights differ from those that it was trained on.
         """
         here = json.loads(json.dumps(describe_architecture(model)))
-        different = [key for key in self.architecture if self.architecture[key] != here.get(key)]
+        different = [key for key in {**here, **self.architecture} if self.architecture.get(key) != here.get(key)]
         if different:
             key = different[0]
             raise StateMismatchError(
-                f"adapter was trained on another model: {key} is {self.architecture[key]!r} there and "
+                f"adapter was trained on another model: {key} is {self.architecture.get(key)!r} there and "
                 f"{here.get(key)!r} here; apply it to the model that it was trained on"
             )
+        lora_config = None if self.lora_config is None else self._peft_config(self.lora_config)
         convert(model, self.config)
         memory = memory_of(model)
+        self._require_own_tensors(memory, model.get_input_embeddings().weight.shape[1])
         assert memory.identity is not None
         base_digest = memory.identity.base_digest()
         if base_digest != self.base_digest:
@@ -268,13 +275,73 @@ class FamAdapter:
         with torch.no_grad():
             for name, parameter in memory.named_parameters():
                 parameter.copy_(_required(self.tensors, name, parameter))
-        if self.lora_config is not None:
-            peft = require_peft()
-            inject_lora(model, peft.LoraConfig(**_known_fields(peft.LoraConfig, self.lora_config)))
+        if lora_config is not None:
+            with _lora_that_fits():
+                inject_lora(model, lora_config)
             set_adapter_tensors(model, self.lora)
             if merge and self.config.fam_lora == "all":
                 merge_lora(model)
         return model
+
+    @staticmethod
+    def _peft_config(values: dict[str, Any]) -> Any:
+        """Return PEFT's configuration of LoRA.
+
+        Raises:
+            CorruptFileError: the installed PEFT does not take these values.
+            StateMismatchError: they are of another type of adapter.
+        """
+        peft = require_peft()
+        if values.get("peft_type", "LORA") != "LORA":
+            raise StateMismatchError(f"adapter's peft_type is {values['peft_type']!r}, required is 'LORA'")
+        with _lora_that_fits():
+            return peft.LoraConfig(**_known_fields(peft.LoraConfig, values))
+
+    def _require_own_tensors(self, memory: FamMemory, hidden_size: int) -> None:
+        """Refuse tensors that the memory has no place for.
+
+        Raises:
+            StateMismatchError: there is one.
+        """
+        unknown = sorted(self.tensors.keys() - dict(memory.named_parameters()).keys())
+        if unknown:
+            raise StateMismatchError(
+                f"adapter has a tensor {unknown[0]!r}, which a memory with fam_init {self.config.fam_init!r} and "
+                f"fam_length {self.config.fam_length} has not; make the adapter again"
+            )
+        expected = (len(memory.layouts), self.config.fam_length, memory.fam_width(hidden_size))
+        if self.saved_fam is not None and tuple(self.saved_fam.shape) != expected:
+            raise StateMismatchError(
+                f"adapter's saved_fam is {tuple(self.saved_fam.shape)}, required is (layers, fam_length, width) "
+                f"{expected}; take it from a state of the same model"
+            )
+
+
+def _lora_that_fits() -> contextlib.AbstractContextManager[None]:
+    """Return `required_form` of a configuration of LoRA."""
+    return required_form(
+        "adapter's lora_config is none that PEFT takes", "load it with the PEFT and the model that it was made with"
+    )
+
+
+def _check_metadata(metadata: dict[str, Any], tensors: dict[str, torch.Tensor], lora: dict[str, torch.Tensor]) -> None:
+    """Check what `FamAdapter.from_pretrained` reads.
+
+    Raises:
+        ValueError: it is of another form than `save_pretrained` writes; the message names the field.
+    """
+    lora_config = metadata["lora_config"]
+    for name in ("architecture", "notes", *([] if lora_config is None else ["lora_config"])):
+        if not isinstance(metadata[name], dict):
+            raise ValueError(f"{name} is {metadata[name]!r}")
+    if not all(tensor.is_floating_point() for tensor in (*tensors.values(), *lora.values())):
+        raise ValueError("tensors that are no floating numbers")
+    for name, value in (lora_config or {}).items():
+        if isinstance(value, float) and not math.isfinite(value):
+            raise ValueError(f"lora_config has {name} {value}")
+    rank, widest = (lora_config or {}).get("r", 0), max((max(t.shape, default=0) for t in lora.values()), default=0)
+    if lora_config is not None and not (type(rank) is int and 0 < rank <= widest):
+        raise ValueError(f"lora_config has r {rank!r}, and its tensors have at most {widest} rows")
 
 
 def _load_lora(path: Path) -> dict[str, torch.Tensor]:

@@ -23,6 +23,7 @@ from transformerfam.errors import CorruptFileError, TransformerFamError
 
 METADATA_KEY = "transformerfam"
 CHECKSUM_KEY = "sha256"
+FLOATING = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 LOCK_SECONDS = 10.0
 """How long a process that is about to end is waited for."""
 
@@ -274,12 +275,14 @@ def metadata_form(path: str | os.PathLike[str], kind: str) -> contextlib.Abstrac
 
 
 def require_finite(tensors: Mapping[str, torch.Tensor], path: str | os.PathLike[str], kind: str) -> None:
-    """Refuse numbers that are not finite.
+    """Refuse numbers that are not finite, and types that no state and no memory has.
 
     Raises:
         CorruptFileError: there is one; the message names its tensor.
     """
     for name, tensor in tensors.items():
+        if tensor.is_complex() or (tensor.is_floating_point() and tensor.dtype not in FLOATING):
+            raise CorruptFileError(f"{path} has {name} of type {tensor.dtype}, which no {kind} has; make it again")
         if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
             raise CorruptFileError(f"{path} has numbers in {name} that are not finite; make the {kind} again")
 
@@ -321,9 +324,9 @@ def load_tensors(
         metadata = dict(json.loads(header[METADATA_KEY]))
     if metadata.get("kind") != kind:
         raise CorruptFileError(f"{path} holds a {metadata.get('kind')}, required is a {kind}")
-    if metadata.get("format_version") != format_version:
+    if type(metadata.get("format_version")) is not int or metadata["format_version"] != format_version:
         raise CorruptFileError(
-            f"{path} has format version {metadata.get('format_version')}, this package reads {format_version}; "
+            f"{path} has format version {metadata.get('format_version')!r}, this package reads {format_version}; "
             f"make the {kind} again, or install the package version that wrote it"
         )
     return tensors, metadata

@@ -16,7 +16,7 @@ from transformerfam.adapter import CHECKPOINT_FILE, CONFIG_FILE, FAM_FILE, FamAd
 from transformerfam.config import FamConfig
 from transformerfam.convert import convert
 from transformerfam.errors import CorruptFileError, StateMismatchError, TransformerFamError
-from transformerfam.files import is_ours, load_tensors, metadata_form, save_tensors, share_rights
+from transformerfam.files import is_ours, load_tensors, metadata_form, require_finite, save_tensors, share_rights
 from transformerfam.loading import load_pretrained, load_pretrained_model, plain_loading
 from transformerfam.peft_adapters import LORA_CONFIG_FILE, has_adapters, load_peft_folder
 from transformerfam.rivals import RIVAL_NAMES, RivalConfig, attach
@@ -241,6 +241,7 @@ def _load_rival(
             f"{folder} has no trained {system} ({RIVAL_FILE} is missing); train one by a recipe with a rival section"
         )
     tensors, metadata = load_tensors(path, "rival", RIVAL_FORMAT_VERSION)
+    require_finite(tensors, path, "rival")
     with metadata_form(path, "rival"):
         config = RivalConfig.from_dict(metadata["rival_config"])
         base_digest, _ = str(metadata["base_digest"]), dict(metadata["notes"])

@@ -142,6 +142,9 @@ def set_adapter_tensors(model: PreTrainedModel, tensors: dict[str, torch.Tensor]
         result = require_peft().set_peft_model_state_dict(model, values)
     except KeyError as error:
         raise StateMismatchError(f"adapter has no tensor {error}, which its configuration names") from error
+    except RuntimeError as error:
+        reason = str(error).strip().splitlines()[-1].strip()
+        raise StateMismatchError(f"adapter's LoRA does not fit its configuration and this model: {reason}") from error
     if result.unexpected_keys:
         raise StateMismatchError(f"adapter has LoRA for unknown parts: {result.unexpected_keys[:3]}")
     if missing := sorted(adapter_tensors(model, "default").keys() - values.keys()):

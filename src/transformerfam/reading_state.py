@@ -6,7 +6,7 @@ training and tasks ask of a state what stands here.
 
 import abc
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Self
 
 import torch
@@ -14,6 +14,9 @@ from transformers import Cache
 
 from transformerfam.errors import TransformerFamError
 from transformerfam.identity import UnboundIdentity
+
+HISTORY_MODULUS = (1 << 61) - 1
+"""Histories are numbers below this one."""
 
 
 class ReadingState(Cache, abc.ABC):
@@ -273,8 +276,26 @@ class ReadingState(Cache, abc.ABC):
 def history_of(ids: Sequence[int], before: int = 0) -> int:
     """Return a number that tells one run of tokens from another, and continues that of the tokens before it."""
     for token in ids:
-        before = (before * 1_000_003 + token + 1) % ((1 << 61) - 1)
+        before = (before * 1_000_003 + token + 1) % HISTORY_MODULUS
     return before
+
+
+def stored_ids(metadata: Mapping[str, Any], num_rows: int, vocab_size: int) -> tuple[list[Any], list[Any]]:
+    """Return `histories` and `unread_ids` of a file's metadata; those of files that were written before are not known.
+
+    Raises:
+        ValueError: they are not what a reading has; the message names the field.
+    """
+    found = []
+    for name, limit in (("histories", HISTORY_MODULUS), ("unread_ids", vocab_size)):
+        values = metadata.get(name, [None] * num_rows)
+        if not isinstance(values, list) or len(values) != num_rows:
+            raise ValueError(f"{name} is {values!r}, of {num_rows} sequences")
+        for value in values:
+            if value is not None and not (type(value) is int and 0 <= value < limit):
+                raise ValueError(f"{name} has {value!r}")
+        found.append(list(values))
+    return found[0], found[1]
 
 
 def require_several(batch_size: int) -> None:

@@ -17,7 +17,7 @@ from transformerfam.config import FamConfig
 from transformerfam.errors import CorruptFileError, StateMismatchError, TransformerFamError
 from transformerfam.files import load_tensors, metadata_form, require_finite, save_tensors
 from transformerfam.identity import ModelIdentity
-from transformerfam.reading_state import ReadingState, require_several
+from transformerfam.reading_state import ReadingState, require_several, stored_ids
 
 STATE_FORMAT_VERSION = 1
 
@@ -256,6 +256,7 @@ class FamState(ReadingState):
         config: FamConfig = model.fam_config
         with metadata_form(path, "state"):
             num_rows = _num_rows(metadata)
+            histories, unread_ids = stored_ids(metadata, num_rows, model.get_input_embeddings().weight.shape[0])
         if batch_size is not None and num_rows != batch_size:
             raise StateMismatchError(
                 f"{path} holds {num_rows} sequences, required are {batch_size}; read that many, or select() rows"
@@ -286,8 +287,7 @@ class FamState(ReadingState):
         state.num_blocks_per_row = list(metadata["num_blocks_per_row"])
         state.starts_from_saved_fam = list(metadata["starts_from_saved_fam"])
         state.position_offset = metadata["position_offset"]
-        state.histories = list(metadata.get("histories", [None] * num_rows))  # of a file that was written before
-        state.unread_ids = list(metadata.get("unread_ids", [None] * num_rows))
+        state.histories, state.unread_ids = histories, unread_ids
         return state
 
 

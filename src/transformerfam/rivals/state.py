@@ -14,7 +14,7 @@ import torch
 from transformerfam.errors import StateMismatchError, TransformerFamError
 from transformerfam.files import load_tensors, metadata_form, require_finite, save_tensors
 from transformerfam.identity import ModelIdentity
-from transformerfam.reading_state import ReadingState, require_several
+from transformerfam.reading_state import ReadingState, require_several, stored_ids
 from transformerfam.rivals.config import RivalConfig
 
 STATE_FORMAT_VERSION = 1
@@ -268,8 +268,8 @@ class RivalState(ReadingState):
             )
         with metadata_form(path, "rival state"):
             state.set_lanes(_lanes_of(tensors, metadata["lanes"], device))
-            state.histories = list(metadata.get("histories", [None] * state.batch_size))  # of a file written before
-            state.unread_ids = list(metadata.get("unread_ids", [None] * state.batch_size))
+            vocab_size = model.get_input_embeddings().weight.shape[0]
+            state.histories, state.unread_ids = stored_ids(metadata, state.batch_size, vocab_size)
         return state
 
 
