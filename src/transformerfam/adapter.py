@@ -52,6 +52,9 @@ from transformerfam.versions import require_peft
 
 ADAPTER_FORMAT_VERSION = 1
 FAM_FILE = "fam.safetensors"
+ALWAYS_COMPARED = ("class", "model_type", "vocab_size", "hidden_size", "num_hidden_layers")
+"""Of an architecture, what every version has stored; the rest is compared where it was."""
+
 SETTLE_SECONDS = 1.0
 """How long two files that do not fit together are read again: another process may be writing the second."""
 
@@ -253,7 +256,8 @@ class FamAdapter:
             UserWarning: the base weights differ from those that it was trained on.
         """
         here = json.loads(json.dumps(describe_architecture(model)))
-        different = [key for key in {**here, **self.architecture} if self.architecture.get(key) != here.get(key)]
+        compared = dict.fromkeys((*ALWAYS_COMPARED, *self.architecture))
+        different = [key for key in compared if self.architecture.get(key) != here.get(key)]
         if different:
             key = different[0]
             raise StateMismatchError(
