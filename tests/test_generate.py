@@ -12,6 +12,7 @@ from transformers.generation.streamers import BaseStreamer
 from transformerfam import FamConfig, FamState, convert
 from transformerfam.cache_argument import CACHE_NAME
 from transformerfam.errors import StateMismatchError, TransformerFamError
+from transformerfam.rivals import RivalConfig, attach
 
 NUM_NEW = 20
 """More than two blocks, so that generation writes and reads memory."""
@@ -298,3 +299,49 @@ def test_input_of_which_it_cannot_be_told_what_was_read_is_refused(model: Any) -
     with pytest.raises(TransformerFamError, match="use_cache is False and"):
         model.generate(text, past_key_values=state, use_cache=False, **GREEDY)
     assert state.get_seq_length() == 12
+
+
+@pytest.mark.parametrize("system", ["fam", "rmt"])
+@torch.no_grad()
+def test_state_left_by_beams_is_known_as_such_wherever_it_goes(system: str, tmp_path: Path) -> None:
+    """Catches a reading that continues with beams which the text that was returned did not go through."""
+    text = random_ids(1, 12)
+    built: Any = (
+        convert(make_tiny_llama(), FamConfig(block_size=8, fam_length=2))
+        if system == "fam"
+        else attach(make_tiny_llama(), RivalConfig(system=system, block_size=8))
+    )
+    beams = built.init_state()
+    built.generate(text, past_key_values=beams, num_beams=2, **GREEDY)
+    beams.save(tmp_path / "state")
+    pairs = text.expand(2, -1)
+    for state in (beams, beams.fork(), beams.select([0, 1]), type(beams).load(tmp_path / "state", built)):
+        for go_on in (built.read, lambda ids, state: built(input_ids=ids, past_key_values=state)):
+            with pytest.raises(StateMismatchError, match="left by beam search"):
+                go_on(pairs, state)
+
+
+def test_beam_search_that_an_error_ends_leaves_beams(model: Any) -> None:
+    """Catches rows that a search has ordered anew, taken for those that were read, since the search did not end."""
+    state, calls = model.init_state(), []
+
+    def fail(ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        calls.append(ids)
+        if len(calls) == 2:
+            raise RuntimeError("the machine is tired")
+        return scores
+
+    with pytest.raises(RuntimeError):
+        model.generate(random_ids(1, 12), past_key_values=state, num_beams=2, logits_processor=[fail], **GREEDY)
+    assert state.is_left_by_beams
+
+
+def test_state_whose_input_is_refused_has_its_rows(model: Any) -> None:
+    """Catches a reading that a wrong call has turned into as many as it asked for beams."""
+    text = random_ids(2, 12)
+    state = model.read(text)
+    with pytest.raises(StateMismatchError, match="required is at least one token behind them"):
+        model.generate(text, past_key_values=state, num_beams=3, **GREEDY)
+    assert state.batch_size == 2
+    assert not state.is_left_by_beams
+    assert model.read(text, state).num_tokens_read == 24

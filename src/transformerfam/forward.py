@@ -214,7 +214,8 @@ def state_or_new(cache: Any, kind: type[State], identity: ModelIdentity, batch_s
     """Return the state that an input goes on with, a new one where there is none.
 
     Raises:
-        StateMismatchError: `cache` is of another kind, of another number of sequences, or of another model.
+        StateMismatchError: `cache` is of another kind, of another number of sequences, of another model, or what beam
+            search has left.
     """
     if cache is None:
         state: State = identity.model.init_state(batch_size)
@@ -229,6 +230,7 @@ def state_or_new(cache: Any, kind: type[State], identity: ModelIdentity, batch_s
             f"state holds {cache.batch_size} sequences, input has {batch_size}; start a new state with "
             f"init_state(batch_size={batch_size})"
         )
+    cache.require_own_rows()
     if isinstance(cache.identity, UnboundIdentity):
         identity.check(cache.identity.to_metadata(cache.config), cache.config, "the state")
         cache.identity = identity

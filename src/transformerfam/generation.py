@@ -52,6 +52,8 @@ def _calling(call: _Call) -> Iterator[None]:
         _CALL.reset(token)
         if call.state is not None:
             call.state.is_generating = False
+            if call.has_beams and call.num_before and call.state.row_lengths != call.num_before:  # whatever ended it
+                call.state.is_left_by_beams = True
 
 
 def generate(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -115,28 +117,26 @@ def prepare_cache_for_generation(
         raise TransformerFamError(
             f"use_cache is False and {CACHE_NAME} is a state, required is use_cache=True with a state; leave one out"
         )
-    elif expand > 1 and state.batch_size == batch_size:
+    state.require_own_rows()
+    expands = expand > 1 and state.batch_size == batch_size
+    if expands:
         state.batch_repeat_interleave(expand)
     state.is_generating = True
     call.state, call.has_beams = state, num_beams > 1
-    _require_own_rows(state)
     if call.ids_BT is not None and len(call.ids_BT) * expand == state.batch_size:
         ids_BT = call.ids_BT.repeat_interleave(expand, dim=0)
-        model_kwargs["attention_mask"] = _without_history(self, call, ids_BT, model_kwargs.get("attention_mask"))
+        try:
+            model_kwargs["attention_mask"] = _without_history(self, call, ids_BT, model_kwargs.get("attention_mask"))
+        except StateMismatchError:
+            if expands:
+                state.batch_select_indices(torch.arange(0, state.batch_size, expand))
+            raise
         return
     _read_last_tokens(self, state)
     embeds_BTD, mask_BT = model_kwargs.get("inputs_embeds"), model_kwargs.get("attention_mask")
     length = 1 if embeds_BTD is None else embeds_BTD.shape[1]  # without any input a text begins with one token
     call.num_before, call.num_columns = state.row_lengths, int(embeds_BTD is None)
     call.num_fresh = [length] * state.batch_size if mask_BT is None else mask_BT[:, -length:].sum(1).tolist()
-
-
-def _require_own_rows(state: ReadingState) -> None:
-    if state.is_left_by_beams:
-        raise StateMismatchError(
-            "the state was left by beam search, which keeps no state of the text that it returns; fork() the state "
-            "before, and read() that text"
-        )
 
 
 def _without_history(
@@ -202,9 +202,7 @@ def _note_last_tokens(call: _Call, sequences_BT: torch.Tensor) -> None:
     state = call.state
     if state is None:
         return
-    if call.has_beams:
-        state.is_left_by_beams = True
-    elif len(sequences_BT) == state.batch_size:
+    if not call.has_beams and len(sequences_BT) == state.batch_size:
         places = zip(state.row_lengths, call.num_before, call.num_fresh, strict=True)
         for row, (now, before, fresh) in enumerate(places):
             missing = sequences_BT[row, call.num_columns + now - before - fresh :].tolist()

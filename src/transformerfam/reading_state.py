@@ -12,7 +12,7 @@ from typing import Any, Self
 import torch
 from transformers import Cache
 
-from transformerfam.errors import TransformerFamError
+from transformerfam.errors import StateMismatchError, TransformerFamError
 from transformerfam.identity import UnboundIdentity
 
 HISTORY_MODULUS = (1 << 61) - 1
@@ -50,6 +50,18 @@ class ReadingState(Cache, abc.ABC):
     def begin_history(self) -> None:
         """Note that no sequence has read a token."""
         self.histories, self.unread_ids = [0] * self.batch_size, [None] * self.batch_size
+
+    def require_own_rows(self) -> None:
+        """Refuse to go on with what beam search has left.
+
+        Raises:
+            StateMismatchError: the sequences are beams.
+        """
+        if self.is_left_by_beams:
+            raise StateMismatchError(
+                "the state was left by beam search, which keeps no state of the text that it returns; fork() the state "
+                "before, and read() that text"
+            )
 
     # What it holds
 
@@ -99,6 +111,10 @@ class ReadingState(Cache, abc.ABC):
     def first_carried(self) -> torch.Tensor | None:
         """What the lowest layer carries from block to block; None where nothing is."""
 
+    def to_store(self) -> dict[str, Any]:
+        """Return what `take_stored` takes."""
+        return {name: getattr(self, name) for name in ("histories", "unread_ids", "is_left_by_beams")}
+
     # Copies
 
     def shallow_copy(self) -> Self:
@@ -120,6 +136,7 @@ class ReadingState(Cache, abc.ABC):
     def go_on_from(self, other: Self) -> None:
         """Take over the tensors and the place of a state of the same reading, which is not used any more."""
         self.histories, self.unread_ids = other.histories, other.unread_ids
+        self.is_left_by_beams = other.is_left_by_beams
 
     @abc.abstractmethod
     def batch_select_indices(self, indices: torch.Tensor) -> None:
@@ -280,13 +297,13 @@ def history_of(ids: Sequence[int], before: int = 0) -> int:
     return before
 
 
-def stored_ids(metadata: Mapping[str, Any], num_rows: int, vocab_size: int) -> tuple[list[Any], list[Any]]:
-    """Return `histories` and `unread_ids` of a file's metadata; those of files that were written before are not known.
+def take_stored(state: ReadingState, metadata: Mapping[str, Any], vocab_size: int) -> None:
+    """Take what every reading has out of a file's metadata; what files that were written before lack is not known.
 
     Raises:
-        ValueError: they are not what a reading has; the message names the field.
+        ValueError: it is not what a reading has; the message names the field.
     """
-    found = []
+    num_rows = state.batch_size
     for name, limit in (("histories", HISTORY_MODULUS), ("unread_ids", vocab_size)):
         values = metadata.get(name, [None] * num_rows)
         if not isinstance(values, list) or len(values) != num_rows:
@@ -294,8 +311,11 @@ def stored_ids(metadata: Mapping[str, Any], num_rows: int, vocab_size: int) -> t
         for value in values:
             if value is not None and not (type(value) is int and 0 <= value < limit):
                 raise ValueError(f"{name} has {value!r}")
-        found.append(list(values))
-    return found[0], found[1]
+        setattr(state, name, list(values))
+    is_left = metadata.get("is_left_by_beams", False)
+    if type(is_left) is not bool:
+        raise ValueError(f"is_left_by_beams is {is_left!r}")
+    state.is_left_by_beams = is_left
 
 
 def require_several(batch_size: int) -> None:

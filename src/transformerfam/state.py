@@ -17,7 +17,7 @@ from transformerfam.config import FamConfig
 from transformerfam.errors import CorruptFileError, StateMismatchError, TransformerFamError
 from transformerfam.files import load_tensors, metadata_form, require_finite, save_tensors
 from transformerfam.identity import ModelIdentity
-from transformerfam.reading_state import ReadingState, require_several, stored_ids
+from transformerfam.reading_state import ReadingState, require_several, take_stored
 
 STATE_FORMAT_VERSION = 1
 
@@ -227,9 +227,7 @@ class FamState(ReadingState):
             "num_blocks_per_row": self.num_blocks_per_row,
             "starts_from_saved_fam": self.starts_from_saved_fam,
             "position_offset": self.position_offset,
-            "histories": self.histories,
-            "unread_ids": self.unread_ids,
-        }
+        } | self.to_store()
         tensors = {
             f"layers.{i}.{name}": t for i, layer in enumerate(self.layers) for name, t in layer.tensors().items()
         }
@@ -256,7 +254,6 @@ class FamState(ReadingState):
         config: FamConfig = model.fam_config
         with metadata_form(path, "state"):
             num_rows = _num_rows(metadata)
-            histories, unread_ids = stored_ids(metadata, num_rows, model.get_input_embeddings().weight.shape[0])
         if batch_size is not None and num_rows != batch_size:
             raise StateMismatchError(
                 f"{path} holds {num_rows} sequences, required are {batch_size}; read that many, or select() rows"
@@ -264,6 +261,7 @@ class FamState(ReadingState):
         with torch.no_grad():
             state: FamState = model.init_state(num_rows)
         with metadata_form(path, "state"):
+            take_stored(state, metadata, model.get_input_embeddings().weight.shape[0])
             state.identity.check(metadata["identity"], config, str(path))
         if max(metadata["block_fill"]) >= config.block_size:
             raise CorruptFileError(
@@ -287,7 +285,6 @@ class FamState(ReadingState):
         state.num_blocks_per_row = list(metadata["num_blocks_per_row"])
         state.starts_from_saved_fam = list(metadata["starts_from_saved_fam"])
         state.position_offset = metadata["position_offset"]
-        state.histories, state.unread_ids = histories, unread_ids
         return state
 
 

@@ -14,7 +14,7 @@ import torch
 from transformerfam.errors import StateMismatchError, TransformerFamError
 from transformerfam.files import load_tensors, metadata_form, require_finite, save_tensors
 from transformerfam.identity import ModelIdentity
-from transformerfam.reading_state import ReadingState, require_several, stored_ids
+from transformerfam.reading_state import ReadingState, require_several, take_stored
 from transformerfam.rivals.config import RivalConfig
 
 STATE_FORMAT_VERSION = 1
@@ -228,9 +228,7 @@ class RivalState(ReadingState):
             "format_version": STATE_FORMAT_VERSION,
             "identity": self.identity.to_metadata(self.config),
             "lanes": lanes,
-            "histories": self.histories,
-            "unread_ids": self.unread_ids,
-        }
+        } | self.to_store()
         tensors = {
             f"{number}.{name}": tensor
             for number, lane in enumerate(self.lanes)
@@ -269,7 +267,7 @@ class RivalState(ReadingState):
         with metadata_form(path, "rival state"):
             state.set_lanes(_lanes_of(tensors, metadata["lanes"], device))
             vocab_size = model.get_input_embeddings().weight.shape[0]
-            state.histories, state.unread_ids = stored_ids(metadata, state.batch_size, vocab_size)
+            take_stored(state, metadata, vocab_size)
         return state
 
 
