@@ -1,5 +1,6 @@
 """Every error of the command line is one line that says what to do, and none is a traceback."""
 
+import builtins
 import os
 import sys
 
@@ -9,6 +10,7 @@ from test_cli import RECIPE
 from tiny_models import PASSKEY_TEXT
 from typer.testing import CliRunner
 
+import fam_command
 from transformerfam import cli
 from transformerfam.errors import RecipeError, TransformerFamError
 from transformerfam.models import load_model
@@ -25,8 +27,14 @@ def places(folder, tmp_path):
     (tmp_path / "r.toml").write_text(RECIPE)
     (tmp_path / "bare.jsonl").write_text('{"task": "passkey"}\n')
     (tmp_path / "next.jsonl").write_text('{"task": "next-token", "model": 1, "first_token": "x"}\n')
-    os.mkfifo(tmp_path / "fifo")
+    (tmp_path / "deep").write_text("a = " + "[" * 5000)
+    (tmp_path / "deep.jsonl").write_text("[" * 5000 + "\n")
+    (tmp_path / "run").mkdir()
+    for name in ("fifo", "fifo.svg", "run/log.jsonl"):
+        os.mkfifo(tmp_path / name)
+    (tmp_path / "link").symlink_to(tmp_path / "fifo")
     names = {"book": "book.txt", "recipe": "r.toml", "bare": "bare.jsonl", "next": "next.jsonl", "fifo": "fifo"}
+    names |= {"deep": "deep", "deep_rows": "deep.jsonl", "run": "run", "figure": "fifo.svg", "link": "link"}
     return {name: tmp_path / file for name, file in names.items()} | {"tmp": tmp_path, "folder": folder}
 
 
@@ -95,7 +103,23 @@ def test_usage_is_explained_as_before():
         (("read", "{fifo}", "--model", "{folder}", "--save", "{tmp}/s"), "it is a named pipe"),
         (("read", "{book}", "--model", "{folder}", "--save", "{tmp}/s", "--state", "{fifo}"), "it is a named pipe"),
         (("evaluate", "next-token", "{fifo}", "--model", "{folder}"), "it is a named pipe"),
-        (("evaluate", "next-token", "{book}", "--model", "{folder}", "--output", "{fifo}"), "it is a named pipe"),
+        (("evaluate", "next-token", "{book}", "--model", "{folder}", "--output", "{fifo}"), "it is a device or a pipe"),
+        (
+            ("evaluate", "next-token", "{book}", "--model", "{folder}", "--output", "/dev/null"),
+            "it is a device or a pipe",
+        ),
+        (("read", "{book}", "--model", "{folder}", "--save", "{tmp}/s", "--state", "/dev/null"), "it is a device"),
+        (("read", "/dev/null", "--model", "{folder}", "--save", "{tmp}/s"), "it is a device"),
+        (("report", "/dev/null"), "it is a device"),
+        (("report", "{bare}", "--figure", "{figure}"), "it is a device or a pipe"),
+        (("train", "/dev/null"), "it is a device"),
+        (("train", "{recipe}", "--output", "{run}"), "log.jsonl: it is a device or a pipe, required is a file"),
+        (("read", "{link}", "--model", "{folder}", "--save", "{tmp}/s"), "it is a named pipe"),
+        (("train", "{recipe}", "--set", "schedule.steps=" + "[" * 2000), "steps is '[["),
+        (("report", "{deep_rows}"), "line 1 of"),
+        (("train", "{deep}"), "is no valid TOML"),
+        (("read", "", "--model", "{folder}", "--save", "{tmp}/s"), "the path is empty, required is a UTF-8 text"),
+        (("read", "{book}", "--model", "", "--save", "{tmp}/s"), "model is '', required is one of tiny, smollm2"),
         (
             ("evaluate", "passkey", "--filler-tokens", "1", "--output", "{tmp}/r", "--wording", "{fifo}"),
             "it is a named pipe",
@@ -147,6 +171,23 @@ def test_known_errors_say_what_to_do(places, arguments, message):
     assert message in text
     assert "unexpected" not in text
     assert "Traceback" not in text
+
+
+def test_ctrl_c_while_modules_are_loaded_ends_without_a_traceback(monkeypatch, capsys):
+    """Would catch a page of imports for whoever stops the command in its first seconds."""
+    plain = builtins.__import__
+
+    def interrupted(name, *arguments, **options):
+        if name == "transformerfam.cli":
+            raise KeyboardInterrupt
+        return plain(name, *arguments, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(builtins, "__import__", interrupted)
+        with pytest.raises(SystemExit) as caught:
+            fam_command.main()
+    assert caught.value.code == 130
+    assert capsys.readouterr().err == "interrupted\n"
 
 
 def test_question_that_is_not_utf8_is_refused(folder):

@@ -2,14 +2,25 @@
 
 import builtins
 import json
+import os
 
 import pytest
 import tiny_models
 from command_line import run
 from tiny_llama import make_tiny_llama
+from transformers import AutoTokenizer
 
+from transformerfam import FamConfig, convert
+from transformerfam.adapter import FamAdapter
 from transformerfam.comparison import load_comparison
-from transformerfam.errors import CorruptFileError, RecipeError, TransformerFamError, UnsupportedModelError
+from transformerfam.errors import (
+    CorruptFileError,
+    MissingPackageError,
+    RecipeError,
+    TransformerFamError,
+    UnsupportedModelError,
+)
+from transformerfam.loading import load_pretrained
 from transformerfam.models import load_base, load_model
 from transformerfam.plan import find_config
 
@@ -82,11 +93,64 @@ def test_whatever_from_pretrained_raises_is_an_error_of_this_package(folder, con
         load_base(folder)
 
 
+@pytest.mark.parametrize("name", ["config.json", "generation_config.json", "tokenizer.json", "model.safetensors"])
+def test_pipes_in_a_model_folder_are_refused(folder, name):
+    """Would catch a command that waits for ever for a writer."""
+    (folder / name).unlink(missing_ok=True)
+    os.mkfifo(folder / name)
+    with pytest.raises(TransformerFamError, match="it is a named pipe|has no trained memory|holds a memory without"):
+        load_model(folder, "fam_untrained")
+    with pytest.raises(CorruptFileError, match=f"{name} is no file that can be read: it is a named pipe"):
+        load_pretrained(AutoTokenizer, folder)
+
+
+@pytest.mark.parametrize("base", [5, {}, ["a"], True, "[" * 5000, None])
+def test_base_of_a_peft_folder_is_checked(tmp_path, base):
+    """Would catch tracebacks, and a loader that recurses until Python stops it."""
+    text = base if isinstance(base, str) else json.dumps({"base_model_name_or_path": base})
+    (tmp_path / "adapter_config.json").write_text(text)
+    with pytest.raises(TransformerFamError, match="base_model_name_or_path|cannot be read .it is nested too deeply"):
+        load_model(tmp_path)
+
+
+@pytest.mark.parametrize("names", [["a"], ["a", "b"], ["a", "b", "b"]])
+def test_peft_folders_that_name_each_other_end(tmp_path, names):
+    """Would catch an adapter whose base is itself, or another that names it."""
+    for name, base in zip(names, [*names[1:], names[0]], strict=True):
+        (tmp_path / name).mkdir(exist_ok=True)
+        values = {"base_model_name_or_path": str(tmp_path / base)}
+        (tmp_path / name / "adapter_config.json").write_text(json.dumps(values))
+    with pytest.raises(TransformerFamError, match="which leads back to itself; required is the folder of a converted"):
+        load_model(tmp_path / "a")
+
+
+@pytest.mark.parametrize("base", [5, ["a"], None])
+def test_note_of_a_base_model_is_checked(tmp_path, base):
+    """Would catch a traceback of Python's paths."""
+    model = convert(make_tiny_llama(), FamConfig(block_size=16, fam_length=2))
+    FamAdapter.from_model(model, notes={"base_model": base}).save_pretrained(tmp_path)
+    with pytest.raises(TransformerFamError, match="holds a memory without its base model"):
+        load_model(tmp_path)
+    for name in (base, ""):
+        with pytest.raises(TransformerFamError, match="required is one of tiny, smollm2, or the path of a folder"):
+            load_model(name)
+
+
+@pytest.mark.parametrize("method", ["hqq", "torchao"])
+def test_package_that_is_not_installed_is_named(folder, method):
+    """Would catch "copy it again" for a model that is whole."""
+
+    class Quantized:
+        @staticmethod
+        def from_pretrained(*_, **__):
+            raise ModuleNotFoundError(f"No module named {method!r}")
+
+    with pytest.raises(MissingPackageError, match=f"needs a package that is not installed.*{method}.*install it"):
+        load_pretrained(Quantized, folder)
+
+
 def test_base_models_that_name_each_other_end(tmp_path):
     """Would catch an adapter whose base is another adapter, round and round."""
-    from transformerfam import FamConfig, convert
-    from transformerfam.adapter import FamAdapter
-
     model = convert(make_tiny_llama(), FamConfig(block_size=16, fam_length=2))
     for one, other in (("a", "b"), ("b", "a")):
         notes = {"base_model": str(tmp_path / other)}

@@ -1,5 +1,5 @@
 """`python -m transformerfam` is the command `fam`, for launchers that start modules."""
 
-from transformerfam.cli import app
+from fam_command import main
 
-app()
+main()

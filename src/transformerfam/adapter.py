@@ -28,6 +28,7 @@ from transformerfam.files import (
     is_ours,
     load_tensors,
     metadata_form,
+    read_whole,
     replacing,
     require_finite,
     required_form,
@@ -199,7 +200,7 @@ class FamAdapter:
         there = [name for name in (LORA_CONFIG_FILE, LORA_FILE) if (folder / name).exists()]
         if not there or (folder / FAM_FILE).exists():
             return
-        if LORA_CONFIG_FILE not in there or (folder / LORA_CONFIG_FILE).read_text(encoding="utf-8") != lora_config:
+        if LORA_CONFIG_FILE not in there or read_whole(folder / LORA_CONFIG_FILE) != lora_config.encode():
             raise TransformerFamError(
                 f"{folder} holds a PEFT adapter without a memory ({', '.join(there)}), which would be replaced; choose "
                 "another folder"
@@ -350,7 +351,7 @@ def _check_metadata(metadata: dict[str, Any], tensors: dict[str, torch.Tensor], 
 
 def _load_lora(path: Path) -> dict[str, torch.Tensor]:
     try:
-        return dict(sorted(load(path.read_bytes()).items()))
+        return dict(sorted(load(read_whole(path)).items()))
     except (OSError, SafetensorError) as error:
         raise CorruptFileError(f"{path} cannot be read ({error}); copy the adapter again") from error
 

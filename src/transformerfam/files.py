@@ -9,6 +9,7 @@ import secrets
 import stat
 import tempfile
 import time
+import tomllib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any
@@ -172,18 +173,58 @@ def in_use(what: str) -> TransformerFamError:
     return TransformerFamError(f"{what} is written by another process; wait for its end, or choose another")
 
 
-def refuse_fifo(path: str | os.PathLike[str]) -> None:
-    """Refuse a named pipe, whose opening waits for a writer that may never come.
+def refuse_endless(path: str | os.PathLike[str]) -> None:
+    """Refuse a named pipe, whose opening waits for a writer that may never come, and a device, which may never end.
 
     Raises:
         OSError: it is one; callers say what they need in its place.
     """
     try:
-        is_fifo = stat.S_ISFIFO(os.lstat(path).st_mode)
-    except OSError:  # opening it says why
+        is_fifo = stat.S_ISFIFO(os.lstat(os.path.realpath(path)).st_mode)  # a shell's `<(command)` has no such name
+    except (OSError, ValueError):
+        is_fifo = False
+    try:
+        mode = os.stat(path).st_mode
+    except (OSError, ValueError):  # opening it says why
         return
     if is_fifo:
         raise OSError(errno.ESPIPE, "it is a named pipe; read it from standard input, or copy it to a file")
+    if stat.S_ISCHR(mode) or stat.S_ISBLK(mode):
+        raise OSError(errno.EINVAL, "it is a device; read it from standard input, or copy it to a file")
+
+
+def read_whole(path: str | os.PathLike[str]) -> bytes:
+    """Return what a file holds.
+
+    Raises:
+        OSError: it cannot be read, or is a named pipe or a device.
+    """
+    refuse_endless(path)
+    return Path(path).read_bytes()
+
+
+def parse_json(text: str | bytes) -> Any:
+    """Return the value of a JSON text.
+
+    Raises:
+        ValueError: it is none, is no UTF-8, or is nested too deeply.
+    """
+    try:
+        return json.loads(text)
+    except RecursionError as error:
+        raise ValueError("it is nested too deeply") from error
+
+
+def parse_toml(text: str | bytes) -> dict[str, Any]:
+    """Return the values of a TOML text.
+
+    Raises:
+        ValueError: it is none, is no UTF-8, or is nested too deeply.
+    """
+    try:
+        return tomllib.loads(text if isinstance(text, str) else text.decode())
+    except RecursionError as error:
+        raise ValueError("it is nested too deeply") from error
 
 
 def require_target(path: str | os.PathLike[str], kind: str, overwrite: bool = False, option: str = "") -> None:
@@ -221,8 +262,11 @@ def is_ours(path: Path, kind: str) -> bool:
         return False
     there = "a folder" if path.is_dir() else "a file that is not of this package"
     if path.is_file():
-        with contextlib.suppress(OSError, SafetensorError, ValueError), safe_open(str(path), framework="pt") as file:
-            found = json.loads((file.metadata() or {})[METADATA_KEY])["kind"]
+        with (
+            contextlib.suppress(OSError, SafetensorError, KeyError, TypeError, ValueError),
+            safe_open(str(path), framework="pt") as file,
+        ):
+            found = parse_json((file.metadata() or {})[METADATA_KEY])["kind"]
             there = _with_article(found)
     if there != _with_article(kind):
         raise TransformerFamError(
@@ -246,7 +290,7 @@ def write_bytes(path: str | os.PathLike[str], content: bytes) -> None:
 def _header_of(content: bytes) -> dict[str, str]:
     """Return the free texts of a safetensors file: its first 8 bytes are the length of a JSON object that has them."""
     length = int.from_bytes(content[:8], "little")
-    texts: dict[str, str] = json.loads(content[8 : 8 + length]).get("__metadata__", {})
+    texts: dict[str, str] = parse_json(content[8 : 8 + length]).get("__metadata__", {})
     return texts
 
 
@@ -305,8 +349,7 @@ def load_tensors(
     """
     path = Path(path)
     try:
-        refuse_fifo(path)
-        content = path.read_bytes()  # at once: `safe_open` opens it twice, and another file may be there by then
+        content = read_whole(path)  # at once: `safe_open` opens it twice, and another file may be there by then
         tensors = dict(sorted(load(content).items()))  # in one order in all processes
         header = _header_of(content)
     except FileNotFoundError as error:
@@ -321,7 +364,7 @@ def load_tensors(
     if digest_tensors(tensors, header[METADATA_KEY]) != header[CHECKSUM_KEY]:
         raise CorruptFileError(f"{path} is damaged: its checksum does not match; make the {kind} again")
     with metadata_form(path, kind):
-        metadata = dict(json.loads(header[METADATA_KEY]))
+        metadata = dict(parse_json(header[METADATA_KEY]))
     if metadata.get("kind") != kind:
         raise CorruptFileError(f"{path} holds a {metadata.get('kind')}, required is a {kind}")
     if type(metadata.get("format_version")) is not int or metadata["format_version"] != format_version:

@@ -8,7 +8,6 @@ language-model head gives such a folder back converted; elsewhere it gives the b
 import contextlib
 import contextvars
 import functools
-import json
 import os
 import tempfile
 from collections.abc import Iterator, Mapping
@@ -21,8 +20,8 @@ from transformers.utils import cached_file
 
 from transformerfam.adapter import CONFIG_FILE, FAM_FILE, FamAdapter
 from transformerfam.convert import METHODS, memory_of
-from transformerfam.errors import CorruptFileError, TransformerFamError, UnsupportedModelError
-from transformerfam.files import share_rights
+from transformerfam.errors import CorruptFileError, MissingPackageError, TransformerFamError, UnsupportedModelError
+from transformerfam.files import parse_json, read_whole, refuse_endless, share_rights
 from transformerfam.peft_adapters import LORA_CONFIG_FILE, has_adapters
 
 CONFIG_KEY = "fam_config"
@@ -62,8 +61,10 @@ def load_pretrained(
 
     Raises:
         UnsupportedModelError: it needs code of the folder; the message names the file and the key.
+        MissingPackageError: it needs a package that is not installed, for example that of a quantization.
         CorruptFileError: whatever else `from_pretrained` raises.
     """
+    _require_files(Path(folder))
     for file, key, value in _code_in(folder):
         if key in KERNEL_KEYS:
             raise UnsupportedModelError(
@@ -79,7 +80,20 @@ def load_pretrained(
                 "transformers has itself"
             ) from error
         reason = f"{type(error).__name__}: {error}"
+        if isinstance(error, ImportError):
+            raise MissingPackageError(
+                f"{folder} needs a package that is not installed, or another version of it ({reason}); install it"
+            ) from error
         raise CorruptFileError(f"{folder} holds no model that can be read ({reason}); copy it again") from error
+
+
+def _require_files(folder: Path) -> None:
+    """Refuse a folder with pipes or devices, whose reading waits or never ends."""
+    for path in sorted(folder.iterdir()) if folder.is_dir() else ():
+        try:
+            refuse_endless(path)
+        except OSError as error:
+            raise CorruptFileError(f"{path} is no file that can be read: {error.strerror}") from error
 
 
 def load_pretrained_model(kind: Any, folder: str | os.PathLike[str], **options: Any) -> PreTrainedModel:
@@ -147,8 +161,8 @@ def _code_in(folder: str | os.PathLike[str]) -> Iterator[tuple[str, str, Any]]:
     """Yield file, key and value of what names code in the JSON files of a folder."""
     for path in sorted(Path(folder).glob("*config.json")):
         try:
-            waiting = [json.loads(path.read_bytes())]
-        except (OSError, ValueError, RecursionError):  # loading it says what is wrong
+            waiting = [parse_json(read_whole(path))]
+        except (OSError, ValueError):  # loading it says what is wrong
             continue
         while waiting:
             values = waiting.pop()

@@ -2,7 +2,6 @@
 
 import difflib
 import importlib.resources
-import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -16,7 +15,16 @@ from transformerfam.adapter import CHECKPOINT_FILE, CONFIG_FILE, FAM_FILE, FamAd
 from transformerfam.config import FamConfig
 from transformerfam.convert import convert
 from transformerfam.errors import CorruptFileError, StateMismatchError, TransformerFamError
-from transformerfam.files import is_ours, load_tensors, metadata_form, require_finite, save_tensors, share_rights
+from transformerfam.files import (
+    is_ours,
+    load_tensors,
+    metadata_form,
+    parse_json,
+    read_whole,
+    require_finite,
+    save_tensors,
+    share_rights,
+)
 from transformerfam.loading import load_pretrained, load_pretrained_model, plain_loading
 from transformerfam.peft_adapters import LORA_CONFIG_FILE, has_adapters, load_peft_folder
 from transformerfam.rivals import RIVAL_NAMES, RivalConfig, attach
@@ -130,17 +138,35 @@ def _load_peft(
     folder: Path, system: str, overrides: Mapping[str, Any] | None, merge: bool
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Load a folder that PEFT's `save_pretrained` wrote, with the converted model that its configuration names."""
-    try:
-        base = json.loads((folder / LORA_CONFIG_FILE).read_text(encoding="utf-8"))["base_model_name_or_path"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise CorruptFileError(f"{folder / LORA_CONFIG_FILE} cannot be read ({error}); copy it again") from error
+    base = _base_of_peft(folder)
     if system != "fam" or not base:
         raise TransformerFamError(
             f"{folder} holds an adapter of PEFT for the base model {base!r}, asked is for system {system!r}; required "
             "is system 'fam' and the folder of a converted model as base_model_name_or_path"
         )
+    seen, place = [folder.resolve()], _find_folder(base)
+    while (place / LORA_CONFIG_FILE).is_file() and not (place / FAM_FILE).is_file():
+        if place.resolve() in seen:
+            raise TransformerFamError(
+                f"{folder} holds an adapter of PEFT whose base model is {base!r}, which leads back to itself; required "
+                "is the folder of a converted model as base_model_name_or_path"
+            )
+        seen.append(place.resolve())
+        place = _find_folder(_base_of_peft(place))
     model, tokenizer = load_model(base, system, overrides)
     return load_peft_folder(model, folder, merge).eval(), tokenizer
+
+
+def _base_of_peft(folder: Path) -> str:
+    """Return what a folder of PEFT names as its base model; "" where it names none."""
+    path = folder / LORA_CONFIG_FILE
+    try:
+        base = parse_json(read_whole(path))["base_model_name_or_path"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CorruptFileError(f"{path} cannot be read ({error}); copy it again") from error
+    if not isinstance(base, str | None):
+        raise CorruptFileError(f"{path} has {base!r} as base_model_name_or_path, required is a text; correct it")
+    return base or ""
 
 
 def save_model(
@@ -295,7 +321,7 @@ def load_base(
         if adapter is None:
             adapter = FamAdapter.from_pretrained(folder)
         base = adapter.notes.get(BASE_NOTE)
-        if base is None or str(base) == str(name_or_folder):
+        if not isinstance(base, str) or base == str(name_or_folder):
             raise TransformerFamError(
                 f"{folder} holds a memory without its base model, and its notes do not name one under {BASE_NOTE!r}; "
                 "load the base model yourself and call FamAdapter.from_pretrained(folder).apply(model)"
@@ -314,6 +340,10 @@ def load_base(
 def _find_folder(name_or_folder: str | os.PathLike[str]) -> Path:
     if str(name_or_folder) in NAMED_MODELS:
         return Path(str(importlib.resources.files("transformerfam"))) / "data" / str(name_or_folder)
+    if not isinstance(name_or_folder, str | os.PathLike) or not str(name_or_folder):
+        raise TransformerFamError(
+            f"model is {name_or_folder!r}, required is one of {', '.join(NAMED_MODELS)}, or the path of a folder"
+        )
     folder = Path(name_or_folder)
     if folder.is_dir():
         return folder

@@ -2,7 +2,6 @@
 
 import copy
 import difflib
-import tomllib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,7 +9,7 @@ from typing import Any, Literal
 
 from transformerfam.config import FamConfig
 from transformerfam.errors import RecipeError, TransformerFamError
-from transformerfam.files import refuse_fifo
+from transformerfam.files import parse_toml, read_whole
 from transformerfam.rivals import PRESETS, RIVAL_NAMES, preset
 from transformerfam.tasks.controls import control_of
 from transformerfam.training.recipe import Recipe
@@ -276,8 +275,7 @@ def load_comparison(path: str | Path, overrides: Sequence[str] = ()) -> Comparis
 
 def _read_toml(path: Path) -> dict[str, Any]:
     try:
-        refuse_fifo(path)
-        return tomllib.loads(path.read_text(encoding="utf-8"))
+        return parse_toml(read_whole(path))
     except OSError as error:
         raise RecipeError(f"cannot read {str(path)!r}: {error.strerror}; give the path of a TOML file") from error
     except ValueError as error:

@@ -20,6 +20,7 @@ from rich.table import Table
 from transformerfam.comparison.plan import UNTRAINED, Comparison, RunName
 from transformerfam.comparison.run import ROWS_FILE, is_finished, require_same_recipe, run_folder
 from transformerfam.errors import MissingPackageError, TransformerFamError
+from transformerfam.files import read_whole
 from transformerfam.processes import INTERRUPTED
 from transformerfam.reports.rows import RowFile, fields_of_rows, read_rows
 from transformerfam.training.checkpoint import last_log_row
@@ -183,7 +184,7 @@ class Schedule:
             return state
         folder = run_folder(self.folder, run)
         if (folder / ROWS_FILE).exists():
-            asked = (folder / ROWS_FILE).read_text(encoding="utf-8").count("\n")
+            asked = read_whole(folder / ROWS_FILE).count(b"\n")
             lengths = sum(len(self.comparison.lengths_of(system)) for system in self.comparison.rows_of(run))
             return f"asked {asked} of {lengths * self.comparison.num_questions}"
         row = last_log_row(folder / LOG_FILE)

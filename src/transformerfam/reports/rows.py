@@ -9,7 +9,7 @@ from types import TracebackType
 from typing import Any, NamedTuple
 
 from transformerfam.errors import CorruptFileError, StateMismatchError, TransformerFamError
-from transformerfam.files import hold_file, refuse_fifo, required_form
+from transformerfam.files import hold_file, parse_json, read_whole, require_regular, required_form
 from transformerfam.processes import process_share, uninterrupted
 from transformerfam.tasks.telling import Telling
 
@@ -41,8 +41,8 @@ class RowFile:
             TransformerFamError: it cannot be written, or another process writes it.
         """
         self.path = Path(path)
+        require_regular(self.path)
         try:
-            refuse_fifo(self.path)
             self.path.parent.mkdir(parents=True, exist_ok=True)
             self._file = self.path.open("a+b")
         except OSError as error:
@@ -110,8 +110,7 @@ def read_rows(paths: Iterable[str | Path]) -> list[Row]:
     rows: list[Row] = []
     for path in map(Path, paths):
         try:
-            refuse_fifo(path)
-            content = path.read_bytes()
+            content = read_whole(path)
         except OSError as error:
             raise CorruptFileError(
                 f"cannot read {path} ({error.strerror}); a JSON lines file of rows is required, check the path"
@@ -140,7 +139,7 @@ def _is_begun(line: bytes) -> bool:
     """Say whether a line is the beginning of a row, and no other text."""
     size = min(len(line), len(ROW_BEGINS))
     try:
-        json.loads(line)
+        parse_json(line)
     except ValueError:
         return line[:size] == ROW_BEGINS[:size]
     return False
@@ -151,7 +150,7 @@ def _parse(content: bytes, path: Path, first: int = 1) -> Iterator[Row]:
         if not line.strip():
             continue
         try:
-            row = json.loads(line)
+            row = parse_json(line)
         except ValueError:
             row = None
         if not isinstance(row, dict) or "task" not in row:

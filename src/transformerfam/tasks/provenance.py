@@ -2,7 +2,6 @@
 
 import hashlib
 import importlib.resources
-import json
 import os
 import platform
 import subprocess
@@ -15,7 +14,7 @@ import torch
 
 from transformerfam.adapter import FAM_FILE, FamAdapter
 from transformerfam.errors import CorruptFileError
-from transformerfam.files import load_tensors
+from transformerfam.files import load_tensors, parse_json, read_whole
 from transformerfam.models import BSWA_FOLDER, NAMED_MODELS, RIVAL_FILE, RIVAL_FORMAT_VERSION
 
 UNKNOWN = "unknown"
@@ -109,7 +108,7 @@ def memory_notes(name_or_folder: str | Path, system: str = "fam") -> dict[str, A
     card = folder / CARD_FILE
     if card.is_file():
         try:
-            notes = notes | json.loads(card.read_text(encoding="utf-8"))
+            notes = notes | parse_json(read_whole(card))
         except (ValueError, TypeError) as error:
             raise CorruptFileError(f"{card} is no JSON object ({error}); copy it again") from error
     return notes

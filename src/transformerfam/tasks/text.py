@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from transformerfam.errors import TransformerFamError
-from transformerfam.files import refuse_fifo
+from transformerfam.files import refuse_endless
 from transformerfam.novels import HELD_OUT_NOVELS, open_novel
 
 READ_BYTES = 1 << 16
@@ -37,6 +37,8 @@ def list_files(path: str | Path) -> list[Path | str]:
     Raises:
         TransformerFamError: there is no such file, it cannot be opened, or the folder holds none.
     """
+    if not str(path):
+        raise TransformerFamError("the path is empty, required is a UTF-8 text, a folder of them, or - (stdin)")
     if not Path(path).is_dir():
         open_bytes(path).close()
         return [path]
@@ -91,7 +93,7 @@ def open_bytes(path: str | Path) -> IO[bytes]:
     if str(path) in HELD_OUT_NOVELS:
         return open_novel(str(path))
     try:
-        refuse_fifo(path)
+        refuse_endless(path)
         return Path(path).open("rb")
     except (OSError, ValueError) as error:  # ValueError: a name that no file can have
         reason = getattr(error, "strerror", None) or str(error)

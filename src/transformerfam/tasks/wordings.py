@@ -3,13 +3,12 @@
 import functools
 import importlib.resources
 import random
-import tomllib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar, Protocol
 
 from transformerfam.errors import TransformerFamError
-from transformerfam.files import refuse_fifo
+from transformerfam.files import parse_toml, read_whole
 
 KEY = "{key}"
 
@@ -57,9 +56,8 @@ class Wording:
             TransformerFamError: it cannot be read, a key is missing or unknown, or `{key}` is not where it has to be.
         """
         try:
-            refuse_fifo(path)
-            values = tomllib.loads(Path(path).read_text(encoding="utf-8"))
-        except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+            values = parse_toml(read_whole(path))
+        except (OSError, ValueError) as error:
             raise TransformerFamError(
                 f"cannot read the wording {str(path)!r} ({error}); required is a TOML file with intro, question, answer"
             ) from error
@@ -171,7 +169,7 @@ class WordingBank:
     def load() -> "WordingBank":
         """Return the bank of the package."""
         resource = importlib.resources.files("transformerfam") / "data" / "key_wordings.toml"
-        return WordingBank(**tomllib.loads(resource.read_text(encoding="utf-8")))
+        return WordingBank(**parse_toml(resource.read_bytes()))
 
     def draw_names(self, draw: random.Random, count: int) -> list[Name]:
         """Return different names: a third without an owner, as far as one noun is not used twice alone."""

@@ -6,7 +6,6 @@ moments; they are joined when the run goes on, in as many processes as one likes
 
 import contextlib
 import dataclasses
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,7 @@ from torch.distributed.tensor import DTensor
 
 from transformerfam.adapter import CHECKPOINT_FILE
 from transformerfam.errors import CorruptFileError, RecipeError, TransformerFamError
-from transformerfam.files import load_tensors, metadata_form, save_tensors, write_text
+from transformerfam.files import load_tensors, metadata_form, parse_json, read_whole, save_tensors, write_text
 from transformerfam.training.optimizer import AverageOfWeights
 from transformerfam.training.recipe import Recipe
 from transformerfam.training.recipe_file import build_recipe
@@ -191,9 +190,9 @@ def cut_log(path: Path, num_steps: int) -> None:
     if not path.exists():
         return
     kept = []
-    for number, line in enumerate(path.read_bytes().splitlines(keepends=True), start=1):
+    for number, line in enumerate(read_whole(path).splitlines(keepends=True), start=1):
         try:
-            is_kept = json.loads(line)["step"] < num_steps
+            is_kept = parse_json(line)["step"] < num_steps
         except (ValueError, TypeError, KeyError) as error:
             if not line.endswith(b"\n") and line[: len(LOG_BEGINS)] == LOG_BEGINS[: len(line)]:
                 break
@@ -210,9 +209,9 @@ def last_log_row(path: Path) -> dict[str, Any] | None:
     """Return the last whole line of a log, None where there is none."""
     if not path.exists():
         return None
-    for line in reversed(path.read_text(encoding="utf-8").splitlines()):
+    for line in reversed(read_whole(path).decode(errors="replace").splitlines()):
         with contextlib.suppress(ValueError, TypeError):
-            row: dict[str, Any] = dict(json.loads(line))
+            row: dict[str, Any] = dict(parse_json(line))
             return row
     return None
 
@@ -226,9 +225,10 @@ def recipe_of_run(folder: str | Path) -> Recipe:
     """
     path = Path(folder) / RECIPE_FILE
     try:
-        return build_recipe(json.loads(path.read_text(encoding="utf-8")))
+        return build_recipe(parse_json(read_whole(path)))
     except OSError as error:
-        raise TransformerFamError(f"{folder} holds no training run: {path.name} is missing; give its folder") from error
+        why = "is missing" if isinstance(error, FileNotFoundError) else f"cannot be read ({error.strerror})"
+        raise TransformerFamError(f"{folder} holds no training run: {path.name} {why}; give its folder") from error
     except RecipeError as error:
         raise CorruptFileError(f"{path} is no recipe of this package: {error}; put it back, or train again") from error
     except ValueError as error:  # no JSON, or no UTF-8

@@ -3,17 +3,15 @@
 Source: section 3.1.1 of arXiv 2404.09173.
 """
 
-import json
 import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from transformerfam.errors import RecipeError
-from transformerfam.files import refuse_fifo
+from transformerfam.files import parse_json, read_whole
 from transformerfam.tasks.text import encode, require_known, unknown_share
 from transformerfam.training.recipe import Recipe
 from transformerfam.training.sections import InstructionSection
@@ -42,14 +40,13 @@ def read_instructions(tokenizer: Any, section: InstructionSection) -> list[Piece
     pieces = []
     for path in section.files:
         try:
-            refuse_fifo(path)
-            lines = Path(path).read_text(encoding="utf-8").splitlines()
+            lines = read_whole(path).decode().splitlines()
         except (OSError, UnicodeDecodeError) as error:
             raise RecipeError(f"instructions.files: cannot read {path!r} ({error}); give UTF-8 JSON lines") from error
         for number, line in enumerate(lines, start=1):
             if line.strip():
                 try:
-                    pieces.append(_piece(tokenizer, section, json.loads(line)))
+                    pieces.append(_piece(tokenizer, section, parse_json(line)))
                 except (ValueError, KeyError, TypeError) as error:
                     raise RecipeError(
                         f"{path}, line {number}: {error}; required is JSON with messages, with prompt and answer, or "

@@ -2,7 +2,6 @@
 
 import dataclasses
 import difflib
-import tomllib
 import types
 import typing
 from collections.abc import Sequence
@@ -11,7 +10,7 @@ from typing import Any, Literal
 
 from transformerfam.config import FamConfig
 from transformerfam.errors import RecipeError, TransformerFamError
-from transformerfam.files import refuse_fifo
+from transformerfam.files import parse_toml, read_whole
 from transformerfam.training.recipe import Recipe
 
 
@@ -26,8 +25,7 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
         RecipeError: the file cannot be read, is no TOML, or has an unknown, missing or wrong key.
     """
     try:
-        refuse_fifo(path)
-        values = tomllib.loads(Path(path).read_text(encoding="utf-8"))
+        values = parse_toml(read_whole(path))
     except OSError as error:
         raise RecipeError(
             f"cannot read the recipe {str(path)!r}: {error.strerror}; give the path of a TOML file"
@@ -49,8 +47,8 @@ def apply_override(values: dict[str, Any], override: str) -> None:
     if not equals or not dotted.strip():
         raise RecipeError(f"override {override!r} is not of the form section.key=value")
     try:
-        value = tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError:
+        value = parse_toml(f"value = {text}")["value"]
+    except ValueError:
         value = text.strip()
     set_value(values, dotted.strip(), value)
 

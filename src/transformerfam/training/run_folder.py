@@ -8,7 +8,7 @@ from filelock import BaseFileLock
 
 from transformerfam.adapter import CONFIG_FILE, FAM_FILE, LORA_CONFIG_FILE, LORA_FILE
 from transformerfam.errors import CorruptFileError, RecipeError, TransformerFamError
-from transformerfam.files import hold, is_ours, make_folder, write_text
+from transformerfam.files import hold, is_ours, make_folder, require_regular, write_text
 from transformerfam.models import RIVAL_FILE
 from transformerfam.training.checkpoint import CHECKPOINT_FILE, RECIPE_FILE, recipe_of_run
 from transformerfam.training.ranks import Ranks
@@ -55,6 +55,8 @@ def claim_folder(
             "run the same command without --resume, which starts over"
         )
     make_folder(folder)
+    for name in (LOG_FILE, RECIPE_FILE, LOCK_FILE):
+        require_regular(folder / name)
     _require_right(folder, recipe, resume, overwrite)  # before a lock is put there
     lock = hold(folder / LOCK_FILE, f"the run in {folder}") if ranks.is_main else None
     try:

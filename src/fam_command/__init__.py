@@ -1,0 +1,18 @@
+"""Where the command `fam` begins: Ctrl-C while its modules are loaded, which takes seconds, leaves no traceback.
+
+It is no part of `transformerfam`, whose import is what takes the time.
+"""
+
+import sys
+
+INTERRUPTED = 130
+
+
+def main() -> None:
+    """Run the command."""
+    try:
+        from transformerfam.cli import app
+    except KeyboardInterrupt:
+        sys.stderr.write("interrupted\n")
+        sys.exit(INTERRUPTED)
+    app()
