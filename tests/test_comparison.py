@@ -318,7 +318,7 @@ def test_ablations_are_drawn_as_a_matrix_and_tables_as_markdown(recipe: Path, tm
     for text, number in (("1.00", 1), ("0.50", 1), ("0.00", 1), (EMPTY, 3), ("fam_f8", 1)):
         assert drawn.count(f">{text}<") == number, text
     write_markdown(comparison_tables(comparison, rows)[:1], tmp_path / "table.md")
-    assert (tmp_path / "table.md").read_text().splitlines()[2:7] == [
+    assert (tmp_path / "table.md").read_text().splitlines()[4:9] == [
         "| system | 8 | 40 |",
         "| --- | ---: | ---: |",
         "| fam | 1.00 | 0.00 |",

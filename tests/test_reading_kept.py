@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 from transformerfam import FamState, cli, processes
 from transformerfam.errors import ReadInterrupted, TransformerFamError
 from transformerfam.models import load_model
-from transformerfam.processes import ends_as_ctrl_c, uninterrupted
+from transformerfam.processes import ends_as_ctrl_c, ends_noted, uninterrupted
 from transformerfam.tasks import passkey_evaluation
 from transformerfam.tasks.passkey_evaluation import evaluate_passkey
 from transformerfam.tasks.reading import read_text_stream
@@ -136,6 +136,17 @@ def test_ctrl_c_is_heard_again_once_it_has_settled(monkeypatch):
         for _ in range(2):
             with pytest.raises(KeyboardInterrupt):
                 signal.raise_signal(signal.SIGINT)
+
+
+def test_training_that_ends_itself_takes_a_held_key_for_one(monkeypatch):
+    """Would catch a run that a second Ctrl-C kills before it has saved, milliseconds after the first."""
+    with ends_as_ctrl_c(), ends_noted() as noted:
+        for _ in range(3):
+            signal.raise_signal(signal.SIGINT)
+        assert len(noted) == 3
+        monkeypatch.setattr(processes, "SETTLE_SECONDS", 0.0)
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
 
 
 def test_body_that_is_not_interrupted_hears_the_signal_at_its_end():

@@ -60,12 +60,18 @@ def ends_as_ctrl_c() -> Iterator[None]:
 
 @contextlib.contextmanager
 def ends_noted() -> Iterator[list[int]]:
-    """Yield a list of what came of Ctrl-C, SIGTERM and SIGHUP, for a body that ends itself; a second Ctrl-C ends it."""
+    """Yield a list of what came of Ctrl-C, SIGTERM and SIGHUP, for a body that ends itself; a second Ctrl-C ends it.
+
+    One that follows another within `SETTLE_SECONDS` is the same one.
+    """
     noted: list[int] = []
+    last = [float("-inf")]
     plain = signal.getsignal(signal.SIGINT)
 
     def note(number: int, frame: FrameType | None) -> None:
-        if number in noted and number == signal.SIGINT and callable(plain):
+        before, last[0] = last[0], time.monotonic()
+        is_second = number in noted and last[0] - before >= SETTLE_SECONDS
+        if is_second and number == signal.SIGINT and callable(plain):
             plain(number, frame)
         noted.append(number)
 
