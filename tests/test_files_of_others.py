@@ -158,6 +158,11 @@ def test_memory_does_not_take_the_place_of_a_peft_adapter(tmp_path):
     with pytest.raises(TransformerFamError, match="holds a PEFT adapter without a memory .*choose another folder"):
         adapter.save_pretrained(tmp_path)
     assert bytes_of(tmp_path) == before
+    (tmp_path / "fam.safetensors").write_bytes(b"something else")
+    with pytest.raises(TransformerFamError, match="only an adapter may take the place of an adapter"):
+        adapter.save_pretrained(tmp_path)
+    (tmp_path / "fam.safetensors").unlink()
+    assert bytes_of(tmp_path) == before
     adapter.save_pretrained(tmp_path / "own")
     (tmp_path / "own" / "fam.safetensors").unlink()
     adapter.save_pretrained(tmp_path / "own")

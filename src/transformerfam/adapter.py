@@ -198,7 +198,7 @@ class FamAdapter:
     def _require_own(folder: Path, lora_config: str) -> None:
         """Refuse a folder that holds an adapter without a memory, unless a save like this one was broken off there."""
         there = [name for name in (LORA_CONFIG_FILE, LORA_FILE) if (folder / name).exists()]
-        if not there or (folder / FAM_FILE).exists():
+        if is_ours(folder / FAM_FILE, "adapter") or not there:
             return
         if LORA_CONFIG_FILE not in there or read_whole(folder / LORA_CONFIG_FILE) != lora_config.encode():
             raise TransformerFamError(
