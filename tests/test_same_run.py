@@ -2,6 +2,7 @@
 
 import json
 import shlex
+import shutil
 import signal
 
 import pytest
@@ -12,10 +13,11 @@ from training_recipes import small_recipe
 
 from transformerfam.comparison import RunName, load_comparison, run_one
 from transformerfam.comparison import run as comparison_run
-from transformerfam.comparison.run import ROWS_FILE
+from transformerfam.comparison.report import current_rows
+from transformerfam.comparison.run import ROWS_FILE, is_finished
 from transformerfam.comparison.schedule import Schedule
-from transformerfam.errors import RecipeError
-from transformerfam.reports.rows import RowFile
+from transformerfam.errors import RecipeError, StateMismatchError
+from transformerfam.reports.rows import RowFile, accuracy_by_length, read_rows
 from transformerfam.training import trainer as trainer_module
 from transformerfam.training.trainer import Trainer
 
@@ -129,3 +131,107 @@ def test_rows_of_a_scheduler_that_was_killed_are_not_written_twice(comparison, t
     with RowFile(tmp_path / "rows.jsonl") as schedule.rows:
         assert schedule._run(name)
     assert (tmp_path / "rows.jsonl").read_text() == "".join(lines)
+
+
+@pytest.fixture(scope="module")
+def finished_runs(tmp_path_factory):
+    """Finish one run of each task, and return its comparison file and rows by task."""
+    folder = tmp_path_factory.mktemp("finished")
+    (folder / "filler.txt").write_text(" The grass is green. The sky is blue." * 9)
+    data = {"named-keys": "named_keys = [1, 3]", "facts": "facts = [1, 2]", "passkey": ""}
+    found = {}
+    for task, line in data.items():
+        (folder / f"{task}.recipe").write_text(f"{SMALL_TRAINING}[data]\n{line}\n")
+        path = folder / f"{task}.toml"
+        path.write_text(
+            f'recipe = "{task}.recipe"\ntask = "{task}"\nfiller = "{folder}/filler.txt"\nsystems = ["fam_untrained"]\n'
+            "num_keys = 2\nnum_told = [2]\nnum_supports = [1]\nnum_sentences = 6\nfiller_tokens = [8]\n"
+        )
+        plan = load_comparison(path)
+        with pytest.MonkeyPatch.context() as patched:
+            patched.setattr(comparison_run, "BYTES_LENGTHS", (8,))
+            run_one(plan, plan.runs[0], folder / "runs")
+        found[task] = (path, read_rows([folder / "runs" / "fam_untrained-0" / ROWS_FILE]))
+        shutil.rmtree(folder / "runs")
+    return found
+
+
+@pytest.mark.parametrize(
+    ("task", "change", "num_kept"),
+    [
+        ("passkey", 'filler="sentences"', 0),
+        ("passkey", "prefix_tokens=[9]", 0),
+        ("passkey", "overwritten_tokens=[0]", 2),
+        ("passkey", "num_keys=3", 0),
+        ("passkey", "num_keys=1", 0),
+        ("passkey", "filler_tokens=[9]", 0),
+        ("passkey", "recipe.fam.block_size=8", 0),
+        ("named-keys", 'filler="sentences"', 0),
+        ("named-keys", "num_told=[1]", 0),
+        ("named-keys", "num_retold=1", 0),
+        ("named-keys", "keys_apart=[1,2]", 0),
+        ("facts", 'filler="sentences"', 0),
+        ("facts", "num_supports=[2]", 0),
+        ("facts", "num_sentences=7", 0),
+    ],
+)
+def test_answers_to_other_questions_are_neither_shown_nor_counted(finished_runs, task, change, num_kept):
+    """Would catch old answers under a changed comparison, and no question asked."""
+    path, rows = finished_runs[task]
+    (run,) = load_comparison(path).runs
+    assert is_finished(load_comparison(path), run, rows)
+    other = load_comparison(path, [change])
+    assert not is_finished(other, run, rows)
+    assert sum(row["task"] == task for row in current_rows(other, rows)) == num_kept
+
+
+@pytest.mark.parametrize("task", ["passkey", "named-keys", "facts"])
+def test_filler_of_the_same_name_with_another_text_is_asked_again(finished_runs, task):
+    """Would catch answers in a text that was edited since; rows of earlier versions do not say which text it was."""
+    path, rows = finished_runs[task]
+    plan, filler = load_comparison(path), path.with_name("filler.txt")
+    before = filler.read_text()
+    filler.write_text(before.replace("green", "blue"))
+    assert not is_finished(plan, plan.runs[0], rows)
+    old = [{name: value for name, value in row.items() if name != "questions"} for row in rows]
+    assert is_finished(plan, plan.runs[0], old)
+    filler.write_text(before)
+
+
+def test_question_of_a_changed_comparison_is_asked_in_its_old_folder(comparison, tmp_path):
+    """Would catch a run that is not asked since its folder holds as many answers to other questions."""
+    name = RunName("fam_untrained", 0)
+    run_one(comparison(), name, tmp_path / "runs")
+    changed = comparison("prefix_tokens=[5]")
+    run_one(changed, name, tmp_path / "runs")
+    rows = read_rows([tmp_path / "runs" / str(name) / ROWS_FILE])
+    assert is_finished(changed, name, rows)
+    assert {row["prefix_tokens"] for row in current_rows(changed, rows) if row["task"] == "passkey"} == {5}
+
+
+@pytest.mark.parametrize("change", ["--no-jitter", "--wording", "--filler"])
+def test_other_questions_are_not_asked_into_the_same_file(folder, tmp_path, change):
+    """Would catch answers without jitter, or to other sentences, shown as those with it."""
+    (tmp_path / "w.toml").write_text('intro = "It is {key}."\nquestion = "What?"\nanswer = " It is {key}"\n')
+    (tmp_path / "f.txt").write_text(" The grass is green. Here we go." * 5)
+    command = ["evaluate", "passkey", "--filler-tokens", "9", "--num-keys", 2, "--model", folder]
+    command += ["--output", tmp_path / "rows.jsonl", "--wording", tmp_path / "w.toml", "--filler", tmp_path / "f.txt"]
+    run(*command)
+    run(*command)
+    if change == "--wording":
+        (tmp_path / "w.toml").write_text((tmp_path / "w.toml").read_text().replace("What?", "Which?"))
+    elif change == "--filler":
+        (tmp_path / "f.txt").write_text(" The sky is blue." * 5)
+    else:
+        command.append(change)
+    text = run(*command, status=2)
+    assert "answer other questions" in text
+    assert "give the new answers a file of their own" in text
+
+
+def test_rows_of_different_questions_are_not_pooled():
+    """Would catch one curve of two wordings of one name."""
+    row = {"task": "passkey", "system": "fam", "model": "m", "filler_tokens": 9, "correct": True}
+    accuracy_by_length([row, row | {"questions": "a"}])
+    with pytest.raises(StateMismatchError, match="answer different questions, .* .a and b.; report them apart"):
+        accuracy_by_length([row | {"questions": "a"}, row | {"questions": "b"}])

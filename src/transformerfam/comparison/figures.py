@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from transformerfam.comparison.plan import Comparison, RunName
-from transformerfam.comparison.report import EMPTY, Capacity, Cell, capacities, cells, kinds
+from transformerfam.comparison.report import EMPTY, Capacity, Cell, capacities, cells, current_rows, kinds
 from transformerfam.errors import TransformerFamError
 from transformerfam.reports.figure import (
     GUIDE,
@@ -59,7 +59,7 @@ def plot_comparison(comparison: Comparison, rows: Sequence[Row], path: str | Pat
         MissingPackageError: matplotlib is not installed.
         TransformerFamError: there is not one cell, the suffix is another, or rows of several versions are mixed.
     """
-    if not any(row["model"] == comparison.name and row["task"] == comparison.task for row in rows):
+    if not any(row["task"] == comparison.task for row in current_rows(comparison, rows)):
         raise TransformerFamError(f"there are no rows of {comparison.name}; run `fam compare` first")
     if comparison.task == "named-keys":
         _plot_capacity(comparison, rows, path)

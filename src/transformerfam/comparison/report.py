@@ -9,6 +9,7 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from transformerfam.comparison.plan import Comparison
+from transformerfam.comparison.questions import Questions
 from transformerfam.comparison.run import BYTES_LENGTHS, BYTES_TASK, TRAINED_TASK
 from transformerfam.errors import TransformerFamError
 from transformerfam.reports.rows import Row
@@ -58,6 +59,19 @@ def require_one_version(rows: Iterable[Row]) -> None:
         )
 
 
+def current_rows(comparison: Comparison, rows: Iterable[Row]) -> list[Row]:
+    """Return the rows that answer a comparison's questions, and those that describe its runs.
+
+    Raises:
+        TransformerFamError: they come from different versions of the package.
+    """
+    own = [row for row in rows if row["model"] == comparison.name]
+    descriptions = [row for row in own if row["task"] in (TRAINED_TASK, BYTES_TASK)]
+    current = [*Questions(comparison).answers(own), *descriptions]
+    require_one_version(current)
+    return current
+
+
 Kind = int | tuple[int, bool]
 """What parts the questions of a comparison: supports of facts; of passkeys how they are told."""
 
@@ -94,8 +108,7 @@ def cells(comparison: Comparison, rows: Iterable[Row], kind: Kind = (0, False)) 
     Raises:
         TransformerFamError: the rows come from different versions of the package.
     """
-    own = [row for row in rows if row["model"] == comparison.name]
-    require_one_version(own)
+    own = current_rows(comparison, rows)
     answers: dict[tuple[str, int, int], list[bool]] = {}
     for row in own:
         if row["task"] == comparison.task and _kind_of(row) == kind:
@@ -148,8 +161,7 @@ def capacities(comparison: Comparison, rows: Iterable[Row]) -> dict[str, dict[tu
     Raises:
         TransformerFamError: the rows come from different versions of the package.
     """
-    own = [row for row in rows if row["model"] == comparison.name]
-    require_one_version(own)
+    own = current_rows(comparison, rows)
     found: dict[str, dict[tuple[int, int], Capacity]] = {}
     for system in comparison.systems:
         for length in comparison.lengths_of(system):
@@ -221,7 +233,7 @@ def _accuracy_table(comparison: Comparison, rows: Sequence[Row], kind: Kind, wha
 
 def _systems_tables(comparison: Comparison, rows: Sequence[Row]) -> list[Table]:
     """Two tables, as both do not fit beside one another on a terminal of 80 columns; what seeds differ in as mean."""
-    own = [row for row in rows if row["model"] == comparison.name]
+    own = current_rows(comparison, rows)
     trained, carried = defaultdict(list), defaultdict(list)
     for row in own:
         if row["task"] == TRAINED_TASK:

@@ -11,13 +11,12 @@ from typing import Any
 import torch
 
 from transformerfam.comparison.plan import UNTRAINED, Comparison, RunName
+from transformerfam.comparison.questions import Questions
 from transformerfam.errors import RecipeError
 from transformerfam.files import make_folder
 from transformerfam.models import load_model
 from transformerfam.reports.rows import Row, RowFile, require_same_weights
 from transformerfam.rivals import RIVAL_NAMES
-from transformerfam.tasks.facts_evaluation import FactsEvaluation
-from transformerfam.tasks.named_keys_evaluation import NamedKeysEvaluation
 from transformerfam.tasks.passkey import BEFORE_KEY
 from transformerfam.tasks.passkey_evaluation import PasskeyEvaluation, finished_questions
 from transformerfam.tasks.provenance import device_name, memory_notes, provenance, weights_of
@@ -41,20 +40,12 @@ def run_folder(folder: Path, run: RunName) -> Path:
 
 
 def is_finished(comparison: Comparison, run: RunName, rows: list[Row]) -> bool:
-    """Say whether `rows` hold all answers of a run, and its description."""
+    """Say whether `rows` hold all answers of a run, to the comparison's questions, and its description."""
     own = [row for row in rows if row["seed"] == run.seed and row["model"] == comparison.name]
     if not any(row["task"] == TRAINED_TASK and row["system"] == run.system for row in own):
         return False
-    for system in comparison.rows_of(run):
-        for length in comparison.lengths_of(system):
-            asked = [
-                r
-                for r in own
-                if r["task"] == comparison.task and r["system"] == system and r["filler_tokens"] == length
-            ]
-            if len(asked) < comparison.num_questions:
-                return False
-    return True
+    questions = Questions(comparison)
+    return questions.num_answered(own, run) == questions.num_asked(run)
 
 
 def recipe_digest(comparison: Comparison, run: RunName) -> str:
@@ -148,57 +139,42 @@ def _ask(
     update: Callable[[int, int, Any], None],
 ) -> Iterable[Row]:
     """Yield the rows of the questions that `rows` do not answer yet."""
-    common: dict[str, Any] = {
-        "filler_lengths": comparison.lengths_of(run.system),
-        "seed": run.seed,
-        "batch_size": comparison.batch_size,
-        "model_name": comparison.name,
-        "filler": comparison.filler,
-        "progress": update,
-    }
+    questions = Questions(comparison)
+    rows = questions.answers(rows)
+    lengths = comparison.lengths_of(run.system)
     if comparison.task == "passkey":
         return itertools.chain.from_iterable(
-            _passkeys(comparison, run, telling, common, rows, notes).rows(model, tokenizer)
+            _passkeys(questions, run, telling, rows, notes, update).rows(model, tokenizer)
             for telling in comparison.tellings
         )
-    common |= {"num_texts": comparison.num_keys, "system": run.system}
-    evaluation: NamedKeysEvaluation | FactsEvaluation
-    if comparison.task == "named-keys":
-        evaluation = NamedKeysEvaluation(
-            **common,
-            num_told=comparison.num_told,
-            num_retold=comparison.num_retold,
-            apart=comparison.keys_apart,
-        )
-    else:
-        evaluation = FactsEvaluation(
-            **common, num_supports=comparison.num_supports, num_sentences=comparison.num_sentences
-        )
+    evaluation = questions.evaluation(run.seed, filler_lengths=lengths, system=run.system, progress=update)
     return _new_ones(evaluation.rows(model, tokenizer), rows)
 
 
 def _passkeys(
-    comparison: Comparison,
+    questions: Questions,
     run: RunName,
     telling: tuple[int, bool],
-    common: dict[str, Any],
     rows: list[Row],
     notes: dict[str, Any],
+    update: Callable[[int, int, Any], None],
 ) -> PasskeyEvaluation:
     """Return the questions for keys that are told in one way, of several."""
-    update, ways = common["progress"], comparison.tellings
+    ways = questions.comparison.tellings
 
     def progress(done: int, total: int, state: Any) -> None:
         update(ways.index(telling) * total + done, len(ways) * total, state)
 
-    evaluation = PasskeyEvaluation(
-        **common | {"progress": progress},
-        num_keys=comparison.num_keys,
-        systems=comparison.rows_of(run),
+    evaluation = questions.evaluation(
+        run.seed,
+        filler_lengths=questions.comparison.lengths_of(run.system),
+        systems=questions.comparison.rows_of(run),
         max_training_filler_tokens=notes.get("max_training_filler_tokens"),
         prefix_tokens=telling[0],
         overwritten=telling[1],
+        progress=progress,
     )
+    assert isinstance(evaluation, PasskeyEvaluation)
     evaluation.finished = finished_questions(rows, evaluation)
     return evaluation
 

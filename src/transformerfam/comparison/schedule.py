@@ -18,9 +18,9 @@ from rich.live import Live
 from rich.table import Table
 
 from transformerfam.comparison.plan import UNTRAINED, Comparison, RunName
+from transformerfam.comparison.questions import Questions
 from transformerfam.comparison.run import ROWS_FILE, is_finished, require_same_recipe, run_folder
 from transformerfam.errors import MissingPackageError, TransformerFamError
-from transformerfam.files import read_whole
 from transformerfam.processes import INTERRUPTED
 from transformerfam.reports.rows import RowFile, fields_of_rows, read_rows
 from transformerfam.training.checkpoint import last_log_row
@@ -184,9 +184,9 @@ class Schedule:
             return state
         folder = run_folder(self.folder, run)
         if (folder / ROWS_FILE).exists():
-            asked = read_whole(folder / ROWS_FILE).count(b"\n")
-            lengths = sum(len(self.comparison.lengths_of(system)) for system in self.comparison.rows_of(run))
-            return f"asked {asked} of {lengths * self.comparison.num_questions}"
+            questions = Questions(self.comparison)
+            asked = questions.num_answered(read_rows([folder / ROWS_FILE]), run)
+            return f"asked {asked} of {questions.num_asked(run)}"
         row = last_log_row(folder / LOG_FILE)
         if row is None:
             return "asking" if self.comparison.system_of(run.system) == UNTRAINED else "starting"

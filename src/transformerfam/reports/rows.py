@@ -242,25 +242,45 @@ def require_same_weights(rows: Iterable[Row], model_name: str, systems: Collecti
             )
 
 
+ALIKE = {
+    "weights": "were answered with different weights",
+    "questions": "answer different questions, with another text, wording or jitter",
+}
+"""Digests in which rows that are pooled agree; rows of earlier versions lack some."""
+
+
+def require_alike(row: Row, known: Row) -> None:
+    """Refuse a row that differs from others in the digests of `ALIKE`.
+
+    Args:
+        row: the row.
+        known: digests of the others, to which those of the row are added.
+
+    Raises:
+        StateMismatchError: it differs.
+    """
+    for name, differ in ALIKE.items():
+        there = row.get(name)
+        if there is not None and known.setdefault(name, there) != there:
+            raise StateMismatchError(
+                f"the rows of {row['system']} of {row['model']} {differ} ({known[name]} and {there}); report them "
+                "apart, or name the models apart"
+            )
+
+
 def accuracy_by_length(rows: Iterable[Row]) -> dict[Series, list[Accuracy]]:
     """Return every curve of the passkey rows, lengths ascending; rows of other tasks are left out.
 
     Raises:
-        StateMismatchError: rows of one curve and seed were answered with different weights.
+        StateMismatchError: rows of one curve and seed are of different weights or questions.
     """
     counts: dict[Series, dict[int, list[int]]] = {}
-    weights: dict[tuple[Series, Any], str] = {}
+    known: dict[tuple[Series, Any], Row] = {}
     for row in rows:
         if row["task"] != "passkey":
             continue
         series = Series(str(row["model"]), row["system"], row.get("filler", "sentences"), Telling.of_row(row))
-        if (there := row.get("weights")) is not None and (
-            known := weights.setdefault((series, row.get("seed")), there)
-        ) != there:
-            raise StateMismatchError(
-                f"the rows of {series.system} of {series.model} were answered with different weights ({known} and "
-                f"{there}); report them apart, or name the models apart"
-            )
+        require_alike(row, known.setdefault((series, row.get("seed")), {}))
         count = counts.setdefault(series, {}).setdefault(row["filler_tokens"], [0, 0])
         count[0] += bool(row["correct"])
         count[1] += 1

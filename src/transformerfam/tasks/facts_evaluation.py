@@ -9,7 +9,7 @@ import torch
 
 from transformerfam.reading_state import ReadingState
 from transformerfam.tasks.facts import FactsText, HiddenStory, draw_story
-from transformerfam.tasks.provenance import weights_of
+from transformerfam.tasks.provenance import questions_of, weights_of
 from transformerfam.tasks.ragged import READ_TOKENS, greedy_tokens, padded, read_ragged
 from transformerfam.tasks.text import require_filler
 from transformerfam.tasks.texts_evaluation import TextsEvaluation
@@ -57,6 +57,10 @@ class FactsEvaluation(TextsEvaluation):
                     yield from self._batch(model, text, hidden, (length, num_supports, start), (done, total))
                     done += length * len(hidden)
 
+    def questions(self, filler_digest: str) -> dict[str, str]:
+        """Return the field `questions` of rows, by the digest of the filler's text."""
+        return questions_of(filler_digest)
+
     def _batch(
         self,
         model: Any,
@@ -91,5 +95,6 @@ class FactsEvaluation(TextsEvaluation):
                 wanted=text.decode(story.answer_ids),
                 answer=text.decode(said),
                 correct=said == story.answer_ids,
+                **self.questions(text.filler.digest),
                 **weights_of(model),
             )

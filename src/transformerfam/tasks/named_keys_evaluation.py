@@ -13,7 +13,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformerfam.reading_state import ReadingState
 from transformerfam.tasks.named_keys import NamedKeys, NamedKeysText, draw_named_keys
 from transformerfam.tasks.passkey import FIRST_KEY, LAST_KEY
-from transformerfam.tasks.provenance import weights_of
+from transformerfam.tasks.provenance import questions_of, weights_of
 from transformerfam.tasks.ragged import READ_TOKENS, greedy_tokens, padded, read_ragged
 from transformerfam.tasks.text import require_filler
 from transformerfam.tasks.texts_evaluation import TextsEvaluation
@@ -59,15 +59,21 @@ class NamedKeysEvaluation(TextsEvaluation):
         total = len(self.num_told) * self.num_texts * self.filler_lengths[-1]
         done = 0
         for num_told in self.num_told:
-            draw = random.Random(f"{self.seed}/{num_told}/named keys")
-            texts = [
-                draw_named_keys(draw, num_told, min(self.num_retold, num_told), self.apart)
-                for _ in range(self.num_texts)
-            ]
+            texts = self.texts(num_told)
             for start in range(0, len(texts), self.batch_size):
                 batch = texts[start : start + self.batch_size]
                 yield from self._batch(model, text, batch, start, num_told, (done, total))
                 done += len(batch) * self.filler_lengths[-1]
+
+    def texts(self, num_told: int) -> list[NamedKeys]:
+        """Return what the texts with so many names tell; the first texts of more are those of fewer."""
+        draw = random.Random(f"{self.seed}/{num_told}/named keys")
+        num_retold = min(self.num_retold, num_told)
+        return [draw_named_keys(draw, num_told, num_retold, self.apart) for _ in range(self.num_texts)]
+
+    def questions(self, filler_digest: str) -> dict[str, str]:
+        """Return the field `questions` of rows, by the digest of the filler's text."""
+        return questions_of(filler_digest, self.num_retold, list(self.apart))
 
     def _batch(
         self, model: Any, text: NamedKeysText, batch: list[NamedKeys], first: int, num_told: int, share: tuple[int, int]
@@ -121,6 +127,7 @@ class NamedKeysEvaluation(TextsEvaluation):
                 bits=round(KEY_BITS - nats_B[row] / math.log(2), 3),
                 is_retold=bool(old),
                 is_outdated=any(said == text.key_ids(other) for other in old),
+                **self.questions(text.filler.digest),
                 **weights_of(model),
             )
 

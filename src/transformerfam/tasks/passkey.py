@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import hashlib
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -64,18 +65,21 @@ class PasskeySequence:
 class FillerStream:
     """Irrelevant text of any length, served in slices from a few tokens that repeat without end."""
 
-    def __init__(self, ids: Sequence[int] | Tensor, name: str) -> None:
+    def __init__(self, ids: Sequence[int] | Tensor, name: str, digest: str | None = None) -> None:
         """Keep `ids`, one period of the filler.
 
         Args:
             ids: token ids, at least one.
             name: what the rows call this filler, "sentences" or the name of a file.
+            digest: that of its text; None takes one of the ids.
 
         Raises:
             TransformerFamError: `ids` is empty.
         """
         self.period_T = torch.as_tensor(ids, dtype=torch.long)
         self.name = name
+        self.digest = digest or text_digest(str(self.period_T.tolist()))
+        """What tells its text from another of the same name."""
         if self.period_T.numel() == 0:
             raise TransformerFamError(f"filler {name!r} has 0 tokens, at least 1 is required; give a text with words")
 
@@ -95,18 +99,19 @@ class FillerStream:
 class ShuffledStream(FillerStream):
     """A filler that repeats with its paragraphs in another order, so that no text is read twice."""
 
-    def __init__(self, ids: Sequence[int] | Tensor, name: str, ends: Sequence[int]) -> None:
+    def __init__(self, ids: Sequence[int] | Tensor, name: str, ends: Sequence[int], digest: str | None = None) -> None:
         """Keep the filler and its paragraphs.
 
         Args:
             ids: token ids, at least one.
             name: as for `FillerStream`.
             ends: one past the last token of every paragraph, in order.
+            digest: as for `FillerStream`.
 
         Raises:
             TransformerFamError: `ids` is empty.
         """
-        super().__init__(ids, name)
+        super().__init__(ids, name, digest)
         bounds = [0, *ends, len(self)]
         self._paragraphs = [self.period_T[a:b] for a, b in itertools.pairwise(bounds) if a < b]
         self._order = functools.lru_cache(maxsize=4)(self._shuffled)  # of the last repetitions
@@ -279,20 +284,38 @@ def build_passkey(
     return PasskeyText(tokenizer, filler).sequence(key, num_filler_tokens, filler_start)
 
 
-def load_filler(tokenizer: Any, filler: str | Path) -> FillerStream:
+def load_filler(tokenizer: Any, filler: str | Path, text: str | None = None) -> FillerStream:
     """Tokenise the paper's sentences ("sentences"), a novel of the package by its name, or a UTF-8 text file, once.
+
+    Args:
+        tokenizer: a Hugging Face tokenizer.
+        filler: its name.
+        text: what `filler_text` returned for it, if it was read already: a pipe can be read once.
 
     Raises:
         TransformerFamError: the file is missing, empty or not UTF-8.
     """
-    if filler == "sentences":
-        return FillerStream(encode(tokenizer, FILLER_SENTENCES), "sentences")
-    return FillerStream(encode(tokenizer, read_text(filler)), Path(filler).name)
+    text = filler_text(filler) if text is None else text
+    return FillerStream(encode(tokenizer, text), Path(filler).name, text_digest(text))
 
 
-def load_shuffled(tokenizer: Any, filler: str | Path) -> FillerStream:
+def filler_text(filler: str | Path) -> str:
+    """Return the text of a filler: the paper's sentences ("sentences"), a novel of the package, or a UTF-8 file.
+
+    Raises:
+        TransformerFamError: the file is missing or not UTF-8.
+    """
+    return FILLER_SENTENCES if str(filler) == "sentences" else read_text(filler)
+
+
+def text_digest(text: str) -> str:
+    """Return the SHA-256 of a text."""
+    return hashlib.sha256(text.encode(errors="surrogatepass")).hexdigest()
+
+
+def load_shuffled(tokenizer: Any, filler: str | Path, text: str | None = None) -> FillerStream:
     """Tokenise a filler as `load_filler` does; paragraphs of a text come in another order when it repeats."""
-    stream = load_filler(tokenizer, filler)
+    stream = load_filler(tokenizer, filler, text)
     if stream.name == "sentences":
         return stream
     ids = stream.period_T.tolist()
@@ -304,7 +327,7 @@ def load_shuffled(tokenizer: Any, filler: str | Path) -> FillerStream:
         run = run + num_newlines[token] if num_newlines[token] else 0
     if not ends:  # one paragraph, or a tokenizer that knows no line breaks
         ends = list(range(PARAGRAPH_TOKENS, len(ids), PARAGRAPH_TOKENS))
-    return ShuffledStream(ids, stream.name, ends)
+    return ShuffledStream(ids, stream.name, ends, stream.digest)
 
 
 def draw_keys(num_keys: int, seed: int, num_digits: int = NUM_DIGITS) -> list[int]:

@@ -19,9 +19,18 @@ from transformerfam.processes import uninterrupted
 from transformerfam.reading_state import ReadingState
 from transformerfam.state import FamState
 from transformerfam.tasks.controls import SWAPPED, control_of
-from transformerfam.tasks.passkey import NUM_DIGITS, PAPER, FillerStream, PasskeyText, draw_keys, load_shuffled
+from transformerfam.tasks.passkey import (
+    NUM_DIGITS,
+    PAPER,
+    FillerStream,
+    PasskeyText,
+    draw_keys,
+    filler_text,
+    load_shuffled,
+    text_digest,
+)
 from transformerfam.tasks.placed_text import PlacedText
-from transformerfam.tasks.provenance import provenance, weights_of
+from transformerfam.tasks.provenance import provenance, questions_of, weights_of
 from transformerfam.tasks.ragged import READ_TOKENS, greedy_tokens, read_ragged
 from transformerfam.tasks.telling import Telling
 from transformerfam.tasks.text import require_filler
@@ -133,10 +142,12 @@ class PasskeyEvaluation:
             model: a converted model.
             tokenizer: its tokenizer.
         """
-        filler = self.filler if isinstance(self.filler, FillerStream) else load_shuffled(tokenizer, self.filler)
+        filler = self.filler
+        if not isinstance(filler, FillerStream):
+            filler = load_shuffled(tokenizer, filler, self._filler_text)
         require_filler(tokenizer, filler)
         text = PasskeyText(tokenizer, filler, self.wording)
-        keys = draw_keys(self.num_keys, self.seed, self.num_digits)
+        keys = self.keys
         own = keys[self.process[0] :: self.process[1]]
         window = _window(model)
         if self.prefix_tokens == "uniform" and self.filler_lengths[0] <= window:
@@ -157,6 +168,16 @@ class PasskeyEvaluation:
                 reading = _Reading(self, model, text, batch, [keys.index(key) for key in batch], group, (done, total))
                 yield from reading.rows()
                 done += len(batch) * group[-1]
+
+    @property
+    def keys(self) -> list[int]:
+        """The keys that are asked for."""
+        return draw_keys(self.num_keys, self.seed, self.num_digits)
+
+    @cached_property
+    def old_keys(self) -> list[int]:
+        """Keys that are told before those that count, with `overwritten`, and differ from all of them."""
+        return draw_keys(2 * self.num_keys, self.seed, self.num_digits)[self.num_keys :]
 
     @property
     def _swaps(self) -> bool:
@@ -191,6 +212,18 @@ class PasskeyEvaluation:
         free = num_filler_tokens - window
         return [int((i + share) * free / self.num_mentions) for i in range(self.num_mentions)]
 
+    @cached_property
+    def _filler_text(self) -> str:
+        return filler_text(str(self.filler))
+
+    @cached_property
+    def questions(self) -> dict[str, str]:
+        """The field `questions` of rows."""
+        is_stream = isinstance(self.filler, FillerStream)
+        digest = self.filler.digest if is_stream else text_digest(self._filler_text)  # type: ignore[union-attr]
+        wording = self.wording
+        return questions_of(digest, wording.intro, wording.question, wording.answer, self.jitter)
+
     @property
     def telling(self) -> Telling:
         """How the keys are told."""
@@ -211,14 +244,27 @@ def _window(model: Any) -> int:
 
 
 def finished_questions(rows: Iterable[Mapping[str, Any]], options: PasskeyEvaluation) -> frozenset[Question]:
-    """Return the questions that `rows` answered with the same model, seed, filler and telling as `options`."""
+    """Return the questions that `rows` answered with the same model, seed, filler and telling as `options`.
+
+    Raises:
+        TransformerFamError: some of them were asked with another text of the filler's or the wording's name, or with
+            jitter and without it.
+    """
     name = options.filler.name if isinstance(options.filler, FillerStream) else Path(options.filler).name
     wanted = (options.model_name, options.seed, name, options.telling)
-    return frozenset(
-        (row["system"], row["filler_tokens"], row["key"])
-        for row in rows
-        if row["task"] == "passkey" and (row["model"], row["seed"], row.get("filler"), Telling.of_row(row)) == wanted
-    )
+    found = set()
+    for row in rows:
+        if row["task"] != "passkey" or (row["model"], row["seed"], row.get("filler"), Telling.of_row(row)) != wanted:
+            continue
+        there, here = row.get("questions"), options.questions["questions"]
+        if there not in (None, here) and row["system"] in options.systems:
+            raise TransformerFamError(
+                f"the rows of {row['system']} of {options.model_name} answer other questions ({there} there, {here} "
+                f"here): the text of the filler {name}, the wording {options.telling.wording} or the jitter was "
+                "changed; give the new answers a file of their own"
+            )
+        found.add((row["system"], row["filler_tokens"], row["key"]))
+    return frozenset(found)
 
 
 def evaluate_passkey(model: Any, tokenizer: Any, **options: Any) -> Iterator[dict[str, Any]]:
@@ -318,7 +364,8 @@ class _Reading:
         if self.options.checkpoint is None or not isinstance(self.model.init_state(1), FamState):
             return None
         said = (self.keys, self.options.model_name, self.text.filler.name, str(self.options.telling), self.lengths[-1])
-        digest = hashlib.sha256(json.dumps([*said, self.options.seed]).encode()).hexdigest()[:16]
+        more = (self.options.seed, self.options.questions)
+        digest = hashlib.sha256(json.dumps([*said, *more]).encode()).hexdigest()[:16]
         path = Path(self.options.checkpoint)
         return path.with_name(f"{path.name}.{digest}.reading.safetensors")
 
@@ -373,10 +420,8 @@ class _Reading:
 
     @cached_property
     def _old_keys(self) -> list[int]:
-        """Keys that are told before those that count, and differ from all of them."""
-        num_keys = self.options.num_keys
-        old_keys = draw_keys(2 * num_keys, self.options.seed, self.options.num_digits)[num_keys:]
-        return [old_keys[i] for i in self.key_indices]
+        """Keys that are told before those that count."""
+        return [self.options.old_keys[i] for i in self.key_indices]
 
     def _ask(self, state: ReadingState, length: int) -> Iterator[dict[str, Any]]:
         missing = self._missing(length)
@@ -422,6 +467,7 @@ class _Reading:
             "key": self.keys[row_idx],
             **measured,
             "max_training_filler_tokens": self.options.max_training_filler_tokens,
+            **self.options.questions,
             **weights_of(self.model),
             **provenance(),
         }

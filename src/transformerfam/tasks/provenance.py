@@ -40,6 +40,15 @@ def weights_of(model: Any) -> dict[str, str]:
     return {"weights": hashlib.sha256(both.encode()).hexdigest()[:16]}
 
 
+def questions_of(*parts: Any) -> dict[str, str]:
+    """Return the field `questions` of rows: a digest of what their other fields do not say of the questions.
+
+    Args:
+        parts: JSON values: digest of the filler, sentences of a wording, and the like.
+    """
+    return {"questions": hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]}
+
+
 def package_version() -> str:
     """Return the installed version of this package, "unknown" if it runs from a plain folder."""
     try:
