@@ -23,14 +23,17 @@ def folder(tmp_path):
 
 
 def train_on(folder, part):
-    """Change a weight of the base model, or of its memory, as training does."""
+    """Change a weight of the base model, or of its memory, as training does, or how the memory is read with."""
+    if part == "config":
+        model, tokenizer = load_model(folder, config_overrides={"fam_key_bias": -1.0})
+        return save_model(model, tokenizer, folder)
     model, tokenizer = load_model(folder)
     with torch.no_grad():
         (model.get_decoder().fam.prompt if part == "memory" else model.get_input_embeddings().weight).add_(0.5)
     save_model(model, tokenizer, folder)
 
 
-@pytest.mark.parametrize("part", ["memory", "base"])
+@pytest.mark.parametrize("part", ["memory", "base", "config"])
 @pytest.mark.parametrize("task", ["passkey", "next-token"])
 def test_model_that_was_trained_on_is_not_asked_into_the_same_file(folder, tmp_path, part, task):
     """Would catch old answers shown for the new weights, and no question asked."""
@@ -43,11 +46,16 @@ def test_model_that_was_trained_on_is_not_asked_into_the_same_file(folder, tmp_p
     before = output.read_text()
     train_on(folder, part)
     text = run(*command, status=2)
-    assert "were answered with other weights" in text
+    what = "another configuration" if part == "config" else "other weights"
+    assert f"were answered with {what}" in text
     assert "give the new answers a file of their own" in text
     assert output.read_text() == before
     run(*command[:-1], tmp_path / "new.jsonl")
-    digests = {row["weights"] for name in ("rows", "new") for row in read_rows([tmp_path / f"{name}.jsonl"])}
+    digests = {
+        row["config" if part == "config" else "weights"]
+        for name in ("rows", "new")
+        for row in read_rows([tmp_path / f"{name}.jsonl"])
+    }
     assert len(digests) == 2
 
 
@@ -68,6 +76,8 @@ def test_answers_of_different_weights_are_not_pooled():
     """Would catch one accuracy of two models; seeds of a comparison are trained apart, and older rows say nothing."""
     with pytest.raises(StateMismatchError, match="rows of fam of m were answered with different weights .a and b.; "):
         accuracy_by_length([row("a"), row("b", filler_tokens=99)])
+    with pytest.raises(StateMismatchError, match="were answered with different configurations .x and y."):
+        accuracy_by_length([row("a", config="x"), row("a"), row("a", config="y")])
     pooled = accuracy_by_length([row("a"), row("b", seed=1), row(None), row("c", model="n"), row("d", system="bswa")])
     assert [points[0].num_questions for points in pooled.values()] == [1, 3, 1]
     require_same_weights([row("a"), row(None), row("b", system="bswa"), row("b", model="n")], "m", ["fam"], "a")
@@ -78,6 +88,19 @@ def test_report_refuses_mixed_rows(tmp_path):
     path = tmp_path / "rows.jsonl"
     path.write_text("".join(json.dumps(row(weights)) + "\n" for weights in "ab"))
     assert "report them apart" in run("report", path, status=2)
+
+
+def test_digest_of_a_configuration_is_of_what_differs_from_the_default():
+    """Would catch two configurations of one digest, or a digest that changes from version to version."""
+    model, _ = tiny_models.make_passkey_model()
+    plain, before = weights_of(model), model.fam_config
+    digests = {plain["config"]}
+    for change in ({"block_size": 4}, {"fam_key_bias": -3.0}, {"fam_layers": (0,)}, {"fam_update": "gated"}):
+        model.fam_config = before.replace(**change)
+        assert weights_of(model)["weights"] == plain["weights"]
+        digests.add(weights_of(model)["config"])
+    assert len(digests) == 5
+    assert plain["config"] == "6a2264bb07867169"
 
 
 def test_digest_is_of_all_weights_and_of_rivals_too():
@@ -94,4 +117,4 @@ def test_digest_is_of_all_weights_and_of_rivals_too():
     from tiny_llama import make_tiny_llama
 
     rival = attach(make_tiny_llama(), RivalConfig(system="rmt", block_size=8, num_memory_tokens=2))
-    assert len(weights_of(rival)["weights"]) == 16
+    assert {name: len(digest) for name, digest in weights_of(rival).items()} == {"weights": 16, "config": 16}

@@ -221,29 +221,40 @@ class Series(NamedTuple):
         return " ".join(parts)
 
 
-def require_same_weights(rows: Iterable[Row], model_name: str, systems: Collection[str], weights: str) -> None:
-    """Refuse to put answers of a model beside those that it gave with other weights.
+def require_same_weights(
+    rows: Iterable[Row], model_name: str, systems: Collection[str], weights: str, config: str | None = None
+) -> None:
+    """Refuse to put answers of a model beside those that it gave with other weights, or another configuration.
 
     Args:
-        rows: the answers that are there; those without the field `weights`, of earlier versions, are taken as they are.
+        rows: the answers that are there; those without the fields `weights` and `config`, of earlier versions, are
+            taken as they are.
         model_name: what rows call the model.
         systems: what is asked of it.
         weights: digest of its weights.
+        config: digest of its configuration; None takes any.
 
     Raises:
-        StateMismatchError: there are answers with other weights.
+        StateMismatchError: there are answers with others.
     """
     for row in rows:
-        there = row.get("weights")
-        if there not in (None, weights) and row.get("model") == model_name and row.get("system") in systems:
-            raise StateMismatchError(
-                f"the rows of {row['system']} of {model_name} were answered with other weights ({there} there, "
-                f"{weights} here): the model was changed or trained on; give the new answers a file of their own"
-            )
+        if row.get("model") != model_name or row.get("system") not in systems:
+            continue
+        for name, here, what, why in (
+            ("weights", weights, "other weights", "the model was changed or trained on"),
+            ("config", config, "another configuration", "a field of the memory's configuration was changed"),
+        ):
+            there = row.get(name)
+            if here is not None and there not in (None, here):
+                raise StateMismatchError(
+                    f"the rows of {row['system']} of {model_name} were answered with {what} ({there} there, {here} "
+                    f"here): {why}; give the new answers a file of their own"
+                )
 
 
 ALIKE = {
     "weights": "were answered with different weights",
+    "config": "were answered with different configurations",
     "questions": "answer different questions, with another text, wording or jitter",
 }
 """Digests in which rows that are pooled agree; rows of earlier versions lack some."""
@@ -272,7 +283,7 @@ def accuracy_by_length(rows: Iterable[Row]) -> dict[Series, list[Accuracy]]:
     """Return every curve of the passkey rows, lengths ascending; rows of other tasks are left out.
 
     Raises:
-        StateMismatchError: rows of one curve and seed are of different weights or questions.
+        StateMismatchError: rows of one curve and seed are of different weights, configurations or questions.
     """
     counts: dict[Series, dict[int, list[int]]] = {}
     known: dict[tuple[Series, Any], Row] = {}

@@ -1,5 +1,6 @@
 """Where a result row comes from: package version, commit, machine, and what is known of the model."""
 
+import dataclasses
 import hashlib
 import importlib.resources
 import os
@@ -29,15 +30,29 @@ def provenance() -> dict[str, Any]:
 
 
 def weights_of(model: Any) -> dict[str, str]:
-    """Return the field `weights` of rows: a digest of all weights that answered, those of the memory included.
+    """Return the fields `weights` and `config` of rows: digests of what answered.
+
+    `weights` is of all weights, those of the memory included; `config` is of the memory's configuration, of which
+    fields that have their default do not count, so that a later version's further fields change no digest.
 
     Args:
         model: a converted model, or one with a rival.
     """
     decoder = model.get_decoder()
-    identity = (decoder.fam if hasattr(decoder, "fam") else decoder.rival).identity
+    is_fam = hasattr(decoder, "fam")
+    identity = (decoder.fam if is_fam else decoder.rival).identity
+    config = model.fam_config if is_fam else model.rival_config
     both = f"{identity.base_digest()} {identity.memory_digest()}"
-    return {"weights": hashlib.sha256(both.encode()).hexdigest()[:16]}
+    changed = {
+        field.name: value
+        for field in dataclasses.fields(config)
+        if (value := getattr(config, field.name)) != field.default
+    }
+    return {"weights": _short_digest(both), "config": _short_digest(json.dumps(changed, sort_keys=True))}
+
+
+def _short_digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def questions_of(*parts: Any) -> dict[str, str]:
@@ -46,7 +61,7 @@ def questions_of(*parts: Any) -> dict[str, str]:
     Args:
         parts: JSON values: digest of the filler, sentences of a wording, and the like.
     """
-    return {"questions": hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]}
+    return {"questions": _short_digest(json.dumps(parts))}
 
 
 def package_version() -> str:
