@@ -7,7 +7,11 @@ import tiny_models
 import torch
 from command_line import run
 from tiny_models import PASSKEY_TEXT
+from training_recipes import SMALL_TRAINING
 
+from transformerfam.comparison import load_comparison
+from transformerfam.comparison.report import comparison_tables, current_rows
+from transformerfam.comparison.run import TRAINED_TASK
 from transformerfam.errors import StateMismatchError
 from transformerfam.models import load_model, save_model
 from transformerfam.reports.rows import accuracy_by_length, read_rows, require_same_weights
@@ -83,11 +87,38 @@ def test_answers_of_different_weights_are_not_pooled():
     require_same_weights([row("a"), row(None), row("b", system="bswa"), row("b", model="n")], "m", ["fam"], "a")
 
 
-def test_report_refuses_mixed_rows(tmp_path):
+NEXT_TOKEN = {"file": "a", "first_token": 0, "num_tokens": 9, "loss": 1.0, "accuracy": 0.5}
+
+
+@pytest.mark.parametrize("name", ["weights", "config"])
+@pytest.mark.parametrize("task", ["passkey", "next-token"])
+def test_report_refuses_mixed_rows(tmp_path, task, name):
     """Would catch a table that hides that a model was trained on in between."""
     path = tmp_path / "rows.jsonl"
-    path.write_text("".join(json.dumps(row(weights)) + "\n" for weights in "ab"))
+    rows = [row(None) | NEXT_TOKEN | {"task": task, name: digest} for digest in "ab"]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     assert "report them apart" in run("report", path, status=2)
+    path.write_text("".join(json.dumps(row | {"model": row[name]}) + "\n" for row in rows))
+    run("report", path)
+
+
+@pytest.mark.parametrize("name", ["weights", "config"])
+def test_comparison_refuses_answers_of_two_trainings(tmp_path, name):
+    """Would catch one accuracy of a run that was trained twice, and its description counted twice."""
+    (tmp_path / "training.toml").write_text(SMALL_TRAINING)
+    path = tmp_path / "m.toml"
+    path.write_text(
+        'recipe = "training.toml"\nsystems = ["fam"]\nseeds = [0, 1]\nfiller_tokens = [9, 40]\nnum_keys = 1\n'
+    )
+    comparison = load_comparison(path)
+    mixed = [row(None, version="1") | {name: digest} for digest in "ab"]
+    with pytest.raises(StateMismatchError, match="rows of fam of m were answered with different .* .a and b."):
+        comparison_tables(comparison, mixed)
+    trained = {"num_parameters": 5, "num_tokens": 7, "cpu_seconds": 3, "task": TRAINED_TASK}
+    rows = [mixed[1], mixed[0] | {"seed": 1}, mixed[0] | trained, *[mixed[1] | trained] * 2]
+    assert [found.get(name) for found in current_rows(comparison, rows)] == ["b", "a", "b"]
+    old = [row(None, version="1"), row(None, version="1", **trained)]
+    assert current_rows(comparison, old) == old
 
 
 def test_digest_of_a_configuration_is_of_what_differs_from_the_default():

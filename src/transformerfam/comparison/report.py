@@ -3,7 +3,7 @@
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from statistics import mean
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
@@ -12,7 +12,7 @@ from transformerfam.comparison.plan import Comparison
 from transformerfam.comparison.questions import Questions
 from transformerfam.comparison.run import BYTES_LENGTHS, BYTES_TASK, TRAINED_TASK
 from transformerfam.errors import TransformerFamError
-from transformerfam.reports.rows import Row
+from transformerfam.reports.rows import ALIKE, Row, require_alike
 from transformerfam.tasks.named_keys_evaluation import KEY_BITS
 from transformerfam.tasks.telling import Telling
 
@@ -60,14 +60,25 @@ def require_one_version(rows: Iterable[Row]) -> None:
 
 
 def current_rows(comparison: Comparison, rows: Iterable[Row]) -> list[Row]:
-    """Return the rows that answer a comparison's questions, and those that describe its runs.
+    """Return the rows that answer a comparison's questions, and those that describe what answered.
 
     Raises:
         TransformerFamError: they come from different versions of the package.
+        StateMismatchError: the answers of one run are of different weights or configurations.
     """
     own = [row for row in rows if row["model"] == comparison.name]
-    descriptions = [row for row in own if row["task"] in (TRAINED_TASK, BYTES_TASK)]
-    current = [*Questions(comparison).answers(own), *descriptions]
+    answers = Questions(comparison).answers(own)
+    by_run: defaultdict[tuple[str, int], Row] = defaultdict(dict)
+    for row in answers:
+        require_alike(row, by_run[row["system"], row["seed"]])
+    described: dict[tuple[Any, ...], Row] = {}  # of a run that was trained again the last one
+    for row in own:
+        known = by_run.get((row["system"], row["seed"]), {})
+        is_of_answers = all(row[name] == known.get(name, row[name]) for name in ALIKE if name in row)
+        if row["task"] in (TRAINED_TASK, BYTES_TASK) and is_of_answers:
+            length = row["num_tokens"] if row["task"] == BYTES_TASK else None
+            described[row["task"], row["system"], row["seed"], length] = row
+    current = [*answers, *described.values()]
     require_one_version(current)
     return current
 

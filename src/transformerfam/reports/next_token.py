@@ -4,14 +4,21 @@ from collections.abc import Iterable
 
 from rich.table import Table
 
-from transformerfam.reports.rows import Row
+from transformerfam.reports.rows import Row, require_alike
 
 
 def next_token_table(rows: Iterable[Row]) -> Table | None:
-    """Return loss and accuracy of every next-token row; None without such rows."""
+    """Return loss and accuracy of every next-token row; None without such rows.
+
+    Raises:
+        StateMismatchError: rows of one model and system are of different weights or configurations.
+    """
     chosen = [row for row in rows if row["task"] == "next-token"]
     if not chosen:
         return None
+    known: dict[tuple[str, str], Row] = {}
+    for row in chosen:
+        require_alike(row, known.setdefault((str(row["model"]), row["system"]), {}))
     table = Table(title="Next-token prediction (loss in nats per token)")
     for name in ("model", "system", "file"):
         table.add_column(name)
