@@ -9,15 +9,17 @@ import pytest
 from command_line import run
 from test_cli import RECIPE
 from test_comparison import SMALL
+from tiny_models import save_passkey_model
 from training_recipes import small_recipe
 
 from transformerfam.comparison import RunName, load_comparison, run_one
 from transformerfam.comparison import run as comparison_run
 from transformerfam.comparison.report import current_rows
-from transformerfam.comparison.run import ROWS_FILE, is_finished
+from transformerfam.comparison.run import ROWS_FILE, is_finished, require_same_recipe
 from transformerfam.comparison.schedule import Schedule
 from transformerfam.errors import RecipeError, StateMismatchError
 from transformerfam.reports.rows import RowFile, accuracy_by_length, read_rows
+from transformerfam.tasks.facts import words
 from transformerfam.training import trainer as trainer_module
 from transformerfam.training.trainer import Trainer
 
@@ -51,6 +53,81 @@ def test_steps_time_log_and_threads_may_change(tmp_path, change):
     """Would catch a run that cannot be made longer, or resumed on another machine."""
     Trainer(small_recipe(schedule={"steps": 1}), tmp_path).run()
     Trainer(small_recipe(schedule={"steps": 1} | change), tmp_path, resume=True)
+
+
+@pytest.fixture
+def run_on_files(tmp_path):
+    """Start a run that reads files of every kind, and return its recipe and its folder."""
+    text = "".join(f" {word}" for word in words()) + "."
+    (tmp_path / "books").mkdir()
+    for name in ("books/a.txt", "filler.txt", "words.txt"):
+        (tmp_path / name).write_text(text + " The grass is green." * 50)
+    save_passkey_model(tmp_path / "base")
+    (tmp_path / "lines.jsonl").write_text(json.dumps({"text": "The grass is green. " * 20}) + "\n")
+
+    def start(kind):
+        files = {
+            "books": {"data": {"books": str(tmp_path / "books"), "passkey_book": 1.0}},
+            "facts": {"data": {"facts": (1, 1), "fact_filler": str(tmp_path / "filler.txt")}},
+            "words": {"model": {"vocabulary_from": str(tmp_path / "words.txt")}},
+            "base": {"model": {"base": str(tmp_path / "base")}},
+            "lines": {"instructions": {"files": [str(tmp_path / "lines.jsonl")], "length": 600}},
+        }[kind]
+        more = {"schedule": {"steps": 1} | ({"curriculum": []} if kind == "lines" else {})}
+        recipe = small_recipe(**files | more)
+        Trainer(recipe, tmp_path / "run").run()
+        return recipe, tmp_path / "run"
+
+    return start
+
+
+@pytest.mark.parametrize(
+    ("kind", "file", "name"),
+    [
+        ("books", "books/a.txt", "data.books/a.txt was changed"),
+        ("books", "books/b.txt", "data.books/b.txt is new"),
+        ("facts", "filler.txt", "data.fact_filler was changed"),
+        ("words", "words.txt", "model.vocabulary_from was changed"),
+        ("base", "base/model.safetensors", "model.base/model.safetensors was changed"),
+        ("base", "base/tokenizer.json", "model.base/tokenizer.json was changed"),
+        ("lines", "lines.jsonl", "instructions.files.0 was changed"),
+    ],
+)
+def test_run_is_not_resumed_on_other_files(run_on_files, tmp_path, kind, file, name):
+    """Would catch a run that is half of one text, or of one base model, and half of another."""
+    recipe, folder = run_on_files(kind)
+    Trainer(recipe, folder, resume=True)
+    path = tmp_path / file
+    before = path.read_bytes() if path.exists() else None
+    path.write_bytes((before or b" The sky is blue.") + b"\n")
+    with pytest.raises(RecipeError, match=f"read other files than there are now: {name} .SHA-256 .*; put back"):
+        Trainer(recipe, folder, resume=True)
+    if before is not None:
+        path.unlink()
+        with pytest.raises(RecipeError, match=name.replace("was changed", "is missing")):
+            Trainer(recipe, folder, resume=True)
+
+
+def test_run_of_an_earlier_version_is_resumed_with_a_warning(run_on_files):
+    """Would catch runs that cannot be resumed after an update, and a check that is left out without a word."""
+    recipe, folder = run_on_files("facts")
+    values = json.loads((folder / "recipe.json").read_text())
+    assert values.pop("sources")
+    (folder / "recipe.json").write_text(json.dumps(values))
+    with pytest.warns(UserWarning, match="did not note its files; it is not checked whether data.fact_filler and"):
+        Trainer(recipe, folder, resume=True)
+    Trainer(recipe, folder, resume=True)  # which has noted them
+
+
+def test_run_without_its_recipe_is_not_resumed(tmp_path):
+    """Would catch a checkpoint that goes on by any recipe once recipe.json is gone."""
+    Trainer(small_recipe(schedule={"steps": 1}), tmp_path).run()
+    before = (tmp_path / "recipe.json").read_text()
+    (tmp_path / "recipe.json").unlink()
+    with pytest.raises(RecipeError, match="holds a run without its recipe.json, .*; put that file back, or train into"):
+        Trainer(small_recipe(schedule={"steps": 1}), tmp_path, resume=True)
+    (tmp_path / "recipe.json").write_text(before)
+    Trainer(small_recipe(schedule={"steps": 1}), tmp_path, resume=True)
 
 
 def test_command_to_go_on_repeats_every_change(tmp_path, monkeypatch):
@@ -118,6 +195,19 @@ def test_run_of_a_comparison_does_not_go_on_by_another_recipe(comparison, tmp_pa
     with pytest.raises(RecipeError, match=f"section schedule differs, {change.split('.')[-1].partition('=')[0]} is"):
         run_one(comparison(change), name, tmp_path / "runs")
     run_one(comparison("recipe.schedule.log_every=2"), name, tmp_path / "runs")
+
+
+def test_rows_of_a_run_on_another_text_are_refused(comparison, tmp_path):
+    """Would catch a finished comparison that shows runs of a text that was edited since as its own."""
+    (tmp_path / "words.txt").write_text("The grass is green.")
+    plan = comparison('systems=["fam_untrained"]', f'recipe.model.vocabulary_from="{tmp_path}/words.txt"')
+    run_one(plan, plan.runs[0], tmp_path / "runs")
+    rows = read_rows([tmp_path / "runs" / "fam_untrained-0" / ROWS_FILE])
+    require_same_recipe(plan, rows)
+    (tmp_path / "words.txt").write_text("The grass is not green.")
+    with pytest.raises(RecipeError, match="model.vocabulary_from was changed"):
+        require_same_recipe(plan, rows)
+    require_same_recipe(plan, [{n: v for n, v in row.items() if n != "sources"} for row in rows])
 
 
 def test_rows_of_a_scheduler_that_was_killed_are_not_written_twice(comparison, tmp_path):

@@ -24,6 +24,7 @@ from transformerfam.tasks.text import encode
 from transformerfam.training.checkpoint import CHECKPOINT_FILE
 from transformerfam.training.run_folder import require_same_run, save_recipe
 from transformerfam.training.setup import build_trainee
+from transformerfam.training.sources import require_same_sources, sources_of
 from transformerfam.training.trainer import Trainer
 
 ROWS_FILE = "rows.jsonl"
@@ -60,7 +61,7 @@ def recipe_digest(comparison: Comparison, run: RunName) -> str:
 
 
 def require_same_recipe(comparison: Comparison, rows: Iterable[Row]) -> None:
-    """Refuse rows of runs that were trained by another recipe.
+    """Refuse rows of runs that were trained by another recipe, or on other files.
 
     Raises:
         RecipeError: with the run.
@@ -75,6 +76,8 @@ def require_same_recipe(comparison: Comparison, rows: Iterable[Row]) -> None:
                 f"the rows of {run} come from another recipe than the one at hand; give the comparison another name or "
                 "file of rows, or take the recipe by which they were made"
             )
+        if row.get("sources") is not None:
+            require_same_sources(row["sources"], comparison.recipe_of(run), f"the run of the rows of {run}")
 
 
 def run_one(
@@ -220,5 +223,5 @@ def _description(
         )
     trained = {name: notes.get(name) for name in ("steps", "num_tokens", "cpu_seconds", "seconds", "device")}
     num_parameters = sum(parameter.numel() for parameter in model.parameters())
-    digest = {"recipe_digest": recipe_digest(comparison, run)}
+    digest = {"recipe_digest": recipe_digest(comparison, run), "sources": sources_of(comparison.recipe_of(run))}
     return [*rows, {"task": TRAINED_TASK, **common, "num_parameters": num_parameters, **trained, **digest}]

@@ -25,6 +25,8 @@ from transformerfam.training.state_passing import SavedFam, StatePassing
 from transformerfam.training.stored_filler import StoredFiller
 
 RECIPE_FILE = "recipe.json"
+SOURCES = "sources"
+"""Key of a run's recipe for the SHA-256 of the files that it read."""
 CHECKPOINT_FORMAT_VERSION = 1
 LOG_BEGINS = b'{"step": '
 
@@ -216,6 +218,16 @@ def last_log_row(path: Path) -> dict[str, Any] | None:
     return None
 
 
+def sources_of_run(folder: str | Path) -> dict[str, str] | None:
+    """Return the SHA-256 of the files that a run was started on, None where an earlier version did not note them.
+
+    Raises:
+        TransformerFamError: as `recipe_of_run`.
+    """
+    sources = _read_recipe(folder).get(SOURCES)
+    return None if sources is None else dict(sources)
+
+
 def recipe_of_run(folder: str | Path) -> Recipe:
     """Return the recipe that a folder was trained with.
 
@@ -225,13 +237,28 @@ def recipe_of_run(folder: str | Path) -> Recipe:
     """
     path = Path(folder) / RECIPE_FILE
     try:
-        return build_recipe(parse_json(read_whole(path)))
+        return build_recipe({name: value for name, value in _read_recipe(folder).items() if name != SOURCES})
+    except RecipeError as error:
+        raise CorruptFileError(f"{path} is no recipe of this package: {error}; put it back, or train again") from error
+
+
+def _read_recipe(folder: str | Path) -> dict[str, Any]:
+    path = Path(folder) / RECIPE_FILE
+    try:
+        values = parse_json(read_whole(path))
     except OSError as error:
         why = "is missing" if isinstance(error, FileNotFoundError) else f"cannot be read ({error.strerror})"
         raise TransformerFamError(f"{folder} holds no training run: {path.name} {why}; give its folder") from error
-    except RecipeError as error:
-        raise CorruptFileError(f"{path} is no recipe of this package: {error}; put it back, or train again") from error
     except ValueError as error:  # no JSON, or no UTF-8
         raise CorruptFileError(
             f"{path} is cut or damaged ({error}); put it back, or train into another folder"
         ) from error
+    if not isinstance(values, dict) or not _are_texts(values.get(SOURCES, {})):
+        raise CorruptFileError(
+            f"{path} is no recipe of this package: it is {str(values)[:60]!r}; put it back, or train again"
+        )
+    return values
+
+
+def _are_texts(values: Any) -> bool:
+    return isinstance(values, dict) and all(isinstance(value, str) for value in values.values())

@@ -1,6 +1,7 @@
 """The folder of a run: one run, one writer, one recipe."""
 
 import json
+import warnings
 from fnmatch import fnmatch
 from pathlib import Path
 
@@ -10,9 +11,10 @@ from transformerfam.adapter import CONFIG_FILE, FAM_FILE, LORA_CONFIG_FILE, LORA
 from transformerfam.errors import CorruptFileError, RecipeError, TransformerFamError
 from transformerfam.files import hold, is_ours, make_folder, require_regular, write_text
 from transformerfam.models import RIVAL_FILE
-from transformerfam.training.checkpoint import CHECKPOINT_FILE, RECIPE_FILE, recipe_of_run
+from transformerfam.training.checkpoint import CHECKPOINT_FILE, RECIPE_FILE, SOURCES, recipe_of_run, sources_of_run
 from transformerfam.training.ranks import Ranks
 from transformerfam.training.recipe import Recipe
+from transformerfam.training.sources import require_same_sources, sources_of
 
 LOG_FILE = "log.jsonl"
 LOCK_FILE = "run.lock"
@@ -73,8 +75,9 @@ def claim_folder(
 
 
 def save_recipe(folder: Path, recipe: Recipe) -> None:
-    """Write what `recipe_of_run` reads."""
-    write_text(folder / RECIPE_FILE, json.dumps(recipe.to_dict(), indent=2) + "\n")
+    """Write what `recipe_of_run` and `sources_of_run` read."""
+    values = recipe.to_dict() | {SOURCES: sources_of(recipe)}
+    write_text(folder / RECIPE_FILE, json.dumps(values, indent=2) + "\n")
 
 
 def release(lock: BaseFileLock | None) -> None:
@@ -84,18 +87,25 @@ def release(lock: BaseFileLock | None) -> None:
 
 
 def require_same_run(folder: Path, recipe: Recipe, may_differ: tuple[str, ...] = FREE_TO_CHANGE) -> None:
-    """Refuse to resume a run with a recipe that is not its own.
+    """Refuse to resume a run with a recipe that is not its own, or with other files.
 
     Args:
-        folder: of the run; one that has no recipe yet takes any.
+        folder: of the run.
         recipe: to go on by.
         may_differ: fields of the schedule that need not agree.
 
     Raises:
-        RecipeError: the recipes differ; the message names the first key.
+        RecipeError: the recipes or the files that they name differ, or the run's recipe is missing; the message names
+            the first difference.
+
+    Warns:
+        UserWarning: an earlier version started the run, and did not note its files.
     """
     if not (folder / RECIPE_FILE).exists():
-        return
+        raise RecipeError(
+            f"{folder} holds a run without its {RECIPE_FILE}, so it cannot be told whether it is of this recipe; put "
+            "that file back, or train into another folder"
+        )
     before, now = recipe_of_run(folder).to_dict(), recipe.to_dict()
     for section, values in now.items():
         there, here = _fields(before[section], section), _fields(values, section)
@@ -106,6 +116,15 @@ def require_same_run(folder: Path, recipe: Recipe, may_differ: tuple[str, ...] =
                     f"{there.get(name)!r} there and {here.get(name)!r} here; resume with the same recipe and the same "
                     "--set, or train into another folder"
                 )
+    sources = sources_of_run(folder)
+    if sources is not None:
+        require_same_sources(sources, recipe, f"the run in {folder}")
+    elif names := list(sources_of(recipe)):
+        warnings.warn(
+            f"an earlier version started the run in {folder}, and did not note its files; it is not checked whether "
+            f"{', '.join(names[:3])} and the like are what they were",
+            stacklevel=2,
+        )
 
 
 def _fields(values: object, section: str) -> dict[str, object]:
