@@ -395,6 +395,7 @@ def test_keys_have_as_many_digits_as_asked_for(model, tokenizer):
 WORDING = Wording("The sky is{key}. Remember {key}!", " What is the sky?", " Sky is {key} green", "sky")
 
 
+@pytest.mark.filterwarnings("ignore:.* of the wording sky's tokens are words that the tokenizer does not know")
 def test_another_wording_tells_asks_and_counts_its_own_key(model, tokenizer):
     """Would catch pieces of the paper's wording left in, and a key that is tokenised otherwise than it stands."""
     text = PasskeyText(tokenizer, wording=WORDING)

@@ -302,14 +302,16 @@ def test_question_of_a_changed_comparison_is_asked_in_its_old_folder(comparison,
 @pytest.mark.parametrize("change", ["--no-jitter", "--wording", "--filler"])
 def test_other_questions_are_not_asked_into_the_same_file(folder, tmp_path, change):
     """Would catch answers without jitter, or to other sentences, shown as those with it."""
-    (tmp_path / "w.toml").write_text('intro = "It is {key}."\nquestion = "What?"\nanswer = " It is {key}"\n')
+    (tmp_path / "w.toml").write_text(
+        'intro = "There is {key}."\nquestion = " What is it?"\nanswer = " The key is {key}"\n'
+    )
     (tmp_path / "f.txt").write_text(" The grass is green. Here we go." * 5)
     command = ["evaluate", "passkey", "--filler-tokens", "9", "--num-keys", 2, "--model", folder]
     command += ["--output", tmp_path / "rows.jsonl", "--wording", tmp_path / "w.toml", "--filler", tmp_path / "f.txt"]
     run(*command)
     run(*command)
     if change == "--wording":
-        (tmp_path / "w.toml").write_text((tmp_path / "w.toml").read_text().replace("What?", "Which?"))
+        (tmp_path / "w.toml").write_text((tmp_path / "w.toml").read_text().replace("What is it", "What is the key"))
     elif change == "--filler":
         (tmp_path / "f.txt").write_text(" The sky is blue." * 5)
     else:

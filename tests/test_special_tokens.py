@@ -7,9 +7,12 @@ from typing import Any
 import pytest
 import torch
 from tiny_models import BLOCK_SIZE, make_passkey_model
+from tokenizers import Tokenizer, models
+from tokenizers.normalizers import Replace
+from tokenizers.pre_tokenizers import WhitespaceSplit
 from tokenizers.processors import TemplateProcessing
 from training_recipes import small_recipe
-from transformers import LlamaForCausalLM
+from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 from transformerfam import FamConfig, convert
 from transformerfam.errors import RecipeError, TransformerFamError
@@ -17,7 +20,15 @@ from transformerfam.tasks.next_token import evaluate_next_token
 from transformerfam.tasks.passkey import PasskeyText
 from transformerfam.tasks.passkey_evaluation import evaluate_passkey
 from transformerfam.tasks.reading import count_tokens, generate_text, read_text_stream
-from transformerfam.tasks.text import decode_utf8, encode, encode_start, read_text, start_ids, stream_token_ids
+from transformerfam.tasks.text import (
+    decode_utf8,
+    encode,
+    encode_rest,
+    encode_start,
+    read_text,
+    start_ids,
+    stream_token_ids,
+)
 from transformerfam.training import trainer
 from transformerfam.training.recipe import Recipe
 from transformerfam.training.sequences import Batch
@@ -52,6 +63,69 @@ def test_start_is_what_stands_in_front(model_and_tokenizer: tuple[Any, Any]) -> 
     for begins in (False, True):
         ids = [i for piece in stream_token_ids([TEXT], tokenizer, 50, begins=begins) for i in piece]
         assert ids == [START] * begins + encode(tokenizer, TEXT)
+
+
+def word_tokenizer(words: str, unknown: str | None = None, bos: str = "<s>", template: str = "<s> $A") -> Any:
+    """Return a tokenizer of a few words that begins, or ends, texts with a token."""
+    words_ = ["<s>", "</s>", *words.split()]
+    known = {word: number for number, word in enumerate(words_)}
+    backend = Tokenizer(models.WordLevel(known, unk_token=unknown) if unknown else models.BPE(known, []))
+    backend.pre_tokenizer = WhitespaceSplit()
+    backend.normalizer = Replace("a", "")
+    backend.post_processor = TemplateProcessing(single=template, special_tokens=[("<s>", 0), ("</s>", 1)])
+    return PreTrainedTokenizerFast(tokenizer_object=backend, bos_token=bos, eos_token="</s>")
+
+
+@pytest.mark.parametrize(
+    ("words", "unknown", "template", "start"),
+    [
+        ("the sun [UNK]", "[UNK]", "<s> $A", [0]),
+        ("the sun", "<s>", "<s> $A", [0]),
+        ("the sun", "<s>", "<s> $A </s>", [0]),
+        ("the sun", "<s>", "<s> <s> $A", [0, 0]),
+        ("the sun", "<s>", "$A", []),
+        ("the sun", "</s>", "$A </s>", []),
+        ("t h e", None, "<s> $A", [0]),
+        ("t h e", None, "$A </s>", []),
+        ("ж", None, "<s> $A", [0]),
+        ("ж", None, "$A </s>", []),
+        ("ж", "<s>", "<s> $A", [0]),
+    ],
+)
+def test_start_is_found_whatever_the_vocabulary(words: str, unknown: str, template: str, start: list[int]) -> None:
+    """Catches a beginning that is lost where "a" has no token, or that of the beginning itself."""
+    tokenizer = word_tokenizer(words, unknown, template=template)
+    assert start_ids(tokenizer) == start
+    for text in (words, "zzz " + words):
+        whole = tokenizer(text)["input_ids"]
+        assert encode_start(tokenizer, text) == whole[: len(whole) - template.endswith("</s>")]
+        assert [*start, *encode_rest(tokenizer, text)] == encode_start(tokenizer, text)
+
+
+def test_text_that_has_its_start_begins_once_and_a_continuation_never(
+    model_and_tokenizer: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Catches the start of a chat template, or of a file, in the middle of a reading, or twice at its beginning."""
+    model, _ = model_and_tokenizer
+    tokenizer = word_tokenizer("the sun is", "</s>")
+    tokenizer.chat_template = "{{ bos_token }} {{ messages[0].content }}"
+    own = encode(tokenizer, "the sun")
+    for begins in (True, False):
+        assert list(stream_token_ids(["<s> the", " sun"], tokenizer, begins=begins)) == [[0] * begins + own]
+    asked: list[list[int]] = []
+    generate = model.generate
+
+    def noted(ids: Any, **options: Any) -> Any:
+        asked.append(ids[0].tolist())
+        return generate(ids, **options)
+
+    monkeypatch.setattr(model, "generate", noted)
+    for chat, question in ((True, "the sun"), (False, "<s> the sun"), (False, "the sun")):
+        asked.clear()
+        state = model.init_state()
+        for _ in range(2):
+            generate_text(model, tokenizer, question, state, 1, chat)
+        assert asked == [[0, *own], own]
 
 
 def test_reading_begins_once(model_and_tokenizer: tuple[Any, Any], tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 import contextlib
 import shlex
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -35,7 +36,15 @@ from transformerfam.tasks.passkey import NUM_DIGITS, PAPER
 from transformerfam.tasks.passkey_evaluation import PasskeyEvaluation, finished_questions
 from transformerfam.tasks.provenance import memory_notes, weights_of
 from transformerfam.tasks.reading import count_tokens, generate_text, read_text_stream, save_somewhere
-from transformerfam.tasks.text import STANDARD_INPUT, is_read_once, list_files, stream_text
+from transformerfam.tasks.text import (
+    STANDARD_INPUT,
+    encode_rest,
+    encode_start,
+    is_read_once,
+    list_files,
+    say_unknown,
+    stream_text,
+)
 from transformerfam.tasks.wordings import Wording
 from transformerfam.training.averaging import average_memories
 from transformerfam.training.recipe_file import load_recipe, parse_overrides
@@ -220,7 +229,10 @@ def convert_command(
     converted, tokenizer = _load(model, "fam_untrained", changes)
     config = converted.fam_config
     if config.fam_length and config.fam_init == "prompt" and (preset != "paper" or prompt_text is not None):
-        ids = tokenizer(PROMPT_TEXT if prompt_text is None else prompt_text)["input_ids"]
+        text = PROMPT_TEXT if prompt_text is None else prompt_text
+        ids = encode_start(tokenizer, text)
+        with _warnings_said():
+            say_unknown(tokenizer, encode_rest(tokenizer, text), "the prompt text")
         set_prompt(converted, (ids * -(-config.fam_length // max(1, len(ids))))[: config.fam_length])
     save_model(converted, tokenizer, output)
     say(
@@ -306,7 +318,9 @@ def generate_command(
     """Answer a question on a saved reading with the likeliest tokens."""
     loaded_model, tokenizer = _load(model, device=device, dtype=dtype)
     loaded_state = FamState.load(state, loaded_model, batch_size=1)
-    typer.echo(generate_text(loaded_model, tokenizer, question, loaded_state, max_new_tokens, chat))
+    with _warnings_said():
+        answer = generate_text(loaded_model, tokenizer, question, loaded_state, max_new_tokens, chat)
+    typer.echo(answer)
 
 
 @app.command("train")
@@ -367,6 +381,16 @@ def demo_command(
     if not results["fam"].is_recalled:
         console.print("[red]FAM did not recall the key[/red]")
         raise typer.Exit(1)
+
+
+@contextlib.contextmanager
+def _warnings_said() -> Iterator[None]:
+    """Print what is warned of in the body as lines of its own."""
+    with warnings.catch_warnings(record=True) as noted:
+        warnings.simplefilter("always", UserWarning)
+        yield
+    for warning in noted:
+        say(str(warning.message))
 
 
 def _device_argument(device: str) -> str:

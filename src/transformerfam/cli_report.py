@@ -27,6 +27,7 @@ from transformerfam.reports.passkey import passkey_table, plot_passkey
 from transformerfam.reports.rows import RowFile, fields_of_rows, read_rows
 from transformerfam.tasks.passkey import PasskeyText
 from transformerfam.tasks.provenance import provenance, weights_of
+from transformerfam.tasks.text import require_filler, require_wording
 
 ROWS = "attention.jsonl"
 PICTURES = ("maps.png", "film.gif", "film.png", "memory.svg", "writing.svg")
@@ -95,8 +96,10 @@ def report_attention(
     loaded, tokenizer = load_model(model)
     passkey = PasskeyText(tokenizer, text)
     num_tokens = blocks * loaded.fam_config.block_size
+    require_filler(tokenizer, passkey.filler)
     ids, marks = passkey.filler.slice(0, num_tokens), {}
     if key is not None:
+        require_wording(tokenizer, passkey.wording_ids, passkey.wording.name)
         ids = torch.cat([torch.tensor(passkey.intro_ids(key)), ids])[:num_tokens]
         marks = dict.fromkeys(passkey.key_places(key), "key")
     records = list(record_attention(loaded, ids, chosen_layers))

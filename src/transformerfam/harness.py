@@ -24,6 +24,7 @@ from transformerfam.loading import load_pretrained
 from transformerfam.models import find_device, load_model
 from transformerfam.peft_adapters import base_of, load_peft_folder
 from transformerfam.state import FamState
+from transformerfam.tasks.text import SOME_UNKNOWN, unknown_share
 
 logger = logging.getLogger(__name__)
 
@@ -82,6 +83,7 @@ class FamLM(TemplateLM):
             logger.warning("there is no CUDA here, so the model stays on the CPU")
             device = None
         self._device = find_device(device or "cpu")
+        self._is_unknown_said = False
         self.model: Any = pretrained
         self.tokenizer: Any = tokenizer
         if isinstance(pretrained, str | os.PathLike):
@@ -140,6 +142,10 @@ class FamLM(TemplateLM):
         if add_special_tokens is None:
             add_special_tokens = not has_bos_prefix(string, self.tokenizer.decode(self.prefix_token_id))
         ids = self.tokenizer(string, add_special_tokens=add_special_tokens, verbose=False)["input_ids"]
+        share = unknown_share(self.tokenizer, ids[1:])
+        if share >= SOME_UNKNOWN and not self._is_unknown_said:
+            self._is_unknown_said = True
+            logger.warning(f"{share:.1%} of a text's tokens are words that the tokenizer does not know; others may too")
         return list(ids)[-(left_truncate_len or 0) :]
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:

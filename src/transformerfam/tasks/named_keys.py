@@ -121,6 +121,11 @@ class NamedKeysText:
         } | {"end": encode(tokenizer, ".")}
 
     @property
+    def wording_ids(self) -> list[int]:
+        """The tokens of all sentences and names."""
+        return [i for ids in (*self._pieces.values(), *self._names) for i in ids]
+
+    @property
     def end_ids(self) -> list[int]:
         """The tokens of a full stop."""
         return self._pieces["end"]

@@ -15,7 +15,7 @@ from transformerfam.tasks.named_keys import NamedKeys, NamedKeysText, draw_named
 from transformerfam.tasks.passkey import FIRST_KEY, LAST_KEY
 from transformerfam.tasks.provenance import questions_of, weights_of
 from transformerfam.tasks.ragged import READ_TOKENS, greedy_tokens, padded, read_ragged
-from transformerfam.tasks.text import require_filler
+from transformerfam.tasks.text import require_filler, require_wording
 from transformerfam.tasks.texts_evaluation import TextsEvaluation
 
 TASK = "named-keys"
@@ -56,6 +56,7 @@ class NamedKeysEvaluation(TextsEvaluation):
         """
         text = NamedKeysText(tokenizer, self.filler)
         require_filler(tokenizer, text.filler)
+        require_wording(tokenizer, text.wording_ids, "of named keys")
         total = len(self.num_told) * self.num_texts * self.filler_lengths[-1]
         done = 0
         for num_told in self.num_told:

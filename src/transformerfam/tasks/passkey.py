@@ -175,6 +175,11 @@ class PasskeyText:
                 "use a model whose vocabulary holds digits"
             )
 
+    @property
+    def wording_ids(self) -> list[int]:
+        """The tokens of the wording, without keys."""
+        return [*itertools.chain(*self._intro_pieces), *self._intro_end, *self.question_ids]
+
     @functools.cached_property
     def _digit_ids(self) -> tuple[list[int], list[int]] | None:
         """The tokens in front of a key and the token of each digit; None if the tokenizer joins digits."""

@@ -33,7 +33,7 @@ from transformerfam.tasks.placed_text import PlacedText
 from transformerfam.tasks.provenance import provenance, questions_of, weights_of
 from transformerfam.tasks.ragged import READ_TOKENS, greedy_tokens, read_ragged
 from transformerfam.tasks.telling import Telling
-from transformerfam.tasks.text import require_filler
+from transformerfam.tasks.text import require_filler, require_wording
 from transformerfam.tasks.wordings import Wording
 
 MAX_MENTIONS = 10_000
@@ -147,6 +147,7 @@ class PasskeyEvaluation:
             filler = load_shuffled(tokenizer, filler, self._filler_text)
         require_filler(tokenizer, filler)
         text = PasskeyText(tokenizer, filler, self.wording)
+        require_wording(tokenizer, text.wording_ids, self.wording.name)
         keys = self.keys
         own = keys[self.process[0] :: self.process[1]]
         window = _window(model)

@@ -14,8 +14,10 @@ from transformerfam.state import FamState
 from transformerfam.tasks.next_token import rechunk
 from transformerfam.tasks.text import (
     encode,
+    encode_rest,
     encode_start,
     known_pieces,
+    say_unknown,
     stream_text,
     stream_token_ids,
 )
@@ -149,6 +151,9 @@ def generate_text(
 
     Raises:
         TransformerFamError: the question is empty, or there is no chat template, or one that fails.
+
+    Warns:
+        UserWarning: some tokens of the question are unknown words; it gives their share.
     """
     if not encode(tokenizer, question):
         raise TransformerFamError("the question is empty, at least one token is required; give a question")
@@ -162,7 +167,8 @@ def generate_text(
             raise TransformerFamError(
                 f"the tokenizer's chat template fails ({type(error).__name__}: {error}); ask without --chat"
             ) from error
-    ids = encode(tokenizer, question) if state.num_tokens_read else encode_start(tokenizer, question)
+    ids = (encode_rest if state.num_tokens_read else encode_start)(tokenizer, question)
+    say_unknown(tokenizer, encode_rest(tokenizer, question), "the question")
     ids_BT = torch.tensor([ids], device=model.device)
     output_BT = model.generate(
         ids_BT,

@@ -4,7 +4,7 @@ import codecs
 import stat
 import sys
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import IO, Any
 
@@ -19,6 +19,8 @@ MOST_UNKNOWN = 0.6
 told from another."""
 SOME_UNKNOWN = 0.01
 """Share of them from which on it is said."""
+START_PROBES = ("a", "The sun", "the", "1", "0 1 2", ". ?", "x y z", "是的", "да", "ABC", "\n")
+"""Texts by which special tokens in front are found: some tokenizers have no token for one, or a special one."""
 
 
 def read_text(path: str | Path) -> str:
@@ -171,21 +173,21 @@ def stream_token_ids(
     """
     drop_space = _joins_space_in_front(tokenizer)
     buffer = ""
-    if begins and (start := start_ids(tokenizer)):
-        yield start
+    encoded: Callable[[Any, str], list[int]] = encode_start if begins else encode_rest  # of the first piece
     try:
         for text in texts:
             buffer += text
             while len(buffer) > piece_chars:
                 cut = _last_cut(buffer[: piece_chars + 1])
-                yield encode(tokenizer, buffer[:cut])
+                yield encoded(tokenizer, buffer[:cut])
+                encoded = encode
                 buffer = buffer[cut + (drop_space and buffer[cut : cut + 1] == " ") :]
     except (Exception, KeyboardInterrupt):
         if (cut := _last_cut(buffer)) > 0:
-            yield encode(tokenizer, buffer[:cut])
+            yield encoded(tokenizer, buffer[:cut])
         raise
     if buffer:
-        yield encode(tokenizer, buffer)
+        yield encoded(tokenizer, buffer)
 
 
 def encode(tokenizer: Any, text: str) -> list[int]:
@@ -210,17 +212,37 @@ def start_ids(tokenizer: Any) -> list[int]:
 
     A text begins with them, a continuation of what was read does not.
     """
-    own, whole = encode(tokenizer, "a"), list(tokenizer("a", verbose=False)["input_ids"])
-    for start in range(len(whole) - len(own) + 1):
-        if whole[start : start + len(own)] == own:
-            return whole[:start]
-    return []
+    possible: set[tuple[int, ...]] = set()
+    for text in START_PROBES:
+        own, whole = encode(tokenizer, text), list(tokenizer(text, verbose=False)["input_ids"])
+        places = range(len(whole) - len(own) + 1) if own else ()
+        found = {tuple(whole[:place]) for place in places if whole[place : place + len(own)] == own}
+        possible = possible & found or possible or found
+        if len(possible) == 1:
+            break
+    else:
+        # No probe has tokens that are told from special ones: what an empty text has is in front, or behind it.
+        bos, whole = getattr(tokenizer, "bos_token_id", None), list(tokenizer("", verbose=False)["input_ids"])
+        possible = possible or ({(bos,)} if bos is not None and whole[:1] == [bos] else set())
+    longest: tuple[int, ...] = max(possible, key=len, default=())
+    return list(longest)
 
 
 def encode_start(tokenizer: Any, text: str) -> list[int]:
     """Return the token ids of a text from its beginning on, with the special tokens in front, unless it has them."""
     ids, start = encode(tokenizer, text), start_ids(tokenizer)
-    return ids if ids[: len(start)] == start else start + ids
+    return ids if _has_start(tokenizer, text, ids, start) else start + ids
+
+
+def encode_rest(tokenizer: Any, text: str) -> list[int]:
+    """Return the token ids of a text that follows what was read, without special tokens in front, as templates have."""
+    ids, start = encode(tokenizer, text), start_ids(tokenizer)
+    return ids[len(start) :] if _has_start(tokenizer, text, ids, start) else ids
+
+
+def _has_start(tokenizer: Any, text: str, ids: list[int], start: list[int]) -> bool:
+    """Say whether a text has the special tokens in front itself; an unknown word may have the same token as they."""
+    return ids[: len(start)] == start and text.startswith(str(tokenizer.decode(start[:1])) if start else "")
 
 
 def unknown_share(tokenizer: Any, ids: Sequence[int]) -> float:
@@ -259,21 +281,47 @@ def warn_unknown(share: float, what: str) -> None:
 def known_pieces(
     pieces: Iterable[list[int]], tokenizer: Any, what: str, remedy: str, *, allow_unknown: bool = False
 ) -> Iterator[list[int]]:
-    """Yield the pieces of a text; behind the last one, warn of unknown words.
+    """Yield the pieces of a text; warn of the first later piece that is mostly unknown, and of all behind the last one.
 
     The first word does not count: without a space in front, a tokenizer of whole words does not know it.
 
     Raises:
         TransformerFamError: at the first piece, the tokenizer knows too little of it, and `allow_unknown` is False.
     """
-    num_read, num_unknown = 0, 0.0
+    num_read, num_unknown, is_said = 0, 0.0, allow_unknown
     for ids in pieces:
         share = unknown_share(tokenizer, ids[1:] if num_read == 0 else ids)
         if num_read == 0 and not allow_unknown:
             require_known(share, what, remedy)
+        elif share > MOST_UNKNOWN and not is_said:
+            is_said = True
+            place = f"of the tokens {num_read:,} to {num_read + len(ids):,} of {what}"
+            warnings.warn(f"{share:.0%} {place} are words that the tokenizer does not know", stacklevel=3)
         num_read, num_unknown = num_read + len(ids), num_unknown + share * len(ids)
         yield ids
     warn_unknown(num_unknown / max(1, num_read), what)
+
+
+def say_unknown(tokenizer: Any, ids: Sequence[int], what: str) -> None:
+    """Warn of a short text with unknown words, as of a question or a prompt; the first word counts where it is alone.
+
+    Args:
+        tokenizer: of the model.
+        ids: tokens of the text.
+        what: name of the text.
+    """
+    warn_unknown(unknown_share(tokenizer, ids[1:] or ids), what)
+
+
+def require_wording(tokenizer: Any, ids: Sequence[int], name: str) -> None:
+    """Refuse or warn of sentences that tell and ask of which the tokenizer knows too little, or not all.
+
+    Raises:
+        TransformerFamError: the share of unknown words is above `MOST_UNKNOWN`.
+    """
+    share = unknown_share(tokenizer, ids[1:] or ids)
+    require_known(share, f"the wording {name}", "another wording")
+    warn_unknown(share, f"the wording {name}")
 
 
 def require_filler(tokenizer: Any, stream: Any) -> None:

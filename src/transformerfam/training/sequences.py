@@ -143,6 +143,8 @@ class SequenceBuilder:
         self.unknown_share = max((unknown_share(tokenizer, one.period_T.tolist()) for one in read), default=0.0)
         if not recipe.data.allow_unknown:
             require_known(self.unknown_share, "the training text", "set data.allow_unknown = true")
+        said = text.wording_ids if self.told is None else getattr(self.told, "wording_ids", [])
+        self.unknown_share = max(self.unknown_share, unknown_share(tokenizer, said))
         self.repeated = RepeatedRows(recipe, tokenizer, text.filler)
         self.num_question_tokens = len(text.question_ids)
         _, num_longest_answer = self._num_key_tokens(recipe.data.key_digits[1])

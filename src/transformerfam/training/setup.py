@@ -13,7 +13,7 @@ from transformerfam.models import BASE_NOTE, load_base, load_model
 from transformerfam.rivals import attach
 from transformerfam.tasks.facts import words
 from transformerfam.tasks.provenance import memory_notes
-from transformerfam.tasks.text import encode, read_text
+from transformerfam.tasks.text import encode, read_text, say_unknown
 from transformerfam.training.lora import fuse_lora
 from transformerfam.training.recipe import Recipe
 from transformerfam.training.tiny import build_tiny_model, build_tiny_tokenizer, draw_prompt, frequent_words
@@ -43,7 +43,9 @@ def build_trainee(recipe: Recipe) -> tuple[PreTrainedModel, PreTrainedTokenizerB
         model, tokenizer = load_base(section.base)
         _give_memory(model, recipe)
     if section.prompt_text is not None:
-        set_prompt(model, encode(tokenizer, section.prompt_text))
+        ids = encode(tokenizer, section.prompt_text)
+        say_unknown(tokenizer, ids, "model.prompt_text")
+        set_prompt(model, ids)
     if getattr(model, "peft_config", None):
         _require_same_lora(model.peft_config["default"], recipe)
     elif recipe.lora is not None:

@@ -51,6 +51,7 @@ class NamedRows:
         self.data, self.schedule = recipe.data, recipe.schedule
         self.ask_later = recipe.state_passing.ask_later
         self.text = NamedKeysText(tokenizer)
+        self.wording_ids = self.text.wording_ids
 
     def rows(self, step: int, num_filler: int, stage: Stage, carried: Sequence[Held | None]) -> tuple[list[Row], int]:
         """Write the rows of a step.

@@ -1,6 +1,8 @@
 """Rows that tell several keys in many wordings, anywhere in a text, once or more often, and ask for some of them."""
 
+import itertools
 import random
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -43,6 +45,13 @@ class WordedRows:
         self.fillers, self.tokenizer = filler, tokenizer
         self.text = PasskeyText(tokenizer, filler[0])
         self.bank = WordingBank.load()
+
+    @property
+    def wording_ids(self) -> list[int]:
+        """The tokens of the sentences that tell and ask, of every kind that is drawn."""
+        bank, scenes = self.bank, self.bank.scenes if self.data.scenes else []
+        texts = [*bank.intros, *itertools.chain(*bank.questions), *itertools.chain(*scenes)]
+        return [i for text in texts for i in self._encode(re.sub(r"{\w+}", "", text))]
 
     def rows(self, step: int, num_filler: int, stage: Stage, carried: Sequence[Held | None]) -> tuple[list[Row], int]:
         """Write the rows of a step; arguments and result are those of `NamedRows.rows`."""
