@@ -15,12 +15,13 @@ from training_recipes import small_recipe
 from transformerfam.comparison import RunName, load_comparison, run_one
 from transformerfam.comparison import run as comparison_run
 from transformerfam.comparison.report import current_rows
-from transformerfam.comparison.run import ROWS_FILE, is_finished, require_same_recipe
+from transformerfam.comparison.run import ROWS_FILE, TRAINED_TASK, is_finished, recipe_digest, require_same_recipe
 from transformerfam.comparison.schedule import Schedule
 from transformerfam.errors import RecipeError, StateMismatchError
 from transformerfam.reports.rows import RowFile, accuracy_by_length, read_rows
 from transformerfam.tasks.facts import words
 from transformerfam.training import trainer as trainer_module
+from transformerfam.training.run_folder import FREE_TO_CHANGE
 from transformerfam.training.trainer import Trainer
 
 SMALL_TRAINING = RECIPE.replace("[1, 9]", "[0, 4]")
@@ -195,6 +196,22 @@ def test_run_of_a_comparison_does_not_go_on_by_another_recipe(comparison, tmp_pa
     with pytest.raises(RecipeError, match=f"section schedule differs, {change.split('.')[-1].partition('=')[0]} is"):
         run_one(comparison(change), name, tmp_path / "runs")
     run_one(comparison("recipe.schedule.log_every=2"), name, tmp_path / "runs")
+
+
+@pytest.mark.parametrize("key", FREE_TO_CHANGE)
+def test_rows_of_a_comparison_are_of_its_recipe_whatever_changes_no_number(comparison, key):
+    """Would catch a finished comparison that another machine's number of threads makes another one."""
+    plans = [comparison(f"recipe.schedule.{key}=1"), comparison(f"recipe.schedule.{key}=2"), comparison()]
+    plans.append(comparison(f'changes={{fam={{"schedule.{key}"=3}}}}', "allow_different_budgets=true"))
+    name = RunName("fam", 0)
+    common = {"task": TRAINED_TASK, "system": "fam", "seed": 0, "model": "small"}
+    for plan in plans:
+        require_same_recipe(plan, [common | {"recipe_digest": recipe_digest(plans[0], name)}])
+        require_same_recipe(plan, [common | {"recipe_digest": recipe_digest(plan, name, is_whole=True)}])
+        with pytest.raises(RecipeError, match="the rows of fam-0 come from another recipe"):
+            require_same_recipe(
+                comparison("recipe.optimizer.lr=0.5"), [common | {"recipe_digest": recipe_digest(plan, name)}]
+            )
 
 
 def test_rows_of_a_run_on_another_text_are_refused(comparison, tmp_path):

@@ -22,7 +22,7 @@ from transformerfam.tasks.passkey_evaluation import PasskeyEvaluation, finished_
 from transformerfam.tasks.provenance import device_name, memory_notes, provenance, weights_of
 from transformerfam.tasks.text import encode
 from transformerfam.training.checkpoint import CHECKPOINT_FILE
-from transformerfam.training.run_folder import require_same_run, save_recipe
+from transformerfam.training.run_folder import FREE_TO_CHANGE, require_same_run, save_recipe
 from transformerfam.training.setup import build_trainee
 from transformerfam.training.sources import require_same_sources, sources_of
 from transformerfam.training.trainer import Trainer
@@ -49,19 +49,26 @@ def is_finished(comparison: Comparison, run: RunName, rows: list[Row]) -> bool:
     return questions.num_answered(own, run) == questions.num_asked(run)
 
 
-def recipe_digest(comparison: Comparison, run: RunName) -> str:
-    """Return the SHA-256 of what a run's recipe is made of; a key that a later version adds does not change it."""
-    parts: list[Any] = [
-        comparison.recipe,
-        comparison.system_of(run.system),
-        comparison.changes.get(run.system, {}),
-        run.seed,
-    ]
+def recipe_digest(comparison: Comparison, run: RunName, is_whole: bool = False) -> str:
+    """Return the SHA-256 of what a run's recipe is made of; a key that a later version adds does not change it.
+
+    Args:
+        comparison: what the run is one of.
+        run: which system, and which seed.
+        is_whole: count what changes no number of a run, too, as earlier versions did.
+    """
+    recipe, changes = comparison.recipe, comparison.changes.get(run.system, {})
+    if not is_whole and isinstance(recipe.get("schedule"), dict):
+        kept = {name: value for name, value in recipe["schedule"].items() if name not in FREE_TO_CHANGE}
+        recipe = recipe | {"schedule": kept}
+    if not is_whole:
+        changes = {key: value for key, value in changes.items() if key.partition("schedule.")[2] not in FREE_TO_CHANGE}
+    parts: list[Any] = [recipe, comparison.system_of(run.system), changes, run.seed]
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 
 def require_same_recipe(comparison: Comparison, rows: Iterable[Row]) -> None:
-    """Refuse rows of runs that were trained by another recipe, or on other files.
+    """Refuse rows of runs that were trained by another recipe, or on other files; time, log and threads may differ.
 
     Raises:
         RecipeError: with the run.
@@ -71,7 +78,7 @@ def require_same_recipe(comparison: Comparison, rows: Iterable[Row]) -> None:
         run = RunName(row["system"], row["seed"])
         if row["task"] != TRAINED_TASK or row["model"] != comparison.name or run not in known:
             continue
-        if row["recipe_digest"] != recipe_digest(comparison, run):
+        if row["recipe_digest"] not in (recipe_digest(comparison, run), recipe_digest(comparison, run, is_whole=True)):
             raise RecipeError(
                 f"the rows of {run} come from another recipe than the one at hand; give the comparison another name or "
                 "file of rows, or take the recipe by which they were made"
