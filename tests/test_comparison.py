@@ -23,11 +23,13 @@ from transformerfam.comparison.figures import plot_comparison
 from transformerfam.comparison.plan import SYSTEMS
 from transformerfam.comparison.report import EMPTY, cells, comparison_tables, require_one_version
 from transformerfam.comparison.run import TRAINED_TASK, is_finished
+from transformerfam.comparison.schedule import Schedule
 from transformerfam.errors import RecipeError, TransformerFamError
 from transformerfam.reports.markdown import write_markdown
 from transformerfam.reports.rows import read_rows
 from transformerfam.rivals import RIVAL_NAMES
 from transformerfam.training.recipe_file import build_recipe
+from transformerfam.training.trainer import Trainer
 
 ROOT = Path(__file__).parents[1]
 STATE_PASSING = """
@@ -220,6 +222,62 @@ def test_comparison_runs_to_its_end_and_goes_on(recipe: Path, tmp_path: Path, mo
     changed = runner.invoke(app, [*command, "--set", "recipe.optimizer.lr=1e-2"])
     assert changed.exit_code == 2
     assert "come from another recipe" in " ".join(changed.output.split())
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (["batch_size=0"], "batch_size is 0, required is at least 1"),
+        (["num_keys=0"], "num_keys is 0, required is 1 to 90000"),
+        (["num_keys=99999"], "num_keys is 99999, required is 1 to 90000"),
+        (["num_keys=50000", "overwritten_tokens=[0]"], "num_keys is 100000, required is 1 to 90000"),
+        (['filler="no.txt"'], "cannot read 'no.txt'"),
+        (["filler_tokens=[-1]"], "filler_lengths is [-1], required are one or more lengths of at least 0"),
+        (["filler_tokens=[8, 8]"], "filler_tokens is [8, 8], required are different ones"),
+        (['systems=["fam", "fam"]'], "systems is ['fam', 'fam'], required are different ones"),
+        (["prefix_tokens=[0, 0]"], "prefix_tokens is [0, 0], required are different ones"),
+        (["max_filler_tokens={fam=1}"], "filler_lengths is [], required are one or more lengths"),
+        (['systems=["fam", "fam_memory_swapped"]', "batch_size=1"], "gives each text the memory of another"),
+        (['task="named-keys"', "num_told=[0]"], "num_told is [0], required are one or more numbers of at least 1"),
+        (['task="named-keys"', "num_told=[17]"], "num_told is 17 and num_retold 0, required is 1 to 16"),
+        (['task="named-keys"', "num_retold=-1"], "num_retold is [-1], required are one or more numbers of at least 0"),
+        (['task="named-keys"', "keys_apart=[3, 1]"], "apart is [3, 1], required is 0 <= least <= most"),
+        (['task="named-keys"', "num_keys=0"], "num_texts is [0], required are one or more numbers of at least 1"),
+        (['task="facts"', "num_supports=[4]"], "num_supports is 4 and num_sentences 10, required is 1 to 3"),
+        (['task="facts"', "num_sentences=1"], "num_supports is 2 and num_sentences 1, required is 1 to 3"),
+        (["--figure", "a.xyz"], "figure 'a.xyz' ends in '.xyz', required is one of .svg, .png, .pdf"),
+        (["--figure", "taken.svg"], "could not write taken.svg: it is no figure that this package drew"),
+        (["--figure", "small.toml/a.svg"], "could not make the folder small.toml"),
+        (["--table", "none/t.md"], "could not write none/t.md: No such file or directory; make its folder"),
+        (["--table", "."], "it is a folder; make its folder, or choose another one"),
+        (["--table", "taken.svg"], "could not write taken.svg: it holds something else than tables"),
+    ],
+)
+def test_what_cannot_be_asked_or_written_is_refused_before_training(
+    recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, changes: list[str], message: str
+) -> None:
+    """Catches an error that comes after hours of training."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(Schedule, "_run", lambda schedule, run: False)
+    (tmp_path / "taken.svg").write_text("my notes")
+    if not changes[0].startswith("--"):
+        changes = [part for change in changes for part in ("--set", change)]
+    fixed = ["--set", 'systems=["fam"]', "--set", "max_filler_tokens={}"]
+    result = CliRunner().invoke(app, ["compare", "small.toml", *fixed, *changes])
+    assert result.exit_code == 2, result.output
+    assert message in " ".join(result.output.split())
+    assert not (tmp_path / "runs" / "small" / "fam-0").exists()
+
+
+def test_filler_of_unknown_words_is_refused_before_training(
+    recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Catches a filler that the trained model turns out not to know."""
+    (tmp_path / "manual.txt").write_text("Use option verbose to print more. " * 20)
+    comparison = load_comparison(recipe, ['systems=["fam"]', "max_filler_tokens={}", f'filler="{tmp_path}/manual.txt"'])
+    monkeypatch.setattr(Trainer, "run", lambda *arguments: pytest.fail("it was trained"))
+    with pytest.raises(TransformerFamError, match="of the tokens of the filler manual.txt are words that the tokeni"):
+        run_one(comparison, RunName("fam", 0), tmp_path / "runs")
 
 
 def test_failed_run_is_named(recipe: Path, tmp_path: Path) -> None:

@@ -241,15 +241,30 @@ def require_target(path: str | os.PathLike[str], kind: str, overwrite: bool = Fa
             kind and not to be overwritten.
     """
     path = Path(path)
+    require_writable(path, or_folder=True)
+    if is_ours(path, kind) and not overwrite:
+        raise TransformerFamError(f"{path} holds a {kind} already; {option}choose another file")
+
+
+def require_writable(path: Path, or_folder: bool = False) -> None:
+    """Check that a file can be written.
+
+    Args:
+        path: the file.
+        or_folder: leave it to others to say that the path is a folder.
+
+    Raises:
+        TransformerFamError: its folder does not exist or cannot be written, or it is a folder itself.
+    """
     try:
         with tempfile.TemporaryFile(dir=path.parent):
             pass
+        if path.is_dir() and not or_folder:
+            raise IsADirectoryError(errno.EISDIR, "it is a folder")
     except OSError as error:
         raise TransformerFamError(
             f"could not write {path}: {error.strerror}; make its folder, or choose another one"
         ) from error
-    if is_ours(path, kind) and not overwrite:
-        raise TransformerFamError(f"{path} holds a {kind} already; {option}choose another file")
 
 
 def is_ours(path: Path, kind: str) -> bool:

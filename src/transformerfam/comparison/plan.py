@@ -20,6 +20,9 @@ SYSTEMS = (*PRESETS, *RIVAL_NAMES, UNTRAINED)
 BUDGET = ("steps", "batch_size", "accumulate", "max_seconds", "curriculum", "repeat_updates", "stored_blocks")
 """Keys of the section `schedule` that say how much a system is trained; so does all of the section `data`."""
 
+KINDS = ("prefix_tokens", "overwritten_tokens", "num_told", "num_supports")
+"""Fields of a comparison that part its questions."""
+
 
 @dataclass(frozen=True)
 class RunName:
@@ -140,6 +143,10 @@ class Comparison:
                     raise RecipeError(f"{name} is not among systems ({', '.join(self.systems)}); add it there")
         if not self.systems or not self.seeds or not self.filler_tokens:
             raise RecipeError("systems, seeds or filler_tokens is empty, at least one of each is required")
+        for name in ("systems", "seeds", "filler_tokens", *KINDS):
+            values = getattr(self, name)
+            if len(set(values)) < len(values):
+                raise RecipeError(f"{name} is {list(values)}, required are different ones; name each once")
         if not self.tellings or min(self.tellings)[0] < 0:
             raise RecipeError("prefix_tokens and overwritten_tokens are empty or negative, required is one from 0 on")
         for name in self.systems:

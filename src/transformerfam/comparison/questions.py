@@ -1,5 +1,6 @@
 """What a comparison asks, question by question, and which rows answer it."""
 
+import warnings
 from collections.abc import Iterable, Mapping
 from functools import cache, cached_property
 from pathlib import Path
@@ -30,6 +31,38 @@ class Questions:
     def __init__(self, comparison: Comparison) -> None:
         self.comparison = comparison
         self._block_size, self._asked = cache(self._find_block_size), cache(self._find_asked)
+
+    def require_askable(self) -> None:
+        """Write every question down, so that what is wrong with one is said before anything is trained.
+
+        Raises:
+            TransformerFamError: a number is out of its range, or the filler cannot be read.
+        """
+        comparison = self.comparison
+        _ = self._questions
+        for run in comparison.runs:
+            for system in comparison.rows_of(run):
+                lengths = comparison.lengths_of(system)
+                more = {"systems": comparison.rows_of(run)} if comparison.task == "passkey" else {}
+                self.evaluation(run.seed, filler_lengths=lengths, **more)
+        for seed in comparison.seeds:
+            for place in self._places():
+                for length in comparison.filler_tokens:
+                    self._asked(place, seed, length, 1)
+                    evaluation = self.evaluation(seed)
+                    if isinstance(evaluation, FactsEvaluation):
+                        for number in range(evaluation.num_texts):
+                            evaluation.story(length, place[0], number)
+
+    def require_readable(self, tokenizer: Any) -> None:
+        """Check that a tokenizer has tokens for what is asked, and knows enough of the filler.
+
+        Raises:
+            TransformerFamError: it has not, or does not.
+        """
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # what it does not know is said when it is asked
+            self.evaluation(self.comparison.seeds[0]).text(tokenizer)
 
     def answers(self, rows: Iterable[Row]) -> list[Row]:
         """Return the rows that answer the comparison's questions."""
@@ -81,7 +114,7 @@ class Questions:
         if not is_asked or length not in comparison.lengths_of(system) or place not in self._places():
             return False
         name = Path(comparison.filler).name
-        if row.get("filler", name) != name or row.get("questions", self._questions) != self._questions:
+        if row.get("filler", name) != name or ("questions" in row and row["questions"] != self._questions):
             return False
         asked, own = self._asked(place, seed, length, self._block_size(system)), self._name(row)
         if None in own:

@@ -105,8 +105,11 @@ def run_one(
 
     Raises:
         RecipeError: what is there was made by another recipe; all but time, log and threads must agree.
+        TransformerFamError: a question cannot be asked; nothing is trained.
         KeyboardInterrupt: Ctrl-C; the same call goes on.
     """
+    questions = Questions(comparison)
+    questions.require_askable()
     own, recipe = run_folder(folder, run), comparison.recipe_of(run)
     make_folder(own)
     if (own / CHECKPOINT_FILE).exists() or (own / ROWS_FILE).exists():
@@ -120,7 +123,7 @@ def run_one(
         save_recipe(own, recipe)
         notes: dict[str, Any] = {}
     else:
-        _train(recipe, own, progress, device)
+        _train(questions, recipe, own, progress, device)
         loaded = system if system in RIVAL_NAMES else "fam"
         model, tokenizer = load_model(own, loaded)
         notes = memory_notes(own, loaded)
@@ -199,7 +202,9 @@ def _new_ones(answered: Iterable[Row], rows: list[Row]) -> Iterable[Row]:
     return (row for row in answered if question(row) not in asked)
 
 
-def _train(recipe: Any, folder: Path, progress: Progress | None, device: torch.device | str) -> None:
+def _train(
+    questions: Questions, recipe: Any, folder: Path, progress: Progress | None, device: torch.device | str
+) -> None:
     """Train in the run's folder, or go on there."""
 
     def update(trainer: Trainer, row: dict[str, Any]) -> None:
@@ -207,6 +212,7 @@ def _train(recipe: Any, folder: Path, progress: Progress | None, device: torch.d
             progress("train", row["step"] + 1, recipe.schedule.steps)
 
     trainer = Trainer(recipe, folder, resume=(folder / CHECKPOINT_FILE).exists(), device=device)
+    questions.require_readable(trainer.tokenizer)
     if not trainer.run(update).is_complete:
         raise KeyboardInterrupt
 

@@ -21,6 +21,7 @@ from transformerfam.comparison.plan import UNTRAINED, Comparison, RunName
 from transformerfam.comparison.questions import Questions
 from transformerfam.comparison.run import ROWS_FILE, is_finished, require_same_recipe, run_folder
 from transformerfam.errors import MissingPackageError, TransformerFamError
+from transformerfam.files import make_folder
 from transformerfam.processes import INTERRUPTED
 from transformerfam.reports.rows import RowFile, fields_of_rows, read_rows
 from transformerfam.training.checkpoint import last_log_row
@@ -59,6 +60,7 @@ class Schedule:
         Raises:
             MissingPackageError: doit is not installed.
             RecipeError: the file of rows holds runs of another recipe.
+            TransformerFamError: a question cannot be asked; nothing is trained.
             KeyboardInterrupt: Ctrl-C; every run has saved what it has, and the same call goes on.
         """
         try:
@@ -69,7 +71,8 @@ class Schedule:
                 "a comparison needs the package doit, which is not installed; install it with: "
                 "pip install 'transformerfam[compare]'"
             ) from error
-        self.folder.mkdir(parents=True, exist_ok=True)
+        Questions(self.comparison).require_askable()
+        make_folder(self.folder)
         with ExitStack() as stack:
             self.rows = stack.enter_context(RowFile(self.rows_path))
             with fields_of_rows():

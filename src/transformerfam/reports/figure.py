@@ -1,13 +1,14 @@
 """What all figures of accuracy against length have in common: black on white, every line named at its end."""
 
 import contextlib
+import importlib.util
 import io
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from transformerfam.errors import MissingPackageError, TransformerFamError
-from transformerfam.files import make_folder, require_regular, write_bytes
+from transformerfam.files import make_folder, require_regular, require_writable, write_bytes
 
 MARK = "transformerfam"
 MARKS = {
@@ -50,37 +51,47 @@ def new_figure(
         MissingPackageError: matplotlib is not installed.
         TransformerFamError: no figure can be written there, see `require_figure`.
     """
-    if path is not None:
+    if path is None:
+        _require_matplotlib()
+    else:
         require_figure(path)
-    try:
-        import matplotlib
-        import matplotlib.figure
-    except ImportError as error:
-        raise MissingPackageError(
-            "a figure needs the package matplotlib, which is not installed; install it with: "
-            "pip install 'transformerfam[plots]'"
-        ) from error
+    import matplotlib
+    import matplotlib.figure
+
     with matplotlib.rc_context({"svg.hashsalt": "transformerfam", "svg.fonttype": "none", "font.size": 9}):
         figure = matplotlib.figure.Figure(figsize=size, layout="constrained")
         yield figure, list(figure.subplots(num_rows, num_columns, squeeze=False).flat)
 
 
+def _require_matplotlib() -> None:
+    if importlib.util.find_spec("matplotlib") is None:
+        raise MissingPackageError(
+            "a figure needs the package matplotlib, which is not installed; install it with: "
+            "pip install 'transformerfam[plots]'"
+        )
+
+
 def require_figure(path: str | Path, suffixes: Sequence[str] = FIGURE_SUFFIXES) -> None:
-    """Check before the work that a figure can be written.
+    """Check before the work that a figure can be drawn and written; its folder is made.
 
     Args:
         path: file to write.
         suffixes: what its name may end in.
 
     Raises:
-        TransformerFamError: it ends in something else, or there is something else than a figure of this package.
+        MissingPackageError: matplotlib is not installed.
+        TransformerFamError: it ends in something else, it cannot be written, or there is something else than a figure
+            of this package.
     """
     path = Path(path)
     if path.suffix not in suffixes:
         raise TransformerFamError(
             f"figure {str(path)!r} ends in {path.suffix!r}, required is one of {', '.join(suffixes)}; rename it"
         )
+    _require_matplotlib()
     require_regular(path)
+    make_folder(path.parent)
+    require_writable(path)
     try:
         content = path.read_bytes() if path.exists() else b""
     except OSError as error:
@@ -104,6 +115,7 @@ def save_figure(figure: Any, path: str | Path) -> None:
     Raises:
         TransformerFamError: it cannot be written, or the file is no figure of this package.
     """
+    require_figure(path)  # the file may have come since
     path = Path(path)
     metadata: dict[str, Any] = {"Software" if path.suffix == ".png" else "Creator": MARK}
     if path.suffix == ".svg":
@@ -117,7 +129,6 @@ def write_figure(content: bytes, path: Path) -> None:
     """Write a figure that is drawn; errors are those of `save_figure`."""
     assert is_marked(content, path.suffix), "a figure without its mark"
     require_figure(path, tuple(MARKS))
-    make_folder(path.parent)
     write_bytes(path, content)
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 from rich.table import Table
 
 from transformerfam.errors import TransformerFamError
-from transformerfam.files import require_regular, write_text
+from transformerfam.files import require_regular, require_writable, write_text
 
 TABLES = "tables"
 
@@ -35,9 +35,10 @@ def require_page(path: Path, kind: str = TABLES) -> None:
         kind: what is on it.
 
     Raises:
-        TransformerFamError: there is something else.
+        TransformerFamError: it cannot be written, or there is something else.
     """
     require_regular(path)
+    require_writable(path)
     before = path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
     if before and before.partition("\n")[0] != page_mark(kind):
         raise TransformerFamError(

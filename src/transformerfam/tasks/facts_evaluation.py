@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from transformerfam.reading_state import ReadingState
-from transformerfam.tasks.facts import FactsText, HiddenStory, draw_story
+from transformerfam.tasks.facts import FactsText, HiddenStory, Story, draw_story
 from transformerfam.tasks.provenance import questions_of, weights_of
 from transformerfam.tasks.ragged import READ_TOKENS, greedy_tokens, padded, read_ragged
 from transformerfam.tasks.text import require_filler
@@ -43,19 +43,31 @@ class FactsEvaluation(TextsEvaluation):
             model: a model with a memory.
             tokenizer: its tokenizer.
         """
-        text, done = FactsText(tokenizer, self.filler), 0
-        require_filler(tokenizer, text.filler)
+        text, done = self.text(tokenizer), 0
         total = sum(self.filler_lengths) * len(self.num_supports) * self.num_texts
         for length in self.filler_lengths:
             for num_supports in self.num_supports:
                 for start in range(0, self.num_texts, self.batch_size):
                     numbers = range(start, min(self.num_texts, start + self.batch_size))
-                    draws = [random.Random(f"{self.seed}/{length}/{num_supports}/{n}/facts") for n in numbers]
-                    hidden = [
-                        text.hide(draw_story(draw, num_supports, self.num_sentences), length, draw) for draw in draws
-                    ]
+                    stories = [self.story(length, num_supports, number) for number in numbers]
+                    hidden = [text.hide(story, length, draw) for story, draw in stories]
                     yield from self._batch(model, text, hidden, (length, num_supports, start), (done, total))
                     done += length * len(hidden)
+
+    def story(self, length: int, num_supports: int, number: int) -> tuple[Story, random.Random]:
+        """Return the story of a text, and the source of its places in the filler."""
+        draw = random.Random(f"{self.seed}/{length}/{num_supports}/{number}/facts")
+        return draw_story(draw, num_supports, self.num_sentences), draw
+
+    def text(self, tokenizer: Any) -> FactsText:
+        """Return what writes the texts.
+
+        Raises:
+            TransformerFamError: the tokenizer knows too little of the filler, or not all words of the stories.
+        """
+        text = FactsText(tokenizer, self.filler)
+        require_filler(tokenizer, text.filler)
+        return text
 
     def questions(self, filler_digest: str) -> dict[str, str]:
         """Return the field `questions` of rows, by the digest of the filler's text."""

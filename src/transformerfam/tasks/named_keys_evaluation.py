@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
+from transformerfam.errors import TransformerFamError
 from transformerfam.reading_state import ReadingState
 from transformerfam.tasks.named_keys import NamedKeys, NamedKeysText, draw_named_keys
 from transformerfam.tasks.passkey import FIRST_KEY, LAST_KEY
@@ -46,6 +47,8 @@ class NamedKeysEvaluation(TextsEvaluation):
         super().__post_init__()
         self.require_numbers("num_told", self.num_told, 1)
         self.require_numbers("num_retold", [self.num_retold], 0)
+        if not 0 <= self.apart[0] <= self.apart[1]:
+            raise TransformerFamError(f"apart is {list(self.apart)}, required is 0 <= least <= most; change apart")
 
     def rows(self, model: Any, tokenizer: Any) -> Iterator[dict[str, Any]]:
         """Read, ask, and yield one row per question.
@@ -54,9 +57,7 @@ class NamedKeysEvaluation(TextsEvaluation):
             model: a model with a memory.
             tokenizer: its tokenizer.
         """
-        text = NamedKeysText(tokenizer, self.filler)
-        require_filler(tokenizer, text.filler)
-        require_wording(tokenizer, text.wording_ids, "of named keys")
+        text = self.text(tokenizer)
         total = len(self.num_told) * self.num_texts * self.filler_lengths[-1]
         done = 0
         for num_told in self.num_told:
@@ -71,6 +72,17 @@ class NamedKeysEvaluation(TextsEvaluation):
         draw = random.Random(f"{self.seed}/{num_told}/named keys")
         num_retold = min(self.num_retold, num_told)
         return [draw_named_keys(draw, num_told, num_retold, self.apart) for _ in range(self.num_texts)]
+
+    def text(self, tokenizer: Any) -> NamedKeysText:
+        """Return what writes the texts.
+
+        Raises:
+            TransformerFamError: the tokenizer knows too little of the filler or of the sentences, or no digits.
+        """
+        text = NamedKeysText(tokenizer, self.filler)
+        require_filler(tokenizer, text.filler)
+        require_wording(tokenizer, text.wording_ids, "of named keys")
+        return text
 
     def questions(self, filler_digest: str) -> dict[str, str]:
         """Return the field `questions` of rows, by the digest of the filler's text."""

@@ -142,12 +142,7 @@ class PasskeyEvaluation:
             model: a converted model.
             tokenizer: its tokenizer.
         """
-        filler = self.filler
-        if not isinstance(filler, FillerStream):
-            filler = load_shuffled(tokenizer, filler, self._filler_text)
-        require_filler(tokenizer, filler)
-        text = PasskeyText(tokenizer, filler, self.wording)
-        require_wording(tokenizer, text.wording_ids, self.wording.name)
+        text = self.text(tokenizer)
         keys = self.keys
         own = keys[self.process[0] :: self.process[1]]
         window = _window(model)
@@ -169,6 +164,20 @@ class PasskeyEvaluation:
                 reading = _Reading(self, model, text, batch, [keys.index(key) for key in batch], group, (done, total))
                 yield from reading.rows()
                 done += len(batch) * group[-1]
+
+    def text(self, tokenizer: Any) -> PasskeyText:
+        """Return what writes the texts.
+
+        Raises:
+            TransformerFamError: the tokenizer knows too little of the filler or of the wording, or no digits.
+        """
+        filler = self.filler
+        if not isinstance(filler, FillerStream):
+            filler = load_shuffled(tokenizer, filler, self._filler_text)
+        require_filler(tokenizer, filler)
+        text = PasskeyText(tokenizer, filler, self.wording)
+        require_wording(tokenizer, text.wording_ids, self.wording.name)
+        return text
 
     @property
     def keys(self) -> list[int]:

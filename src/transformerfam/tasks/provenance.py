@@ -2,6 +2,7 @@
 
 import dataclasses
 import hashlib
+import json
 import importlib.resources
 import os
 import platform
