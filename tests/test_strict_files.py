@@ -1,6 +1,7 @@
 """Files are read strictly: what is not as this package writes it is refused by name, whatever its checksum says."""
 
 import json
+import re
 
 import pytest
 import torch
@@ -254,7 +255,13 @@ def test_recipe_that_is_cut_is_named(finished, content):
     path.write_bytes(before)
 
 
-@pytest.mark.parametrize("line", ["my note", "[1]", "3", '{"steps": 1}', '{"step": "two"}', "{}", '{"step": 1'])
+@pytest.mark.parametrize(
+    "line",
+    [
+        *("my note", "[1]", "3", '{"steps": 1}', '{"step": "two"}', "{}", '{"step": 1', '{"step": NaN}'),
+        *('{"step": true}', '{"step": 0}', '{"step": 1.5}', '{"step": -1}', '{"step": Infinity}', '{"step": null}'),
+    ],
+)
 def test_log_with_foreign_lines_is_left_alone(finished, line):
     """Would catch lines that are dropped, with all that follow them, when a run is resumed."""
     recipe, folder = finished
@@ -277,14 +284,95 @@ def test_log_that_ends_in_the_middle_of_a_step_is_cut(tmp_path):
     assert [json.loads(line)["step"] for line in log.read_text().splitlines()] == [0, 1, 2]
 
 
-@pytest.mark.parametrize("progress", [None, 3, {"step": 1}, "now"])
-def test_checkpoint_with_metadata_of_another_form_is_refused(finished, tmp_path, progress):
-    """Would catch a run that is resumed at no step."""
+@pytest.fixture
+def damaged(finished):
+    """Resume a run whose checkpoint is changed, and return what the command says."""
     recipe, folder = finished
     path = folder / "checkpoint.safetensors"
     before = path.read_bytes()
-    tensors, metadata = load_tensors(path, "checkpoint", 1)
-    save_tensors(path, tensors, metadata | {"progress": progress})
-    text = run("train", recipe, "--output", folder, "--resume", status=2)
-    assert "checkpoint.safetensors has metadata of another form" in text
+
+    def resume(tensors, metadata, has_names=True):
+        old_tensors, old = load_tensors(path, "checkpoint", 1)
+        assert old["tensor_names"] == sorted(old_tensors)
+        if not has_names:  # as earlier versions wrote it
+            del old["tensor_names"]
+        progress = metadata.pop("progress", {})
+        values = old | metadata | {"progress": old["progress"] | progress if isinstance(progress, dict) else progress}
+        changed = {name: change(old_tensors.get(name)) for name, change in tensors.items()}
+        save_tensors(path, {n: t for n, t in (old_tensors | changed).items() if t is not None}, values)
+        return run("train", recipe, "--output", folder, "--resume", status=2)
+
+    yield resume
     path.write_bytes(before)
+
+
+@pytest.mark.parametrize(
+    ("metadata", "message"),
+    [
+        ({"progress": None}, "progress is None, required is an object"),
+        ({"progress": "now"}, "progress is now, required is an object"),
+        *(
+            ({"progress": {name: value}}, f"progress.{name} is {value}, required is an integer of at least 0")
+            for name, value in (
+                *(("step", value) for value in (2.5, True, -1, float("inf"), float("nan"), "2", None)),
+                *((name, 2.5) for name in ("stage_idx", "steps_in_stage", "num_tokens")),
+            )
+        ),
+        *(
+            ({"progress": {name: value}}, f"progress.{name} is {value}, required is a finite number of at least 0")
+            for name, value in (("seconds", True), ("seconds", -1), ("seconds", float("inf")), ("cpu_seconds", "2"))
+        ),
+        (
+            {"progress": {"accuracies": ["a"]}},
+            "progress.accuracies is ['a'], required is a list of numbers from 0 to 1",
+        ),
+        ({"progress": {"accuracies": [2]}}, "progress.accuracies is [2], required is a list of numbers from 0 to 1"),
+        ({"progress": {"accuracies": None}}, "progress.accuracies is None, required is a list of numbers"),
+        ({"progress": {"devices": 5}}, "progress.devices is 5, required is a list of names"),
+        ({"progress": {"stage_idx": 99}}, "is of stage 99 of the curriculum, which has the stages 0 to 0"),
+        ({"passing_started": "yes"}, "passing_started is yes, required is true or false"),
+        ({"passed_keys": 3}, "passed_keys is 3, required is null, or a list with one key per row"),
+        ({"passed_keys": [1, 2]}, "lacks the tensor passed_fam"),
+        ({"num_shares": "x"}, "num_shares is x, required is an integer of at least 0"),
+        ({"num_shares": 3}, "-1-of-3.safetensors does not exist"),
+        ({"tensor_names": 3}, "tensor_names is 3, required is a list of names"),
+    ],
+)
+def test_checkpoint_with_values_of_another_form_is_refused(damaged, metadata, message):
+    """Would catch a run that is resumed at no step, and a traceback that names no file."""
+    text = damaged({}, dict(metadata))
+    assert "checkpoint" in text
+    assert message in text
+
+
+FIRST = "optimizer.0.exp_avg"
+
+
+@pytest.mark.parametrize("has_names", [True, False])
+@pytest.mark.parametrize(
+    ("tensors", "message"),
+    [
+        ({FIRST: lambda _: None}, "optimizer.0.exp_avg|has exp_avg_sq, step of the optimizer's parameter 0"),
+        ({FIRST: lambda old: old[..., :1]}, "optimizer.0.exp_avg is of shape"),
+        ({FIRST: lambda old: old * float("nan")}, "has numbers in optimizer.0.exp_avg that are not finite"),
+        ({"optimizer.99.exp_avg": lambda _: torch.zeros(2)}, "optimizer.99.exp_avg"),
+        ({"torch_rng": lambda _: None}, "lacks the tensor torch_rng"),
+        ({"torch_rng": lambda old: old[:5]}, "torch_rng is of shape"),
+        ({"torch_rng": lambda old: old.float()}, "torch_rng is torch.float32, required is torch.uint8"),
+        ({"model.more": lambda _: torch.zeros(2)}, "holds the weights of another model"),
+        ({"more": lambda _: torch.zeros(2)}, "holds the tensor more, which is of nothing here"),
+        ({"filler.ids": lambda _: torch.zeros(2)}, "lacks the tensor filler.keys"),
+    ],
+)
+def test_checkpoint_with_other_tensors_is_refused(damaged, tensors, message, has_names):
+    """Would catch an optimizer that starts anew in the middle of a run, or chance that does."""
+    text = damaged(tensors, {}, has_names)
+    assert "checkpoint.safetensors" in text
+    assert re.search(message, text)
+
+
+@pytest.mark.parametrize("has_names", [True, False])
+def test_checkpoint_without_its_optimizer_is_refused(damaged, finished, has_names):
+    tensors, _ = load_tensors(finished[1] / "checkpoint.safetensors", "checkpoint", 1)
+    names = [name for name in tensors if name.startswith("optimizer.")]
+    assert re.search("optimizer", damaged({name: lambda _: None for name in names}, {}, has_names))

@@ -193,7 +193,7 @@ class Schedule:
         row = last_log_row(folder / LOG_FILE)
         if row is None:
             return "asking" if self.comparison.system_of(run.system) == UNTRAINED else "starting"
-        keys = "-" if row["key_accuracy"] is None else f"{row['key_accuracy']:.2f}"
+        keys = "-" if row.get("key_accuracy") is None else f"{row['key_accuracy']:.2f}"
         return f"step {row['step']} of {self.num_steps[run]}, keys {keys}"
 
 

@@ -17,6 +17,7 @@ from torch.distributed.tensor import DTensor
 from transformerfam.adapter import CHECKPOINT_FILE
 from transformerfam.errors import CorruptFileError, RecipeError, TransformerFamError
 from transformerfam.files import load_tensors, metadata_form, parse_json, read_whole, save_tensors, write_text
+from transformerfam.training.checkpoint_form import REMEDY, TENSOR_NAMES, require_progress, require_tensors
 from transformerfam.training.optimizer import AverageOfWeights
 from transformerfam.training.recipe import Recipe
 from transformerfam.training.recipe_file import build_recipe
@@ -94,7 +95,7 @@ def save_checkpoint(
     }
     place, step = place or Place(), progress["step"]
     shares = {name: tensor.to_local() for name, tensor in tensors.items() if isinstance(tensor, DTensor)}
-    metadata["num_shares"] = place.world if shares else 0
+    metadata |= {"num_shares": place.world if shares else 0, TENSOR_NAMES: sorted(tensors)}
     if shares:
         kind = {"kind": "share of a checkpoint", "format_version": CHECKPOINT_FORMAT_VERSION}
         save_tensors(folder / _share_file(step, place.rank, place.world), shares, kind)
@@ -123,8 +124,17 @@ def load_checkpoint(
     optimizer: torch.optim.Optimizer,
     average: AverageOfWeights,
     passing: StatePassing,
+    num_stages: int,
 ) -> tuple[dict[str, Any], StoredFiller | None]:
     """Put a checkpoint into model, optimizer, average and state passing.
+
+    Args:
+        folder: of the run.
+        model: takes its trainable weights.
+        optimizer: takes its averages.
+        average: takes the moving average of the weights.
+        passing: takes the saved FAM.
+        num_stages: stages of the recipe's curriculum.
 
     Returns:
         The `progress` that was saved, and the stored filler.
@@ -134,15 +144,18 @@ def load_checkpoint(
     """
     path = folder / CHECKPOINT_FILE
     tensors, metadata = load_tensors(path, "checkpoint", CHECKPOINT_FORMAT_VERSION)
-    with metadata_form(path, "checkpoint"):
-        _check_progress(metadata)
+    require_progress(metadata, path)
+    stage_idx = metadata["progress"]["stage_idx"]
+    if stage_idx >= num_stages:
+        raise CorruptFileError(
+            f"{path} is of stage {stage_idx} of the curriculum, which has the stages 0 to {num_stages - 1}; {REMEDY}"
+        )
     if metadata.get("num_shares"):
-        tensors |= _joined_shares(folder, metadata["progress"]["step"], metadata["num_shares"])
+        with metadata_form(path, "checkpoint"):
+            tensors |= _joined_shares(folder, metadata["progress"]["step"], metadata["num_shares"])
+    require_tensors(tensors, metadata, model, optimizer, average.values, path)
     parameters = {f"model.{n}": p for n, p in model.named_parameters() if p.requires_grad}
     device = next(model.parameters()).device
-    stored = {name for name in tensors if name.startswith("model.")}
-    if stored != set(parameters) or any(tensors[n].shape != p.shape for n, p in parameters.items()):
-        raise CorruptFileError(f"{path} holds the weights of another model; resume with the recipe that it was made by")
     with torch.no_grad():
         for name, parameter in parameters.items():
             parameter.copy_(shared_like(tensors[name], parameter))
@@ -164,20 +177,6 @@ def load_checkpoint(
     return metadata["progress"], StoredFiller.from_tensors(filler, device) if filler else None
 
 
-def _check_progress(metadata: dict[str, Any]) -> None:
-    """Check that a checkpoint's metadata says all that a trainer resumes from.
-
-    Raises:
-        KeyError: something is missing.
-        ValueError: a number cannot be.
-    """
-    progress = metadata["progress"]
-    _ = list(progress["accuracies"]), metadata["passed_keys"], metadata["passing_started"]
-    for name in ("step", "stage_idx", "steps_in_stage", "num_tokens", "seconds", "cpu_seconds"):
-        if not isinstance(progress[name], int | float) or not progress[name] >= 0:
-            raise ValueError(f"{name} is {progress[name]!r}")
-
-
 def _as_tuples(value: Any) -> Any:
     """Return lists, and the lists in them, as tuples, which JSON does not know."""
     return tuple(map(_as_tuples, value)) if isinstance(value, list) else value
@@ -187,34 +186,38 @@ def cut_log(path: Path, num_steps: int) -> None:
     """Drop the lines that were written after the checkpoint, and a line that a killed run left unfinished.
 
     Raises:
-        CorruptFileError: a line is of something else; the message gives its number.
+        CorruptFileError: a line is of something else, or of no later step; the message gives its number.
     """
     if not path.exists():
         return
-    kept = []
+    kept, last = [], -1
     for number, line in enumerate(read_whole(path).splitlines(keepends=True), start=1):
         try:
-            is_kept = parse_json(line)["step"] < num_steps
+            step = parse_json(line)["step"]
+            if not isinstance(step, int) or isinstance(step, bool) or step <= last:
+                raise ValueError(f"step is {step!r}, required is an integer above {last}")
         except (ValueError, TypeError, KeyError) as error:
             if not line.endswith(b"\n") and line[: len(LOG_BEGINS)] == LOG_BEGINS[: len(line)]:
                 break
             raise CorruptFileError(
-                f"line {number} of {path} is no step of a training: {line[:60].decode(errors='replace')!r}; take the "
-                "line out, and resume"
+                f"line {number} of {path} is no next step of a training ({error}): "
+                f"{line[:60].decode(errors='replace')!r}; take the line out, and resume"
             ) from error
-        if is_kept:
+        last = step
+        if step < num_steps:
             kept.append(line.decode().rstrip("\n") + "\n")
     write_text(path, "".join(kept))
 
 
 def last_log_row(path: Path) -> dict[str, Any] | None:
-    """Return the last whole line of a log, None where there is none."""
+    """Return the last whole step of a log, None where there is none."""
     if not path.exists():
         return None
     for line in reversed(read_whole(path).decode(errors="replace").splitlines()):
         with contextlib.suppress(ValueError, TypeError):
             row: dict[str, Any] = dict(parse_json(line))
-            return row
+            if "step" in row:
+                return row
     return None
 
 

@@ -308,7 +308,8 @@ class Trainer:
         self.ranks.wait()
 
     def _restore(self) -> None:
-        progress, self.stored = load_checkpoint(self.folder, self.model, self.optimizer, self.average, self.passing)
+        parts = (self.folder, self.model, self.optimizer, self.average, self.passing)
+        progress, self.stored = load_checkpoint(*parts, num_stages=len(self.stages))
         self.passing.saved = self.ranks.own_saved(self.passing.saved)
         self.step, self.stage_idx = progress["step"], progress["stage_idx"]
         self.steps_in_stage = progress["steps_in_stage"]
