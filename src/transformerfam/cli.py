@@ -20,6 +20,7 @@ from transformerfam.cli_report import report_app
 from transformerfam.config import FAM_DTYPES, UPDATE_PRESETS, FamConfig
 from transformerfam.demo import draw_seed, prepare_demo, run_demo
 from transformerfam.errors import TransformerFamError
+from transformerfam.fields import LARGEST_INTEGER, whole_numbers
 from transformerfam.files import require_target
 from transformerfam.memory import hold_weights_in, set_prompt
 from transformerfam.models import GATED, find_device, load_model, name_in_rows, save_model
@@ -33,7 +34,7 @@ from transformerfam.state import FamState
 from transformerfam.tasks.controls import CONTROLS, control_of
 from transformerfam.tasks.next_token import evaluate_next_token
 from transformerfam.tasks.passkey import NUM_DIGITS, PAPER
-from transformerfam.tasks.passkey_evaluation import PasskeyEvaluation, finished_questions
+from transformerfam.tasks.passkey_evaluation import MAX_MENTIONS, PasskeyEvaluation, finished_questions
 from transformerfam.tasks.provenance import memory_notes, weights_of
 from transformerfam.tasks.reading import count_tokens, generate_text, read_text_stream, save_somewhere
 from transformerfam.tasks.text import (
@@ -95,14 +96,18 @@ def evaluate_passkey_command(
     output: Annotated[Path, typer.Option("--output", help="JSON lines; finished questions in it are not asked again.")],
     filler_tokens: Annotated[str, typer.Option("--filler-tokens", help="Tokens of filler: N or N,N,...")],
     model: ModelOption = "tiny",
-    num_keys: Annotated[int, typer.Option("--num-keys", help="Keys, each asked at every length.")] = 20,
-    seed: Annotated[int, typer.Option("--seed", help="Seed of keys and jitter.")] = 0,
+    num_keys: Annotated[
+        int, typer.Option("--num-keys", min=1, max=LARGEST_INTEGER, help="Keys, each asked at every length.")
+    ] = 20,
+    seed: Annotated[int, typer.Option("--seed", min=0, max=LARGEST_INTEGER, help="Seed of keys and jitter.")] = 0,
     system: SystemOption = None,
     filler: Annotated[
         str, typer.Option("--filler", help="sentences (the paper's), persuasion, northanger_abbey, or a UTF-8 file.")
     ] = "sentences",
     jitter: Annotated[bool, typer.Option(help="Add up to a block of filler to each question.")] = True,
-    batch_size: Annotated[int, typer.Option("--batch-size", help="Keys that are read side by side.")] = 10,
+    batch_size: Annotated[
+        int, typer.Option("--batch-size", min=1, max=LARGEST_INTEGER, help="Keys that are read side by side.")
+    ] = 10,
     prefix_tokens: Annotated[
         str,
         typer.Option(
@@ -114,8 +119,8 @@ def evaluate_passkey_command(
     overwritten: Annotated[
         bool, typer.Option("--overwritten", help="Tell another key in front of those: the last must come back.")
     ] = False,
-    digits: Annotated[int, typer.Option("--digits", help="Digits of a key.")] = NUM_DIGITS,
-    mentions: Annotated[int, typer.Option("--mentions", help="Times that a key is told.")] = 1,
+    digits: Annotated[int, typer.Option("--digits", min=1, max=9, help="Digits of a key.")] = NUM_DIGITS,
+    mentions: Annotated[int, typer.Option("--mentions", min=1, max=MAX_MENTIONS, help="Times that a key is told.")] = 1,
     wording: Annotated[
         Path | None, typer.Option("--wording", help="TOML file with intro, question and answer, which hold {key}.")
     ] = None,
@@ -124,8 +129,13 @@ def evaluate_passkey_command(
     overrides: SetOption = None,
 ) -> None:
     """Hide keys in filler, read once per key, and ask at every length; a killed run goes on where it was."""
-    lengths = [_whole_number(text, "--filler-tokens") for text in filler_tokens.split(",")]
-    prefix: Any = prefix_tokens if prefix_tokens == "uniform" else _whole_number(prefix_tokens, "--prefix-tokens")
+    lengths = whole_numbers(filler_tokens, "--filler-tokens")
+    prefix: Any = prefix_tokens
+    if prefix_tokens != "uniform":
+        numbers = whole_numbers(prefix_tokens, "--prefix-tokens")
+        if len(numbers) != 1:
+            raise TransformerFamError(f"--prefix-tokens is {prefix_tokens!r}, required is one number, or uniform")
+        prefix = numbers[0]
     words = PAPER if wording is None else Wording.load(wording)
     with RowFile(output) as rows:
         for loaded, asked in _systems_by_model(system).items():
@@ -169,9 +179,11 @@ def evaluate_next_token_command(
     file: Annotated[str, typer.Argument(help="UTF-8 text, a folder, persuasion, northanger_abbey, or - (stdin).")],
     model: ModelOption = "tiny",
     system: SystemOption = None,
-    num_tokens: Annotated[int | None, typer.Option("--num-tokens", help="Tokens to read; all if not given.")] = None,
+    num_tokens: Annotated[
+        int | None, typer.Option("--num-tokens", min=2, max=LARGEST_INTEGER, help="Tokens to read; all if not given.")
+    ] = None,
     segment_tokens: Annotated[
-        int | None, typer.Option("--segment-tokens", help="Also a row for every N tokens.")
+        int | None, typer.Option("--segment-tokens", min=1, max=LARGEST_INTEGER, help="Also a row for every N tokens.")
     ] = None,
     output: Annotated[Path | None, typer.Option("--output", help="JSON lines; rows are appended.")] = None,
     device: DeviceOption = "cpu",
@@ -249,7 +261,8 @@ def read_command(
     model: ModelOption = "tiny",
     state: Annotated[Path | None, typer.Option("--state", help="Go on from this state.")] = None,
     skip_tokens: Annotated[
-        int, typer.Option("--skip-tokens", min=0, help="Tokens of the text that the state has read.")
+        int,
+        typer.Option("--skip-tokens", min=0, max=LARGEST_INTEGER, help="Tokens of the text that the state has read."),
     ] = 0,
     allow_unknown: Annotated[
         bool, typer.Option("--allow-unknown", help="Read a text of which the model knows next to no word, too.")
@@ -310,7 +323,7 @@ def generate_command(
     question: Annotated[str, typer.Argument(help="What follows the text that was read.")],
     state: Annotated[Path, typer.Option("--state", help="A state that `fam read` saved; it stays as it is.")],
     model: ModelOption = "tiny",
-    max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", min=1)] = 32,
+    max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", min=1, max=LARGEST_INTEGER)] = 32,
     chat: Annotated[bool, typer.Option("--chat", help="Ask in the model's chat template.")] = False,
     device: DeviceOption = "cpu",
     dtype: DtypeOption = None,
@@ -365,9 +378,12 @@ def average_command(
 
 @app.command("demo")
 def demo_command(
-    seed: Annotated[int | None, typer.Option("--seed", help="Seed of the key; drawn if not given.")] = None,
+    seed: Annotated[
+        int | None, typer.Option("--seed", min=0, max=LARGEST_INTEGER, help="Seed of the key; drawn if not given.")
+    ] = None,
     tokens: Annotated[
-        int | None, typer.Option("--tokens", help="Tokens to read; what the memory was proven for.")
+        int | None,
+        typer.Option("--tokens", min=1, max=LARGEST_INTEGER, help="Tokens to read; what the memory was proven for."),
     ] = None,
     model: ModelOption = "smollm2",
 ) -> None:
@@ -432,13 +448,6 @@ def _systems_by_model(systems: str | None) -> dict[str, list[str]]:
 def _named_with(model: str, overrides: list[str] | None, dtype: str | None) -> str:
     """Return the model's name for the rows, with what was changed: rows of one name are of one system."""
     return " ".join([model, *(overrides or []), *([dtype] if dtype else [])])
-
-
-def _whole_number(text: str, name: str) -> int:
-    try:
-        return int(text)
-    except ValueError as error:
-        raise TransformerFamError(f"{name} has {text!r}, required are whole numbers, for example 512,1024") from error
 
 
 def _print_table(table: Any) -> None:

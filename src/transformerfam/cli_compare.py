@@ -12,6 +12,7 @@ from transformerfam.comparison import Comparison, RunName, load_comparison, run_
 from transformerfam.comparison.figures import plot_comparison
 from transformerfam.comparison.report import comparison_tables
 from transformerfam.errors import TransformerFamError
+from transformerfam.fields import LARGEST_INTEGER
 from transformerfam.models import find_device
 from transformerfam.processes import INTERRUPTED, end_with_input
 from transformerfam.reports.figure import require_figure
@@ -25,7 +26,7 @@ def compare_command(
     rows: Annotated[
         Path | None, typer.Option("--rows", help="JSON lines of finished runs; rows.jsonl in the folder if not given.")
     ] = None,
-    jobs: Annotated[int, typer.Option("--jobs", min=1, help="Runs at a time.")] = 2,
+    jobs: Annotated[int, typer.Option("--jobs", min=1, max=LARGEST_INTEGER, help="Runs at a time.")] = 2,
     figures: Annotated[list[Path] | None, typer.Option("--figure", help="Figure: .svg, .png or .pdf.")] = None,
     table: Annotated[Path | None, typer.Option("--table", help="Markdown file for the tables.")] = None,
     report_only: Annotated[bool, typer.Option("--report", help="Train nothing; show what is there.")] = False,

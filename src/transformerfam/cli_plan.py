@@ -9,6 +9,7 @@ from rich.table import Table
 
 from transformerfam.config import FAM_DTYPES, FamConfig
 from transformerfam.errors import TransformerFamError
+from transformerfam.fields import LARGEST_FLOAT, LARGEST_INTEGER
 from transformerfam.plan import OptimizerKind, Plan, Training, make_plan
 from transformerfam.training.recipe_file import parse_overrides
 
@@ -17,16 +18,23 @@ CHOICES = {"--train": ("full", "lora", "none"), "--optimizer": ("adamw", "adafac
 
 def plan_command(
     model: Annotated[str, typer.Argument(help="paper-1b, paper-8b, paper-24b, tiny, smollm2, a folder or a Hub name.")],
-    context: Annotated[int, typer.Option("--context", min=1, help="Tokens of a training sequence.")] = 8192,
-    gpus: Annotated[int, typer.Option("--gpus", min=1, help="Devices that share the model.")] = 1,
-    batch_size: Annotated[int, typer.Option("--batch-size", min=1, help="Sequences per device and step.")] = 1,
+    context: Annotated[
+        int, typer.Option("--context", min=1, max=LARGEST_INTEGER, help="Tokens of a training sequence.")
+    ] = 8192,
+    gpus: Annotated[int, typer.Option("--gpus", min=1, max=LARGEST_INTEGER, help="Devices that share the model.")] = 1,
+    batch_size: Annotated[
+        int, typer.Option("--batch-size", min=1, max=LARGEST_INTEGER, help="Sequences per device and step.")
+    ] = 1,
     training: Annotated[str, typer.Option("--train", help="full, lora or none.")] = "lora",
-    lora_rank: Annotated[int, typer.Option("--lora-rank", min=1)] = 64,
+    lora_rank: Annotated[int, typer.Option("--lora-rank", min=1, max=LARGEST_INTEGER)] = 64,
     optimizer: Annotated[str, typer.Option("--optimizer", help="adamw or adafactor.")] = "adamw",
     dtype: Annotated[str, typer.Option("--dtype", help=f"Of {', '.join(FAM_DTYPES)}.")] = "bfloat16",
-    tokens: Annotated[float | None, typer.Option("--tokens", min=0, help="Tokens to train on, for the hours.")] = None,
+    tokens: Annotated[
+        float | None, typer.Option("--tokens", min=0, max=LARGEST_FLOAT, help="Tokens to train on, for the hours.")
+    ] = None,
     tflops: Annotated[
-        float, typer.Option("--tflops", min=1e-9, help="10^12 operations per second that a device does.")
+        float,
+        typer.Option("--tflops", min=1e-9, max=LARGEST_FLOAT, help="10^12 operations per second that a device does."),
     ] = 400.0,
     overrides: Annotated[list[str] | None, typer.Option("--set", help="Fields of the memory, key=value.")] = None,
 ) -> None:

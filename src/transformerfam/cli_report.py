@@ -11,6 +11,7 @@ from typer.core import TyperGroup
 from transformerfam.attention_record import record_attention
 from transformerfam.cli_output import say
 from transformerfam.errors import TransformerFamError
+from transformerfam.fields import LARGEST_INTEGER, whole_numbers
 from transformerfam.files import make_folder
 from transformerfam.models import load_model
 from transformerfam.reports.attention import (
@@ -77,17 +78,21 @@ def report_attention(
     text: Annotated[
         str, typer.Option("--text", help="sentences (the paper's), persuasion, northanger_abbey, or a UTF-8 file.")
     ] = "sentences",
-    blocks: Annotated[int, typer.Option("--blocks", min=1, help="Blocks to read.")] = 8,
+    blocks: Annotated[int, typer.Option("--blocks", min=1, max=LARGEST_INTEGER, help="Blocks to read.")] = 8,
     layers: Annotated[str, typer.Option("--layers", help="Layers of the maps; the first of them is filmed.")] = "0",
     heads: Annotated[str, typer.Option("--heads", help="Heads of the maps; the first of them is filmed.")] = "0",
-    block: Annotated[int | None, typer.Option("--block", help="Block of the maps; the last if not given.")] = None,
+    block: Annotated[
+        int | None,
+        typer.Option("--block", min=0, max=LARGEST_INTEGER, help="Block of the maps; the last if not given."),
+    ] = None,
     key: Annotated[
-        int | None, typer.Option("--key", min=1, help="Tell this pass key in front of the text, and mark it.")
+        int | None,
+        typer.Option("--key", min=1, max=LARGEST_INTEGER, help="Tell this pass key in front of the text, and mark it."),
     ] = None,
 ) -> None:
     """Draw attention maps of one block, a film over blocks, the FAM's norm and change, and what gated rows wrote."""
     _require_own(output)
-    chosen_layers, chosen_heads = _numbers(layers, "--layers"), _numbers(heads, "--heads")
+    chosen_layers, chosen_heads = whole_numbers(layers, "--layers"), whole_numbers(heads, "--heads")
     block = blocks - 1 if block is None else block
     if not 0 <= block < blocks:
         raise TransformerFamError(
@@ -138,10 +143,3 @@ def _require_own(folder: Path) -> None:
         require_figure(folder / name, FILM_SUFFIXES)
     with RowFile(folder / ROWS):
         pass
-
-
-def _numbers(text: str, name: str) -> list[int]:
-    try:
-        return [int(part) for part in text.split(",")]
-    except ValueError as error:
-        raise TransformerFamError(f"{name} has {text!r}, required are whole numbers, for example 0,3") from error

@@ -12,10 +12,11 @@ from transformers import AutoModelForCausalLM, Cache, PreTrainedModel
 from transformerfam.cache_argument import as_cache
 from transformerfam.config import FamConfig
 from transformerfam.convert import attach
-from transformerfam.families import own_windows
+from transformerfam.families import decoder_layers, own_windows
 from transformerfam.layouts import inverse_frequencies
 from transformerfam.memory import LayerLayout
 from transformerfam.positions import Turner
+from transformerfam.seams import check_layers
 from transformerfam.versions import require_peft
 
 
@@ -98,6 +99,7 @@ def make_fake(model: PreTrainedModel) -> None:
 
 def convert_fake(model: PreTrainedModel, fam: FamConfig) -> None:
     """Attach a memory to a model of fake tensors."""
+    check_layers(fam, len(decoder_layers(model)))
     recorder, decoder, config = _Shapes(), model.get_decoder(), model.config
     with torch.no_grad():
         decoder(

@@ -67,6 +67,25 @@ def _name_of_type(kind: Any) -> str:
     return {int: "an integer below 2^63", float: "a finite number", bool: "True or False", type(None): "None"}[kind]
 
 
+def whole_numbers(text: str, name: str) -> list[int]:
+    """Return the numbers of an option that takes one or more, with commas between them.
+
+    Args:
+        text: what was given.
+        name: the option's, for the message.
+
+    Raises:
+        TransformerFamError: a part is no whole number from 0 to `LARGEST_INTEGER`.
+    """
+    parts = [part.strip() for part in text.split(",")]
+    wrong = [part for part in parts if not (part.isascii() and part.isdigit() and int(part) <= LARGEST_INTEGER)]
+    if wrong:
+        raise TransformerFamError(
+            f"{name} has {wrong[0]!r}, required are whole numbers from 0 to 2^63 - 1, for example 512,1024"
+        )
+    return [int(part) for part in parts]
+
+
 def values_to_fields(cls: type, values: dict[str, Any]) -> dict[str, Any]:
     """Return plain values, once all of them are fields of the configuration `cls`.
 

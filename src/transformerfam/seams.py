@@ -101,7 +101,15 @@ def _check_update(model: Any, config: FamConfig) -> None:
             "fam_update is 'gated', and attention back end 'flex_attention' gives no weights, by which rows move; call "
             "model.set_attn_implementation('sdpa') first"
         )
-    num_layers = len(decoder_layers(model))
+    check_layers(config, len(decoder_layers(model)))
+
+
+def check_layers(config: FamConfig, num_layers: int) -> None:
+    """Refuse a memory in layers that a model does not have.
+
+    Raises:
+        UnsupportedModelError: `fam_layers` names such a layer, or there is no next layer to feed.
+    """
     if config.feeds_upwards and num_layers == 1:
         raise UnsupportedModelError(
             f"fam_feeds is {config.fam_feeds!r}, and a model of one layer has no next one to feed; required is "
@@ -109,7 +117,7 @@ def _check_update(model: Any, config: FamConfig) -> None:
         )
     if config.fam_layers is not None and max(config.fam_layers) >= num_layers:
         raise UnsupportedModelError(
-            f"fam_layers names layer {max(config.fam_layers)}, the model has layers 0 to {num_layers - 1}"
+            f"fam_layers names layer {max(config.fam_layers)}, the model has layers 0 to {num_layers - 1}; name those"
         )
 
 

@@ -197,10 +197,13 @@ class PasskeyEvaluation:
         """Return each key's additional filler at one length: spread evenly over a block, in random order."""
         if not self.jitter:
             return [0] * self.num_keys
-        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + num_filler_tokens)
+        generator = torch.Generator().manual_seed(self._seed_of(num_filler_tokens))
         shift = torch.rand((), generator=generator).item()
         order = torch.randperm(self.num_keys, generator=generator).tolist()
         return [int((place + shift) * block_size / self.num_keys) % block_size for place in order]
+
+    def _seed_of(self, num_filler_tokens: int) -> int:
+        return (self.seed * 1_000_003 + num_filler_tokens) % 2**64  # which torch takes, whatever the seed
 
     def _systems_missing(self, key: int, num_filler_tokens: int) -> list[str]:
         return [name for name in self.systems if (name, num_filler_tokens, key) not in self.finished]
@@ -215,7 +218,7 @@ class PasskeyEvaluation:
         """
         if self.prefix_tokens != "uniform":
             return [self.prefix_tokens * (i + 1) // self.num_mentions for i in range(self.num_mentions)]
-        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + num_filler_tokens)
+        generator = torch.Generator().manual_seed(self._seed_of(num_filler_tokens))
         order = torch.randperm(self.num_keys, generator=generator).tolist()
         within = torch.rand(self.num_keys, generator=generator).tolist()
         share = (order[key_idx] + within[key_idx]) / self.num_keys  # each key in its own stratum

@@ -6,6 +6,7 @@ them does, at the price of one. (Wortsman et al., 2022; not in the paper.)
 
 import os
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -34,12 +35,17 @@ def average_memories(
         The adapter that was written; its notes hold those of all memories.
 
     Raises:
-        TransformerFamError: there is one folder only, or a memory starts from a saved FAM.
+        TransformerFamError: there is one folder only, the output is one of them, or a memory starts from a saved FAM.
         StateMismatchError: the memories differ in base model, LoRA or shape.
         CorruptFileError: a folder holds no memory that can be read.
     """
     if len(folders) < 2:
         raise TransformerFamError(f"{len(folders)} memory cannot be averaged; give two or more folders")
+    for folder in folders:
+        if Path(folder).resolve() == Path(output).resolve():
+            raise TransformerFamError(
+                f"the output {output} is one of the memories that are averaged, which would be lost; choose another"
+            )
     memories = [FamAdapter.from_pretrained(folder) for folder in folders]
     first = memories[0]
     for folder, memory in zip(folders, memories, strict=True):

@@ -273,9 +273,10 @@ def find_non_finite(model: PreTrainedModel, batch: Batch, state: ReadingState) -
 
 
 def find_non_finite_gradient(model: nn.Module) -> str:
-    """Return the name of the first parameter whose gradient is not finite; there must be one."""
-    return next(
+    """Return the name of the first parameter whose gradient is not finite, or what is where each one is finite."""
+    names = (
         name
         for name, parameter in model.named_parameters()
         if parameter.grad is not None and not bool(torch.isfinite(parameter.grad).all())
     )
+    return next(names, "all parameters together, whose length float32 does not hold,")

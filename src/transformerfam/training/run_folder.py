@@ -49,13 +49,15 @@ def claim_folder(
     Raises:
         RecipeError: the folder holds a run already and `resume` is False, or another recipe's and it is True.
         CorruptFileError: `resume` is True and there is no checkpoint.
-        TransformerFamError: another process trains there, or the folder is that of something else.
+        TransformerFamError: another process trains there, or the folder is that of something else, as of what the run
+            starts from.
     """
     if resume and not (folder / CHECKPOINT_FILE).exists():
         raise CorruptFileError(
             f"{folder / CHECKPOINT_FILE} does not exist: no run was there, or it ended before its first checkpoint; "
             "run the same command without --resume, which starts over"
         )
+    _require_no_input(folder, recipe)
     make_folder(folder)
     for name in (LOG_FILE, RECIPE_FILE, LOCK_FILE):
         require_regular(folder / name)
@@ -129,6 +131,21 @@ def require_same_run(folder: Path, recipe: Recipe, may_differ: tuple[str, ...] =
 
 def _fields(values: object, section: str) -> dict[str, object]:
     return values if isinstance(values, dict) else {section: values}
+
+
+def _require_no_input(folder: Path, recipe: Recipe) -> None:
+    """Refuse a folder whose model or memory the run starts from: both would be lost.
+
+    Raises:
+        RecipeError: it is one.
+    """
+    for name in ("base", "memory"):
+        start = getattr(recipe.model, name)
+        if start is not None and Path(start).is_dir() and Path(start).resolve() == folder.resolve():
+            raise RecipeError(
+                f"{folder} is model.{name}, which the run starts from and would take the place of; train into another "
+                "folder"
+            )
 
 
 def _require_right(folder: Path, recipe: Recipe, resume: bool, overwrite: bool) -> None:

@@ -37,8 +37,8 @@ from transformerfam.training.stored_filler import StoredFiller, keep_filler
 from transformerfam.training.teacher import Teacher
 
 TRY_AGAIN = (
-    "lower optimizer.lr or optimizer.clip_norm, or set fam.fam_norm_bound, and train into another folder, since a run "
-    "is resumed by its own recipe alone"
+    "lower optimizer.lr, optimizer.clip_norm or the weights of loss, or set fam.fam_norm_bound, and train into another "
+    "folder, since a run is resumed by its own recipe alone"
 )
 
 OnStep = Callable[["Trainer", dict[str, Any]], None]
