@@ -44,8 +44,8 @@ def build_trainee(recipe: Recipe) -> tuple[PreTrainedModel, PreTrainedTokenizerB
         _give_memory(model, recipe)
     if section.prompt_text is not None:
         ids = encode(tokenizer, section.prompt_text)
-        say_unknown(tokenizer, ids, "model.prompt_text")
         set_prompt(model, ids)
+        say_unknown(tokenizer, ids, "model.prompt_text")
     if getattr(model, "peft_config", None):
         _require_same_lora(model.peft_config["default"], recipe)
     elif recipe.lora is not None:
