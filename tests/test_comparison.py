@@ -290,7 +290,7 @@ def test_failed_run_is_named(recipe: Path, tmp_path: Path) -> None:
     )
     assert result.exit_code == 2
     assert "1 runs failed: rmt-0" in " ".join(result.output.split())
-    assert "no readable safetensors" in (folder / "rmt-0" / "run.log").read_text()
+    assert "holds a run without its recipe.json" in (folder / "rmt-0" / "run.log").read_text()
     assert "2 empty" in result.output or EMPTY in result.output
 
 
