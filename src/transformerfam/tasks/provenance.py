@@ -2,8 +2,8 @@
 
 import dataclasses
 import hashlib
-import json
 import importlib.resources
+import json
 import os
 import platform
 import subprocess
