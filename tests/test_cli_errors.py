@@ -299,8 +299,8 @@ def test_average_does_not_take_the_place_of_what_it_averages(places):
     for folder in adapters:
         FamAdapter.from_pretrained(places["folder"]).save_pretrained(folder)
     before = (adapters[0] / "fam.safetensors").read_bytes()
-    (places["tmp"] / "link").symlink_to(adapters[0])
-    for output in (adapters[0], places["tmp"] / "link", places["tmp"] / "b" / ".." / "a"):
+    (places["tmp"] / "alias").symlink_to(adapters[0])
+    for output in (adapters[0], places["tmp"] / "alias", places["tmp"] / "b" / ".." / "a"):
         text = run("average", *adapters, "--output", output, "--overwrite", status=2)
         assert "is one of the memories that are averaged, which would be lost; choose another" in text
     assert (adapters[0] / "fam.safetensors").read_bytes() == before

@@ -160,8 +160,11 @@ def test_rival_recipes_refuse_what_only_fam_has(recipe: Path) -> None:
 
 
 @pytest.mark.parametrize("system", RIVAL_NAMES)
-def test_rival_is_trained_saved_and_asked(system: str, recipe: Path, tmp_path: Path) -> None:
+def test_rival_is_trained_saved_and_asked(
+    system: str, recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Catches a rival that the trainer, its checkpoints, the saved folder or the passkey task cannot take."""
+    monkeypatch.setattr("transformerfam.comparison.run.BYTES_LENGTHS", (256, 512))
     comparison = load_comparison(recipe, [f'systems=["{system}"]', "max_filler_tokens={}"])
     run = RunName(system, 0)
     run_one(comparison, run, tmp_path / "runs")
@@ -246,11 +249,11 @@ def test_comparison_runs_to_its_end_and_goes_on(recipe: Path, tmp_path: Path, mo
         (['task="facts"', "num_supports=[4]"], "num_supports is 4 and num_sentences 10, required is 1 to 3"),
         (['task="facts"', "num_sentences=1"], "num_supports is 2 and num_sentences 1, required is 1 to 3"),
         (["--figure", "a.xyz"], "figure 'a.xyz' ends in '.xyz', required is one of .svg, .png, .pdf"),
-        (["--figure", "taken.svg"], "could not write taken.svg: it is no figure that this package drew"),
+        (["--figure", "taken.svg"], "could not write taken.svg: it is no .svg figure that this package drew"),
         (["--figure", "small.toml/a.svg"], "could not make the folder small.toml"),
         (["--table", "none/t.md"], "could not write none/t.md: No such file or directory; make its folder"),
-        (["--table", "."], "it is a folder; make its folder, or choose another one"),
-        (["--table", "taken.svg"], "could not write taken.svg: it holds something else than tables"),
+        (["--table", "."], "could not write .: it is a folder, required is a file"),
+        (["--table", "taken.svg"], "could not write taken.svg: it does not begin with the line"),
     ],
 )
 def test_what_cannot_be_asked_or_written_is_refused_before_training(
