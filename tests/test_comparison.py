@@ -209,6 +209,7 @@ def test_comparison_runs_to_its_end_and_goes_on(recipe: Path, tmp_path: Path, mo
     (tmp_path / "torch.py").write_text("raise SystemExit('this is not torch')")
     (tmp_path / "doit.cfg").write_text("[COMMAND]\nrun = no_such_module:Run\n")
     runner, folder, rows = CliRunner(), tmp_path / "runs", tmp_path / "rows.jsonl"
+    recipe.write_text(SMALL.replace('"rmt", "full"', "").replace("full = 8", ""))  # two runs, a process each
     command = ["compare", str(recipe), "--output", str(folder), "--rows", str(rows)]
     figure = tmp_path / "figure.svg"
     result = runner.invoke(app, [*command, "--figure", str(figure), "--table", str(tmp_path / "table.md")])
