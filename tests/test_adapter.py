@@ -134,3 +134,23 @@ def test_damaged_files_are_refused(tmp_path: Path, file: str) -> None:
 def test_lora_configuration_is_plain_json(tmp_path: Path) -> None:
     FamAdapter.from_model(trained()).save_pretrained(tmp_path)
     assert json.loads((tmp_path / adapter.LORA_CONFIG_FILE).read_text())["peft_type"] == "LORA"
+
+
+def test_full_disk_between_two_files_leaves_an_old_adapter_whole(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Catches LoRA that has taken its place when the memory beside it finds none."""
+    model = trained()
+    FamAdapter.from_model(model).save_pretrained(tmp_path)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(1.0)
+
+    def fail(*args: Any, **kwargs: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("transformerfam.files.save_file", fail)
+    with pytest.raises(TransformerFamError, match="No space left on device"):
+        FamAdapter.from_model(model).save_pretrained(tmp_path)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before

@@ -40,6 +40,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "soft cap of another": ({"softcap": 1.0}, "softcap is given"),
     "sinks of another": ({"s_aux": torch.zeros(4)}, "s_aux is given"),
     "window of another": ({"sliding_window": 2}, "sliding_window is given"),
+    "one dimension": ({"input_ids": IDS[0]}, r"token ids have shape \(19,\), required is \(batch, tokens\)"),
     "embeddings, too": ({"inputs_embeds": torch.zeros(2, 19, 32)}, "exactly one of"),
 }
 
@@ -51,7 +52,7 @@ def test_argument_of_forward_is_refused_by_name(model: Any, name: str) -> None:
     arguments, match = REFUSED[name]
     state = model.init_state(2)
     with pytest.raises(TransformerFamError, match=match):
-        model(input_ids=IDS, past_key_values=state, **arguments)
+        model(**{"input_ids": IDS, "past_key_values": state} | arguments)
     assert state.num_tokens_read == 0
 
 

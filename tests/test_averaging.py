@@ -58,12 +58,21 @@ def test_memories_that_have_no_mean_are_refused(tmp_path: Path) -> None:
     other_base = FamAdapter.from_pretrained(first)
     other_base.base_digest = "0" * 64
     other_base.save_pretrained(tmp_path / "other_base")
+    rescaled, whole = tmp_path / "rescaled", saved(tmp_path / "whole")
+    other_scale = FamAdapter.from_pretrained(first)
+    assert other_scale.lora_config is not None
+    other_scale.lora_config = other_scale.lora_config | {"use_rslora": True}
+    other_scale.save_pretrained(rescaled)
+    (whole / "config.json").write_text("{}")
     cases = [
         ([first], TransformerFamError, "1 memory cannot be averaged"),
         ([first, tmp_path / "with_fam"], TransformerFamError, "starts from a saved FAM"),
         ([first, tmp_path / "other_base"], StateMismatchError, "differ in base weights: 000000000000"),
-        ([first, saved(tmp_path / "long", fam_length=4)], StateMismatchError, "differ in shapes"),
-        ([first, saved(tmp_path / "bare", with_lora=False)], StateMismatchError, "differ in LoRA: None"),
+        ([first, saved(tmp_path / "long", fam_length=4)], StateMismatchError, "differ in FamConfig: {'fam_length': 4}"),
+        ([first, saved(tmp_path / "bare", with_lora=False)], StateMismatchError, "differ in LoRA: "),
+        ([first, saved(tmp_path / "position", fam_position="zero")], StateMismatchError, "differ in FamConfig"),
+        ([first, rescaled], StateMismatchError, "differ in LoRA: {'use_rslora': True} and {'use_rslora': False}"),
+        ([first, whole], TransformerFamError, "holds a whole model"),
     ]
     for folders, error, message in cases:
         with pytest.raises(error, match=message):

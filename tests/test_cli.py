@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import shutil
 
 import pytest
 import tiny_models
@@ -19,7 +20,9 @@ from transformerfam.memory import fam_parameters, hold_weights_in
 from transformerfam.models import load_model, save_model
 from transformerfam.reports.rows import read_rows
 from transformerfam.tasks import provenance
+from transformerfam.tasks.ragged import greedy_tokens
 from transformerfam.tasks.reading import generate_text
+from transformerfam.tasks.text import list_files
 from transformerfam.training.sections import ModelSection
 from transformerfam.training.tiny import build_tiny_model
 
@@ -450,3 +453,38 @@ def test_card_goes_before_the_notes_of_training(folder, tmp_path):
     (tmp_path / "card.json").write_text("{")
     with pytest.raises(ValueError, match="card.json is no JSON object"):
         provenance.memory_notes(tmp_path)
+
+
+def test_question_may_repeat_the_text_and_folders_options_do_not_count(folder, tmp_path, book):
+    """Would catch a question that is taken for what was read, and a folder's own way of generating."""
+    model = shutil.copytree(folder, tmp_path / "model")
+    options = json.loads((model / "generation_config.json").read_text())
+    options |= {"return_dict_in_generate": True, "use_cache": False, "stop_strings": ["x"], "repetition_penalty": 9.0}
+    (model / "generation_config.json").write_text(json.dumps(options))
+    text, state = tmp_path / "short.txt", tmp_path / "s.safetensors"
+    text.write_text("The grass is green. The sky is blue.")
+    run("read", text, "--model", folder, "--save", state)
+    for question in ("The grass is green. The sky is blue. The sky is blue.", "The grass is green. The sky is blue."):
+        expected = run("generate", question, "--state", state, "--model", folder, "--max-new-tokens", 9)
+        assert run("generate", question, "--state", state, "--model", model, "--max-new-tokens", 9) == expected
+        loaded, tokenizer = load_model(folder)
+        ids = tokenizer(question, add_special_tokens=False, return_tensors="pt").input_ids
+        reading = loaded.read(ids[:, :-1], FamState.load(state, loaded))
+        assert reading.num_tokens_read == FamState.load(state, loaded).num_tokens_read + ids.shape[1] - 1
+        said = greedy_tokens(loaded, ids[:, -1:], reading, 9, end_ids=[tokenizer.eos_token_id])
+        assert expected.strip() == tokenizer.decode(said[0], skip_special_tokens=True).strip()
+
+
+def test_linked_folders_are_read_and_what_is_no_file_is_said(folder, tmp_path):
+    """Would catch a part of a folder that is left out without a word, and links that lead in a circle."""
+    read = ("read", tmp_path / "texts", "--model", folder, "--save", tmp_path / "s")
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "a.txt").write_text("The sky is blue.")
+    (tmp_path / "texts").mkdir()
+    (tmp_path / "texts" / "book").symlink_to(tmp_path / "elsewhere")
+    assert list_files(tmp_path / "texts") == [tmp_path / "texts" / "book" / "a.txt"]
+    (tmp_path / "texts" / "up").symlink_to(tmp_path / "texts")
+    assert "is a link to a folder that it is in" in run(*read, status=2)
+    (tmp_path / "texts" / "up").unlink()
+    (tmp_path / "texts" / "gone").symlink_to(tmp_path / "nothing")
+    assert "gone is a link that leads nowhere" in run(*read, status=2)

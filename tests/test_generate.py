@@ -345,3 +345,38 @@ def test_state_whose_input_is_refused_has_its_rows(model: Any) -> None:
     assert state.batch_size == 2
     assert not state.is_left_by_beams
     assert model.read(text, state).num_tokens_read == 24
+
+
+def test_token_that_is_not_read_is_known_beside_embeddings(model: Any) -> None:
+    """Catches ids in front of what embeddings give that are taken for generated ones."""
+    ids = random_ids(1, 5)
+    state = model.read(random_ids(1, 40, seed=1))
+    embeds = model.get_input_embeddings()(ids).detach()
+    output = model.generate(ids, inputs_embeds=embeds, past_key_values=state, do_sample=False, max_new_tokens=6)
+    assert state.unread_ids == [int(output[0, -1])]
+
+
+def test_call_that_fails_leaves_the_rows_as_they_were(model: Any) -> None:
+    """Catches a state that an error leaves with a row for every sequence that was asked for."""
+    state = model.read(random_ids(1, 40))
+    options = {"do_sample": True, "num_return_sequences": 3, "repetition_penalty": 0.0}
+    with pytest.raises(ValueError, match="penalty"):
+        model.generate(random_ids(1, 3), past_key_values=state, max_new_tokens=2, **options)
+    assert state.row_lengths == (40,)
+    model.generate(random_ids(1, 3), past_key_values=state, do_sample=False, max_new_tokens=2)
+
+
+def test_assistant_with_a_memory_is_refused_by_name(model: Any) -> None:
+    with pytest.raises(TransformerFamError, match="assistant_model has a memory, required is one without"):
+        make_tiny_llama().generate(random_ids(1, 9), assistant_model=model, max_new_tokens=9, do_sample=False)
+
+
+def test_history_is_known_behind_tokens_that_were_taken_back(model: Any) -> None:
+    """Catches a whole text that is refused once a draft was not accepted."""
+    ids = random_ids(1, 20)
+    state = model.init_state()
+    state.activate_past_recording()
+    model(input_ids=ids, past_key_values=state)
+    state.crop(-3)
+    assert state.histories == model.read(ids[:, :17]).histories
+    assert state.histories != [None]

@@ -1,5 +1,6 @@
 """PEFT's own calls on a converted model: LoRA, DoRA, prompt alone; load, switch, merge; and a FAM trained alone."""
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +12,12 @@ from tiny_llama import make_tiny_llama, random_ids, random_rows
 from tiny_models import save_passkey_model
 
 from transformerfam import FamConfig, FamState, convert
-from transformerfam.adapter import FamAdapter
+from transformerfam.adapter import FamAdapter, inject_lora
 from transformerfam.convert import fam_parameters, memory_of, personal_memory, set_block_size
 from transformerfam.errors import CorruptFileError, StateMismatchError, TransformerFamError, UnsupportedModelError
+from transformerfam.memory import hold_weights_in
 from transformerfam.models import load_model
-from transformerfam.peft_adapters import load_peft_folder
+from transformerfam.peft_adapters import load_peft_folder, merge_lora
 
 CONFIG = FamConfig(fam_key_bias=0.0, block_size=8, fam_length=3, num_memory_segments=1)
 KINDS: dict[str, dict[str, Any]] = {
@@ -287,3 +289,60 @@ def test_adapter_with_other_tensors_than_its_layers_is_refused(change: str, matc
     save_file(tensors, path)
     with pytest.raises(StateMismatchError, match=match):
         load_peft_folder(convert(make_tiny_llama(), CONFIG), tmp_path, merge=False)
+
+
+def test_reading_asks_by_the_adapter_in_force() -> None:
+    """Catches constant queries that a reading keeps from another adapter, or from weights of before training."""
+    config = CONFIG.replace(fam_query="initial", fam_residual="none")
+    lora = {"r": 2, "target_modules": ["q_proj"], "init_lora_weights": False}
+    model: Any = peft.get_peft_model(convert(make_tiny_llama(), config), peft.LoraConfig(**lora), "one").eval()
+    model.add_adapter("two", peft.LoraConfig(**lora))
+    inner = model.base_model.model
+
+    def changes(state: FamState) -> torch.Tensor:
+        """Return what queries of before a change would make of a text, less what own ones do."""
+        fresh = inner.init_state(2)
+        for layer, own in zip(state.layers, fresh.layers, strict=True):
+            own.keys, own.values, own.fam = layer.keys.clone(), layer.values.clone(), layer.fam.clone()
+        fresh.block_fill, fresh.num_blocks_per_row = list(state.block_fill), list(state.num_blocks_per_row)
+        logits = [model(input_ids=IDS[:, :20], past_key_values=one).logits for one in (state, fresh)]
+        return (logits[0] - logits[1]).abs().max()
+
+    with torch.no_grad():
+        model.set_adapter("one")
+        state = inner.read(IDS)
+        model.set_adapter("two")
+        assert changes(state.fork()) < 1e-5
+        with model.disable_adapter():
+            assert changes(state.fork()) < 1e-5
+        inner.model.layers[0].self_attn.q_proj.base_layer.weight.mul_(3)
+        assert changes(state.fork()) < 1e-5
+
+
+def test_reading_that_goes_on_with_other_weights_warns_once() -> None:
+    """Catches a live state that another model continues without a word."""
+    state = convert(make_tiny_llama(), CONFIG).read(IDS)
+    other = convert(make_tiny_llama(seed=4), CONFIG)
+    with pytest.warns(UserWarning, match="the state was made on other base weights"):
+        other(input_ids=IDS, past_key_values=state)
+    other(input_ids=IDS, past_key_values=state)  # a second warning would be an error
+
+
+@pytest.mark.parametrize("change", ["merged", "type"])
+def test_digest_that_was_kept_is_that_of_the_weights_until_they_are_trained(change: str) -> None:
+    """Catches a merged model that is trained on, and whose states load elsewhere without a word."""
+    model: Any = convert(make_tiny_llama(), CONFIG)
+    identity = memory_of(model).identity
+    assert identity is not None
+    before = identity.base_digest()
+    if change == "merged":
+        inject_lora(model, peft.LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False))
+        merge_lora(model)
+    else:
+        hold_weights_in("bfloat16", model)
+    twin = copy.deepcopy(model)
+    assert identity.base_digest() == before == memory_of(twin).identity.base_digest()  # type: ignore[union-attr]
+    with torch.no_grad():
+        model.model.layers[0].mlp.up_proj.weight.add_(0.5)
+    assert identity.base_digest() != before
+    assert memory_of(twin).identity.base_digest() == before  # type: ignore[union-attr]

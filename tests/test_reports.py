@@ -237,3 +237,13 @@ def test_figure_without_matplotlib_says_how_to_install_it(tmp_path, monkeypatch)
         MissingPackageError, match=r"needs the package matplotlib.*pip install 'transformerfam\[plots\]'"
     ):
         plot_passkey(passkey_rows(), tmp_path / "f.svg")
+
+
+def test_row_that_is_in_two_files_is_refused(tmp_path):
+    """Would catch a copy under a glob, by which the interval is narrower than the questions make it."""
+    for name in ("a.jsonl", "b.jsonl"):
+        (tmp_path / name).write_text("".join(json.dumps(row) + "\n" for row in passkey_rows()))
+    with pytest.raises(CorruptFileError, match=r"b.jsonl has a row that .*a.jsonl has, too"):
+        read_rows([tmp_path / "a.jsonl", tmp_path / "b.jsonl"])
+    with pytest.raises(CorruptFileError, match="give each row once"):
+        read_rows([tmp_path / "a.jsonl"] * 2)

@@ -19,6 +19,7 @@ from transformerfam.errors import RecipeError, TransformerFamError
 from transformerfam.tasks.next_token import evaluate_next_token
 from transformerfam.tasks.passkey import PasskeyText
 from transformerfam.tasks.passkey_evaluation import evaluate_passkey
+from transformerfam.tasks.ragged import greedy_tokens
 from transformerfam.tasks.reading import count_tokens, generate_text, read_text_stream
 from transformerfam.tasks.text import (
     decode_utf8,
@@ -113,13 +114,12 @@ def test_text_that_has_its_start_begins_once_and_a_continuation_never(
     for begins in (True, False):
         assert list(stream_token_ids(["<s> the", " sun"], tokenizer, begins=begins)) == [[0] * begins + own]
     asked: list[list[int]] = []
-    generate = model.generate
 
-    def noted(ids: Any, **options: Any) -> Any:
+    def noted(model: Any, ids: Any, *args: Any, **options: Any) -> Any:
         asked.append(ids[0].tolist())
-        return generate(ids, **options)
+        return greedy_tokens(model, ids, *args, **options)
 
-    monkeypatch.setattr(model, "generate", noted)
+    monkeypatch.setattr("transformerfam.tasks.reading.greedy_tokens", noted)
     for chat, question in ((True, "the sun"), (False, "<s> the sun"), (False, "the sun")):
         asked.clear()
         state = model.init_state()

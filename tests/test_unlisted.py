@@ -219,6 +219,12 @@ class _FullExperts(LlamaMLP):
         return super().forward(x) * (places <= max(2, x.shape[1] * 3 // 4))[..., None]
 
 
+def _forget_late_tokens(model: Any) -> None:
+    model.model.layers[1].mlp.register_forward_hook(
+        lambda _m, _a, output: torch.cat((output[:, :96], 0 * output[:, 96:]), dim=1)
+    )
+
+
 def _fill_experts(model: Any) -> None:
     model.model.layers[1].mlp.__class__ = _FullExperts
 
@@ -280,6 +286,7 @@ REFUSED: dict[str, tuple[Callable[[Any], None], str]] = {
         "layer 2 changes with the absolute position",
     ),
     "experts with a limited capacity": (_fill_experts, "share something out among the tokens"),
+    "layer that stops behind many tokens": (_forget_late_tokens, "share something out among the tokens"),
     "values of a lower layer": (_keep_values_of_lower_layer, "layer 2 changes with .* another layer's input"),
     "embeddings in a layer": (_embed_in_every_layer, "layer 2 changes with the token ids"),
     "head that looks at the cache": (_halve_logits_beside_a_state, "without FAM it gives other logits"),

@@ -27,13 +27,13 @@ from transformerfam.files import (
     digest_tensors,
     is_ours,
     load_tensors,
+    make_folder,
     metadata_form,
     read_whole,
     replacing,
     require_finite,
     required_form,
     save_tensors,
-    write_text,
 )
 from transformerfam.identity import describe_architecture
 from transformerfam.memory import FamMemory
@@ -137,7 +137,7 @@ class FamAdapter:
         model = base_of(model)
         memory = memory_of(model)
         assert memory.identity is not None
-        if memory.identity.memory_digest_before_merge is not None:
+        if memory.identity.is_merged:
             raise TransformerFamError("LoRA was merged into the weights; take the adapter off an unmerged model")
         adapter = cls(
             config=memory.config,
@@ -184,15 +184,12 @@ class FamAdapter:
             "lora_digest": digest_tensors(lora) if lora else None,
             "notes": self.notes,
         }
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
+        make_folder(folder)
+        with contextlib.ExitStack() as files:  # all are written before the first takes its place
             if lora:
-                write_text(folder / LORA_CONFIG_FILE, lora_config)
-                with replacing(folder / LORA_FILE) as temporary:
-                    save_file(lora, temporary)
-        except OSError as error:
-            raise TransformerFamError(f"could not write the adapter to {folder}: {error}; free space there") from error
-        save_tensors(folder / FAM_FILE, own, metadata)
+                save_file(lora, files.enter_context(replacing(folder / LORA_FILE)))
+                files.enter_context(replacing(folder / LORA_CONFIG_FILE)).write_text(lora_config, encoding="utf-8")
+            save_tensors(folder / FAM_FILE, own, metadata)
 
     @staticmethod
     def _require_own(folder: Path, lora_config: str) -> None:

@@ -9,6 +9,8 @@ from typing import Any, Literal
 from transformerfam.errors import TransformerFamError
 from transformerfam.fields import require_field, require_types, values_to_fields
 
+LARGEST_BOUND = 1e18
+"""Of `fam_norm_bound`: its square is a float32."""
 FAM_DTYPES = ("float32", "bfloat16", "float16")
 
 UPDATE_PRESETS: dict[str, dict[str, Any]] = {
@@ -183,7 +185,8 @@ class FamConfig:
             0 <= self.num_sink_tokens <= self.block_size,
             f"0 to block_size ({self.block_size})",
         )
-        require_field(self, "fam_norm_bound", self.fam_norm_bound is None or self.fam_norm_bound > 0, "None or above 0")
+        is_bound = self.fam_norm_bound is None or 0 < self.fam_norm_bound <= LARGEST_BOUND
+        require_field(self, "fam_norm_bound", is_bound, f"None, or above 0 and at most {LARGEST_BOUND:g}")
         require_field(self, "fam_share_threshold", 0 <= self.fam_share_threshold < 1, "at least 0 and below 1")
         require_field(
             self,

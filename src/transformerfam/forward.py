@@ -20,7 +20,7 @@ from transformerfam.cache_argument import CACHE_NAME, as_cache, take_cache
 from transformerfam.errors import StateMismatchError, TransformerFamError
 from transformerfam.hidden_gradients import take_gradients_of, without_gradients
 from transformerfam.identity import ModelIdentity, UnboundIdentity
-from transformerfam.memory import QUERY_BACK_ENDS, FamMemory, run_decoder
+from transformerfam.memory import QUERY_BACK_ENDS, FamMemory, refresh_queries, run_decoder
 from transformerfam.positions import warn_text_beyond_trained
 from transformerfam.reading_state import ReadingState
 from transformerfam.row_lora import bind_lora, leading_rows, refuse_adapter_names
@@ -84,6 +84,8 @@ def read_pieces(
     refuse_adapter_names(self.fam.identity.model)
     inputs = Inputs.of(self, input_ids, inputs_embeds, attention_mask, position_ids, use_cache, kwargs)
     state = _own_state(self, take_cache(kwargs, cache), len(inputs.embeds_BTD))
+    if max(state.block_fill) + inputs.embeds_BTD.shape[1] >= state.config.block_size:
+        refresh_queries(self, state)
     return read_in_pieces(self, state, inputs, _run_piece, kwargs)
 
 
@@ -127,6 +129,12 @@ class Inputs:
         if inputs_embeds is None:
             embedding = decoder.get_input_embeddings()
             check_ids(input_ids, embedding.weight.shape[0])
+            assert input_ids is not None
+            if input_ids.dim() != 2:
+                raise TransformerFamError(
+                    f"token ids have shape {tuple(input_ids.shape)}, required is (batch, tokens); give one text as "
+                    "ids[None]"
+                )
             inputs_embeds = embedding(input_ids)
         batch_size, length = inputs_embeds.shape[:2]
         mask = own_mask(attention_mask, batch_size, length)
@@ -242,8 +250,12 @@ def _own_state(decoder: Any, cache: Any, batch_size: int) -> FamState:
     memory: FamMemory = decoder.fam
     assert memory.identity is not None
     cache = state_or_new(cache, FamState, memory.identity, batch_size)
-    if cache.identity is not memory.identity and cache.identity.architecture != memory.identity.architecture:
-        raise StateMismatchError("state belongs to another model; start a new one with model.init_state()")
+    if cache.identity is not memory.identity:
+        if cache.identity.architecture != memory.identity.architecture:
+            raise StateMismatchError("state belongs to another model; start a new one with model.init_state()")
+        if cache.identity.model is not memory.identity.model:  # PEFT's copies of a memory are of one model
+            memory.identity.warn_of_weights(cache.identity.to_metadata(cache.config), "the state")
+        cache.identity = memory.identity
     if cache.config.replace(fam_key_bias=0.0) != memory.config.replace(fam_key_bias=0.0):
         raise StateMismatchError(
             f"state was made with {cache.config}, the model has {memory.config}; start a new one with "

@@ -29,6 +29,8 @@ class _Call:
         num_columns: columns of the input in what `generate` returns.
         has_beams: whether rows of the state are beams.
         ended_B: rows that have come to their end, from the first end-of-text token on.
+        num_given: columns of token ids that are given beside embeddings, and returned in front of what is generated.
+        expand: rows of the state for each row that the caller has.
     """
 
     ids_BT: torch.Tensor | None
@@ -38,6 +40,15 @@ class _Call:
     num_columns: int = 0
     has_beams: bool = False
     ended_B: torch.Tensor | None = None
+    num_given: int = 0
+    expand: int = 1
+
+    def take_back_expansion(self) -> None:
+        """Leave a state with the rows that the caller gave it, where nothing but those was read."""
+        state = self.state
+        if state is not None and self.expand > 1 and state.row_lengths == self.num_before:
+            state.batch_select_indices(torch.arange(0, state.batch_size, self.expand))
+            self.has_beams, self.expand = False, 1
 
 
 _CALL: contextvars.ContextVar[_Call] = contextvars.ContextVar("call of generate")
@@ -72,13 +83,18 @@ def generate(self: Any, *args: Any, **kwargs: Any) -> Any:
     kwargs = rename_cache(args, kwargs)
     inputs = args[0] if args else kwargs.get("inputs")
     inputs = kwargs.get("input_ids") if inputs is None else inputs
-    is_ids = isinstance(inputs, torch.Tensor) and inputs.dim() == 2 and kwargs.get("inputs_embeds") is None
-    call = _Call(inputs if is_ids else None)
+    is_ids = isinstance(inputs, torch.Tensor) and inputs.dim() == 2
+    call = _Call(inputs if is_ids and kwargs.get("inputs_embeds") is None else None)
+    call.num_given = inputs.shape[1] if isinstance(inputs, torch.Tensor) and is_ids and call.ids_BT is None else 0
     with _calling(call):
         if isinstance(kwargs.get(CACHE_NAME), ReadingState):
             call.state = kwargs[CACHE_NAME]
             call.state.is_generating = True
-        output = type(self).generate(self, *args, **kwargs)
+        try:
+            output = type(self).generate(self, *args, **kwargs)
+        except BaseException:
+            call.take_back_expansion()
+            raise
         _note_last_tokens(call, output if isinstance(output, torch.Tensor) else output.sequences)
     return output
 
@@ -96,6 +112,11 @@ def prepare_cache_for_generation(
         raise TransformerFamError(
             f"cache_implementation is {generation_config.cache_implementation!r}, required is None; a converted model "
             "carries a FamState"
+        )
+    if getattr(generation_config, "is_assistant", False):
+        raise TransformerFamError(
+            "assistant_model has a memory, required is one without: tokens that it drafts and that are not accepted "
+            "cannot be taken back out of a memory; give the base model"
         )
     for name in OWN_DRAFTS:
         if getattr(generation_config, name, None):
@@ -118,24 +139,20 @@ def prepare_cache_for_generation(
             f"use_cache is False and {CACHE_NAME} is a state, required is use_cache=True with a state; leave one out"
         )
     state.require_own_rows()
-    expands = expand > 1 and state.batch_size == batch_size
-    if expands:
+    if expand > 1 and state.batch_size == batch_size:
         state.batch_repeat_interleave(expand)
+        call.expand = expand
     state.is_generating = True
-    call.state, call.has_beams = state, num_beams > 1
+    call.state, call.has_beams, call.num_before = state, num_beams > 1, state.row_lengths
     if call.ids_BT is not None and len(call.ids_BT) * expand == state.batch_size:
         ids_BT = call.ids_BT.repeat_interleave(expand, dim=0)
-        try:
-            model_kwargs["attention_mask"] = _without_history(self, call, ids_BT, model_kwargs.get("attention_mask"))
-        except StateMismatchError:
-            if expands:
-                state.batch_select_indices(torch.arange(0, state.batch_size, expand))
-            raise
+        model_kwargs["attention_mask"] = _without_history(self, call, ids_BT, model_kwargs.get("attention_mask"))
         return
-    _read_last_tokens(self, state)
+    read_last_tokens(self, state)
     embeds_BTD, mask_BT = model_kwargs.get("inputs_embeds"), model_kwargs.get("attention_mask")
     length = 1 if embeds_BTD is None else embeds_BTD.shape[1]  # without any input a text begins with one token
-    call.num_before, call.num_columns = state.row_lengths, int(embeds_BTD is None)
+    call.num_before = state.row_lengths
+    call.num_columns = 1 if embeds_BTD is None else call.num_given
     call.num_fresh = [length] * state.batch_size if mask_BT is None else mask_BT[:, -length:].sum(1).tolist()
 
 
@@ -152,7 +169,7 @@ def _without_history(
         attention_mask = mask_BT * (mask_BT.cumsum(1) > num_read_B1)
         call.num_fresh = [len(row) - num_read for row, num_read in zip(rows, state.row_lengths, strict=True)]
     else:
-        _read_last_tokens(model, state)
+        read_last_tokens(model, state)
         call.num_fresh = [len(row) for row in rows]
     call.num_before, call.num_columns = state.row_lengths, ids_BT.shape[1]
     return attention_mask
@@ -189,7 +206,7 @@ def _has_history(state: ReadingState, rows: list[list[int]]) -> bool:
     return found == {True}
 
 
-def _read_last_tokens(model: Any, state: ReadingState) -> None:
+def read_last_tokens(model: Any, state: ReadingState) -> None:
     """Read what was generated last and is not in the state yet."""
     if all(token is None for token in state.unread_ids):
         return

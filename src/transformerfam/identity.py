@@ -185,10 +185,8 @@ class ModelIdentity:
     """
 
     model: Any
-    base_digest_before_merge: str | None = None
-    """Digest of the base weights, kept when LoRA was merged into them."""
-    memory_digest_before_merge: str | None = None
-    """Digest of prompt and LoRA, kept when LoRA was merged."""
+    _kept: dict[bool, tuple[str, tuple[Any, ...] | None]] = dataclasses.field(default_factory=dict)
+    """Digests from before LoRA was merged or types were changed, and the weights' versions since; None: take them."""
     _cache: dict[bool, tuple[tuple[Any, ...], str]] = dataclasses.field(default_factory=dict)
 
     @property
@@ -198,17 +196,64 @@ class ModelIdentity:
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "ModelIdentity":
         """Go with a copy of the model; a copy of the memory alone, as PEFT makes it, stays with the model."""
-        return dataclasses.replace(self, model=memo.get(id(self.model), self.model), _cache={})
+        return dataclasses.replace(self, model=memo.get(id(self.model), self.model), _cache={}, _kept=self._portable())
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_cache": {}, "_kept": self._portable()}
+
+    def _portable(self) -> dict[bool, tuple[str, tuple[Any, ...] | None]]:
+        """Return the kept digests that still hold, for a copy, whose parameters are others."""
+        return {part: (digest, None) for part, (digest, _) in self._kept.items() if self._digest(part) == digest}
+
+    @property
+    def is_merged(self) -> bool:
+        """Whether LoRA was merged into the base weights."""
+        return True in self._kept
+
+    def weights_key(self) -> tuple[Any, ...]:
+        """Return what changes with the weights in force, and costs no look at their values.
+
+        It does not change with what is written past autograd's counting, into `parameter.data`.
+        """
+        adapters = tuple(
+            (tuple(module.active_adapters), module.disable_adapters, *sorted(getattr(module, "scaling", {}).items()))
+            for module in (self.model.modules() if getattr(self.model, "peft_config", None) else ())
+            if isinstance(getattr(module, "active_adapters", None), list)
+        )
+        return self._versions(of_memory=False), self._versions(of_memory=True), adapters
+
+    @contextlib.contextmanager
+    def keeping_digests(self, of_memory: bool) -> Iterator[None]:
+        """Keep the digests as they are while LoRA is merged or types change in the body, until the weights are trained.
+
+        Args:
+            of_memory: keep that of the memory, too.
+        """
+        kept = {False: self.base_digest()} | ({True: self.memory_digest()} if of_memory else {})
+        yield
+        self._kept |= {part: (digest, self._versions(part)) for part, digest in kept.items()}
+
+    def _versions(self, of_memory: bool) -> tuple[Any, ...]:
+        return tuple(
+            (name, id(parameter), None if parameter.is_inference() else parameter._version)
+            for name, parameter in self.model.named_parameters()
+            if is_memory_parameter(name) == of_memory
+        )
 
     def base_digest(self) -> str:
         """Return the SHA-256 of the base model's weights, without prompt and LoRA."""
-        return self.base_digest_before_merge or self._digest(of_memory=False)
+        return self._digest(of_memory=False)
 
     def memory_digest(self) -> str:
         """Return the SHA-256 of the weights that make the memory: prompt or prefix, and LoRA."""
-        return self.memory_digest_before_merge or self._digest(of_memory=True)
+        return self._digest(of_memory=True)
 
     def _digest(self, of_memory: bool) -> str:
+        if of_memory in self._kept:
+            (digest, then), now = self._kept[of_memory], self._versions(of_memory)
+            if then in (None, now):
+                self._kept[of_memory] = digest, now
+                return digest
         chosen = _plain_names(self.model, of_memory)
         values = _Values(self.model, chosen)
         parameters = {name: values.parameters[full_name] for name, full_name in chosen.items()}
@@ -256,6 +301,10 @@ class ModelIdentity:
                     f"{what} was made on another {part.replace('_', ' ')}: {key} is {there.get(key)!r} there and "
                     f"{here.get(key)!r} here; load it into the model and configuration that it was made on"
                 )
+        self.warn_of_weights(metadata, what)
+
+    def warn_of_weights(self, metadata: dict[str, Any], what: str) -> None:
+        """Warn where something was made on other weights; arguments are those of `check`."""
         weights = (
             ("base_digest", self.base_digest(), "base weights"),
             ("memory_digest", self.memory_digest(), "memory weights (prompt and LoRA)"),

@@ -84,7 +84,8 @@ def load_pretrained(
             raise MissingPackageError(
                 f"{folder} needs a package that is not installed, or another version of it ({reason}); install it"
             ) from error
-        raise CorruptFileError(f"{folder} holds no model that can be read ({reason}); copy it again") from error
+        what = "tokenizer" if "Tokenizer" in kind.__name__ else "model"
+        raise CorruptFileError(f"{folder} holds no {what} that can be read ({reason}); copy it again") from error
 
 
 def _require_files(folder: Path) -> None:

@@ -149,12 +149,12 @@ def hold_weights_in(dtype: str, model: PreTrainedModel, only_frozen: bool = Fals
     decoder = model.get_decoder()
     memory = decoder.rival if hasattr(decoder, "rival") else memory_of(model)
     assert memory.identity is not None
-    memory.identity.base_digest_before_merge = memory.identity.base_digest()
     kept = {id(parameter) for parameter in fam_parameters(model)} if hasattr(decoder, "fam") else set()
     kept |= {id(parameter) for parameter in model.parameters() if only_frozen and parameter.requires_grad}
-    for parameter in model.parameters():
-        if parameter.is_floating_point() and id(parameter) not in kept:
-            parameter.data = parameter.data.to(getattr(torch, dtype))
+    with memory.identity.keeping_digests(of_memory=False):
+        for parameter in model.parameters():
+            if parameter.is_floating_point() and id(parameter) not in kept:
+                parameter.data = parameter.data.to(getattr(torch, dtype))
 
 
 def set_key_bias(model: PreTrainedModel, value: float) -> None:
@@ -423,3 +423,22 @@ def initial_queries(decoder: Any, fams: Sequence[torch.Tensor]) -> list[torch.Te
     with leading_rows(config.fam_length):
         run_decoder(decoder, torch.zeros_like(fams[0], dtype=weight.dtype), positions, cache)
     return step.queries
+
+
+def refresh_queries(decoder: Any, state: Any) -> None:
+    """Make the queries that a reading keeps again, where the weights have changed since or other LoRA is in force.
+
+    Args:
+        decoder: the converted decoder.
+        state: a `FamState` of it.
+    """
+    if state.queries_key is None:
+        return
+    memory: FamMemory = decoder.fam
+    assert memory.identity is not None
+    key = memory.identity.weights_key()
+    if key != state.queries_key:
+        queries = initial_queries(decoder, initial_fam(decoder))
+        for layer_idx, layer in enumerate(state.layers):
+            layer.query = queries[layer_idx] if queries is not None and memory.config.carries_fam(layer_idx) else None
+        state.queries_key = key

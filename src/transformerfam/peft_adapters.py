@@ -92,18 +92,17 @@ def merge_lora(model: PreTrainedModel) -> None:
         refuse_merge()
     identity = memory_of(model).identity
     assert identity is not None
-    identity.base_digest_before_merge = identity.base_digest()
-    identity.memory_digest_before_merge = identity.memory_digest()
-    modules = dict(model.named_modules())
-    for name, module in modules.items():
-        if any(name.startswith(f"{outer}.") and hasattr(modules[outer], _UNLOAD) for outer in _outer_names(name)):
-            continue  # it goes with the module around it
-        if hasattr(module, _UNLOAD):
-            model.set_submodule(name, getattr(module, _UNLOAD)(merge=True, safe_merge=False, adapter_names=None))
-        elif hasattr(module, "get_base_layer"):
-            module.merge()
-            model.set_submodule(name, module.get_base_layer())
-    del model.peft_config
+    with identity.keeping_digests(of_memory=True):
+        modules = dict(model.named_modules())
+        for name, module in modules.items():
+            if any(name.startswith(f"{outer}.") and hasattr(modules[outer], _UNLOAD) for outer in _outer_names(name)):
+                continue  # it goes with the module around it
+            if hasattr(module, _UNLOAD):
+                model.set_submodule(name, getattr(module, _UNLOAD)(merge=True, safe_merge=False, adapter_names=None))
+            elif hasattr(module, "get_base_layer"):
+                module.merge()
+                model.set_submodule(name, module.get_base_layer())
+        del model.peft_config
 
 
 _UNLOAD = "unload_and_optionally_merge_module"

@@ -98,6 +98,7 @@ def init_state(
             for layout, slots in zip(memory.layouts, passed.slots, strict=True)
         ]
     queries = None if initial is None else initial_queries(decoder, initial)
+    queries_key = None if queries is None else memory.identity.weights_key()
     layers = []
     kinds: dict[LayerPlan, int] = {}
     lowest = next((i for i in range(num_layers) if config.carries_fam(i)), None)
@@ -132,6 +133,7 @@ def init_state(
         batch_size,
         starts_from_saved_fam=saved,
         position_offset=position_offset,
+        queries_key=queries_key,
     )
 
 

@@ -257,7 +257,7 @@ class ReadingState(Cache, abc.ABC):
         fork, inputs_BTD, mask, ids = before
         self.go_on_from(fork)
         if num_kept:
-            self._records, histories = False, self.histories
+            self._records, histories = False, list(self.histories)
             mask = None if mask is None else mask[:, :num_kept]
             decoder, num_before = self.identity.model.get_decoder(), self.row_lengths
             decoder(inputs_embeds=inputs_BTD[:, :num_kept], attention_mask=mask, past_key_values=self)

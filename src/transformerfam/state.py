@@ -43,6 +43,7 @@ class FamState(ReadingState):
         num_blocks_per_row: whole blocks that each row has read.
         starts_from_saved_fam: per row, whether the reading began from a saved FAM, whose residual counts from the
             first update on.
+        queries_key: of the weights that the layers' constant queries were made by; None where there are none.
     """
 
     layers: list[Any]
@@ -56,6 +57,7 @@ class FamState(ReadingState):
         *,
         starts_from_saved_fam: Sequence[bool] | None = None,
         position_offset: int = 0,
+        queries_key: tuple[Any, ...] | None = None,
     ) -> None:
         super().__init__(layers=list(layers))
         self.config = config
@@ -64,6 +66,7 @@ class FamState(ReadingState):
         self.num_blocks_per_row = [0] * batch_size
         self.starts_from_saved_fam = list(starts_from_saved_fam or [False] * batch_size)
         self.position_offset = position_offset
+        self.queries_key = queries_key
         self.step: Step | None = None
         self.begin_history()
         self.num_blocks_until_steady = max(layer.plan.num_blocks_until_steady(config) for layer in layers)

@@ -33,7 +33,7 @@ UNFORESEEN = (TypeError, AttributeError, LookupError, ValueError, RuntimeError)
 NUM_COPIES = 1200
 """Copies of every key that attention sees: 9,600 keys, more than those are that sparse attention chooses."""
 
-NUM_TWINS = 64
+NUM_TWINS = 1024
 """Copies of one token in an input, which all go to the same expert."""
 
 PAST_LENGTH = 100_003

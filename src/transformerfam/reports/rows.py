@@ -105,9 +105,11 @@ def read_rows(paths: Iterable[str | Path]) -> list[Row]:
     """Return the rows of all files, without one that is being written.
 
     Raises:
-        CorruptFileError: a file is missing, or a line is no row; the message gives its number.
+        CorruptFileError: a file is missing, a line is no row, of which the message gives the number, or a row is in two
+            of the files, where it would count twice.
     """
     rows: list[Row] = []
+    files: dict[str, Path] = {}
     for path in map(Path, paths):
         try:
             content = read_whole(path)
@@ -115,7 +117,14 @@ def read_rows(paths: Iterable[str | Path]) -> list[Row]:
             raise CorruptFileError(
                 f"cannot read {path} ({error.strerror}); a JSON lines file of rows is required, check the path"
             ) from error
-        rows += _rows_and_end(content, path)[0]
+        own = _rows_and_end(content, path)[0]
+        texts = {json.dumps(row, sort_keys=True) for row in own}
+        if both := sorted(texts & files.keys()):
+            raise CorruptFileError(
+                f"{path} has a row that {files[both[0]]} has, too, and it would count twice; give each row once"
+            )
+        files |= dict.fromkeys(texts, path)
+        rows += own
     return rows
 
 

@@ -1,6 +1,6 @@
 """Texts of different lengths read side by side, and the likeliest tokens behind them."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import torch
@@ -40,11 +40,17 @@ def read_ragged(
 
 @torch.no_grad()
 def greedy_tokens(
-    model: Any, ids_BT: Tensor, state: ReadingState, num_tokens: int, attention_mask: Tensor | None = None
+    model: Any,
+    ids_BT: Tensor,
+    state: ReadingState,
+    num_tokens: int,
+    attention_mask: Tensor | None = None,
+    end_ids: Collection[int] = (),
 ) -> Tensor:
-    """Feed `ids_BT` and return the `num_tokens` likeliest next tokens, one after the other, (B, num_tokens).
+    """Feed `ids_BT` and return the likeliest next tokens, one after the other, (B, at most `num_tokens`).
 
     The state advances over the input and all tokens but the last. `attention_mask` is of an input padded on the left.
+    The last tokens are `num_tokens`, or earlier ones that are in every row of `end_ids`.
     """
     said = []
     for _ in range(num_tokens):
@@ -53,4 +59,6 @@ def greedy_tokens(
         output = model(input_ids=ids_BT.to(device), attention_mask=mask, past_key_values=state, logits_to_keep=1)
         ids_BT, attention_mask = output.logits[:, -1:].argmax(dim=-1), None
         said.append(ids_BT.cpu())
+        if end_ids and all(token in end_ids for token in said[-1].flatten().tolist()):
+            break
     return torch.cat(said, dim=1)

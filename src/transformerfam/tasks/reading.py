@@ -10,8 +10,10 @@ import torch
 
 from transformerfam.errors import ReadInterrupted, TransformerFamError
 from transformerfam.files import require_target
+from transformerfam.generation import read_last_tokens
 from transformerfam.state import FamState
 from transformerfam.tasks.next_token import rechunk
+from transformerfam.tasks.ragged import greedy_tokens
 from transformerfam.tasks.text import (
     encode,
     encode_rest,
@@ -169,13 +171,9 @@ def generate_text(
             ) from error
     ids = (encode_rest if state.num_tokens_read else encode_start)(tokenizer, question)
     say_unknown(tokenizer, encode_rest(tokenizer, question), "the question")
-    ids_BT = torch.tensor([ids], device=model.device)
-    output_BT = model.generate(
-        ids_BT,
-        attention_mask=torch.ones_like(ids_BT),
-        past_key_values=state,
-        max_new_tokens=max_new_tokens,
-        do_sample=False,
-        pad_token_id=tokenizer.pad_token_id or tokenizer.eos_token_id or 0,
-    )
-    return str(tokenizer.decode(output_BT[0, len(ids) :], skip_special_tokens=True)).strip()
+    own = model.generation_config.eos_token_id
+    ends = {tokenizer.eos_token_id, *(own if isinstance(own, list) else [own])}
+    read_last_tokens(model, state)
+    answer_1T = greedy_tokens(model, torch.tensor([ids]), state, max_new_tokens, end_ids=ends)
+    state.unread_ids = answer_1T[:, -1].tolist()
+    return str(tokenizer.decode(answer_1T[0], skip_special_tokens=True)).strip()

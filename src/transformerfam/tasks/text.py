@@ -44,16 +44,37 @@ def list_files(path: str | Path) -> list[Path | str]:
     if not Path(path).is_dir():
         open_bytes(path).close()
         return [path]
-    files: list[Path | str] = [
-        file
-        for file in sorted(Path(path).rglob("*"))
-        if file.is_file() and not any(part.startswith(".") for part in file.relative_to(path).parts)
-    ]
+    files: list[Path | str] = sorted(_files_in(Path(path), set()))
     if not files:
         raise TransformerFamError(
             f"{str(path)!r} holds no file, required is at least one UTF-8 text; give another folder"
         )
     return files
+
+
+def _files_in(folder: Path, above: set[Path]) -> Iterator[Path]:
+    """Yield the files of a folder and its folders, those that are links, too, without hidden ones.
+
+    Args:
+        folder: where to look.
+        above: the folders that it is in, links resolved.
+
+    Raises:
+        TransformerFamError: a link leads nowhere or back up, or something is no file.
+    """
+    own = folder.resolve()
+    if own in above:
+        raise TransformerFamError(f"{folder} is a link to a folder that it is in, and has no end; take it away")
+    for path in folder.iterdir():
+        if path.name.startswith("."):
+            continue
+        if path.is_dir():
+            yield from _files_in(path, above | {own})
+        elif path.is_file():
+            yield path
+        else:
+            what = "is a link that leads nowhere" if path.is_symlink() else "is no file"
+            raise TransformerFamError(f"{path} {what}, and a folder is read whole; take it away")
 
 
 def is_read_once(path: str | Path) -> bool:

@@ -11,9 +11,12 @@ from typing import Any
 
 import torch
 
-from transformerfam.adapter import FamAdapter
+from transformerfam.adapter import CONFIG_FILE, FamAdapter
 from transformerfam.errors import StateMismatchError, TransformerFamError
 from transformerfam.models import BASE_NOTE
+
+UNLIKE = {"base_model_name_or_path", "inference_mode", "revision", "peft_version"}
+"""Of PEFT's configuration what says nothing of the weights."""
 
 
 def average_memories(
@@ -46,12 +49,17 @@ def average_memories(
             raise TransformerFamError(
                 f"the output {output} is one of the memories that are averaged, which would be lost; choose another"
             )
+        if (Path(folder) / CONFIG_FILE).is_file():
+            raise TransformerFamError(
+                f"{folder} holds a whole model, required are memories beside a base model, as LoRA and a prompt are; "
+                "average those"
+            )
     memories = [FamAdapter.from_pretrained(folder) for folder in folders]
     first = memories[0]
     for folder, memory in zip(folders, memories, strict=True):
         if memory.saved_fam is not None:
             raise TransformerFamError(f"{folder} starts from a saved FAM, which has no average; save it without one")
-        for part, there, here in _parts(memory, first):
+        for part, there, here in _parts(memory, first, config_overrides or {}):
             if there != here:
                 raise StateMismatchError(
                     f"{folder} and {folders[0]} differ in {part}: {there} and {here}; average memories of one base "
@@ -74,22 +82,31 @@ def average_memories(
     return average
 
 
-def _parts(memory: FamAdapter, first: FamAdapter) -> list[tuple[str, Any, Any]]:
+def _parts(memory: FamAdapter, first: FamAdapter, overrides: Mapping[str, Any]) -> list[tuple[str, Any, Any]]:
     """Return what must agree: its name, in `memory` and in `first`."""
 
-    def lora(adapter: FamAdapter) -> Any:
-        return adapter.lora_config and {name: adapter.lora_config.get(name) for name in ("r", "lora_alpha")}
+    def fields(adapter: FamAdapter) -> dict[str, Any]:
+        return {name: value for name, value in adapter.config.to_dict().items() if name not in overrides}
+
+    def lora(adapter: FamAdapter) -> dict[str, Any]:
+        return {name: value for name, value in (adapter.lora_config or {}).items() if name not in UNLIKE}
 
     def shapes(adapter: FamAdapter) -> dict[str, tuple[int, ...]]:
         return {name: tuple(value.shape) for name, value in (adapter.tensors | adapter.lora).items()}
 
-    names = sorted(shapes(memory).items() ^ shapes(first).items())
     return [
         ("architecture", memory.architecture, first.architecture),
         ("base weights", memory.base_digest[:12], first.base_digest[:12]),
-        ("LoRA", lora(memory), lora(first)),
-        ("shapes", names[:1], []),
+        ("LoRA", *_difference(lora(memory), lora(first))),
+        ("FamConfig", *_difference(fields(memory), fields(first))),
+        ("shapes", *_difference(shapes(memory), shapes(first))),
     ]
+
+
+def _difference(there: Mapping[str, Any], here: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return the entries of either that the other does not have, or has with another value."""
+    names = [name for name in sorted({*there, *here}) if there.get(name) != here.get(name)]
+    return {name: there.get(name) for name in names}, {name: here.get(name) for name in names}
 
 
 def _mean(tensors: Sequence[Mapping[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
