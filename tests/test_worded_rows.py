@@ -11,6 +11,7 @@ from training_recipes import small_recipe
 from transformers import PreTrainedTokenizerFast
 
 from transformerfam.errors import RecipeError
+from transformerfam.tasks.named_keys import draw_keys
 from transformerfam.tasks.wordings import KEY, WordingBank
 from transformerfam.training.sequences import SequenceBuilder
 
@@ -200,3 +201,18 @@ def test_batch_depends_on_seed_and_step_alone(books):
     """Would catch a resumed run that sees other data."""
     first, second = (builder(books).batch(2, 0) for _ in range(2))
     assert torch.equal(first.input_ids_BT, second.input_ids_BT)
+
+
+@pytest.mark.parametrize("worded", [True, False])
+def test_share_of_keys_of_few_digits_is_heard_for_named_keys_too(books, worded):
+    """Would catch `data.few_digits` that does nothing where keys have names."""
+    draw = random.Random(0)
+    keys = draw_keys(draw, 400, 7, 0.5)
+    assert len(set(keys)) == 400
+    assert 180 < sum(len(set(str(key))) <= 3 for key in keys) < 240
+    data = {"worded": worded, "few_digits": 1.0, "key_digits": [7, 7]}
+    data |= {} if worded else {"mentions": [1, 1], "other_numbers": 0.0}
+    sequences = builder(books, data=data)
+    for row in range(6):
+        for said in answers(sequences.batch(3, 0), row):
+            assert len(set(re.search(r"\d{7}", said)[0])) <= 3

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from transformerfam.errors import TransformerFamError
-from transformerfam.tasks.passkey import FIRST_KEY, LAST_KEY, FillerStream, PasskeyText
+from transformerfam.tasks.passkey import FillerStream, PasskeyText
 from transformerfam.tasks.text import encode
 
 NAMES = (
@@ -71,8 +71,38 @@ class NamedKeys:
         return old
 
 
+def draw_key(draw: random.Random, num_digits: int, few_digits: float) -> int:
+    """Draw a key.
+
+    Args:
+        draw: source of chance.
+        num_digits: of the key.
+        few_digits: share of keys that are made of two or three different digits.
+    """
+    if few_digits == 0 or draw.random() >= few_digits:
+        return draw.randint(10 ** (num_digits - 1), 10**num_digits - 1)
+    digits = draw.sample(range(10), draw.choice((2, 3)))
+    first = draw.choice([digit for digit in digits if digit > 0])
+    return int("".join(map(str, [first, *draw.choices(digits, k=num_digits - 1)])))
+
+
+def draw_keys(draw: random.Random, num_keys: int, num_digits: int, few_digits: float) -> list[int]:
+    """Draw different keys; other arguments are those of `draw_key`."""
+    if few_digits == 0:
+        return draw.sample(range(10 ** (num_digits - 1), 10**num_digits), num_keys)
+    keys: dict[int, None] = {}
+    while len(keys) < num_keys:
+        keys[draw_key(draw, num_digits, few_digits)] = None
+    return list(keys)
+
+
 def draw_named_keys(
-    draw: random.Random, num_told: int, num_retold: int = 0, apart: tuple[int, int] = (0, 0), digits: int = 5
+    draw: random.Random,
+    num_told: int,
+    num_retold: int = 0,
+    apart: tuple[int, int] = (0, 0),
+    digits: int = 5,
+    few_digits: float = 0.0,
 ) -> NamedKeys:
     """Draw a text's keys.
 
@@ -82,6 +112,7 @@ def draw_named_keys(
         num_retold: names that are told a second key, behind all others, and in another order.
         apart: least and most tokens of filler in front of a telling; the first has none.
         digits: of a key.
+        few_digits: as for `draw_key`.
 
     Raises:
         TransformerFamError: there are not so many names.
@@ -92,8 +123,7 @@ def draw_named_keys(
         )
     names = draw.sample(range(num_told), num_told)
     names += draw.sample(names, num_retold)
-    first, last = (FIRST_KEY, LAST_KEY) if digits == 5 else (10 ** (digits - 1), 10**digits - 1)
-    keys = draw.sample(range(first, last + 1), len(names))
+    keys = draw_keys(draw, len(names), digits, few_digits)
     gaps = [0] + [draw.randint(*apart) for _ in names[1:]]
     return NamedKeys(tuple(Telling(*parts) for parts in zip(names, keys, gaps, strict=True)))
 

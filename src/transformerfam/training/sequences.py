@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from transformerfam.errors import RecipeError
+from transformerfam.tasks.named_keys import draw_key
 from transformerfam.tasks.passkey import PAPER, SHORT, FillerStream, PasskeyText
 from transformerfam.tasks.text import encode, read_text, require_known, unknown_share
 from transformerfam.training.recipe import Recipe
@@ -241,7 +242,7 @@ class SequenceBuilder:
     ) -> Row:
         kinds = ("passkey_sentences", "passkey_book", "book")
         kind = draw.choices(kinds, [getattr(self.data, name) for name in kinds])[0]
-        start, key = draw.randrange(1 << 30), self._draw_key(draw, num_digits)
+        start, key = draw.randrange(1 << 30), draw_key(draw, num_digits, self.data.few_digits)
         later = draw.random() < self.ask_later and carried_key is not None
         text = self.texts[kind]
         assert text is not None
@@ -306,13 +307,6 @@ class SequenceBuilder:
             if row.num_asked_tokens:
                 is_taught[number, -row.num_asked_tokens : -1] = True
         return dataclasses.replace(batch, teacher_ids_NT=torch.tensor(teacher_rows), is_taught_BT=is_taught)
-
-    def _draw_key(self, draw: random.Random, num_digits: int) -> int:
-        if self.data.few_digits == 0 or draw.random() >= self.data.few_digits:
-            return draw.randint(10 ** (num_digits - 1), 10**num_digits - 1)
-        digits = draw.sample(range(10), draw.choice((2, 3)))
-        first = draw.choice([digit for digit in digits if digit > 0])
-        return int("".join(map(str, [first, *draw.choices(digits, k=num_digits - 1)])))
 
     def sources(self, step: int, purpose: str, num_stored: int, num_blocks: int) -> tuple[int, ...]:
         """Draw stored blocks of filler for a step; each purpose has its own draw."""

@@ -73,7 +73,7 @@ class NamedRows:
         num_digits = draw.randint(*(stage.key_digits or self.data.key_digits))
         later, drawn = random.Random(f"{self.schedule.seed}/{step}/later"), []
         for held in carried:
-            keys = draw_named_keys(draw, num_told, num_retold, self.data.keys_apart, num_digits)
+            keys = draw_named_keys(draw, num_told, num_retold, self.data.keys_apart, num_digits, self.data.few_digits)
             names = draw.sample(list(keys.newest), num_asked)
             start = draw.randrange(1 << 30)
             before = text.filler.slice(start, num_prefix).tolist() + text.intro_ids(keys, start + num_prefix)

@@ -9,6 +9,7 @@ from functools import partial
 from typing import Any
 
 from transformerfam.errors import RecipeError
+from transformerfam.tasks.named_keys import draw_keys
 from transformerfam.tasks.passkey import FillerStream, PasskeyText
 from transformerfam.tasks.text import encode
 from transformerfam.tasks.wordings import KEY, Passage, Topic, Wording, WordingBank
@@ -96,7 +97,7 @@ class WordedRows:
         queues: list[list[_Told]] = []
         for place, topic in enumerate(topics):
             digits = draw.randint(*(stage.key_digits or data.key_digits))
-            keys = draw.sample(range(10 ** (digits - 1), 10**digits), 2 if place in retold else 1)
+            keys = draw_keys(draw, 2 if place in retold else 1, digits, data.few_digits)
             queue = []
             for number, key in enumerate(keys):
                 for mention in range(draw.randint(*data.mentions)):
