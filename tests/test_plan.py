@@ -193,7 +193,9 @@ def test_what_cannot_be_planned_is_refused() -> None:
     with pytest.raises(TransformerFamError, match="there is no configuration for 'no-such-model'"):
         find_config("no-such-model")
     with pytest.raises(UnsupportedModelError, match="'jetmoe' has no row in the table of families, which a plan"):
-        make_plan("x", FAM, context_tokens=64, config=JetMoeConfig())
+        make_plan(
+            "x", FAM, context_tokens=64, config=JetMoeConfig(num_hidden_layers=1, hidden_size=32, intermediate_size=32)
+        )
     result = CliRunner().invoke(app, ["plan", "tiny", "--set", "block_sise=64"])
     assert result.exit_code == 2
     assert "did you mean block_size?" in result.stderr

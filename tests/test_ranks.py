@@ -39,6 +39,7 @@ needs_sharding = pytest.mark.skipif(
     release(torch.__version__) < release(OLDEST_TORCH_THAT_SHARDS),
     reason=f"fully_shard trains through several blocks from torch {OLDEST_TORCH_THAT_SHARDS} on",
 )
+MARKS = {"sharded": needs_sharding, "first": pytest.mark.slow}
 
 
 def values_of(name: str) -> dict[str, Any]:
@@ -79,9 +80,7 @@ def losses_of(folder: Path) -> list[list[float]]:
     return [[row["loss"], row["key_loss"], row["key_accuracy"], row["grad_norm"]] for row in rows]
 
 
-@pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=needs_sharding) if name == "sharded" else name for name in RECIPES]
-)
+@pytest.mark.parametrize("name", [pytest.param(name, marks=MARKS[name]) if name in MARKS else name for name in RECIPES])
 def test_two_processes_train_as_one(name: str, tmp_path: Path) -> None:
     """Catches gradients that are not shared, rows that are read twice, and states that go to the wrong process."""
     values = values_of(name)
@@ -134,7 +133,9 @@ def test_evaluation_is_spread_over_processes(tmp_path: Path) -> None:
     assert found[0] == found[1]
 
 
-@pytest.mark.parametrize("name", ["all", pytest.param("sharded", marks=needs_sharding)])
+@pytest.mark.parametrize(
+    "name", [pytest.param("all", marks=pytest.mark.slow), pytest.param("sharded", marks=needs_sharding)]
+)
 def test_two_processes_go_on_where_they_stopped(name: str, tmp_path: Path) -> None:
     """Catches passed states or shares of one process that a checkpoint leaves out, or gives to both."""
     values = values_of(name)

@@ -199,9 +199,12 @@ def read_in_pieces(
 
 
 def _warn_of_positions(decoder: Any, state: ReadingState, num_before: int) -> None:
-    """Warn once of a reading whose positions grow with it, where they come to more than the model was trained on."""
+    """Warn once of a reading whose positions grow with it, where they come to more than the model was trained on.
+
+    Training at such positions is how they are learned, and is not warned of.
+    """
     start, trained = state.text_start, getattr(decoder.config, "max_position_embeddings", None)
-    if start is None or trained is None or (num_before and start + num_before > trained):
+    if decoder.training or start is None or trained is None or (num_before and start + num_before > trained):
         return
     why = "fam_position 'zero' measures every block's distance from the text's beginning"
     if not isinstance(state, FamState):
