@@ -108,15 +108,15 @@ def prepare_cache_for_generation(
     max_cache_length: int,
 ) -> None:
     """Give `generate` a state where the caller gave none, and let it begin behind what the state has read."""
-    if generation_config.cache_implementation is not None:
-        raise TransformerFamError(
-            f"cache_implementation is {generation_config.cache_implementation!r}, required is None; a converted model "
-            "carries a FamState"
-        )
     if getattr(generation_config, "is_assistant", False):
         raise TransformerFamError(
             "assistant_model has a memory, required is one without: tokens that it drafts and that are not accepted "
             "cannot be taken back out of a memory; give the base model"
+        )
+    if generation_config.cache_implementation is not None:
+        raise TransformerFamError(
+            f"cache_implementation is {generation_config.cache_implementation!r}, required is None; a converted model "
+            "carries a FamState"
         )
     for name in OWN_DRAFTS:
         if getattr(generation_config, name, None):
