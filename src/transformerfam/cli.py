@@ -401,7 +401,7 @@ def demo_command(
 
 @contextlib.contextmanager
 def _warnings_said() -> Iterator[None]:
-    """Print what is warned of in the body as lines of its own."""
+    """Print every warning of the body as a line."""
     with warnings.catch_warnings(record=True) as noted:
         warnings.simplefilter("always", UserWarning)
         yield

@@ -33,7 +33,7 @@ def digest_tensors(tensors: Mapping[str, torch.Tensor], salt: str = "") -> str:
     """Return the SHA-256 of names, types, shapes and values, as a hexadecimal string.
 
     Args:
-        tensors: by their names; a mapping that reads each when it is looked up is asked for one at a time.
+        tensors: by their names; each is looked up when its turn comes, and let go of.
         salt: text that is digested in front of them.
     """
     digest = hashlib.sha256(salt.encode())
