@@ -322,7 +322,7 @@ def test_state_left_by_beams_is_known_as_such_wherever_it_goes(system: str, tmp_
 
 
 def test_beam_search_that_an_error_ends_leaves_beams(model: Any) -> None:
-    """Catches rows that a search has ordered anew, taken for those that were read, since the search did not end."""
+    """Catches rows that a search has put in another order, taken for those that were read: it did not end."""
     state, calls = model.init_state(), []
 
     def fail(ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:

@@ -39,15 +39,26 @@ def require_integer(name: str, value: Any, least: int) -> int:
     return number
 
 
-def require_flags(name: str, values: Any) -> list[bool]:
-    """Return flags, one for each sequence, as Python's own.
+def saved_flags(is_saved: Any, batch_size: int, has_fam: bool) -> list[bool]:
+    """Return which sequences start from a saved FAM, as Python's own flags.
+
+    Args:
+        is_saved: a flag for each sequence; None: all do, where there is a saved FAM.
+        batch_size: number of sequences.
+        has_fam: whether there is one.
 
     Raises:
-        TransformerFamError: some are none.
+        TransformerFamError: some are no flags, there are more or fewer than sequences, or one is True without a FAM.
     """
-    flags = values.tolist() if hasattr(values, "tolist") else list(values)
+    if is_saved is None:
+        return [has_fam] * batch_size
+    flags: list[bool] = is_saved.tolist() if hasattr(is_saved, "tolist") else list(is_saved)
     if any(type(flag) is not bool for flag in flags):
-        raise TransformerFamError(f"{name} is {flags}, required are True or False for every sequence")
+        raise TransformerFamError(f"is_saved is {flags}, required are True or False for every sequence")
+    if len(flags) != batch_size or (any(flags) and not has_fam):
+        raise TransformerFamError(
+            f"is_saved is {flags}, required are {batch_size} flags, and a saved fam where one is True"
+        )
     return flags
 
 

@@ -83,9 +83,10 @@ def generate(self: Any, *args: Any, **kwargs: Any) -> Any:
     kwargs = rename_cache(args, kwargs)
     inputs = args[0] if args else kwargs.get("inputs")
     inputs = kwargs.get("input_ids") if inputs is None else inputs
-    is_ids = isinstance(inputs, torch.Tensor) and inputs.dim() == 2
-    call = _Call(inputs if is_ids and kwargs.get("inputs_embeds") is None else None)
-    call.num_given = inputs.shape[1] if isinstance(inputs, torch.Tensor) and is_ids and call.ids_BT is None else 0
+    ids_BT = inputs if isinstance(inputs, torch.Tensor) and inputs.dim() == 2 else None
+    call = _Call(ids_BT)
+    if ids_BT is not None and kwargs.get("inputs_embeds") is not None:
+        call = _Call(None, num_given=ids_BT.shape[1])
     with _calling(call):
         if isinstance(kwargs.get(CACHE_NAME), ReadingState):
             call.state = kwargs[CACHE_NAME]
@@ -122,7 +123,7 @@ def prepare_cache_for_generation(
         if getattr(generation_config, name, None):
             raise TransformerFamError(
                 f"{name} is {getattr(generation_config, name)!r}, required is None: a part of the model that drafts "
-                "tokens has no memory of its own; give assistant_model or prompt_lookup_num_tokens"
+                "tokens has no memory; give assistant_model or prompt_lookup_num_tokens"
             )
     call = _CALL.get()
     num_beams = generation_config.num_beams or 1

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from transformerfam.arguments import check_ids, own_mask, require_flags, require_integer
+from transformerfam.arguments import check_ids, own_mask, require_integer, saved_flags
 from transformerfam.cache_argument import rename_cache
 from transformerfam.cache_layer import FamLayer, LayerPlan, Sections, joined_slots
 from transformerfam.errors import ReadInterrupted, StateMismatchError, TransformerFamError
@@ -33,11 +33,7 @@ def _saved_fam(
         TransformerFamError: arguments of `init_state` have another shape or length, or do not fit each other.
     """
     batch_size = expected[1]
-    is_saved = None if is_saved is None else require_flags("is_saved", is_saved)
-    if is_saved is not None and (len(is_saved) != batch_size or (fam is None and any(is_saved))):
-        raise TransformerFamError(
-            f"is_saved is {is_saved}, required are {batch_size} flags, and a saved fam where one is True"
-        )
+    flags = saved_flags(is_saved, batch_size, fam is not None)
     if fam is not None:
         if not isinstance(fam, torch.Tensor) or not fam.is_floating_point():
             what = fam.dtype if isinstance(fam, torch.Tensor) else type(fam).__name__
@@ -48,7 +44,7 @@ def _saved_fam(
                 f"fam has shape {tuple(fam.shape)}, required is (layers, batch, fam_length, width) {expected}; "
                 "save it from a state of the same model and configuration"
             )
-    return fam, [fam is not None] * batch_size if is_saved is None else is_saved
+    return fam, flags
 
 
 def init_state(

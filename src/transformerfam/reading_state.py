@@ -52,7 +52,7 @@ class ReadingState(Cache, abc.ABC):
         self.histories, self.unread_ids = [0] * self.batch_size, [None] * self.batch_size
 
     def require_own_rows(self) -> None:
-        """Refuse to go on with what beam search has left.
+        """Refuse a state that beam search has left.
 
         Raises:
             StateMismatchError: the sequences are beams.

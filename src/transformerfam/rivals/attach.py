@@ -8,7 +8,7 @@ import torch
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import MoeModelOutputWithPast
 
-from transformerfam.arguments import require_flags, require_integer
+from transformerfam.arguments import require_integer, saved_flags
 from transformerfam.cache_argument import take_cache
 from transformerfam.config import FamConfig
 from transformerfam.convert import LayerSeam, bind_method
@@ -151,11 +151,7 @@ def init_state(
     require_integer("position_offset", position_offset, least=0)
     rival: Rival = self.get_decoder().rival
     assert rival.identity is not None
-    saved = [fam is not None] * batch_size if is_saved is None else require_flags("is_saved", is_saved)
-    if len(saved) != batch_size or (fam is None and any(saved)):
-        raise TransformerFamError(
-            f"is_saved is {saved}, required are {batch_size} flags, and a saved fam where one is True"
-        )
+    saved = saved_flags(is_saved, batch_size, fam is not None)
     lanes = []
     for is_from_saved in (False, True):
         rows = [row for row, flag in enumerate(saved) if flag == is_from_saved]
