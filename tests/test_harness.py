@@ -143,6 +143,13 @@ metric_list: [{{metric: acc}}]
 """
 
 
+def test_tables_of_rope_stay_as_they_are(folder: Path) -> None:
+    """Catches angles that are rounded with the weights."""
+    model = FamLM(str(folder), dtype="bfloat16").model
+    assert model.dtype == torch.bfloat16
+    assert {table.dtype for table in model.model.rotary_emb.buffers()} == {torch.float32}
+
+
 def test_command_line_runs_a_long_and_a_short_task(tmp_path: Path) -> None:
     """Catches a model that the harness does not find, or a prompt that is longer than anything it expects."""
     _, tokenizer = load_smollm2()

@@ -21,6 +21,7 @@ from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformerfam.config import FAM_DTYPES, FamConfig
 from transformerfam.errors import TransformerFamError
 from transformerfam.loading import load_pretrained
+from transformerfam.memory import hold_weights_in
 from transformerfam.models import find_device, load_model
 from transformerfam.peft_adapters import base_of, load_peft_folder
 from transformerfam.state import FamState
@@ -102,7 +103,9 @@ class FamLM(TemplateLM):
             )
         if peft is not None:
             load_peft_folder(self.model, peft, merge=True)
-        self.model.to(device=self._device, dtype=None if dtype is None else getattr(torch, dtype))
+        if dtype is not None:
+            hold_weights_in(dtype, self.model)
+        self.model.to(self._device)
 
     @property
     def fam_config(self) -> FamConfig:
