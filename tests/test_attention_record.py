@@ -173,6 +173,8 @@ def test_report_attention_command(tmp_path: Path) -> None:
     assert "none is of a task that is reported" in " ".join(wrong.output.split())
     late = runner.invoke(app, [*command, "--block", "2"])
     assert "--block is 2, the text has blocks 0 to 1" in " ".join(late.output.split())
+    beyond = runner.invoke(app, [*command, "--blocks", str(10**9), "--heads", "0,99"])  # before a block is read
+    assert "there is no head 99, the model has heads 0 to 3" in " ".join(beyond.output.split())
     bad = runner.invoke(app, [*command, "--heads", "a"])
     assert bad.exit_code == 2
     assert "--heads has 'a', required are whole numbers" in " ".join(bad.output.split())

@@ -21,6 +21,7 @@ from transformerfam.reports.attention import (
     plot_maps,
     plot_memory,
     plot_writing,
+    require_heads,
 )
 from transformerfam.reports.figure import require_figure
 from transformerfam.reports.next_token import next_token_table
@@ -99,6 +100,7 @@ def report_attention(
             f"--block is {block}, the text has blocks 0 to {blocks - 1}; choose one, or more --blocks"
         )
     loaded, tokenizer = load_model(model)
+    require_heads(chosen_heads, loaded.get_decoder().config.num_attention_heads)
     passkey = PasskeyText(tokenizer, text)
     num_tokens = blocks * loaded.fam_config.block_size
     require_filler(tokenizer, passkey.filler)

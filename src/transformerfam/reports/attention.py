@@ -276,8 +276,16 @@ def _with_weights(records: Sequence[BlockRecord], heads: Sequence[int]) -> list[
             "no record has weights, required is at least one; name layers, and blocks of the text"
         )
     assert kept[0].weights_HRS is not None
-    num_heads = kept[0].weights_HRS.shape[0]
+    require_heads(heads, kept[0].weights_HRS.shape[0])
+    return kept
+
+
+def require_heads(heads: Sequence[int], num_heads: int) -> None:
+    """Refuse heads that a model does not have.
+
+    Raises:
+        TransformerFamError: a number is negative, or `num_heads` or more.
+    """
     for head in heads:
         if not 0 <= head < num_heads:
             raise TransformerFamError(f"there is no head {head}, the model has heads 0 to {num_heads - 1}")
-    return kept
