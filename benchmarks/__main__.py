@@ -14,8 +14,8 @@ from benchmarks.models import MODELS, OTHER_MODELS
 from benchmarks.placement import place
 from benchmarks.report import write_report
 from transformerfam.errors import TransformerFamError
-from transformerfam.models import find_device
 from transformerfam.reports.rows import RowFile
+from transformerfam.weights.models import find_device
 
 QUESTIONS = {  # by cost: seconds first, then minutes, then an hour
     "counts": "operator calls and bytes made, equal on every machine",

@@ -14,8 +14,8 @@ from torch.utils._pytree import tree_leaves
 
 from benchmarks.harness import Row, row
 from benchmarks.models import converted, random_tokens
-from transformerfam.training.blocks import run_batch
-from transformerfam.training.instructions import weighed_batch
+from transformerfam.training.data.instructions import weighed_batch
+from transformerfam.training.step.blocks import run_batch
 
 
 class OperatorCount(TorchDispatchMode):

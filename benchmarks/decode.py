@@ -12,8 +12,8 @@ from benchmarks.models import base_model, converted, random_tokens
 from benchmarks.placement import PLACEMENT
 from benchmarks.prefill import build as build_prefill
 from benchmarks.prefill import why_skipped
-from transformerfam.compiled import compile_decoding
-from transformerfam.state import FamState
+from transformerfam.fam.compiled import compile_decoding
+from transformerfam.fam.state import FamState
 
 BLOCK_SIZE, FAM_LENGTH = 1024, 64
 LENGTHS = (1024, 32768, 262144)

@@ -7,8 +7,8 @@ import torch
 from benchmarks.harness import Row, alternate, ratios, row, spread
 from benchmarks.models import next_block
 from benchmarks.placement import PLACEMENT
-from transformerfam.compiled import compile_reading
-from transformerfam.costs import ModelShape, block_flops
+from transformerfam.fam.compiled import compile_reading
+from transformerfam.tools.costs import ModelShape, block_flops
 
 
 def _products(shape: ModelShape, num_rows: int) -> tuple[list[tuple[torch.Tensor, torch.Tensor]], int]:

@@ -14,7 +14,7 @@ import torch
 import transformers
 
 from benchmarks.placement import PLACEMENT, place
-from transformerfam.demo import peak_memory, reset_peak_memory
+from transformerfam.cli.demo import peak_memory, reset_peak_memory
 from transformerfam.tasks.provenance import machine, provenance
 
 Row = dict[str, Any]

@@ -9,7 +9,7 @@ import torch
 from gguf import GGMLQuantizationType, GGUFReader, GGUFValueType, GGUFWriter
 from gguf.quants import dequantize, quantize
 
-from transformerfam.smollm2 import find_gguf_file, get_cache_folder
+from transformerfam.weights.smollm2 import find_gguf_file, get_cache_folder
 
 INT8 = GGMLQuantizationType.Q8_0
 NOT_COPIED = ("general.architecture", "general.file_type", "general.quantization_version")

@@ -10,7 +10,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from benchmarks.placement import PLACEMENT
 from transformerfam import FamConfig, convert
-from transformerfam.models import load_base
+from transformerfam.weights.models import load_base
 
 MODELS = ("smollm2", "random_8m")
 OTHER_MODELS = ("random_135m", "random_1b")

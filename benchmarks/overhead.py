@@ -11,7 +11,7 @@ import torch
 from benchmarks.harness import Row, alternate, ratios, row, spread
 from benchmarks.models import next_block
 from transformerfam.config import UPDATE_PRESETS
-from transformerfam.costs import ModelShape, block_flops
+from transformerfam.tools.costs import ModelShape, block_flops
 
 BLOCK_SIZE, FAM_LENGTH = 1024, 64
 

@@ -12,8 +12,8 @@ from transformers import DynamicCache, MistralConfig, MistralForCausalLM
 from benchmarks.harness import Row, alternate, in_fresh_process, peak_bytes_of, predicted_excess, row, spread
 from benchmarks.models import base_model, converted, random_tokens
 from benchmarks.placement import PLACEMENT
-from transformerfam.compiled import compile_reading
-from transformerfam.costs import ModelShape, block_flops, full_attention_flops
+from transformerfam.fam.compiled import compile_reading
+from transformerfam.tools.costs import ModelShape, block_flops, full_attention_flops
 
 BLOCK_SIZE, FAM_LENGTH, NUM_SEGMENTS = 1024, 64, 0
 LENGTHS = tuple(1024 * 2**i for i in range(9))

@@ -7,13 +7,13 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from benchmarks.harness import Row, row
-from transformerfam.models import load_model
-from transformerfam.progress import training_bar
+from transformerfam.cli.progress import training_bar
 from transformerfam.tasks.controls import ZEROED
 from transformerfam.tasks.passkey_evaluation import PasskeyEvaluation
 from transformerfam.training.checkpoint import CHECKPOINT_FILE
-from transformerfam.training.recipe_file import load_recipe
+from transformerfam.training.recipe.toml import load_recipe
 from transformerfam.training.trainer import Trainer
+from transformerfam.weights.models import load_model
 
 RECIPES = tuple(Path("recipes") / f"smollm2_quick_{part}.toml" for part in (1, 2))
 FOLDER = Path("runs") / "time_to_memory"

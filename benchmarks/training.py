@@ -15,9 +15,9 @@ from benchmarks.harness import Row, alternate, in_fresh_process, peak_bytes_of, 
 from benchmarks.models import base_model, converted, random_tokens
 from benchmarks.placement import PLACEMENT
 from benchmarks.prefill import REPEATED_TO
-from transformerfam.costs import ModelShape, block_flops, full_attention_flops
-from transformerfam.training.blocks import run_batch
-from transformerfam.training.instructions import weighed_batch
+from transformerfam.tools.costs import ModelShape, block_flops, full_attention_flops
+from transformerfam.training.data.instructions import weighed_batch
+from transformerfam.training.step.blocks import run_batch
 
 BLOCK_SIZE, FAM_LENGTH = 1024, 64
 LENGTHS = (2048, 8192, 32768)

@@ -8,13 +8,13 @@ from peft import LoraConfig
 
 from benchmarks.harness import Row, alternate, ratios, row, spread
 from benchmarks.models import converted, random_tokens
-from transformerfam.adapter import inject_lora
 from transformerfam.config import UPDATE_PRESETS
-from transformerfam.memory import hold_weights_in
-from transformerfam.models import NAMED_MODELS, load_model
-from transformerfam.training.blocks import run_batch
-from transformerfam.training.instructions import weighed_batch
+from transformerfam.fam.memory import hold_weights_in
+from transformerfam.training.data.instructions import weighed_batch
 from transformerfam.training.lora import fuse_lora
+from transformerfam.training.step.blocks import run_batch
+from transformerfam.weights.adapter import inject_lora
+from transformerfam.weights.models import NAMED_MODELS, load_model
 
 DTYPES = ("float32", "bfloat16")
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]

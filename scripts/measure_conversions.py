@@ -20,17 +20,18 @@ from unittest.mock import patch
 import torch
 from torch.nn.functional import cross_entropy
 
-from transformerfam import FamConfig, attention, convert
-from transformerfam.attention import Piece
-from transformerfam.attention_record import record_attention
-from transformerfam.cache_layer import FamLayer, LayerPlan, Sections
+from transformerfam import FamConfig, convert
 from transformerfam.config import UPDATE_PRESETS
-from transformerfam.masks import Phase, piece_mask
-from transformerfam.memory import InitialFam, set_prompt
-from transformerfam.models import load_base
-from transformerfam.novels import load_novel
+from transformerfam.fam import piece as attention
+from transformerfam.fam.layer import FamLayer, LayerPlan, Sections
+from transformerfam.fam.masks import Phase, piece_mask
+from transformerfam.fam.memory import InitialFam, set_prompt
+from transformerfam.fam.piece import Piece
 from transformerfam.reports.markdown import write_page
+from transformerfam.tasks.novels import load_novel
 from transformerfam.tasks.provenance import provenance
+from transformerfam.tools.attention_record import record_attention
+from transformerfam.weights.models import load_base
 
 SHAPE = ("block_size", "num_memory_segments", "num_sink_tokens", "fam_length")
 NUM_TOKENS, FIRST_TOKEN, FIRST_IN_BLOCK = 2560, 1024, 16

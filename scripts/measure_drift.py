@@ -14,7 +14,7 @@ import torch
 
 from transformerfam import FamConfig, convert
 from transformerfam.tasks.provenance import provenance
-from transformerfam.training.recipe import ModelSection
+from transformerfam.training.recipe.recipe import ModelSection
 from transformerfam.training.tiny import build_tiny_model
 
 REPORTED_UPDATES = (1, 10, 100, 300, 1000)

@@ -12,10 +12,10 @@ import json
 import torch
 
 from transformerfam import FamConfig, convert
-from transformerfam.models import load_smollm2
-from transformerfam.novels import load_novel
+from transformerfam.tasks.novels import load_novel
 from transformerfam.tasks.provenance import provenance
 from transformerfam.tasks.text import encode
+from transformerfam.weights.models import load_smollm2
 
 REPORTED_UPDATES = (1, 2, 3, 6, 12, 33)
 

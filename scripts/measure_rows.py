@@ -12,9 +12,9 @@ import json
 import torch
 from torch.nn import functional as F
 
-from transformerfam.models import load_model
 from transformerfam.tasks.passkey import PasskeyText, draw_keys
 from transformerfam.tasks.provenance import provenance
+from transformerfam.weights.models import load_model
 
 NUM_KEYS = 24
 

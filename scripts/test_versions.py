@@ -26,14 +26,14 @@ LATEST = {
 PACKAGES = ("torch", "transformers")
 
 PROMISES = [
-    "tests/test_versions.py",
-    "tests/test_promises.py",
-    "tests/test_generate.py",
-    "tests/test_convert.py",
-    "tests/test_rivals.py::test_logits_and_gradients_equal_the_papers_equations[rmt-29]",
-    "tests/test_rivals.py::test_save_and_load_change_nothing[rmt]",
-    "tests/test_peft.py::test_adapter_and_prompt_are_trained_saved_loaded_and_merged[lora]",
-    "tests/test_training_blocks.py",
+    "tests/promises/test_versions.py",
+    "tests/promises/test_promises.py",
+    "tests/decoder/test_generate.py",
+    "tests/fam/test_convert.py",
+    "tests/rivals/test_rivals.py::test_logits_and_gradients_equal_the_papers_equations[rmt-29]",
+    "tests/rivals/test_rivals.py::test_save_and_load_change_nothing[rmt]",
+    "tests/weights/test_peft.py::test_adapter_and_prompt_are_trained_saved_loaded_and_merged[lora]",
+    "tests/training/test_blocks.py",
 ]
 """Conversion, reading, generation, state files, one rival and training steps: what `.ci/run` asks of both edges."""
 

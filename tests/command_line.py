@@ -4,11 +4,11 @@ from typing import Any
 
 from typer.testing import CliRunner
 
-from transformerfam import cli
+from transformerfam.cli.commands import app
 
 
 def run(*arguments: Any, status: int = 0, stdin: str | bytes | None = None) -> str:
     """Run a command, require its exit status, and return what it says on one line."""
-    result = CliRunner().invoke(cli.app, [str(argument) for argument in arguments], input=stdin)
+    result = CliRunner().invoke(app, [str(argument) for argument in arguments], input=stdin)
     assert result.exit_code == status, (result.output, result.exception)
     return " ".join(result.output.split())

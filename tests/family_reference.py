@@ -11,10 +11,10 @@ import torch
 from torch import Tensor, nn
 from transformers import Cache, PreTrainedModel
 
-from transformerfam.cache_argument import CACHE_NAME
 from transformerfam.config import FamConfig
-from transformerfam.positions import fam_offsets
-from transformerfam.reference import fam_positions
+from transformerfam.decoder.cache_argument import CACHE_NAME
+from transformerfam.decoder.positions import fam_offsets
+from transformerfam.reference.fam import fam_positions
 
 LAYERS = ("layers", "h")
 ATTENTION = ("self_attn", "attention", "self_attention")

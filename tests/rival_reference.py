@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from transformerfam.reference_layer import (
+from transformerfam.reference.layer import (
     LayerWeights,
     ReferenceWeights,
     attend,

@@ -11,8 +11,8 @@ from training_recipes import small_recipe
 from transformerfam import FamConfig
 from transformerfam.errors import RecipeError, TransformerFamError
 from transformerfam.rivals import RivalConfig
-from transformerfam.training.ranges import RANGES
-from transformerfam.training.sequences import load_books
+from transformerfam.training.data.sequences import load_books
+from transformerfam.training.recipe.ranges import RANGES
 from transformerfam.training.tiny import build_tiny_tokenizer
 
 WRONG: dict[type, list[Any]] = {

@@ -8,6 +8,10 @@ import torch
 import transformers
 from transformers import PreTrainedModel
 
+from transformerfam import FamConfig, FamState, convert
+from transformerfam.config import UPDATE_PRESETS
+from transformerfam.fam.convert import fam_parameters
+
 VOCABULARY = 61
 SHAPE: dict[str, Any] = {
     "vocab_size": VOCABULARY,
@@ -263,3 +267,53 @@ def make_tiny(case: str, **changes: Any) -> PreTrainedModel:
             elif "sinks" in name or name.endswith(("bias", "router.weight")):
                 torch.nn.init.normal_(parameter, std=0.2)
     return model
+
+
+CONFIG = FamConfig(block_size=5, fam_length=2, num_memory_segments=1, fam_key_bias=0.0)
+
+
+OPTIONS: dict[str, dict[str, Any]] = {
+    "default": {},
+    "others": {
+        "fam_query_position": "written",
+        "fam_init": "prefix",
+        "zero_first_residual": False,
+        "window": 4,
+        "fam_key_bias": -1.0,
+    },
+    "gated": UPDATE_PRESETS["gated_rows"],
+    "gated in its layer": {"fam_update": "gated", "fam_key_bias": -1.0},
+    "slots": UPDATE_PRESETS["gated_slots"],
+    "block": UPDATE_PRESETS["gated"],
+}
+
+
+every_case = pytest.mark.parametrize("case", EVERY_CASE)
+
+
+def draw_ids(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randint(VOCABULARY, shape, generator=torch.Generator().manual_seed(seed))
+
+
+def config_of(case: str, options: str) -> FamConfig:
+    """Return a configuration; a hybrid model of the tests has one layer that would carry FAM, too few for `next`."""
+    changes, layer_types = OPTIONS[options], getattr(make_tiny(case).config, "layer_types", None) or []
+    if changes.get("fam_feeds", "same") != "same" and len(set(layer_types)) > 1:
+        changes = changes | {"fam_layers": (0, 2)}  # layer 1 carries the rows up
+    return CONFIG.replace(**changes)
+
+
+def make_converted(case: str, config: FamConfig = CONFIG, **changes: Any) -> Any:
+    """Convert a tiny model and draw its initial FAM, so that rows differ and matter."""
+    model: Any = convert(make_tiny(case, **changes), config)
+    generator = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for rows in fam_parameters(model):
+            rows.copy_(torch.randn(rows.shape, generator=generator))
+    return model
+
+
+def read_in_chunks(model: Any, ids: torch.Tensor, lengths: list[int]) -> tuple[torch.Tensor, FamState]:
+    state = model.init_state(len(ids))
+    logits = [model(input_ids=part, past_key_values=state).logits for part in ids.split(lengths, dim=1)]
+    return torch.cat(logits, dim=1), state

@@ -1,7 +1,14 @@
 """Tiny random Llama models for tests that need no trained one."""
 
+from typing import Any
+
+import peft
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
+
+from transformerfam import FamConfig, convert
+from transformerfam.fam.convert import fam_parameters
+from transformerfam.weights.adapter import inject_lora
 
 VOCABULARY = 61
 
@@ -41,3 +48,18 @@ def random_ids(*shape: int, seed: int = 0) -> torch.Tensor:
 def random_rows(*shape: int, seed: int = 0) -> torch.Tensor:
     """Draw normal rows of the given shape."""
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+CONFIG = FamConfig(fam_key_bias=0.0, block_size=8, fam_length=3, num_memory_segments=1)
+
+
+def trained(with_lora: bool = True, **fields: Any) -> Any:
+    """A converted model whose prompt and LoRA are random, as if trained."""
+    model = convert(make_tiny_llama(), CONFIG.replace(**fields))
+    with torch.no_grad():
+        for rows in fam_parameters(model):
+            rows.copy_(random_rows(*rows.shape))
+    if with_lora:
+        torch.manual_seed(3)
+        inject_lora(model, peft.LoraConfig(r=4, target_modules=["q_proj", "down_proj"], init_lora_weights=False))
+    return model.eval()

@@ -3,12 +3,15 @@
 from pathlib import Path
 
 import torch
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import WhitespaceSplit
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 from transformerfam import FamConfig, convert
-from transformerfam.models import save_model
-from transformerfam.training.sections import ModelSection
+from transformerfam.training.recipe.sections import ModelSection
 from transformerfam.training.tiny import build_tiny_model, build_tiny_tokenizer
+from transformerfam.weights.models import save_model
 
 BLOCK_SIZE = 8
 PASSKEY_TEXT = "The grass is green. The sky is blue. The pass key is 12345. Remember it. Here we go. " * 20
@@ -36,3 +39,10 @@ def make_passkey_model(fam_length: int = 2, update: str = "paper") -> tuple[Llam
 def save_passkey_model(folder: Path) -> None:
     """Write such a model with notes as training leaves them."""
     save_model(*make_passkey_model(), folder, notes={"max_training_filler_tokens": 512})
+
+
+def make_tokenizer() -> PreTrainedTokenizerFast:
+    words = {"<unk>": 0} | {f"w{i}": i for i in range(1, 61)}
+    tokenizer = Tokenizer(WordLevel(words, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = WhitespaceSplit()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>")

@@ -1,6 +1,6 @@
 """Recipes that train in seconds, for the tests of training."""
 
-from transformerfam.training.recipe_file import build_recipe
+from transformerfam.training.recipe.toml import build_recipe
 
 SMALL_TRAINING = """
 [model]
@@ -53,3 +53,38 @@ def small_values(**sections):
 def small_recipe(**sections):
     """Build the recipe of `small_values`."""
     return build_recipe(small_values(**sections))
+
+
+SMALLEST_TRAINING = """
+[model]
+base = "tiny-random"
+num_hidden_layers = 2
+hidden_size = 16
+num_attention_heads = 2
+num_key_value_heads = 1
+intermediate_size = 16
+[fam]
+block_size = 16
+fam_length = 2
+num_memory_segments = 0
+[schedule]
+steps = 3
+batch_size = 2
+curriculum = [{ filler_tokens = [1, 9] }]
+"""
+"""A whole recipe file."""
+
+
+SMALL_COMPARISON = """
+name = "small"
+recipe = "training.toml"
+systems = ["fam", "fam_memory_zeroed", "fam_untrained", "rmt", "full"]
+seeds = [0]
+num_keys = 2
+batch_size = 2
+filler_tokens = [8, 40]
+
+[max_filler_tokens]
+full = 8
+"""
+"""A whole file of a comparison, beside `training.toml`."""

@@ -11,7 +11,7 @@ INTERRUPTED = 130
 def main() -> None:
     """Run the command."""
     try:
-        from transformerfam.cli import app
+        from transformerfam.cli.commands import app
     except KeyboardInterrupt:
         sys.stderr.write("interrupted\n")
         sys.exit(INTERRUPTED)

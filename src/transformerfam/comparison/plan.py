@@ -12,8 +12,8 @@ from transformerfam.errors import RecipeError, TransformerFamError
 from transformerfam.files import parse_toml, read_whole
 from transformerfam.rivals import PRESETS, RIVAL_NAMES, preset
 from transformerfam.tasks.controls import control_of
-from transformerfam.training.recipe import Recipe
-from transformerfam.training.recipe_file import apply_override, build_dataclass, build_recipe, set_value
+from transformerfam.training.recipe.recipe import Recipe
+from transformerfam.training.recipe.toml import apply_override, build_dataclass, build_recipe, set_value
 
 UNTRAINED = "fam_untrained"
 SYSTEMS = (*PRESETS, *RIVAL_NAMES, UNTRAINED)

@@ -8,12 +8,12 @@ from typing import Any
 
 from transformerfam.comparison.plan import UNTRAINED, Comparison, RunName
 from transformerfam.reports.rows import Row
+from transformerfam.reports.telling import Telling
 from transformerfam.tasks.controls import control_of
 from transformerfam.tasks.facts_evaluation import FactsEvaluation
 from transformerfam.tasks.named_keys_evaluation import NamedKeysEvaluation
 from transformerfam.tasks.passkey import filler_text, text_digest
 from transformerfam.tasks.passkey_evaluation import PasskeyEvaluation
-from transformerfam.tasks.telling import Telling
 
 Place = tuple[Any, ...]
 """How a question is told: passkeys by `Telling`; texts by how many keys, or supports, they have."""

@@ -13,8 +13,8 @@ from transformerfam.comparison.questions import Questions
 from transformerfam.comparison.run import BYTES_LENGTHS, BYTES_TASK, TRAINED_TASK
 from transformerfam.errors import TransformerFamError
 from transformerfam.reports.rows import ALIKE, Row, require_alike
+from transformerfam.reports.telling import Telling
 from transformerfam.tasks.named_keys_evaluation import KEY_BITS
-from transformerfam.tasks.telling import Telling
 
 EMPTY = "empty"
 LONGEST_NAME = 18

@@ -14,7 +14,6 @@ from transformerfam.comparison.plan import UNTRAINED, Comparison, RunName
 from transformerfam.comparison.questions import Questions
 from transformerfam.errors import RecipeError
 from transformerfam.files import make_folder
-from transformerfam.models import load_model
 from transformerfam.reports.rows import Row, RowFile, require_same_weights
 from transformerfam.rivals import RIVAL_NAMES
 from transformerfam.tasks.passkey import BEFORE_KEY
@@ -22,10 +21,11 @@ from transformerfam.tasks.passkey_evaluation import PasskeyEvaluation, finished_
 from transformerfam.tasks.provenance import device_name, memory_notes, provenance, weights_of
 from transformerfam.tasks.text import encode
 from transformerfam.training.checkpoint import CHECKPOINT_FILE
+from transformerfam.training.data.sources import require_same_sources, sources_of
 from transformerfam.training.run_folder import FREE_TO_CHANGE, require_same_run, save_recipe
 from transformerfam.training.setup import build_trainee
-from transformerfam.training.sources import require_same_sources, sources_of
 from transformerfam.training.trainer import Trainer
+from transformerfam.weights.models import load_model
 
 ROWS_FILE = "rows.jsonl"
 TRAINED_TASK, BYTES_TASK = "comparison-training", "comparison-bytes"

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 from transformerfam.errors import CorruptFileError, StateMismatchError, TransformerFamError
 from transformerfam.files import hold_file, parse_json, read_whole, require_regular, required_form
 from transformerfam.processes import process_share, uninterrupted
-from transformerfam.tasks.telling import Telling
+from transformerfam.reports.telling import Telling
 
 Row = dict[str, Any]
 

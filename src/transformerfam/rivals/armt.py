@@ -18,7 +18,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from transformerfam.memory import initial_prompt
+from transformerfam.fam.memory import initial_prompt
 from transformerfam.rivals.linear_memory import LEAST_NORM, retrieve
 from transformerfam.rivals.piece import Rival, RivalPiece
 from transformerfam.rivals.state import Lane

@@ -8,23 +8,23 @@ import torch
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import MoeModelOutputWithPast
 
-from transformerfam.arguments import require_integer, saved_flags
-from transformerfam.cache_argument import take_cache
 from transformerfam.config import FamConfig
-from transformerfam.convert import LayerSeam, bind_method
+from transformerfam.decoder.arguments import require_integer, saved_flags
+from transformerfam.decoder.cache_argument import take_cache
+from transformerfam.decoder.families import decoder_layers, family_of, require_row
+from transformerfam.decoder.identity import ModelIdentity
+from transformerfam.decoder.kernels import MIXED_BACK_END
+from transformerfam.decoder.layouts import RELATIVE_TOLERANCE, find_layouts, relative_error
+from transformerfam.decoder.pieces import NOT_COMPILED, Inputs, read_in_pieces, state_or_new
+from transformerfam.decoder.positions import warn_beyond_trained
+from transformerfam.decoder.reading import READER_METHODS
+from transformerfam.decoder.seams import LayerSeam, bind_method
+from transformerfam.decoder.step import StepCache, run_decoder
+from transformerfam.decoder.structure import check_model, check_structure
 from transformerfam.errors import StateMismatchError, TransformerFamError, UnsupportedModelError
-from transformerfam.families import decoder_layers, family_of, require_row
-from transformerfam.forward import NOT_COMPILED, Inputs, read_in_pieces, state_or_new
-from transformerfam.identity import ModelIdentity
-from transformerfam.kernels import MIXED_BACK_END
-from transformerfam.layouts import RELATIVE_TOLERANCE, find_layouts, relative_error
-from transformerfam.memory import StepCache, run_decoder
-from transformerfam.positions import warn_beyond_trained
-from transformerfam.reading import READER_METHODS
 from transformerfam.rivals.config import RivalConfig
 from transformerfam.rivals.piece import Rival, RivalPiece
 from transformerfam.rivals.state import Lane, RivalState
-from transformerfam.seams import check_model, check_structure
 from transformerfam.versions import does_not_fit
 
 PROBE_LENGTHS = (3, 1, 5)
@@ -50,7 +50,7 @@ def attach(model: PreTrainedModel, config: RivalConfig) -> PreTrainedModel:
     plain = FamConfig(block_size=config.block_size, fam_length=0, num_memory_segments=0)
     check_model(model)
     require_row(model.config.model_type, "a rival")
-    check_structure(model, plain)
+    check_structure(model)
     decoder = model.get_decoder()
     if hasattr(decoder, "fam") or hasattr(decoder, "rival"):
         raise UnsupportedModelError("the model has a memory already; load it again to give it another one")

@@ -18,14 +18,14 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from transformerfam.decoder.families import family_of
+from transformerfam.decoder.identity import ModelIdentity
+from transformerfam.decoder.kernels import MIXED_BACK_END
+from transformerfam.decoder.layouts import LayerLayout
+from transformerfam.decoder.step import PassingStep
 from transformerfam.errors import UnsupportedModelError
-from transformerfam.families import family_of
-from transformerfam.identity import ModelIdentity
-from transformerfam.kernels import MIXED_BACK_END
-from transformerfam.memory import LayerLayout
 from transformerfam.rivals.config import RivalConfig
 from transformerfam.rivals.state import Lane
-from transformerfam.steps import PassingStep
 
 
 class Rival(nn.Module):

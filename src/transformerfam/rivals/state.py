@@ -11,10 +11,10 @@ from typing import Any
 
 import torch
 
+from transformerfam.decoder.identity import ModelIdentity
+from transformerfam.decoder.state import ReadingState, require_several, take_stored
 from transformerfam.errors import StateMismatchError, TransformerFamError
 from transformerfam.files import load_tensors, metadata_form, require_finite, save_tensors
-from transformerfam.identity import ModelIdentity
-from transformerfam.reading_state import ReadingState, require_several, take_stored
 from transformerfam.rivals.config import RivalConfig
 
 STATE_FORMAT_VERSION = 1
@@ -97,6 +97,9 @@ class RivalState(ReadingState):
         config: the `RivalConfig` that it was made with.
         has_memory: whether the rival has a memory of fixed size.
     """
+
+    why_no_gradients = "a rival's rows are parted by where they stand; take those of a model with FAM"
+    why_positions_grow = "full attention counts positions from the text's beginning"
 
     def __init__(self, lanes: Sequence[Lane], config: RivalConfig, identity: ModelIdentity, has_memory: bool) -> None:
         super().__init__(layers=[])

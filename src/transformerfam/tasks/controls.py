@@ -5,7 +5,7 @@ A control is called by the system whose memory is changed: `fam_memory_zeroed`, 
 
 from collections.abc import Callable
 
-from transformerfam.reading_state import ReadingState
+from transformerfam.decoder.state import ReadingState
 
 ZEROED, SWAPPED, INITIAL = "_memory_zeroed", "_memory_swapped", "_memory_initial"
 CONTROLS: dict[str, Callable[[ReadingState], ReadingState]] = {

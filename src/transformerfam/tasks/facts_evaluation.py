@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from transformerfam.reading_state import ReadingState
+from transformerfam.decoder.state import ReadingState
 from transformerfam.tasks.facts import FactsText, HiddenStory, Story, draw_story
 from transformerfam.tasks.provenance import questions_of, weights_of
 from transformerfam.tasks.ragged import READ_TOKENS, greedy_tokens, padded, read_ragged

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
+from transformerfam.decoder.state import ReadingState
 from transformerfam.errors import TransformerFamError
-from transformerfam.reading_state import ReadingState
 from transformerfam.tasks.named_keys import NamedKeys, NamedKeysText, draw_named_keys
 from transformerfam.tasks.passkey import FIRST_KEY, LAST_KEY
 from transformerfam.tasks.provenance import questions_of, weights_of

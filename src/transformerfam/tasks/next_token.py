@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from transformerfam.decoder.state import ReadingState
 from transformerfam.errors import TransformerFamError
-from transformerfam.reading_state import ReadingState
 from transformerfam.tasks.provenance import provenance, weights_of
 from transformerfam.tasks.text import known_pieces, stream_text, stream_token_ids
 

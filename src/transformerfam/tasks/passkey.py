@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from transformerfam.errors import TransformerFamError
+from transformerfam.reports.telling import NUM_DIGITS, WORDING
 from transformerfam.tasks.text import encode, read_text, start_ids
 from transformerfam.tasks.wordings import KEY, Wording
 
@@ -31,12 +32,11 @@ PAPER = Wording(
     intro=f"{BEFORE_KEY} {KEY}{BETWEEN_KEYS} {KEY}{AFTER_KEY}",
     question=" What is the pass key?",
     answer=f" The pass key is {KEY}",
-    name="paper",
+    name=WORDING,
 )
 """The paper's wording (D.1)."""
 SHORT = dataclasses.replace(PAPER, intro=PAPER.intro.replace(BEFORE_KEY, SHORT_BEFORE_KEY), name="short")
 """The paper's without the two sentences in front."""
-NUM_DIGITS = 5
 FIRST_KEY, LAST_KEY = 10 ** (NUM_DIGITS - 1), 10**NUM_DIGITS - 1
 
 

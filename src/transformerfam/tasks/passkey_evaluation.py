@@ -14,10 +14,11 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from transformerfam.decoder.state import ReadingState
 from transformerfam.errors import ReadInterrupted, TransformerFamError
+from transformerfam.fam.state import FamState
 from transformerfam.processes import uninterrupted
-from transformerfam.reading_state import ReadingState
-from transformerfam.state import FamState
+from transformerfam.reports.telling import Telling
 from transformerfam.tasks.controls import SWAPPED, control_of
 from transformerfam.tasks.passkey import (
     NUM_DIGITS,
@@ -32,7 +33,6 @@ from transformerfam.tasks.passkey import (
 from transformerfam.tasks.placed_text import PlacedText
 from transformerfam.tasks.provenance import provenance, questions_of, weights_of
 from transformerfam.tasks.ragged import READ_TOKENS, greedy_tokens, read_ragged
-from transformerfam.tasks.telling import Telling
 from transformerfam.tasks.text import require_filler, require_wording
 from transformerfam.tasks.wordings import Wording
 

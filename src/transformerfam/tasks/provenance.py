@@ -14,10 +14,10 @@ from typing import Any
 
 import torch
 
-from transformerfam.adapter import FAM_FILE, FamAdapter
 from transformerfam.errors import CorruptFileError
 from transformerfam.files import load_tensors, parse_json, read_whole
-from transformerfam.models import BSWA_FOLDER, NAMED_MODELS, RIVAL_FILE, RIVAL_FORMAT_VERSION
+from transformerfam.weights.adapter import FAM_FILE, FamAdapter
+from transformerfam.weights.models import BSWA_FOLDER, NAMED_MODELS, RIVAL_FILE, RIVAL_FORMAT_VERSION
 
 UNKNOWN = "unknown"
 CARD_FILE = "card.json"

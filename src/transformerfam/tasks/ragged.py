@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from transformerfam.reading_state import ReadingState
+from transformerfam.decoder.state import ReadingState
 
 READ_TOKENS = 4096
 """Tokens per row that are handed to the model at once: what keeps memory constant at any length."""

@@ -8,10 +8,10 @@ from typing import Any
 
 import torch
 
+from transformerfam.decoder.generation import read_last_tokens
 from transformerfam.errors import ReadInterrupted, TransformerFamError
+from transformerfam.fam.state import FamState
 from transformerfam.files import require_target
-from transformerfam.generation import read_last_tokens
-from transformerfam.state import FamState
 from transformerfam.tasks.next_token import rechunk
 from transformerfam.tasks.ragged import greedy_tokens
 from transformerfam.tasks.text import (

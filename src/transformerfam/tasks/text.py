@@ -10,7 +10,7 @@ from typing import IO, Any
 
 from transformerfam.errors import TransformerFamError
 from transformerfam.files import refuse_endless
-from transformerfam.novels import HELD_OUT_NOVELS, open_novel
+from transformerfam.tasks.novels import HELD_OUT_NOVELS, open_novel
 
 READ_BYTES = 1 << 16
 STANDARD_INPUT = "-"

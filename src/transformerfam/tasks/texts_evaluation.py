@@ -4,8 +4,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from transformerfam.decoder.state import ReadingState
 from transformerfam.errors import TransformerFamError
-from transformerfam.reading_state import ReadingState
 from transformerfam.tasks.provenance import provenance
 
 

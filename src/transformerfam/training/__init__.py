@@ -1,1 +1,8 @@
-"""Training: recipes, batches, back-propagation through all blocks, exact resume."""
+"""Training a memory: a recipe in, a folder with weights and a log out.
+
+`recipe/` says what a run is; `data/` draws and writes its sequences; `step/` is one step through all blocks, with its
+losses; `trainer` is the loop, which `checkpoint`, `ranks`, `optimizer`, `lora` and `state_passing` serve.
+
+May import: `tasks`, `weights`, `rivals`, `fam`, `decoder`, and the root of the package.
+One more key of a recipe: a field in `recipe/sections.py` and its range in `recipe/ranges.py`.
+"""

@@ -11,9 +11,9 @@ from typing import Any
 
 import torch
 
-from transformerfam.adapter import CONFIG_FILE, FamAdapter
 from transformerfam.errors import StateMismatchError, TransformerFamError
-from transformerfam.models import BASE_NOTE
+from transformerfam.weights.adapter import CONFIG_FILE, FamAdapter
+from transformerfam.weights.models import BASE_NOTE
 
 UNLIKE = {"base_model_name_or_path", "inference_mode", "revision", "peft_version"}
 """Of PEFT's configuration what says nothing of the weights."""

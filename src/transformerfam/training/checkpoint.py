@@ -14,16 +14,16 @@ import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
 
-from transformerfam.adapter import CHECKPOINT_FILE
 from transformerfam.errors import CorruptFileError, RecipeError, TransformerFamError
 from transformerfam.files import load_tensors, metadata_form, parse_json, read_whole, save_tensors, write_text
 from transformerfam.training.checkpoint_form import REMEDY, TENSOR_NAMES, require_progress, require_tensors
 from transformerfam.training.optimizer import AverageOfWeights
-from transformerfam.training.recipe import Recipe
-from transformerfam.training.recipe_file import build_recipe
+from transformerfam.training.recipe.recipe import Recipe
+from transformerfam.training.recipe.toml import build_recipe
 from transformerfam.training.sharding import shared_like
 from transformerfam.training.state_passing import SavedFam, StatePassing
-from transformerfam.training.stored_filler import StoredFiller
+from transformerfam.training.step.stored_filler import StoredFiller
+from transformerfam.weights.adapter import CHECKPOINT_FILE
 
 RECIPE_FILE = "recipe.json"
 SOURCES = "sources"

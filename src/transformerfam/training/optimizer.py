@@ -7,9 +7,9 @@ import torch
 from torch import nn
 from transformers import Adafactor, PreTrainedModel
 
-from transformerfam.memory import initial_rows
-from transformerfam.training.recipe import Recipe
-from transformerfam.training.sections import KeyBiasSection, OptimizerSection
+from transformerfam.fam.memory import initial_rows
+from transformerfam.training.recipe.recipe import Recipe
+from transformerfam.training.recipe.sections import KeyBiasSection, OptimizerSection
 
 
 def build_optimizer(model: PreTrainedModel, recipe: Recipe) -> torch.optim.Optimizer:

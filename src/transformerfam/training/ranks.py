@@ -20,15 +20,15 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
+from transformerfam.decoder.families import decoder_layers
+from transformerfam.decoder.state import ReadingState
 from transformerfam.errors import MissingPackageError, RecipeError, UnsupportedVersionError
-from transformerfam.families import decoder_layers
-from transformerfam.reading_state import ReadingState
-from transformerfam.training.recipe import Recipe
-from transformerfam.training.scores import StepOutput
-from transformerfam.training.sequences import Batch
+from transformerfam.training.data.sequences import Batch
+from transformerfam.training.recipe.recipe import Recipe
 from transformerfam.training.sharding import whole
 from transformerfam.training.state_passing import SavedFam
-from transformerfam.training.step import run_step
+from transformerfam.training.step.scores import StepOutput
+from transformerfam.training.step.step import run_step
 from transformerfam.versions import OLDEST_TORCH_THAT_SHARDS, release
 
 

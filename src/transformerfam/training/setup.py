@@ -4,20 +4,20 @@ from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from transformerfam.adapter import inject_lora
 from transformerfam.config import FamConfig
-from transformerfam.convert import convert
 from transformerfam.errors import RecipeError
-from transformerfam.memory import hold_weights_in, prefix_from_prompt, set_prompt
-from transformerfam.models import BASE_NOTE, load_base, load_model
+from transformerfam.fam.convert import convert
+from transformerfam.fam.memory import hold_weights_in, prefix_from_prompt, set_prompt
 from transformerfam.rivals import attach
 from transformerfam.tasks.facts import words
 from transformerfam.tasks.provenance import memory_notes
 from transformerfam.tasks.text import encode, read_text, say_unknown
 from transformerfam.training.lora import fuse_lora
-from transformerfam.training.recipe import Recipe
+from transformerfam.training.recipe.recipe import Recipe
 from transformerfam.training.tiny import build_tiny_model, build_tiny_tokenizer, draw_prompt, frequent_words
 from transformerfam.versions import require_peft
+from transformerfam.weights.adapter import inject_lora
+from transformerfam.weights.models import BASE_NOTE, load_base, load_model
 
 
 def build_trainee(recipe: Recipe) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 
 import torch
 
-from transformerfam.training.sections import StatePassingSection
-from transformerfam.training.told_rows import Held
+from transformerfam.training.data.told_rows import Held
+from transformerfam.training.recipe.sections import StatePassingSection
 
 
 @dataclass

@@ -8,9 +8,9 @@ import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from transformerfam.memory import initial_rows
+from transformerfam.fam.memory import initial_rows
 from transformerfam.tasks.passkey import AFTER_KEY, BEFORE_KEY, BETWEEN_KEYS, FILLER_SENTENCES, QUESTION
-from transformerfam.training.sections import ModelSection
+from transformerfam.training.recipe.sections import ModelSection
 
 EMBEDDING_STD, LINEAR_STD = 1.0, 0.05
 """Standard deviations of the random weights, those of torch's own layers. With transformers' 0.02 for both, learning

@@ -10,31 +10,31 @@ from typing import Any
 
 import torch
 
-from transformerfam.adapter import FamAdapter
-from transformerfam.convert import set_block_size, set_key_bias
 from transformerfam.errors import NonFiniteLossError, RecipeError
-from transformerfam.models import BASE_NOTE, save_model, save_rival
+from transformerfam.fam.convert import set_block_size, set_key_bias
 from transformerfam.processes import ends_noted, uninterrupted
 from transformerfam.tasks.provenance import device_name, memory_notes
 from transformerfam.tasks.text import SOME_UNKNOWN, start_ids
-from transformerfam.training.auxiliary import auxiliary_losses
-from transformerfam.training.blocks import find_non_finite, find_non_finite_gradient
 from transformerfam.training.checkpoint import Place, cut_log, load_checkpoint, save_checkpoint
-from transformerfam.training.instructions import PackedInstructions
+from transformerfam.training.data.instructions import PackedInstructions
+from transformerfam.training.data.sequences import Batch, SequenceBuilder
 from transformerfam.training.optimizer import AverageOfWeights, build_optimizer, key_bias_at, lr_factor
 from transformerfam.training.ranks import Ranks
-from transformerfam.training.recipe import Recipe
+from transformerfam.training.recipe.recipe import Recipe
+from transformerfam.training.recipe.sections import Stage
 from transformerfam.training.result import TrainingResult
 from transformerfam.training.run_folder import LOG_FILE, claim_folder, release
-from transformerfam.training.scores import StepOutput
-from transformerfam.training.sections import Stage
-from transformerfam.training.sequences import Batch, SequenceBuilder
 from transformerfam.training.setup import build_trainee
 from transformerfam.training.sharding import whole
 from transformerfam.training.state_passing import SavedFam, StatePassing, held_keys
-from transformerfam.training.step import read_on, start_state
-from transformerfam.training.stored_filler import StoredFiller, keep_filler
-from transformerfam.training.teacher import Teacher
+from transformerfam.training.step.auxiliary import auxiliary_losses
+from transformerfam.training.step.blocks import find_non_finite, find_non_finite_gradient
+from transformerfam.training.step.scores import StepOutput
+from transformerfam.training.step.step import read_on, start_state
+from transformerfam.training.step.stored_filler import StoredFiller, keep_filler
+from transformerfam.training.step.teacher import Teacher
+from transformerfam.weights.adapter import FamAdapter
+from transformerfam.weights.models import BASE_NOTE, save_model, save_rival
 
 TRY_AGAIN = (
     "lower optimizer.lr, optimizer.clip_norm or the weights of loss, or set fam.fam_norm_bound, and train into another "

@@ -1,0 +1,228 @@
+"""The demo: a passkey on the first page of a novel, found again after all of it was read in constant memory."""
+
+import contextlib
+import gc
+import re
+import resource
+import sys
+import time
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.filesize import decimal
+from rich.table import Table
+
+from transformerfam.errors import TransformerFamError
+from transformerfam.fam.state import FamState
+from transformerfam.tasks.novels import load_novel
+from transformerfam.tasks.passkey import FILLER_SENTENCES, FIRST_KEY, LAST_KEY, FillerStream, PasskeyText
+from transformerfam.tasks.provenance import memory_notes
+from transformerfam.tasks.ragged import READ_TOKENS, greedy_tokens
+from transformerfam.tasks.text import encode
+from transformerfam.weights.models import load_base, load_model
+
+NOVEL = "persuasion"
+SYSTEMS = ("fam", "bswa")
+DEFAULT_TOKENS = 8192
+MOST_TOKENS = 30_000
+"""What two readings take within the demo's minutes on two cores."""
+
+Bar = Callable[[str], AbstractContextManager[Callable[[int, int | None, FamState], None]]]
+
+
+@dataclass(frozen=True)
+class Demo:
+    """What is read and asked."""
+
+    model_name: str
+    seed: int
+    key: int
+    book: str
+    """Name of the text around the key."""
+    page_ids: list[int]
+    """Text in front of the key."""
+    intro_ids: list[int]
+    """The sentences that tell the key."""
+    rest: FillerStream
+    """Text behind the key."""
+    question_ids: list[int]
+    answer_ids: list[int]
+    num_tokens: int
+    """Tokens that are read before the question."""
+    cache_bytes: int
+    """Keys and values that full attention would hold after so many tokens."""
+
+    def introduction(self) -> str:
+        """Say what will happen."""
+        return (
+            f"seed {self.seed}: the key {self.key} stands on the first page of {self.book}, behind "
+            f"{len(self.page_ids)} tokens; {self.num_tokens:,} tokens are read, then comes the question"
+        )
+
+    def piece(self, start: int, length: int) -> torch.Tensor:
+        """Return the tokens `start` to `start + length` of the text, (length,)."""
+        head = torch.tensor(self.page_ids + self.intro_ids, dtype=torch.long)
+        from_head = head[start : start + length]
+        rest_start = max(0, start - len(head))
+        return torch.cat([from_head, self.rest.slice(rest_start, length - len(from_head))])
+
+    def table(self, results: dict[str, "DemoResult"]) -> Table:
+        """Return FAM and BSWA beside each other."""
+        table = Table(title=f"{self.model_name}, {self.num_tokens:,} tokens, key {self.key}, seed {self.seed}")
+        table.add_column("", no_wrap=True)
+        for system in results:
+            table.add_column(system.upper(), justify="right")
+        lines: tuple[tuple[str, Callable[[DemoResult], str]], ...] = (
+            ("key recalled", lambda result: f"{'yes' if result.is_recalled else 'no'} ({result.answer})"),
+            ("state", lambda result: decimal(result.state_bytes)),
+            ("peak resident memory", lambda result: decimal(result.peak_bytes)),
+            ("tokens/s", lambda result: f"{result.num_tokens / result.seconds:,.0f}"),
+            ("block, memory segments, FAM", lambda result: result.shape),
+            ("key/value cache of full attention", lambda _: decimal(self.cache_bytes)),
+        )
+        for name, show in lines:
+            table.add_row(name, *(show(result) for result in results.values()))
+        return table
+
+
+@dataclass(frozen=True)
+class DemoResult:
+    """How one system did."""
+
+    answer: str
+    is_recalled: bool
+    state_bytes: int
+    peak_bytes: int
+    """Highest resident memory of the process while this system was loaded, read and answered."""
+    seconds: float
+    """Of reading, without loading."""
+    num_tokens: int
+    shape: str
+
+
+def draw_seed() -> int:
+    """Return a new seed, small enough to type."""
+    return int(torch.seed() % 1_000_000)
+
+
+def prepare_demo(model_name: str, seed: int, num_tokens: int | None = None) -> Demo:
+    """Draw a key and lay out the text.
+
+    Args:
+        model_name: "smollm2", "tiny" or a folder.
+        seed: of the key and its place on the page.
+        num_tokens: tokens to read; None is what the memory was proven for, at most 30,000.
+
+    Raises:
+        TransformerFamError: the model cannot be loaded, or there are too few tokens for the key.
+    """
+    notes = memory_notes(model_name)
+    if num_tokens is None:
+        num_tokens = min(MOST_TOKENS, int(notes.get("proven_filler_tokens", DEFAULT_TOKENS)))
+    model, tokenizer = load_base(model_name)
+    generator = torch.Generator().manual_seed(seed)
+    key = int(torch.randint(FIRST_KEY, LAST_KEY + 1, (), generator=generator))
+    book, text = f"the novel {NOVEL.capitalize()}", load_novel(NOVEL)
+    unknown_id = getattr(tokenizer, "unk_token_id", None)
+    if unknown_id is not None and encode(tokenizer, text[:2000]).count(unknown_id) > 20:
+        book, text = "the paper's filler (the vocabulary has no words for a novel)", FILLER_SENTENCES
+    page = first_page(text, tokenizer, int(notes.get("proven_prefix_tokens", 0)), generator)
+    rest = FillerStream(encode(tokenizer, text[len(page) :]) or encode(tokenizer, text), book)
+    writer = PasskeyText(tokenizer, rest)
+    page_ids, intro_ids = writer.start_ids + (encode(tokenizer, page) if page else []), writer.intro_ids(key)
+    least = len(page_ids) + len(intro_ids)
+    if num_tokens < least:
+        raise TransformerFamError(f"tokens is {num_tokens}, the key's page takes {least}; give at least so many")
+    return Demo(
+        model_name=model_name,
+        seed=seed,
+        key=key,
+        book=book,
+        page_ids=page_ids,
+        intro_ids=intro_ids,
+        rest=rest,
+        question_ids=writer.question_ids,
+        answer_ids=writer.key_ids(key),
+        num_tokens=num_tokens,
+        cache_bytes=full_attention_bytes(model, num_tokens),
+    )
+
+
+def first_page(text: str, tokenizer: Any, most_tokens: int, generator: torch.Generator) -> str:
+    """Return the text in front of a place between two sentences, drawn among those within `most_tokens` tokens."""
+    ends = [match.end() for match in re.finditer(r"[.!?](?=\s)", text[: most_tokens * 8])]
+    fitting = [end for end in ends if len(encode(tokenizer, text[:end])) <= most_tokens]
+    if not fitting:
+        return ""
+    return text[: fitting[int(torch.randint(len(fitting), (), generator=generator))]]
+
+
+def full_attention_bytes(model: Any, num_tokens: int) -> int:
+    """Return the bytes of keys and values that full attention holds after `num_tokens` tokens of one sequence."""
+    config = model.config
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    element_bytes = next(model.parameters()).element_size()
+    return 2 * config.num_hidden_layers * config.num_key_value_heads * head_dim * num_tokens * element_bytes
+
+
+def run_demo(demo: Demo, bar: Bar) -> dict[str, DemoResult]:
+    """Read and ask with FAM, then with BSWA.
+
+    Args:
+        demo: what is read.
+        bar: opens a progress bar with a title and gives the function that moves it.
+    """
+    results = {}
+    for system in SYSTEMS:
+        gc.collect()
+        reset_peak_memory()
+        with bar(f"{system.upper()} reads") as update:
+            results[system] = _run_system(demo, system, update)
+    return results
+
+
+@torch.no_grad()
+def _run_system(demo: Demo, system: str, update: Callable[[int, int | None, FamState], None]) -> DemoResult:
+    model, tokenizer = load_model(demo.model_name, system)
+    state = model.init_state()
+    begin = time.monotonic()
+    for start in range(0, demo.num_tokens, READ_TOKENS):
+        ids_T = demo.piece(start, min(READ_TOKENS, demo.num_tokens - start))
+
+        def move(done: int, total: int, moved: FamState, before: int = start) -> None:
+            update(before + done, demo.num_tokens, moved)
+
+        model.read(ids_T, state, progress=move)
+    seconds = time.monotonic() - begin
+    num_tokens, state_bytes = state.num_tokens_read, state.num_bytes
+    said = greedy_tokens(model, torch.tensor([demo.question_ids]), state, len(demo.answer_ids))[0].tolist()
+    config = model.fam_config
+    return DemoResult(
+        answer=str(tokenizer.decode(said)).strip(),
+        is_recalled=said == demo.answer_ids,
+        state_bytes=state_bytes,
+        peak_bytes=peak_memory(),
+        seconds=seconds,
+        num_tokens=num_tokens,
+        shape=f"{config.block_size}, {config.num_memory_segments}, {config.fam_length}",
+    )
+
+
+def reset_peak_memory() -> None:
+    """Start a new peak of resident memory, where the system can (Linux); elsewhere the peak is the process's."""
+    with contextlib.suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")
+
+
+def peak_memory() -> int:
+    """Return the highest resident memory in bytes, since `reset_peak_memory` where the system can."""
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/self/status").read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024

@@ -1,0 +1,471 @@
+"""The families of transformers decoders that conversion serves, and where the seams are in each of them.
+
+What stands here are names and one choice per family. That they are right for the model at hand, in the transformers
+version at hand, is what conversion checks with numbers (`seams`).
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable
+from typing import Any
+
+from torch import nn
+
+from transformerfam.errors import UnsupportedModelError
+from transformerfam.versions import does_not_fit
+
+
+def _never(config: Any) -> bool:
+    return False
+
+
+def _always(config: Any) -> bool:
+    return True
+
+
+def _parallel_if_configured(config: Any) -> bool:
+    return bool(config.use_parallel_residual)
+
+
+def _falcon_is_parallel(config: Any) -> bool:
+    return bool(config.parallel_attn or config.new_decoder_architecture)
+
+
+def _one_norm(config: Any) -> tuple[str, ...]:
+    return ("input_layernorm",)
+
+
+def _attention_itself(config: Any) -> tuple[str, ...]:
+    return ("self_attn",)
+
+
+def _neox_norms(config: Any) -> tuple[str, ...]:
+    return ("input_layernorm", "post_attention_layernorm") if config.use_parallel_residual else ("input_layernorm",)
+
+
+def _falcon_norms(config: Any) -> tuple[str, ...]:
+    has_two = config.new_decoder_architecture and config.num_ln_in_parallel_attn == 2
+    return ("ln_attn", "ln_mlp") if has_two else ("input_layernorm",)
+
+
+def _one(config: Any) -> float:
+    return 1.0
+
+
+def _residual_multiplier(config: Any) -> float:
+    return float(config.residual_multiplier)
+
+
+def _nothing(config: Any) -> str | None:
+    return None
+
+
+def _gemma4_reason(config: Any) -> str | None:
+    if config.hidden_size_per_layer_input:
+        return "its layers are given embeddings of the token ids, which the rows of a FAM do not have"
+    if config.num_kv_shared_layers:
+        return "its upper layers take the keys of lower ones, beside the cache"
+    return None
+
+
+def _attention_norm(config: Any) -> tuple[str, ...]:
+    return ("attention_layernorm",)
+
+
+def _depth_factor(config: Any) -> float:
+    return float(config.scale_depth) / math.sqrt(config.num_hidden_layers)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Family:
+    """Where the seams are in the layers of one family, by the names of submodules.
+
+    Attributes:
+        name: what people call it.
+        layers: the decoder's list of layers.
+        attention: a layer's attention.
+        output_projection: the last matrix of an attention.
+        entries: the submodules of a layer that are given its input, beside the residual, from the configuration.
+        branch: the submodule of a layer whose output is added to the residual behind attention: attention itself, or a
+            norm behind it.
+        branch_factor: what that output is multiplied with before it is added, from the configuration.
+        behind: the submodule of a layer that is given the sum; with a parallel residual nothing is.
+        is_parallel: whether attention and feed-forward are added to one residual, from the configuration.
+        has_attention_interface: whether attention goes through transformers' attention interface, so that a back end
+            without dense masks can serve it.
+        asks_by_queries: whether rows enter attention's output through their queries alone, called for once, so that
+            queries made before can stand for them; not where the output has a gate, or attention runs twice.
+        since: first version of this package that serves it.
+        special: what sets the family apart from Llama.
+        refuses: why a member cannot be served, from the configuration; None where it can.
+    """
+
+    name: str
+    layers: str = "layers"
+    attention: str = "self_attn"
+    output_projection: str = "o_proj"
+    entries: Callable[[Any], tuple[str, ...]] = _one_norm
+    branch: str = "self_attn"
+    branch_factor: Callable[[Any], float] = _one
+    behind: str = "post_attention_layernorm"
+    is_parallel: Callable[[Any], bool] = _never
+    has_attention_interface: bool = True
+    asks_by_queries: bool = True
+    since: str = "0.1.0"
+    special: str = ""
+    refuses: Callable[[Any], str | None] = _nothing
+
+
+SEQUENCES: dict[str, dict[str, Any]] = {
+    "Gemma 2": {"branch": "post_attention_layernorm", "behind": "pre_feedforward_layernorm"},
+    "GLM-4-0414": {"branch": "post_self_attn_layernorm", "behind": "post_attention_layernorm"},
+    "OLMo 2": {"entries": _attention_itself, "branch": "post_attention_layernorm", "behind": "mlp"},
+    "Llama": {"behind": "post_attention_layernorm"},
+    "VaultGemma": {"behind": "pre_feedforward_layernorm"},
+    "StableLM in parallel": {"behind": "mlp", "is_parallel": _always},
+}
+"""Usual orders of a layer's parts, by a family that has it; where several fit by name, numbers choose."""
+
+FAMILIES = {
+    "llama": Family(name="Llama"),
+    "mistral": Family(name="Mistral", special="a sliding window on every layer, which limits the memory segments"),
+    "mixtral": Family(name="Mixtral", special="mixture of experts; FAM rows are routed as tokens are"),
+    "qwen2": Family(name="Qwen2", special="biases; optionally sliding windows on the upper layers"),
+    "qwen3": Family(name="Qwen3", special="norms on queries and keys"),
+    "qwen3_moe": Family(name="Qwen3-MoE", special="norms on queries and keys; mixture of experts"),
+    "gemma2": Family(
+        name="Gemma 2",
+        **SEQUENCES["Gemma 2"],
+        special="soft caps (attention back end eager); norms behind attention and feed-forward; every other layer "
+        "slides and keeps its window",
+    ),
+    "gemma3_text": Family(
+        name="Gemma 3 (text)",
+        **SEQUENCES["Gemma 2"],
+        special="norms behind attention and feed-forward; five of six layers slide, with a RoPE of their own, and keep "
+        "their window",
+    ),
+    "phi3": Family(name="Phi-3", special="one matrix for queries, keys and values; RoPE of type longrope is refused"),
+    "olmo2": Family(
+        name="OLMo 2",
+        **SEQUENCES["OLMo 2"],
+        special="norms behind attention and feed-forward alone; norms on queries and keys",
+    ),
+    "smollm3": Family(name="SmolLM3", special="every fourth layer has no RoPE"),
+    "granite": Family(
+        name="Granite",
+        branch_factor=_residual_multiplier,
+        special="factors on embeddings, attention, residual branches and logits",
+    ),
+    "cohere2": Family(
+        name="Cohere 2 (Command R7B)",
+        is_parallel=_always,
+        special="parallel residual; interleaved RoPE on sliding layers, which keep their window, and none elsewhere",
+    ),
+    "gpt_neox": Family(
+        name="GPT-NeoX (Pythia)",
+        attention="attention",
+        output_projection="dense",
+        entries=_neox_norms,
+        branch="attention",
+        is_parallel=_parallel_if_configured,
+        special="parallel residual; RoPE on a part of every head",
+    ),
+    "phi": Family(
+        name="Phi (1, 1.5, 2)",
+        output_projection="dense",
+        is_parallel=_always,
+        special="parallel residual; RoPE on a part of every head",
+    ),
+    "stablelm": Family(
+        name="StableLM",
+        is_parallel=_parallel_if_configured,
+        special="RoPE on a part of every head; optionally a parallel residual",
+    ),
+    "falcon": Family(
+        name="Falcon",
+        layers="h",
+        attention="self_attention",
+        output_projection="dense",
+        entries=_falcon_norms,
+        branch="self_attention",
+        is_parallel=_falcon_is_parallel,
+        has_attention_interface=False,
+        special="parallel residual; one key head; its attention takes dense masks alone; with ALiBi it is refused",
+    ),
+    "gpt_oss": Family(
+        name="GPT-OSS",
+        special="a learned sink in every head's softmax (attention back end eager); mixture of experts; every other "
+        "layer slides and keeps its window",
+    ),
+    "deepseek_v2": Family(
+        name="DeepSeek-V2", special="latent attention: carried are latents, and one rotary key for all heads"
+    ),
+    "deepseek_v3": Family(
+        name="DeepSeek-V3", special="latent attention: carried are latents, and one rotary key for all heads"
+    ),
+    "gemma": Family(name="Gemma", special="embeddings multiplied by the root of their width"),
+    "gemma4_text": Family(
+        name="Gemma 4 (text)",
+        **SEQUENCES["Gemma 2"],
+        special="norms behind attention and feed-forward; five of six layers slide, with their own heads and RoPE, and "
+        "keep their window; members with embeddings per layer (E2B, E4B) are refused",
+        refuses=_gemma4_reason,
+    ),
+    "qwen2_moe": Family(
+        name="Qwen2-MoE",
+        special="mixture of experts and a shared one; optionally sliding windows on the upper layers",
+    ),
+    "ministral": Family(name="Ministral", special="some layers slide and keep their window"),
+    "ministral3": Family(
+        name="Ministral 3",
+        special="queries grow with the position from `original_max_position_embeddings` on; FAM keeps positions in its "
+        "window, where they grow only if the window is that long",
+    ),
+    "olmo": Family(name="OLMo", special="norms without weights; optionally clipped queries, keys and values"),
+    "olmo3": Family(
+        name="OLMo 3",
+        **SEQUENCES["OLMo 2"],
+        special="norms behind attention and feed-forward alone; norms on queries and keys; three of four layers slide "
+        "and keep their window",
+    ),
+    "olmoe": Family(name="OLMoE", special="mixture of experts; norms on queries and keys"),
+    "flex_olmo": Family(
+        name="FlexOlmo",
+        **SEQUENCES["OLMo 2"],
+        special="norms behind attention and feed-forward alone; norms on queries and keys; mixture of experts",
+    ),
+    "exaone4": Family(
+        name="EXAONE 4.0",
+        **SEQUENCES["OLMo 2"],
+        special="norms behind attention and feed-forward alone; norms on queries and keys; where some layers slide, "
+        "the others have no RoPE",
+    ),
+    "glm": Family(name="GLM-4", special="interleaved RoPE on a part of every head"),
+    "glm4": Family(
+        name="GLM-4-0414",
+        branch="post_self_attn_layernorm",
+        special="norms in front of and behind attention and feed-forward; interleaved RoPE on a part of every head",
+    ),
+    "glm4_moe": Family(
+        name="GLM-4.5 (MoE)",
+        special="mixture of experts and a shared one; RoPE on a part of heads; optionally norms on queries and keys",
+    ),
+    "glm4_moe_lite": Family(
+        name="GLM-4.7-Flash", special="latent attention: carried are latents, and one rotary key for all heads"
+    ),
+    "ernie4_5": Family(name="ERNIE 4.5", special="interleaved RoPE"),
+    "ernie4_5_moe": Family(
+        name="ERNIE 4.5 (MoE)", special="interleaved RoPE; mixture of experts and shared ones on the upper layers"
+    ),
+    "cohere": Family(name="Cohere (Command R)", is_parallel=_always, special="parallel residual; interleaved RoPE"),
+    "starcoder2": Family(
+        name="StarCoder2", special="layer norms and biases; optionally a sliding window on every layer"
+    ),
+    "helium": Family(name="Helium", special="interleaved RoPE"),
+    "seed_oss": Family(name="Seed-OSS", special="biases on queries, keys and values"),
+    "arcee": Family(name="Arcee (AFM)", special="a feed-forward of two matrices, with squared ReLU"),
+    "apertus": Family(
+        name="Apertus",
+        entries=_attention_norm,
+        behind="feedforward_layernorm",
+        special="norms on queries and keys; a feed-forward of two matrices, with xIELU",
+    ),
+    "bitnet": Family(name="BitNet", special="norms in front of the last matrix of attention and feed-forward"),
+    "nemotron": Family(
+        name="Nemotron", special="layer norms whose weight is added to 1; RoPE on a part of every head; squared ReLU"
+    ),
+    "jais2": Family(name="Jais 2", special="layer norms and biases; squared ReLU"),
+    "internlm3": Family(name="InternLM3", special="Llama's class; not in transformers 5.14"),
+    "cwm": Family(name="CWM", special="three of four layers slide and keep their window"),
+    "granitemoe": Family(
+        name="Granite-MoE",
+        branch_factor=_residual_multiplier,
+        special="mixture of experts; factors on embeddings, attention, residual branches and logits",
+    ),
+    "granitemoeshared": Family(
+        name="Granite-MoE (shared)",
+        branch_factor=_residual_multiplier,
+        special="mixture of experts and a shared one; factors on embeddings, attention, residual branches and logits",
+    ),
+    "dots1": Family(
+        name="dots.llm1", special="norms on queries and keys; mixture of experts; optionally sliding windows"
+    ),
+    "phimoe": Family(name="Phi-3.5-MoE", special="mixture of experts; layer norms; RoPE of type longrope is refused"),
+    "minimax_m2": Family(
+        name="MiniMax-M2", special="mixture of experts; norms on queries and keys; RoPE on a part of every head"
+    ),
+    "minicpm3": Family(
+        name="MiniCPM3",
+        branch_factor=_depth_factor,
+        special="latent attention: carried are latents, and one rotary key for all heads; factors on embeddings, "
+        "residual branches and logits",
+    ),
+    "hyperclovax": Family(
+        name="HyperCLOVA X",
+        branch="post_norm1",
+        branch_factor=_residual_multiplier,
+        special="optionally norms behind attention and feed-forward; factors as Granite's",
+    ),
+    "nanochat": Family(name="nanochat", special="norms without weights, on queries and keys behind RoPE; squared ReLU"),
+    "persimmon": Family(
+        name="Persimmon",
+        output_projection="dense",
+        special="one matrix for queries, keys and values; norms on queries and keys; RoPE on a part of every head",
+    ),
+    "vaultgemma": Family(
+        name="VaultGemma",
+        behind="pre_feedforward_layernorm",
+        special="soft caps (attention back end eager); every other layer slides and keeps its window",
+    ),
+    "solar_open": Family(name="Solar Open", special="mixture of experts and a shared one"),
+    "youtu": Family(
+        name="Youtu-LLM", special="latent attention: carried are latents, and one rotary key for all heads"
+    ),
+    "exaone_moe": Family(
+        name="EXAONE-MoE",
+        special="norms on queries and keys; mixture of experts; where some layers slide, the others have no RoPE",
+    ),
+    "diffllama": Family(
+        name="DiffLlama",
+        asks_by_queries=False,
+        special="differential attention: the difference of two groups of heads",
+    ),
+}
+"""By `model_type`."""
+
+
+OTHER_LAYERS = {
+    "linear_attention": ", whose recurrent state a FamState does not carry, and which would read FAM rows as tokens",
+    "chunked_attention": ", where the first token of a chunk sees nothing in front of it, and no memory either",
+    "indexed_attention": ", which chooses a few keys by a separate index, not by the keys in sight",
+}
+"""What is in the way of a memory in layers of other types."""
+
+NOT_SERVED = {
+    "gemma3n_text": "its layers pass four streams of hidden states on, and are given embeddings of the token ids; the "
+    "rows of a FAM are one stream, and have no ids",
+    "hunyuan_v1_dense": "its keys go through a norm with weights behind RoPE, so that no rotation takes kept keys to "
+    "another position",
+    "hunyuan_v1_moe": "its keys go through a norm with weights behind RoPE, so that no rotation takes kept keys to "
+    "another position",
+}
+"""Families that were looked at and cannot be served, by `model_type`, with the reason."""
+
+
+def usual_families(layer: nn.Module, config: Any) -> list[Family]:
+    """Return what a layer of a family without a row may be, by the usual names of its parts.
+
+    Args:
+        layer: of the decoder.
+        config: of the model.
+    """
+    parts = {name for name, _ in layer.named_children()}
+    attention = next((name for name in ("self_attn", "attention") if name in parts), None)
+    if attention is None:
+        return []
+    inner = {name for name, _ in layer.get_submodule(attention).named_children()}
+    output = next((name for name in ("o_proj", "dense", "out_proj") if name in inner), None)
+    if output is None:
+        return []
+    factor = _residual_multiplier if hasattr(config, "residual_multiplier") else _one
+    found = []
+    for name, sequence in SEQUENCES.items():
+        choices: dict[str, Any] = {"branch": attention, "entries": _one_norm} | sequence
+        entries = {attention} if choices["entries"] is _attention_itself else {"input_layernorm"}
+        if choices["entries"] is _attention_itself and "input_layernorm" in parts:
+            continue
+        if {choices["branch"], choices["behind"], *entries} <= parts:
+            kind = Family(
+                name=name,
+                attention=attention,
+                output_projection=output,
+                branch_factor=factor,
+                asks_by_queries=False,
+                **choices,
+            )
+            found.append(kind)
+    return found
+
+
+def family_of(model: Any) -> Family:
+    """Return the family of a model: that of its `model_type`, or the one that conversion has found by numbers."""
+    found: Family | None = getattr(model.get_decoder(), "fam_family", None)
+    return FAMILIES[model.config.model_type] if found is None else found
+
+
+def require_row(model_type: str, what: str) -> None:
+    """Refuse a family that has no row in the table.
+
+    Raises:
+        UnsupportedModelError: names what needs one.
+    """
+    if model_type not in FAMILIES:
+        raise UnsupportedModelError(
+            f"model type {model_type!r} has no row in the table of families, which {what} needs; it has "
+            f"{', '.join(FAMILIES)}"
+        )
+
+
+def decoder_layers(model: Any) -> nn.ModuleList:
+    """Return a served model's decoder layers."""
+    layers: nn.ModuleList = getattr(model.get_decoder(), family_of(model).layers)
+    return layers
+
+
+def part_of(layer: nn.Module, name: str) -> nn.Module:
+    """Return a submodule of a layer.
+
+    Raises:
+        UnsupportedModelError: there is none of this name.
+    """
+    try:
+        return layer.get_submodule(name)
+    except AttributeError as error:
+        raise does_not_fit(
+            f"the residual seam does not fit this model: {type(layer).__name__} has no part {name!r}"
+        ) from error
+
+
+def refuse_by_configuration(name: str, config: Any) -> None:
+    """Refuse a model that is known not to go together with the memory, before its layers are looked at.
+
+    Args:
+        name: of its class.
+        config: of the model.
+
+    Raises:
+        UnsupportedModelError: with the reason.
+    """
+    text_config = config.get_text_config(decoder=True)
+    if text_config is not config:
+        raise UnsupportedModelError(
+            f"{name} takes more than text: its own forward merges images or sound into the embeddings and makes the "
+            f"masks, where a memory cannot come in; convert its text model ({text_config.model_type!r}) alone, which "
+            "transformerfam.decoder.text_models.text_model(model) gives"
+        )
+    if config.model_type in NOT_SERVED:
+        raise UnsupportedModelError(f"{name} is not served: {NOT_SERVED[config.model_type]}")
+    if config.model_type in FAMILIES:
+        reason = FAMILIES[config.model_type].refuses(config)
+        if reason is not None:
+            raise UnsupportedModelError(f"{name} is not served with this configuration: {reason}")
+    if hasattr(config, "num_hidden_layers"):
+        own_windows(config)
+
+
+def own_windows(config: Any) -> list[int | None]:
+    """Return every layer's own sliding window in tokens, the token itself included; None where it has none.
+
+    Raises:
+        UnsupportedModelError: a layer is neither full nor sliding attention.
+    """
+    num_layers, window = config.num_hidden_layers, getattr(config, "sliding_window", None)
+    types = getattr(config, "layer_types", None) or ["sliding_attention"] * num_layers
+    for layer_type in types:
+        if layer_type not in ("full_attention", "sliding_attention"):
+            raise UnsupportedModelError(
+                f"the model has a layer of type {layer_type!r}{OTHER_LAYERS.get(layer_type, '')}; required are "
+                "full_attention and sliding_attention"
+            )
+    return [window if layer_type == "sliding_attention" else None for layer_type in types]

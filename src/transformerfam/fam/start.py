@@ -1,0 +1,125 @@
+"""The methods that a converted model has beside its own: `init_state` and `read`, and its `forward`."""
+
+from collections.abc import Sequence
+
+import torch
+from transformers import PreTrainedModel
+
+from transformerfam.decoder.arguments import require_integer, saved_flags
+from transformerfam.decoder.half_precision import fitting
+from transformerfam.decoder.identity import require_at_hand
+from transformerfam.decoder.positions import first_position
+from transformerfam.errors import StateMismatchError
+from transformerfam.fam.layer import FamLayer, LayerPlan, Sections, joined_slots
+from transformerfam.fam.memory import initial_fam, initial_queries, memory_of, prompt_pass
+from transformerfam.fam.row_lora import bind_lora, refuse_adapter_names
+from transformerfam.fam.state import FamState
+
+
+def _saved_fam(
+    fam: torch.Tensor | None, is_saved: Sequence[bool] | None, expected: tuple[int, ...]
+) -> tuple[torch.Tensor | None, list[bool]]:
+    """Return the saved FAM of every sequence, of the shape `expected`, and which sequences start from it.
+
+    Raises:
+        TransformerFamError: arguments of `init_state` have another shape or length, or do not fit each other.
+    """
+    batch_size = expected[1]
+    flags = saved_flags(is_saved, batch_size, fam is not None)
+    if fam is not None:
+        if not isinstance(fam, torch.Tensor) or not fam.is_floating_point():
+            what = fam.dtype if isinstance(fam, torch.Tensor) else type(fam).__name__
+            raise StateMismatchError(f"fam is a {what}, required is a tensor of floating numbers, as state.fams gives")
+        fam = fam[:, None].expand(-1, batch_size, -1, -1) if fam.dim() == 3 else fam
+        if tuple(fam.shape) != expected:
+            raise StateMismatchError(
+                f"fam has shape {tuple(fam.shape)}, required is (layers, batch, fam_length, width) {expected}; "
+                "save it from a state of the same model and configuration"
+            )
+    return fam, flags
+
+
+def init_state(
+    self: PreTrainedModel,
+    batch_size: int = 1,
+    fam: torch.Tensor | None = None,
+    position_offset: int = 0,
+    is_saved: Sequence[bool] | None = None,
+) -> FamState:
+    """Start a reading: allocate all of its state.
+
+    Args:
+        self: the converted model.
+        batch_size: number of sequences.
+        fam: `(L, F, D)` or `(L, batch_size, F, D)` saved FAM to start from instead of the initial one; its residual
+            counts from the first update on (B.2.3).
+        position_offset: position of the first token; felt by `fam_position="zero"` alone (B.2.2).
+        is_saved: per sequence, whether it starts from `fam`; the others start from the initial FAM. None: all do.
+
+    Returns:
+        A state of `batch_size` sequences that have read nothing.
+
+    Raises:
+        TransformerFamError: `batch_size` or `position_offset` is no integer in range, `fam` has another shape,
+            `is_saved` does not fit them, or the embeddings or the initial FAM are offloaded.
+    """
+    batch_size = require_integer("batch_size", batch_size, least=1)
+    position_offset = require_integer("position_offset", position_offset, least=0)
+    decoder, memory, weight = self.get_decoder(), memory_of(self), self.get_input_embeddings().weight
+    config, num_layers = memory.config, len(memory.layouts)
+    refuse_adapter_names(self)
+    if config.fam_lora == "rows":
+        bind_lora(self)
+    assert memory.identity is not None
+    for name, parameter in (("the embedding", weight), *memory.named_parameters()):
+        require_at_hand(name, parameter)
+    expected = (num_layers, batch_size, config.fam_length, memory.fam_width(weight.shape[1]))
+    fam, saved = _saved_fam(fam, is_saved, expected)
+    fam_dtype = getattr(torch, config.fam_dtype)
+    needs_initial = config.needs_initial_fam or (config.fam_length and not all(saved))
+    asking = initial = initial_fam(decoder) if needs_initial and not config.has_slots else None
+    if needs_initial and config.has_slots:
+        passed = prompt_pass(decoder)
+        asking = passed.fams
+        initial = [
+            joined_slots(*layout.turner.turn(*slots, -first_position(config)))
+            for layout, slots in zip(memory.layouts, passed.slots, strict=True)
+        ]
+    queries = None if initial is None else initial_queries(decoder, initial)
+    queries_key = None if queries is None else memory.identity.weights_key()
+    layers = []
+    kinds: dict[LayerPlan, int] = {}
+    lowest = next((i for i in range(num_layers) if config.carries_fam(i)), None)
+    for i, (plan, layout) in enumerate(zip(memory.plans(), memory.layouts, strict=True)):
+        sections = Sections.of(config, plan)
+        keys, values = (
+            torch.zeros(batch_size, heads, sections.num_slots, width, dtype=weight.dtype, device=weight.device)
+            for heads, width in (layout.key_shape, layout.value_shape)
+        )
+        rows = kept = start = None
+        if config.carries_fam(i):
+            if initial is not None:
+                start = rows = fitting(initial[i], fam_dtype).expand(batch_size, -1, -1)
+            if fam is not None:
+                rows = fitting(fam[i].to(weight.device), fam_dtype)
+                if start is not None and not all(saved):
+                    rows = torch.where(torch.tensor(saved, device=weight.device)[:, None, None], rows, start)
+            assert rows is not None
+            rows = rows.clone(memory_format=torch.contiguous_format)
+            if asking is not None and config.needs_initial_fam and (not config.has_slots or i == lowest):
+                kept = fitting(asking[i], fam_dtype).expand(batch_size, -1, -1)
+                kept = kept.clone(memory_format=torch.contiguous_format)
+        kind = kinds.setdefault(plan, len(kinds))
+        layer = FamLayer(keys, values, rows, kept, plan, kind, sections, layout.turner, i == lowest)
+        layer.mean_share = memory.mean_share
+        layer.query = queries[i] if queries is not None and config.carries_fam(i) else None
+        layers.append(layer)
+    return FamState(
+        layers,
+        config,
+        memory.identity,
+        batch_size,
+        starts_from_saved_fam=saved,
+        position_offset=position_offset,
+        queries_key=queries_key,
+    )

@@ -1,0 +1,326 @@
+"""Say what a model with a memory will need, without its weights: parameters, bytes, operations, hours.
+
+The model is built of fake tensors, which have shapes and no values, and goes through real steps of reading and training
+on them; what torch would allocate is counted as it goes. So every family, optimizer and block size is planned by the
+code that will run.
+"""
+
+import dataclasses
+import warnings
+from collections.abc import Iterator
+from typing import Any, Literal
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn.functional import cross_entropy
+from torch.utils.checkpoint import checkpoint
+from transformers import AutoConfig, LlamaConfig, PreTrainedModel
+
+from transformerfam.config import FamConfig
+from transformerfam.decoder.families import decoder_layers, require_row
+from transformerfam.decoder.layouts import LayerLayout
+from transformerfam.errors import CorruptFileError, TransformerFamError, UnsupportedModelError
+from transformerfam.fam.convert import fam_parameters
+from transformerfam.fam.layer import LayerPlan
+from transformerfam.fam.masks import piece_mask
+from transformerfam.fam.state import FamState
+from transformerfam.tools.costs import rows_in_front
+from transformerfam.tools.fake_model import AllocatedBytes, build_on_meta, convert_fake, make_fake
+from transformerfam.training.optimizer import new_optimizer
+from transformerfam.training.recipe.sections import OptimizerSection
+from transformerfam.weights.models import NAMED_MODELS, load_base
+from transformerfam.weights.pretrained import load_pretrained
+
+Training = Literal["full", "lora", "none"]
+OptimizerKind = Literal["adamw", "adafactor"]
+
+PAPER_SHAPES: dict[str, dict[str, int]] = {
+    "paper-1b": {"num_hidden_layers": 18, "hidden_size": 1536, "intermediate_size": 12288, "num_attention_heads": 12},
+    "paper-8b": {"num_hidden_layers": 32, "hidden_size": 4096, "intermediate_size": 16384, "num_attention_heads": 32},
+    "paper-24b": {
+        "num_hidden_layers": 56,
+        "hidden_size": 4096,
+        "intermediate_size": 32768,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 1,
+    },
+}
+"""Table 3, with a gated feed-forward layer and a vocabulary of 256,000."""
+PLANNED_BLOCKS = (2, 3)
+"""Blocks that are trained on fake tensors; what more of them need grows by the same number of bytes for each."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Plan:
+    """What a model needs. Bytes are per device and count tensors; an allocator takes more."""
+
+    model: str
+    parameters: int
+    """Of the base model and the memory."""
+    trained_parameters: int
+    context_tokens: int
+    gpus: int
+    bytes_state: int
+    """Of one sequence, whatever was read."""
+    bytes_full_cache: int
+    """Of full attention's keys and values of one sequence at `context_tokens`, for comparison."""
+    bytes_weights: int
+    bytes_gradients: int
+    bytes_optimizer: int
+    bytes_activations: int
+    """The most that a training step holds beside weights, gradients and optimizer: one block's activations, its logits
+    and the states of all blocks."""
+    bytes_reading: int
+    """The most that reading holds beside the weights, the state included."""
+    flops_per_token_reading: float
+    flops_per_token_training: float
+    hours: float | None
+    """To train on the tokens that were asked for; None without them."""
+
+    @property
+    def bytes_training(self) -> int:
+        """The most that a training step holds on one device."""
+        return self.bytes_weights + self.bytes_gradients + self.bytes_optimizer + self.bytes_activations
+
+
+def find_config(model: str) -> Any:
+    """Return the transformers configuration of a model: of the paper, of this package, of a folder or of the Hub.
+
+    Raises:
+        TransformerFamError: there is none.
+    """
+    if model in PAPER_SHAPES:
+        shape = PAPER_SHAPES[model]
+        return LlamaConfig(vocab_size=256_000, tie_word_embeddings=True, **shape)
+    if model in NAMED_MODELS:
+        return load_base(model)[0].config
+    try:
+        return load_pretrained(AutoConfig, model, local_files_only=False)
+    except CorruptFileError as error:
+        known = ", ".join([*PAPER_SHAPES, *NAMED_MODELS])
+        raise TransformerFamError(
+            f"there is no configuration for {model!r} ({str(error).splitlines()[0]}); give {known}, a folder with "
+            "config.json, or a name on the Hub"
+        ) from error
+
+
+def make_plan(
+    model: str,
+    fam: FamConfig,
+    *,
+    context_tokens: int,
+    gpus: int = 1,
+    batch_size: int = 1,
+    dtype: torch.dtype = torch.bfloat16,
+    training: Training = "lora",
+    lora_rank: int = 64,
+    optimizer: OptimizerKind = "adamw",
+    training_tokens: float | None = None,
+    tflops: float = 400.0,
+    config: Any = None,
+) -> Plan:
+    """Plan a model.
+
+    Args:
+        model: for `find_config`, or any name beside `config`.
+        fam: the memory.
+        context_tokens: tokens of a training sequence.
+        gpus: devices that share weights, gradients and optimizer (FSDP); each trains its own sequences.
+        batch_size: sequences per device and step.
+        dtype: type of weights and activations.
+        training: what is trained.
+        lora_rank: of the adapters.
+        optimizer: whose averages are kept.
+        training_tokens: tokens of the whole training; None leaves `hours` out.
+        tflops: operations per second that a device does in this work, in units of 10^12.
+        config: a transformers configuration in place of the model's.
+
+    Raises:
+        UnsupportedModelError: the family is not served, or cannot be planned.
+        TransformerFamError: there is no such model.
+    """
+    config = find_config(model) if config is None else config
+    require_row(config.model_type, "a plan")
+    converted, peak = _fake_run(config, fam, dtype, training, lora_rank, batch_size, optimizer, context_tokens)
+    hours = None
+    reading, training_flops = _flops(converted, training)
+    if training_tokens is not None:
+        hours = training_tokens * training_flops / (gpus * tflops * 1e12) / 3600
+    parameters = list(converted.parameters())
+    trained = [parameter for parameter in parameters if parameter.requires_grad]
+    largest = max(_bytes(layer.parameters()) for layer in decoder_layers(converted))
+    return Plan(
+        model=model,
+        parameters=sum(parameter.numel() for parameter in parameters),
+        trained_parameters=sum(parameter.numel() for parameter in trained),
+        context_tokens=context_tokens,
+        gpus=gpus,
+        bytes_state=peak["state"] // batch_size,
+        bytes_full_cache=_full_cache_bytes(converted, dtype, context_tokens),
+        bytes_weights=_bytes(parameters) // gpus + (2 * largest if gpus > 1 else 0),
+        bytes_gradients=_bytes(trained) // gpus,
+        bytes_optimizer=peak["optimizer"] // gpus,
+        bytes_activations=peak["activations"],
+        bytes_reading=peak["reading"],
+        flops_per_token_reading=reading,
+        flops_per_token_training=training_flops,
+        hours=hours,
+    )
+
+
+def _fake_run(
+    config: Any,
+    fam: FamConfig,
+    dtype: torch.dtype,
+    training: Training,
+    lora_rank: int,
+    batch_size: int,
+    optimizer: OptimizerKind,
+    context_tokens: int,
+) -> tuple[PreTrainedModel, dict[str, int]]:
+    """Return a converted model of fake tensors, and the bytes that its steps take."""
+    fam = fam.replace(fam_key_bias=0.0)  # as training ends, and without a dense mask
+    converted = build_on_meta(config, dtype, training, lora_rank)
+    piece_mask.cache_clear()
+    try:
+        with warnings.catch_warnings(), FakeTensorMode(allow_non_fake_inputs=True):
+            # With torch up to 2.10 transformers' experts ask how their tensors are aligned.
+            warnings.filterwarnings("ignore", "Accessing the data pointer of FakeTensor")
+            make_fake(converted)
+            convert_fake(converted, fam)
+            for parameter in fam_parameters(converted):
+                parameter.requires_grad_(training != "none")
+            peak = _measured(converted, batch_size, training, optimizer, context_tokens)
+    except RuntimeError as error:  # torch's way of saying that an operation knows no fake tensors of this kind
+        reason = str(error).splitlines()[0]
+        raise UnsupportedModelError(
+            f"{config.model_type} cannot be planned in {dtype} ({reason}); try bfloat16"
+        ) from error
+    finally:
+        piece_mask.cache_clear()  # which holds fake masks now
+    return converted, peak
+
+
+def _bytes(parameters: Any) -> int:
+    return sum(parameter.numel() * parameter.element_size() for parameter in parameters)
+
+
+def _measured(
+    model: PreTrainedModel, batch_size: int, training: Training, optimizer: OptimizerKind, context_tokens: int
+) -> dict[str, int]:
+    """Read and train on fake tensors, and return the most that each part takes, in bytes."""
+    fam: FamConfig = model.fam_config
+    steady = max(plan.num_blocks_until_steady(fam) for plan in model.get_decoder().fam.plans())
+    with torch.no_grad(), AllocatedBytes() as counter:
+        counter.ignore(*model.parameters(), *model.buffers())
+        state = model.init_state(batch_size)
+        for _ in range(steady + 1):
+            _hidden(model, state, batch_size)
+        reading = counter.peak
+    peak = {"state": state.num_bytes, "reading": reading, "optimizer": 0, "activations": 0}
+    if training == "none":
+        return peak
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    steps = new_optimizer([{"params": trained}], OptimizerSection(kind=optimizer))
+    for parameter in trained:
+        parameter.grad = torch.zeros_like(parameter)
+    steps.step()
+    averages = [
+        value for values in steps.state.values() for value in values.values() if isinstance(value, torch.Tensor)
+    ]
+    peak["optimizer"] = _bytes(averages)
+    few, more = (_training_peak(model, batch_size, trained, averages, steady + n) for n in PLANNED_BLOCKS)
+    num_blocks = -(-context_tokens // fam.block_size)
+    peak["activations"] = max(0, few + (more - few) * (num_blocks - steady - PLANNED_BLOCKS[0]))
+    return peak
+
+
+def _hidden(model: Any, state: FamState, batch_size: int) -> torch.Tensor:
+    size, width = model.fam_config.block_size, model.config.hidden_size
+    block_BTD = torch.zeros(batch_size, size, width, dtype=model.dtype)
+    return model.get_decoder()(inputs_embeds=block_BTD, past_key_values=state).last_hidden_state
+
+
+def _training_peak(model: Any, batch_size: int, trained: Any, averages: Any, num_blocks: int) -> int:
+    """Return the most that a step over some blocks holds beside weights, gradients and averages."""
+    head, size = model.get_output_embeddings(), model.fam_config.block_size
+    labels_N = torch.zeros(batch_size * size, dtype=torch.long)
+
+    def run(before: FamState) -> tuple[torch.Tensor, FamState]:
+        after = before.shallow_copy()
+        after.make_room()
+        logits_NV = head(_hidden(model, after, batch_size)).flatten(0, 1)
+        after.drop_complete_block()
+        return cross_entropy(logits_NV.float(), labels_N), after
+
+    with AllocatedBytes() as counter:
+        gradients = [parameter.grad for parameter in trained if parameter.grad is not None]
+        counter.ignore(*model.parameters(), *model.buffers(), *averages, *gradients)
+        state, total = model.init_state(batch_size), torch.zeros(())
+        for _ in range(num_blocks):
+            loss, state = checkpoint(run, state, use_reentrant=False)
+            total = total + loss
+        total.backward()
+        return counter.peak
+
+
+def _matrices(model: Any) -> Iterator[tuple[str, torch.Tensor]]:
+    for layer in decoder_layers(model):
+        for name, parameter in layer.named_parameters():
+            if parameter.dim() > 1 and "lora_" not in name:
+                yield name, parameter
+
+
+def _flops(model: Any, training: Training) -> tuple[float, float]:
+    """Return the operations per token of reading and of training, the update of the FAM included."""
+    config, fam = model.config, model.fam_config
+    heads, memory = config.num_attention_heads, model.get_decoder().fam
+    widths = [layout.key_shape[1] + layout.value_shape[1] for layout in memory.layouts]
+    if getattr(config, "kv_lora_rank", None):  # what is kept is narrower than a head
+        widths = [config.qk_nope_head_dim + config.qk_rope_head_dim + config.v_head_dim] * len(widths)
+    num_experts = getattr(config, "num_local_experts", None) or getattr(config, "num_experts", None)
+    num_experts = num_experts or getattr(config, "n_routed_experts", None) or 1
+    chosen = getattr(config, "num_experts_per_tok", None) or getattr(config, "top_k_experts", None) or 1
+    share = chosen / num_experts
+    per_row = sum(2 * p.numel() * (share if ".experts." in name else 1.0) for name, p in _matrices(model))
+    own = sum(2 * p.numel() for name, p in decoder_layers(model).named_parameters() if "lora_" in name)
+    size = fam.block_size
+    num_rows = rows_in_front(fam, memory.caches_queries)
+    rows_per_token = 1 + num_rows / size
+    pairs = [_pairs_per_token(fam, plan, num_rows) for plan in memory.plans()]
+    products = sum(2 * heads * width * seen for width, seen in zip(widths, pairs, strict=True))
+    carrying = [layout for layout, plan in zip(memory.layouts, memory.plans(), strict=True) if plan.has_fam]
+    mixing = products + sum(_means_per_token(fam, layout) for layout in carrying)
+    logits = 2 * config.hidden_size * config.vocab_size
+    # A block's checkpoint makes everything again. Backward, a product of two things that are trained costs two more,
+    # one with a frozen matrix one.
+    frozen = 3 if training == "lora" else 4
+    trained = frozen * (rows_per_token * per_row + logits) + 4 * (rows_per_token * own + mixing)
+    return rows_per_token * per_row + mixing, trained
+
+
+def _pairs_per_token(fam: FamConfig, plan: LayerPlan, num_rows: int) -> float:
+    """Return the keys that a token sees on average in one layer, and those of its share of the FAM rows."""
+    size = fam.block_size
+    seen = plan.num_sink_tokens + plan.num_memory_tokens + (size + 1) / 2
+    if plan.window is not None:
+        seen = min(seen, plan.window)
+    if plan.has_fam:
+        seen += fam.num_fam_slots + num_rows * (fam.fam_length + size) / size
+    return seen
+
+
+def _means_per_token(fam: FamConfig, layout: LayerLayout) -> int:
+    """Return the operations in one layer by which a token's key and value go into the means of the FAM's slots."""
+    numbers = sum(heads * width for heads, width in (layout.key_shape, layout.value_shape))
+    return 2 * fam.fam_length * numbers if fam.takes_block else 0
+
+
+def _full_cache_bytes(model: Any, dtype: torch.dtype, num_tokens: int) -> int:
+    layouts = model.get_decoder().fam.layouts
+    numbers = 0
+    for layout in layouts:
+        (key_heads, key_width), (value_heads, value_width) = layout.key_shape, layout.value_shape
+        kept = num_tokens if layout.window is None else min(num_tokens, layout.window)
+        numbers += kept * (key_heads * key_width + value_heads * value_width)
+    return numbers * dtype.itemsize

@@ -1,0 +1,119 @@
+"""What a training step gives: losses over weighed tokens, right keys, and the FAM that is passed on."""
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from transformerfam.training.data.sequences import Batch
+from transformerfam.training.step.teacher import Lesson, distance_to_teacher, divergence_from_teacher
+
+
+@dataclass
+class StepOutput:
+    """What a pass over one batch gives."""
+
+    loss: torch.Tensor
+    """Weighted sum over all positions, with the graph."""
+    key_loss: torch.Tensor
+    """Mean cross-entropy of the key's tokens, 0 where no row asks."""
+    is_right_B: torch.Tensor
+    """Whether every token of the row's key has the largest logit; True where the row asks nothing."""
+    passed_fam_LBFD: torch.Tensor | None
+    """The FAM to pass on, detached; None where there is none."""
+    num_passed_blocks: int
+    """Blocks of this batch that the passed FAM has read: with 0 it holds nothing that the batch told."""
+    teacher_loss: torch.Tensor
+    """Mean distance to the teacher over questions and answers, detached; 0 without one."""
+    fam_change: torch.Tensor = field(default_factory=lambda: torch.zeros(()))
+    """Mean change of the FAM, relative to its length, over the updates that `fam_change_weight` asks for, detached; 0
+    where there is none."""
+
+
+@dataclass
+class Scores:
+    """Parts of a step's output, summed up over blocks; the losses are sums over tokens."""
+
+    loss: torch.Tensor
+    key_loss: torch.Tensor
+    num_wrong_B: torch.Tensor
+    teacher_loss: torch.Tensor
+
+    @classmethod
+    def zero(cls, batch_size: int, device: torch.device) -> "Scores":
+        """Return the scores of nothing."""
+        zero = torch.zeros((), device=device)
+        return cls(zero, zero, torch.zeros(batch_size, dtype=torch.long, device=device), zero)
+
+    def __add__(self, other: "Scores") -> "Scores":
+        """Return the scores of both."""
+        return Scores(
+            self.loss + other.loss,
+            self.key_loss + other.key_loss,
+            self.num_wrong_B + other.num_wrong_B,
+            self.teacher_loss + other.teacher_loss,
+        )
+
+    def output(
+        self,
+        batch: Batch,
+        lesson: Lesson | None,
+        teacher_weight: float,
+        passed_fam_LBFD: torch.Tensor | None,
+        num_passed_blocks: int,
+    ) -> StepOutput:
+        """Return the output of a step whose blocks are all summed up here."""
+        num_taught = 1 if lesson is None else max(1, int(lesson.is_taught_BT.sum()))
+        teacher_loss = self.teacher_loss / num_taught
+        return StepOutput(
+            loss=self.loss + teacher_weight * teacher_loss,
+            key_loss=self.key_loss.detach() / batch.is_key_BT.sum().clamp(min=1),
+            is_right_B=(self.num_wrong_B == 0).cpu(),
+            passed_fam_LBFD=passed_fam_LBFD,
+            num_passed_blocks=num_passed_blocks,
+            teacher_loss=teacher_loss.detach(),
+        )
+
+
+def score(
+    model: PreTrainedModel,
+    batch: Batch,
+    columns_N: torch.Tensor,
+    last_hidden_BND: torch.Tensor,
+    hidden_states: tuple[torch.Tensor, ...] | None,
+    lesson: Lesson | None,
+) -> Scores:
+    """Score what a model predicts at some tokens of a batch.
+
+    Logits are made for the weighed positions alone, since all of them would be the largest tensor of the step.
+
+    Args:
+        model: the model, for its head.
+        batch: the batch.
+        columns_N: the tokens.
+        last_hidden_BND: the last hidden states there.
+        hidden_states: those of the embedding and of every layer, None where nothing is compared with the teacher.
+        lesson: what the teacher had in mind; None without a teacher.
+    """
+    weights_BN = batch.weights_BT[:, columns_N]
+    device = last_hidden_BND.device
+    scores = Scores.zero(len(weights_BN), device)
+    if lesson is not None and hidden_states is not None:
+        scores.teacher_loss = distance_to_teacher(lesson, hidden_states, columns_N)
+    rows, places = (weights_BN > 0).nonzero(as_tuple=True)
+    if len(rows) == 0:
+        return scores
+    labels = batch.labels_BT[rows, columns_N[places]].to(device)
+    logits = model.get_output_embeddings()(last_hidden_BND[rows, places]).float()
+    losses = nn.functional.cross_entropy(logits, labels, reduction="none")
+    is_key = batch.is_key_BT[rows, columns_N[places]].to(device)
+    if lesson is not None and lesson.text_hidden_BTD is not None and not bool(is_key.all()):
+        others = (~is_key).nonzero()[:, 0]
+        away = divergence_from_teacher(lesson, logits[others], rows[others.cpu()], columns_N[places[others.cpu()]])
+        losses = losses.index_put((others,), away)
+    is_wrong = (logits.detach().argmax(dim=-1) != labels) & is_key
+    scores.num_wrong_B = scores.num_wrong_B.index_add(0, rows.to(device), is_wrong.long())
+    scores.loss = (losses * weights_BN[rows, places].to(device)).sum()
+    scores.key_loss = losses.detach()[is_key].sum()
+    return scores

@@ -1,0 +1,371 @@
+"""The adapter: what training adds to a model, in one folder.
+
+`fam.safetensors` holds the prompt or prefix, the configuration, the identity of the base model, and optionally a saved
+FAM; LoRA stands beside it in PEFT's own files, so that PEFT loads it too.
+"""
+
+import contextlib
+import dataclasses
+import json
+import math
+import os
+import time
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load, save_file
+from torch import nn
+from transformers import PreTrainedModel
+
+from transformerfam.config import FamConfig
+from transformerfam.decoder.identity import describe_architecture
+from transformerfam.errors import CorruptFileError, StateMismatchError, TransformerFamError
+from transformerfam.fam.convert import convert, memory_of
+from transformerfam.fam.memory import FamMemory
+from transformerfam.fam.state import FamState
+from transformerfam.files import (
+    digest_tensors,
+    is_ours,
+    load_tensors,
+    make_folder,
+    metadata_form,
+    read_whole,
+    replacing,
+    require_finite,
+    required_form,
+    save_tensors,
+)
+from transformerfam.versions import require_peft
+from transformerfam.weights.peft_adapters import (
+    LORA_CONFIG_FILE,
+    LORA_FILE,
+    active_adapter,
+    adapter_tensors,
+    base_of,
+    has_adapters,
+    inject_lora,
+    merge_lora,
+    set_adapter_tensors,
+)
+
+ADAPTER_FORMAT_VERSION = 1
+FAM_FILE = "fam.safetensors"
+ALWAYS_COMPARED = ("class", "model_type", "vocab_size", "hidden_size", "num_hidden_layers")
+"""Of an architecture, what every version has stored; the rest is compared where it was."""
+
+SETTLE_SECONDS = 1.0
+"""How long two files that do not fit together are read again: another process may be writing the second."""
+
+CONFIG_FILE = "config.json"
+CHECKPOINT_FILE = "checkpoint.safetensors"
+RUN_FILES = {"recipe.json", CHECKPOINT_FILE}
+"""What a folder holds beside its memory where a run of training made it."""
+
+
+def require_own_folder(folder: str | os.PathLike[str], is_model: bool, overwrite: bool, remedy: str = "") -> None:
+    """Refuse a folder that would lose something to a memory, or to a model with its memory.
+
+    Args:
+        folder: where to; there may be none yet.
+        is_model: whether the weights of the base model go there, too.
+        overwrite: take the place of what this package wrote there, if it is of the same kind.
+        remedy: how a user asks for that, for the message.
+
+    Raises:
+        TransformerFamError: the folder holds something else, or the same and it is not to be overwritten.
+    """
+    folder = Path(folder)
+    if not folder.exists():
+        return
+    if not folder.is_dir():
+        raise TransformerFamError(f"could not write to {folder}: it is a file, required is a folder; choose another")
+    names = {path.name for path in folder.iterdir()}
+    kind = "a model with its memory" if is_model else "a memory"
+    is_same = is_ours(folder / FAM_FILE, "adapter") and (CONFIG_FILE in names) == is_model and not names & RUN_FILES
+    if names and not is_same:
+        raise TransformerFamError(
+            f"could not write {kind} to {folder}: it holds other files, for example {min(names)}; choose a new or "
+            "empty folder"
+        )
+    if names and not overwrite:
+        raise TransformerFamError(f"{folder} holds {kind} already; {remedy}choose another folder")
+
+
+@dataclasses.dataclass
+class FamAdapter:
+    """Prompt or prefix, LoRA and optionally a saved FAM, apart from the base model.
+
+    Attributes:
+        config: the configuration that the memory was trained with.
+        tensors: `prompt` `(F, D)` or `prefix` `(L, F, D)`; none for BSWA.
+        architecture: what the base model must be.
+        base_digest: SHA-256 of the base weights that it was trained on.
+        lora_config: PEFT's configuration as plain values, or None.
+        lora: LoRA tensors by PEFT's names.
+        saved_fam: `(L, F, D)` FAM to start readings from, or None.
+        notes: free JSON values, for example how it was trained and what it was proven for.
+    """
+
+    config: FamConfig
+    tensors: dict[str, torch.Tensor]
+    architecture: dict[str, Any]
+    base_digest: str
+    lora_config: dict[str, Any] | None = None
+    lora: dict[str, torch.Tensor] = dataclasses.field(default_factory=dict)
+    saved_fam: torch.Tensor | None = None
+    notes: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+    @classmethod
+    def from_model(
+        cls, model: PreTrainedModel, saved_fam: FamState | None = None, notes: dict[str, Any] | None = None
+    ) -> "FamAdapter":
+        """Take the adapter off a converted model, which stays as it is.
+
+        Args:
+            model: converted, with or without PEFT's layers, or a `PeftModel` around it; of several adapters the one in
+                force is taken.
+            saved_fam: a reading whose first sequence's FAM is stored too.
+            notes: free JSON values.
+
+        Raises:
+            TransformerFamError: the model is not converted, its LoRA was merged and can no longer be told apart, or
+                several adapters are in force at once.
+        """
+        model = base_of(model)
+        memory = memory_of(model)
+        assert memory.identity is not None
+        if memory.identity.is_merged:
+            raise TransformerFamError("LoRA was merged into the weights; take the adapter off an unmerged model")
+        adapter = cls(
+            config=memory.config,
+            tensors={name: value.detach().clone() for name, value in memory.named_parameters()},
+            architecture=memory.identity.architecture,
+            base_digest=memory.identity.base_digest(),
+            saved_fam=None if saved_fam is None else saved_fam.fams[:, 0].detach().clone(),
+            notes=dict(notes or {}),
+        )
+        if has_adapters(model):
+            name = active_adapter(model)
+            adapter.lora_config = json.loads(json.dumps(model.peft_config[name].to_dict(), default=_plain))
+            adapter.lora = adapter_tensors(model, name)
+        return adapter
+
+    def save_pretrained(self, folder: str | os.PathLike[str], dtype: torch.dtype | None = None) -> None:
+        """Write the adapter into `folder`, which is made if need be.
+
+        Args:
+            folder: where to.
+            dtype: type in which floating tensors are stored, for example `torch.float16`; None keeps theirs.
+
+        Raises:
+            TransformerFamError: the disk is full or the folder cannot be written; an old adapter is left as it was. Or
+                the folder holds a PEFT adapter without a memory.
+        """
+        folder = Path(folder)
+        lora_config = json.dumps(self.lora_config, indent=2, sort_keys=True) + "\n"
+        self._require_own(folder, lora_config)
+
+        def stored(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+            return {name: value.to(dtype or value.dtype).cpu().contiguous() for name, value in tensors.items()}
+
+        lora, own = stored(self.lora), stored(self.tensors)
+        if self.saved_fam is not None:
+            own["saved_fam"] = self.saved_fam.to(dtype or self.saved_fam.dtype)
+        metadata = {
+            "kind": "adapter",
+            "format_version": ADAPTER_FORMAT_VERSION,
+            "fam_config": self.config.to_dict(),
+            "architecture": self.architecture,
+            "base_digest": self.base_digest,
+            "lora_config": self.lora_config,
+            "lora_digest": digest_tensors(lora) if lora else None,
+            "notes": self.notes,
+        }
+        make_folder(folder)
+        with contextlib.ExitStack() as files:  # all are written before the first takes its place
+            if lora:
+                save_file(lora, files.enter_context(replacing(folder / LORA_FILE)))
+                files.enter_context(replacing(folder / LORA_CONFIG_FILE)).write_text(lora_config, encoding="utf-8")
+            save_tensors(folder / FAM_FILE, own, metadata)
+
+    @staticmethod
+    def _require_own(folder: Path, lora_config: str) -> None:
+        """Refuse a folder that holds an adapter without a memory, unless a save like this one was broken off there."""
+        there = [name for name in (LORA_CONFIG_FILE, LORA_FILE) if (folder / name).exists()]
+        if is_ours(folder / FAM_FILE, "adapter") or not there:
+            return
+        if LORA_CONFIG_FILE not in there or read_whole(folder / LORA_CONFIG_FILE) != lora_config.encode():
+            raise TransformerFamError(
+                f"{folder} holds a PEFT adapter without a memory ({', '.join(there)}), which would be replaced; choose "
+                "another folder"
+            )
+
+    @classmethod
+    def from_pretrained(cls, folder: str | os.PathLike[str]) -> "FamAdapter":
+        """Read an adapter that `save_pretrained` wrote.
+
+        Raises:
+            CorruptFileError: a file is missing, foreign, damaged or of another version.
+        """
+        folder = Path(folder)
+        end = time.monotonic() + SETTLE_SECONDS
+        while True:
+            tensors, metadata = load_tensors(folder / FAM_FILE, "adapter", ADAPTER_FORMAT_VERSION)
+            with metadata_form(folder / FAM_FILE, "adapter"):
+                lora = {} if metadata["lora_config"] is None else _load_lora(folder / LORA_FILE)
+                if not lora or digest_tensors(lora) == metadata["lora_digest"]:
+                    break
+            if time.monotonic() > end:
+                raise CorruptFileError(f"{folder / LORA_FILE} is damaged: its checksum does not match; copy it again")
+            time.sleep(0.05)
+        require_finite(tensors | lora, folder / FAM_FILE, "adapter")
+        with metadata_form(folder / FAM_FILE, "adapter"):
+            _check_metadata(metadata, tensors, lora)
+            return cls(
+                config=FamConfig.from_dict(metadata["fam_config"]),
+                saved_fam=tensors.pop("saved_fam", None),
+                tensors=tensors,
+                architecture=dict(metadata["architecture"]),
+                base_digest=str(metadata["base_digest"]),
+                lora_config=metadata["lora_config"],
+                lora=lora,
+                notes=dict(metadata["notes"]),
+            )
+
+    def apply(self, model: PreTrainedModel, merge: bool = False) -> PreTrainedModel:
+        """Convert `model` and give it this memory, in place.
+
+        Args:
+            model: the base model, not converted yet.
+            merge: add LoRA to the weights, which is faster and gives the same outputs; LoRA that acts on FAM rows alone
+                stays apart all the same.
+
+        Returns:
+            The same object.
+
+        Raises:
+            StateMismatchError: the adapter was trained on another architecture.
+            MissingPackageError: it has LoRA and PEFT is not installed.
+
+        Warns:
+            UserWarning: the base weights differ from those that it was trained on.
+        """
+        here = json.loads(json.dumps(describe_architecture(model)))
+        compared = dict.fromkeys((*ALWAYS_COMPARED, *self.architecture))
+        different = [key for key in compared if self.architecture.get(key) != here.get(key)]
+        if different:
+            key = different[0]
+            raise StateMismatchError(
+                f"adapter was trained on another model: {key} is {self.architecture.get(key)!r} there and "
+                f"{here.get(key)!r} here; apply it to the model that it was trained on"
+            )
+        lora_config = None if self.lora_config is None else self._peft_config(self.lora_config)
+        convert(model, self.config)
+        memory = memory_of(model)
+        self._require_own_tensors(memory, model.get_input_embeddings().weight.shape[1])
+        assert memory.identity is not None
+        base_digest = memory.identity.base_digest()
+        if base_digest != self.base_digest:
+            warnings.warn(
+                f"adapter was trained on other base weights: SHA-256 {self.base_digest[:12]} there, {base_digest[:12]} "
+                "here; it is accepted, since the architecture is the same, but may recall less",
+                stacklevel=2,
+            )
+        with torch.no_grad():
+            for name, parameter in memory.named_parameters():
+                parameter.copy_(_required(self.tensors, name, parameter))
+        if lora_config is not None:
+            with _lora_that_fits():
+                inject_lora(model, lora_config)
+            set_adapter_tensors(model, self.lora)
+            if merge and self.config.fam_lora == "all":
+                merge_lora(model)
+        return model
+
+    @staticmethod
+    def _peft_config(values: dict[str, Any]) -> Any:
+        """Return PEFT's configuration of LoRA.
+
+        Raises:
+            CorruptFileError: the installed PEFT does not take these values.
+            StateMismatchError: they are of another type of adapter.
+        """
+        peft = require_peft()
+        if values.get("peft_type", "LORA") != "LORA":
+            raise StateMismatchError(f"adapter's peft_type is {values['peft_type']!r}, required is 'LORA'")
+        with _lora_that_fits():
+            return peft.LoraConfig(**_known_fields(peft.LoraConfig, values))
+
+    def _require_own_tensors(self, memory: FamMemory, hidden_size: int) -> None:
+        """Refuse tensors that the memory has no place for.
+
+        Raises:
+            StateMismatchError: there is one.
+        """
+        unknown = sorted(self.tensors.keys() - dict(memory.named_parameters()).keys())
+        if unknown:
+            raise StateMismatchError(
+                f"adapter has a tensor {unknown[0]!r}, which a memory with fam_init {self.config.fam_init!r} and "
+                f"fam_length {self.config.fam_length} has not; make the adapter again"
+            )
+        expected = (len(memory.layouts), self.config.fam_length, memory.fam_width(hidden_size))
+        if self.saved_fam is not None and tuple(self.saved_fam.shape) != expected:
+            raise StateMismatchError(
+                f"adapter's saved_fam is {tuple(self.saved_fam.shape)}, required is (layers, fam_length, width) "
+                f"{expected}; take it from a state of the same model"
+            )
+
+
+def _lora_that_fits() -> contextlib.AbstractContextManager[None]:
+    """Return `required_form` of a configuration of LoRA."""
+    return required_form(
+        "adapter's lora_config is none that PEFT takes", "load it with the PEFT and the model that it was made with"
+    )
+
+
+def _check_metadata(metadata: dict[str, Any], tensors: dict[str, torch.Tensor], lora: dict[str, torch.Tensor]) -> None:
+    """Check what `FamAdapter.from_pretrained` reads.
+
+    Raises:
+        ValueError: it is of another form than `save_pretrained` writes; the message names the field.
+    """
+    lora_config = metadata["lora_config"]
+    for name in ("architecture", "notes", *([] if lora_config is None else ["lora_config"])):
+        if not isinstance(metadata[name], dict):
+            raise ValueError(f"{name} is {metadata[name]!r}")
+    if not all(tensor.is_floating_point() for tensor in (*tensors.values(), *lora.values())):
+        raise ValueError("tensors that are no floating numbers")
+    for name, value in (lora_config or {}).items():
+        if isinstance(value, float) and not math.isfinite(value):
+            raise ValueError(f"lora_config has {name} {value}")
+    rank, widest = (lora_config or {}).get("r", 0), max((max(t.shape, default=0) for t in lora.values()), default=0)
+    if lora_config is not None and not (type(rank) is int and 0 < rank <= widest):
+        raise ValueError(f"lora_config has r {rank!r}, and its tensors have at most {widest} rows")
+
+
+def _load_lora(path: Path) -> dict[str, torch.Tensor]:
+    try:
+        return dict(sorted(load(read_whole(path)).items()))
+    except (OSError, SafetensorError) as error:
+        raise CorruptFileError(f"{path} cannot be read ({error}); copy the adapter again") from error
+
+
+def _plain(value: Any) -> Any:
+    """Turn PEFT's sets and enumerations into JSON values."""
+    return sorted(value) if isinstance(value, set) else str(value)
+
+
+def _required(tensors: dict[str, torch.Tensor], name: str, like: nn.Parameter) -> torch.Tensor:
+    if name not in tensors or tensors[name].shape != like.shape:
+        there = tuple(tensors[name].shape) if name in tensors else "missing"
+        raise StateMismatchError(f"adapter's {name} is {there}, required is {tuple(like.shape)}")
+    return tensors[name]
+
+
+def _known_fields(config_class: type, values: dict[str, Any]) -> dict[str, Any]:
+    """Keep what the installed PEFT knows and needs; it computes the rest itself."""
+    names = {field.name for field in dataclasses.fields(config_class) if field.init}
+    return {name: value for name, value in values.items() if name in names and value is not None}

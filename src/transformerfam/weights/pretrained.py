@@ -1,0 +1,247 @@
+"""Let transformers' own `save_pretrained` and `from_pretrained` take the memory along.
+
+The folder of a converted model is what transformers writes, with `fam.safetensors` beside it and the configuration of
+the memory under `fam_config` in `config.json`. Where this package is imported, `from_pretrained` of any class with a
+language-model head gives such a folder back converted; elsewhere it gives the base model.
+"""
+
+import contextlib
+import contextvars
+import functools
+import os
+import tempfile
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.utils import cached_file
+
+from transformerfam.errors import CorruptFileError, MissingPackageError, TransformerFamError, UnsupportedModelError
+from transformerfam.fam.convert import METHODS, memory_of
+from transformerfam.files import parse_json, read_whole, refuse_endless, share_rights
+from transformerfam.weights.adapter import CONFIG_FILE, FAM_FILE, FamAdapter
+from transformerfam.weights.peft_adapters import LORA_CONFIG_FILE, has_adapters
+
+CONFIG_KEY = "fam_config"
+CODE_KEY = "auto_map"  # classes in Python files of the folder
+KERNEL_KEYS = ("attn_implementation", "_attn_implementation", "experts_implementation")  # or a repository of kernels
+HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "revision", "subfolder", "token")
+IGNORED_WEIGHTS = r"(^|\.)fam\.(prompt|prefix)$"  # they come from `fam.safetensors`
+
+_is_plain = contextvars.ContextVar("is_plain", default=False)
+
+
+@contextlib.contextmanager
+def plain_loading() -> Iterator[None]:
+    """Let `from_pretrained` give the base model of a folder, without its memory."""
+    token = _is_plain.set(True)
+    try:
+        yield
+    finally:
+        _is_plain.reset(token)
+
+
+def load_pretrained(
+    kind: Any,
+    folder: str | os.PathLike[str],
+    local_files_only: bool = True,
+    source: str | os.PathLike[str] | None = None,
+    **options: Any,
+) -> Any:
+    """Call `from_pretrained` of a transformers class, which never runs code of the folder nor asks whether it may.
+
+    Args:
+        kind: the class, for example `AutoTokenizer`.
+        folder: what to load.
+        local_files_only: look for nothing on the Hub.
+        source: where its files are read; None is the folder.
+        **options: go on to `from_pretrained`.
+
+    Raises:
+        UnsupportedModelError: it needs code of the folder; the message names the file and the key.
+        MissingPackageError: it needs a package that is not installed, for example that of a quantization.
+        CorruptFileError: whatever else `from_pretrained` raises.
+    """
+    _require_files(Path(folder))
+    for file, key, value in _code_in(folder):
+        if key in KERNEL_KEYS:
+            raise UnsupportedModelError(
+                f"{folder} names code to run, {key} = {value!r} in {file}, and no such code is run; remove the key"
+            )
+    try:
+        found = folder if source is None else source
+        return kind.from_pretrained(found, trust_remote_code=False, local_files_only=local_files_only, **options)
+    except Exception as error:
+        for file, key, _ in _code_in(folder):
+            raise UnsupportedModelError(
+                f"{folder} needs its own code, {key} in {file}, and no code of a folder is run; take a model that "
+                "transformers has itself"
+            ) from error
+        reason = f"{type(error).__name__}: {error}"
+        if isinstance(error, ImportError):
+            raise MissingPackageError(
+                f"{folder} needs a package that is not installed, or another version of it ({reason}); install it"
+            ) from error
+        what = "tokenizer" if "Tokenizer" in kind.__name__ else "model"
+        raise CorruptFileError(f"{folder} holds no {what} that can be read ({reason}); copy it again") from error
+
+
+def _require_files(folder: Path) -> None:
+    """Refuse a folder with pipes or devices, whose reading waits or never ends."""
+    for path in sorted(folder.iterdir()) if folder.is_dir() else ():
+        try:
+            refuse_endless(path)
+        except OSError as error:
+            raise CorruptFileError(f"{path} is no file that can be read: {error.strerror}") from error
+
+
+def load_pretrained_model(kind: Any, folder: str | os.PathLike[str], **options: Any) -> PreTrainedModel:
+    """Call `load_pretrained` of a class of models, every weight of which is in the folder, without LoRA beside it.
+
+    Raises:
+        UnsupportedModelError: as for `load_pretrained`.
+        CorruptFileError: as for it; or weights are missing, or some that are there are of no part of its layers.
+    """
+    with _without_adapter(Path(folder)) as source:
+        model, found = load_pretrained(kind, folder, source=source, output_loading_info=True, **options)
+    model.name_or_path = model.config._name_or_path = str(folder)
+    require_weights(model, found, folder)
+    return model
+
+
+@contextlib.contextmanager
+def _without_adapter(folder: Path) -> Iterator[Path]:
+    """Yield a folder of the same files but for LoRA, which transformers would put into the base model."""
+    if not (folder / LORA_CONFIG_FILE).is_file():
+        yield folder
+        return
+    with tempfile.TemporaryDirectory() as view:
+        for path in folder.iterdir():
+            if path.name != LORA_CONFIG_FILE:
+                (Path(view) / path.name).symlink_to(path.resolve())
+        yield Path(view)
+
+
+def require_weights(model: PreTrainedModel, found: Mapping[str, Any], folder: str | os.PathLike[str] | None) -> None:
+    """Refuse a model with weights that transformers drew at random, or with layers that lack what is stored for them.
+
+    What is stored beside the layers, for example a vision tower, may be left out.
+
+    Args:
+        model: as `from_pretrained` gives it.
+        found: what `from_pretrained` gives with `output_loading_info`.
+        folder: where it came from, for the message.
+
+    Raises:
+        CorruptFileError: the message names the weights.
+    """
+    missing = sorted({*found["missing_keys"], *(key[0] for key in found["mismatched_keys"])})
+    if missing:
+        raise CorruptFileError(
+            f"{folder} lacks {_some(missing)}, which transformers would draw at random; copy the model again, with all "
+            "of its files"
+        )
+    lists = tuple(f"{name}." for name, module in model.named_modules() if isinstance(module, nn.ModuleList))
+    unused = sorted(name for name in found["unexpected_keys"] if name.startswith(lists))
+    if unused:
+        raise CorruptFileError(
+            f"{folder} holds {_some(unused)}, which the layers of {type(model).__name__} would leave out; required is "
+            "the config.json that belongs to these weights"
+        )
+
+
+def _some(names: list[str]) -> str:
+    """Return the first of many names, and how many more there are."""
+    more = len(names) - 3
+    return ", ".join(names[:3]) + (f" and {more} more" if more > 0 else "")
+
+
+def _code_in(folder: str | os.PathLike[str]) -> Iterator[tuple[str, str, Any]]:
+    """Yield file, key and value of what names code in the JSON files of a folder."""
+    for path in sorted(Path(folder).glob("*config.json")):
+        try:
+            waiting = [parse_json(read_whole(path))]
+        except (OSError, ValueError):  # loading it says what is wrong
+            continue
+        while waiting:
+            values = waiting.pop()
+            for key, value in values.items() if isinstance(values, dict) else ():
+                waiting.append(value)  # of a part, for example of the text model
+                if value and (key == CODE_KEY or (key in KERNEL_KEYS and "/" in str(value))):
+                    yield path.name, key, value
+
+
+def save_pretrained(self: PreTrainedModel, save_directory: str | os.PathLike[str], *args: Any, **kwargs: Any) -> None:
+    """Write a converted model as transformers does, and its memory beside it.
+
+    Args:
+        self: the converted model.
+        save_directory: where to.
+        *args: go on to the class's own method.
+        **kwargs: go on to it.
+
+    Raises:
+        TransformerFamError: the model has LoRA, which is saved with `FamAdapter.from_model(model).save_pretrained`.
+    """
+    if has_adapters(self):
+        raise TransformerFamError(
+            "the model has LoRA; save it with FamAdapter.from_model(model).save_pretrained(folder)"
+        )
+    setattr(self.config, CONFIG_KEY, memory_of(self).config.to_dict())
+    try:
+        type(self).save_pretrained(self, save_directory, *args, **kwargs)
+    finally:
+        delattr(self.config, CONFIG_KEY)
+    if (Path(save_directory) / CONFIG_FILE).exists():  # one process of several writes
+        share_rights(save_directory, CONFIG_FILE)
+    FamAdapter.from_model(self).save_pretrained(save_directory)
+
+
+def _with_memory(
+    model: Any, name_or_folder: str | os.PathLike[str], kwargs: dict[str, Any], found: Mapping[str, Any]
+) -> None:
+    """Convert a model that was saved converted, in place, and give it its memory."""
+    if getattr(model.config, CONFIG_KEY, None) is None:
+        return
+    delattr(model.config, CONFIG_KEY)
+    if _is_plain.get() or not model.can_generate():
+        return
+    require_weights(model, found, name_or_folder)
+    hub = {name: kwargs[name] for name in HUB_ARGUMENTS if name in kwargs}
+    path = cached_file(name_or_folder, FAM_FILE, **hub)
+    FamAdapter.from_pretrained(os.path.dirname(str(path))).apply(model)
+
+
+def install() -> None:
+    """Let `from_pretrained` of every transformers model take the memory along; once."""
+    original = PreTrainedModel.from_pretrained.__func__
+    if hasattr(original, "takes_memory"):
+        return
+
+    @functools.wraps(original)
+    def from_pretrained(
+        cls: Any, pretrained_model_name_or_path: str | os.PathLike[str] | None, *args: Any, **kwargs: Any
+    ) -> Any:
+        own = cls.__dict__.get("_keys_to_ignore_on_load_unexpected")
+        inherited = cls._keys_to_ignore_on_load_unexpected
+        cls._keys_to_ignore_on_load_unexpected = [*(inherited or []), IGNORED_WEIGHTS]
+        try:
+            options = kwargs | {"output_loading_info": True}
+            model, found = original(cls, pretrained_model_name_or_path, *args, **options)
+        finally:
+            if own is None:
+                del cls._keys_to_ignore_on_load_unexpected
+            else:
+                cls._keys_to_ignore_on_load_unexpected = own
+        if pretrained_model_name_or_path is not None:
+            _with_memory(model, pretrained_model_name_or_path, kwargs, found)
+        return (model, found) if kwargs.get("output_loading_info") else model
+
+    from_pretrained.takes_memory = True  # type: ignore[attr-defined]
+    PreTrainedModel.from_pretrained = classmethod(from_pretrained)
+
+
+METHODS["save_pretrained"] = save_pretrained
+install()

@@ -1,0 +1,314 @@
+"""FamState: copies, controls, files, and every refusal."""
+
+import errno
+import json
+import shutil
+import struct
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import safetensors.torch
+import torch
+from tiny_llama import make_tiny_llama, random_ids, random_rows
+
+from transformerfam import FamConfig, FamState, convert, files
+from transformerfam.config import UPDATE_PRESETS
+from transformerfam.errors import CorruptFileError, StateMismatchError, TransformerFamError
+from transformerfam.fam import state as state_module
+from transformerfam.fam.memory import set_block_size, set_key_bias
+from transformerfam.rivals import RivalConfig, attach
+
+
+def converted(seed: int = 0, **fields: Any) -> Any:
+    config = FamConfig(**{"block_size": 8, "fam_length": 3, "num_memory_segments": 1, "fam_key_bias": 0.0} | fields)
+    return convert(make_tiny_llama(2, seed=seed), config)
+
+
+@pytest.fixture
+def saved(tmp_path: Path) -> tuple[Any, Path]:
+    """A model and the file of a reading."""
+    model = converted()
+    path = tmp_path / "state.safetensors"
+    model.read(random_ids(21)).save(path)
+    return model, path
+
+
+def test_fork_keeps_the_reading_as_it_is() -> None:
+    """Catches a fork that shares tensors or counters with the reading."""
+    model = converted()
+    state = model.read(random_ids(21))
+    first = model.read(random_ids(30, seed=1), state.fork())
+    second = model.read(random_ids(30, seed=1), state.fork())
+    assert state.num_tokens_read == 21
+    assert torch.equal(first.fams, second.fams)
+    assert not torch.equal(first.fams, state.fams)
+
+
+def test_select_takes_rows_with_their_own_phase() -> None:
+    """Catches rows whose counters do not follow their tensors, as in beam search."""
+    model = converted()
+    mask = torch.ones(2, 13, dtype=torch.long)
+    mask[1, :6] = 0
+    state = model.read(random_ids(2, 13), attention_mask=mask)
+    chosen = state.select([1, 0, 1])
+    assert chosen.row_lengths == (7, 13, 7)
+    assert torch.equal(chosen.fams[:, 0], state.fams[:, 1])
+    assert state.batch_size == 2
+
+
+def test_zero_memory_erases_what_the_fam_held() -> None:
+    """Catches a control that leaves the FAM's keys in the cache, also in the middle of a block."""
+    model = converted(num_memory_segments=0)
+    tail = random_ids(13, seed=9)
+    logits = []
+    for seed in (1, 2):
+        state = model.read(torch.cat((random_ids(8, seed=seed), tail[:3]))).zero_memory()
+        assert not state.fams.any()
+        for layer in state.layers:  # this block's keys were made with the memory at hand: make them equal
+            layer.put(layer.sections.block, torch.ones(1, 2, 3, 8), torch.ones(1, 2, 3, 8))
+        logits.append(model(input_ids=tail[None, 3:], past_key_values=state).logits)
+    assert torch.equal(logits[0], logits[1])
+
+
+@pytest.mark.parametrize("preset", ["paper", "gated", "gated_rows"])
+def test_swapped_and_initial_memory_read_on_as_such_readings_would(preset: str) -> None:
+    """Catches a control whose FAM and the keys made from it are of different texts, at a block's start and within."""
+    changes = UPDATE_PRESETS[preset] | {"num_memory_segments": 0, "fam_key_bias": 0.0}
+    model, tail = converted(**changes), random_ids(2, 7, seed=9)
+    for num_begun in (0, 3):
+        texts = torch.cat((random_ids(2, 16), tail[:, :num_begun]), dim=1)
+        state = model.read(texts)
+        swapped, other = state.fork().swap_memory(), model.init_state(2, fam=model.read(texts[[1, 0], :16]).fams)
+        initial = state.fork().initial_memory()
+        assert torch.equal(initial.fams, model.init_state(2).fams)
+        assert torch.equal(swapped.fams, state.fams.flip(1))
+        if num_begun == 0:
+            for there, required in ((swapped, other), (initial, model.init_state(2))):
+                pair = [model(input_ids=tail, past_key_values=state).logits for state in (there, required)]
+                torch.testing.assert_close(*pair, atol=1e-5, rtol=1e-5)
+        else:
+            model.read(tail[:, :num_begun], other)
+            for layer, required in zip(swapped.layers, other.layers, strict=True):
+                fam = slice(layer.sections.fam, layer.sections.block)
+                torch.testing.assert_close(layer.keys[..., fam, :], required.keys[..., fam, :], atol=1e-5, rtol=1e-5)
+
+
+def test_saved_fam_starts_a_reading_with_its_residual() -> None:
+    """Catches a saved FAM whose first residual is dropped (B.2.3), and rows that mix saved and initial FAMs."""
+    model, ids = converted(), random_ids(2, 8)
+    saved = model.read(random_ids(24, seed=3)).fams
+    mixed = model.init_state(2, fam=saved.expand(-1, 2, -1, -1), is_saved=[True, False])
+    assert mixed.starts_from_saved_fam == [True, False]
+    model.read(ids, mixed)
+    from_saved = model.read(ids[:1], model.init_state(1, fam=saved))
+    from_start = model.read(ids[1:])
+    torch.testing.assert_close(mixed.fams[:, 0], from_saved.fams[:, 0])
+    torch.testing.assert_close(mixed.fams[:, 1], from_start.fams[:, 0])
+    without = model.init_state(1, fam=saved)
+    without.starts_from_saved_fam = [False]
+    assert not torch.allclose(model.read(ids[:1], without).fams, from_saved.fams)
+
+
+@pytest.mark.parametrize("fam_dtype", ["float32", "bfloat16"])
+def test_fam_dtype_is_kept_under_bfloat16(fam_dtype: str) -> None:
+    """Catches a FAM that is silently kept in the model's type."""
+    model = convert(
+        make_tiny_llama(2).bfloat16(), FamConfig(fam_key_bias=0.0, block_size=8, fam_length=3, fam_dtype=fam_dtype)
+    )
+    state = model.read(random_ids(30))
+    assert state.fams.dtype == getattr(torch, fam_dtype)
+    assert state.fams.isfinite().all()
+
+
+def test_reads_in_bfloat16_as_in_float32() -> None:
+    """Catches a fault on the path that adds only the change to a float32 FAM: 5 % is bfloat16 rounding here."""
+    ids = random_ids(40)
+    exact = converted().read(ids).fams
+    model = convert(
+        make_tiny_llama(2).bfloat16(), FamConfig(fam_key_bias=0.0, block_size=8, fam_length=3, num_memory_segments=1)
+    )
+    error = (model.read(ids).fams - exact).norm() / exact.norm()
+    assert error < 0.05
+
+
+def test_crop_and_reset_are_refused() -> None:
+    state = converted().init_state()
+    with pytest.raises(TransformerFamError, match=r"cannot take back 3 tokens.*fork\(\)"):
+        state.crop(-3)
+    with pytest.raises(TransformerFamError, match="cannot be reset"):
+        state.reset()
+
+
+def test_fams_without_fam_is_refused() -> None:
+    with pytest.raises(TransformerFamError, match="fam_length is 0"):
+        _ = converted(fam_length=0).init_state().fams
+
+
+def test_another_batch_size_is_refused() -> None:
+    model = converted()
+    with pytest.raises(StateMismatchError, match=r"state holds 1 sequences, input has 2; .*init_state\(batch_size=2\)"):
+        model(input_ids=random_ids(2, 4), past_key_values=model.init_state())
+
+
+def test_state_of_another_configuration_is_refused() -> None:
+    with pytest.raises(StateMismatchError, match="state was made with"):
+        converted()(input_ids=random_ids(1, 4), past_key_values=converted(block_size=4).init_state())
+
+
+def test_saved_fam_of_wrong_shape_is_refused() -> None:
+    with pytest.raises(StateMismatchError, match=r"fam has shape \(2, 1, 4, 32\), required is .*\(2, 1, 3, 32\)"):
+        converted().init_state(fam=random_rows(2, 4, 32))
+
+
+@pytest.mark.parametrize("value", [-5, 2.5, float("nan"), float("inf"), True, "8", None, 2**60, torch.tensor(True)])
+@pytest.mark.parametrize("name", ["position_offset", "batch_size"])
+def test_numbers_of_a_new_state_are_integers_in_range(name: str, value: Any) -> None:
+    """Catches a state that is read for hours, saved, and refused when it is loaded."""
+    for model in (converted(), attach(make_tiny_llama(), RivalConfig.from_dict({"system": "rmt"}))):
+        with pytest.raises(TransformerFamError, match=f"{name} is .*, required is an integer from [01] to 2.53"):
+            model.init_state(**{name: value})
+
+
+@pytest.mark.parametrize("value", [3, np.int64(3), torch.tensor(3)])
+def test_state_with_a_number_of_another_library_is_saved_and_loaded(value: Any, tmp_path: Path) -> None:
+    """Catches numbers that JSON does not know."""
+    model = converted()
+    state = model.init_state(value, position_offset=value, is_saved=torch.tensor([False] * 3))
+    model.read(random_ids(3, 5), state).save(tmp_path / "state")
+    assert FamState.load(tmp_path / "state", model).position_offset == 3
+
+
+@pytest.mark.parametrize(
+    ("arguments", "match"),
+    [
+        ({"is_saved": [0, 1]}, r"is_saved is \[0, 1\], required are True or False"),
+        ({"is_saved": [True, False]}, "required are 2 flags, and a saved fam where one is True"),
+        ({"fam": [[1.0]]}, "fam is a list, required is a tensor of floating numbers"),
+        ({"fam": torch.zeros(2, 3, 32, dtype=torch.long)}, "fam is a torch.int64, required is a tensor of floating"),
+    ],
+)
+def test_other_arguments_of_a_new_state_are_checked(arguments: dict[str, Any], match: str) -> None:
+    with pytest.raises(TransformerFamError, match=match):
+        converted().init_state(2, **arguments)
+
+
+@pytest.mark.parametrize("value", [True, "3", None, float("nan"), 1e39, [1.0]])
+def test_key_bias_and_block_size_are_numbers(value: Any) -> None:
+    """Catches True taken for 1, and a traceback of Python's float."""
+    model = converted()
+    for change, name in ((set_key_bias, "fam_key_bias"), (set_block_size, "block_size")):
+        with pytest.raises(TransformerFamError, match=f"{name} is .*, required is"):
+            change(model, value)
+    set_key_bias(model, 2)
+    assert type(model.fam_config.fam_key_bias) is float
+
+
+@pytest.mark.parametrize("rows", [[2], [-1], [], [True, False], [0.0], torch.tensor(1), [[0]]])
+def test_rows_that_are_none_are_refused(rows: Any) -> None:
+    """Catches a traceback of Python's lists, and flags taken for numbers."""
+    with pytest.raises(TransformerFamError, match="required are numbers of sequences from 0 to 1; change rows"):
+        converted().init_state(2).select(rows)
+
+
+def test_load_refuses_another_configuration(saved: tuple[Any, Path]) -> None:
+    with pytest.raises(
+        StateMismatchError, match="another fam config: fam_query_position is 'current' there and 'written'"
+    ):
+        FamState.load(saved[1], converted(fam_query_position="written"))
+
+
+def test_load_refuses_another_model(saved: tuple[Any, Path]) -> None:
+    other = convert(make_tiny_llama(3), FamConfig(fam_key_bias=0.0, block_size=8, fam_length=3, num_memory_segments=1))
+    with pytest.raises(StateMismatchError, match="another architecture: num_hidden_layers is 2 there and 3 here"):
+        FamState.load(saved[1], other)
+
+
+def test_load_warns_of_other_weights(saved: tuple[Any, Path]) -> None:
+    with pytest.warns(UserWarning, match=r"made on other base weights \(SHA-256 [0-9a-f]{12} there"):
+        FamState.load(saved[1], converted(seed=7))
+
+
+def test_load_refuses_another_dtype(saved: tuple[Any, Path]) -> None:
+    other = convert(
+        make_tiny_llama(2).bfloat16(), FamConfig(fam_key_bias=0.0, block_size=8, fam_length=3, num_memory_segments=1)
+    )
+    with (
+        pytest.warns(UserWarning, match="other base weights"),
+        pytest.raises(StateMismatchError, match=r"torch.float32 .* as keys of layer 0, required is torch.bfloat16"),
+    ):
+        FamState.load(saved[1], other)
+
+
+def test_load_refuses_another_batch_size(saved: tuple[Any, Path]) -> None:
+    with pytest.raises(StateMismatchError, match="holds 1 sequences, required are 4"):
+        FamState.load(saved[1], saved[0], batch_size=4)
+
+
+def test_load_refuses_another_version(saved: tuple[Any, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(state_module, "STATE_FORMAT_VERSION", 99)
+    with pytest.raises(CorruptFileError, match="format version 1, this package reads 99"):
+        FamState.load(saved[1], saved[0])
+
+
+def test_load_refuses_a_missing_file(saved: tuple[Any, Path]) -> None:
+    with pytest.raises(CorruptFileError, match="does not exist"):
+        FamState.load(saved[1].with_name("none"), saved[0])
+
+
+def test_load_refuses_a_truncated_file(saved: tuple[Any, Path]) -> None:
+    saved[1].write_bytes(saved[1].read_bytes()[:-100])
+    with pytest.raises(CorruptFileError, match="truncated or of another program"):
+        FamState.load(saved[1], saved[0])
+
+
+def test_load_refuses_a_foreign_file(saved: tuple[Any, Path]) -> None:
+    safetensors.torch.save_file({"weight": torch.zeros(3)}, saved[1])
+    with pytest.raises(CorruptFileError, match="not written by transformerfam"):
+        FamState.load(saved[1], saved[0])
+    saved[1].write_text("Call me Ishmael.")
+    with pytest.raises(CorruptFileError, match="no readable safetensors file"):
+        FamState.load(saved[1], saved[0])
+
+
+def test_load_refuses_flipped_bits_anywhere(saved: tuple[Any, Path]) -> None:
+    """Catches damage that a format without checksum lets through: one bit of every 97th byte, one file each."""
+    original = saved[1].read_bytes()
+    (header_length,) = struct.unpack("<Q", original[:8])
+    places = [*range(0, 8 + header_length, 97), *range(8 + header_length, len(original), 997)]
+    for place in places:
+        damaged = bytearray(original)
+        damaged[place] ^= 4
+        saved[1].write_bytes(damaged)
+        with pytest.raises(TransformerFamError):
+            FamState.load(saved[1], saved[0])
+
+
+def test_full_disk_leaves_the_old_file(saved: tuple[Any, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches a save that writes over the old file before the new one is whole."""
+    model, path = saved
+    before = path.read_bytes()
+
+    def write_half(tensors: Any, temporary: str, metadata: Any) -> None:
+        Path(temporary).write_bytes(b"half")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(files, "save_file", write_half)
+    with pytest.raises(TransformerFamError, match="No space left on device; a file that was there before is unchanged"):
+        model.read(random_ids(50)).save(path)
+    assert path.read_bytes() == before
+    assert [p.name for p in path.parent.iterdir()] == [path.name]
+
+
+def test_save_to_a_missing_folder_says_so(saved: tuple[Any, Path]) -> None:
+    with pytest.raises(TransformerFamError, match="could not write"):
+        saved[0].init_state().save(saved[1].parent / "none" / "state.safetensors")
+
+
+def test_saved_file_is_plain_safetensors(saved: tuple[Any, Path], tmp_path: Path) -> None:
+    """Catches a file that other tools cannot read."""
+    shutil.copy(saved[1], tmp_path / "copy.safetensors")
+    with safetensors.safe_open(tmp_path / "copy.safetensors", framework="pt") as file:
+        assert json.loads(file.metadata()["transformerfam"])["kind"] == "state"
+        assert file.get_tensor("layers.0.fam").shape == (1, 3, 32)

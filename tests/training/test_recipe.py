@@ -1,0 +1,137 @@
+"""Recipes: what they refuse, and what the shipped ones hold."""
+
+import math
+from pathlib import Path
+
+import pytest
+from training_recipes import small_recipe, small_values
+
+from transformerfam.errors import RecipeError
+from transformerfam.training.optimizer import key_bias_at, lr_factor
+from transformerfam.training.recipe.sections import KeyBiasSection, OptimizerSection
+from transformerfam.training.recipe.toml import apply_override, build_recipe, load_recipe
+
+RECIPES = sorted((Path(__file__).parents[2] / "recipes").glob("*.toml"))
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_shipped_recipe_is_read(path):
+    """A shipped recipe with a key that the code no longer knows."""
+    recipe = load_recipe(path)
+    assert recipe.max_filler_tokens <= 512
+
+
+def test_recipe_survives_json():
+    """A resumed run whose stored recipe reads back as another one."""
+    recipe = small_recipe(
+        lora={"rank": 4}, key_bias={"start_value": -4.0, "end_step": 5}, reading={"fam_norm_bound": math.inf}
+    )
+    assert build_recipe(recipe.to_dict()) == recipe
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"optimizer": {"learning_rat": 1}}, r"unknown key optimizer.learning_rat in the recipe"),
+        ({"optimizer": {"warmup_step": 1}}, r"did you mean optimizer.warmup_steps\?"),
+        ({"fam": {"fam_lenght": 4}}, r"did you mean fam.fam_length\?"),
+        ({"fam": {"fam_length": 17}}, r"fam_length is 17, required is 0 to block_size"),
+        ({"reading": {"num_memory_segments": -1}}, r"reading: num_memory_segments is -1"),
+        ({"optimiser": {}}, r"did you mean optimizer\?"),
+        ({"model": {"base": 3}}, r"model.base is 3, required is a value of type str"),
+        ({"schedule": {"steps": True}}, r"schedule.steps is True, required is a value of type int"),
+        ({"schedule": {"curriculum": []}}, r"curriculum is empty"),
+        ({"schedule": {"curriculum": [{"filler_tokens": [9, 3]}]}}, r"filler_tokens is \[9, 3\]"),
+        ({"schedule": {"curriculum": [{"filler_tokens": [9]}]}}, r"required is a list of 2 values"),
+        ({"optimizer": {"schedule": "step"}}, r"required is one of constant, cosine, linear"),
+        ({"state_passing": {"ask_later": 0.5}}, r'needs state_passing.rows = "all"'),
+        ({"state_passing": {"between_blocks": [3, 1]}}, r"state_passing.between_blocks is \[3, 1\]"),
+        ({"state_passing": {"between_steps": -1}}, r"state_passing.between_steps is -1, required is at least 0"),
+        ({"schedule": {"repeat_updates": [3, 1]}}, r"schedule.repeat_updates is \[3, 1\]"),
+        ({"schedule": {"stored_blocks": -1}}, "schedule.stored_blocks is -1"),
+        ({"schedule": {"stored_blocks": 2, "steps_per_stored_block": 0}}, "steps_per_stored_block 0"),
+        ({"schedule": {"stored_blocks": 2}, "fam": {"num_memory_segments": 1}}, "no memory segments"),
+        ({"schedule": {"stored_blocks": 2}, "fam": {"fam_position": "zero"}}, "a position other than 'zero'"),
+        ({"schedule": {"stored_blocks": 2}, "fam": {"fam_layers": [0]}}, "all layers"),
+        ({"schedule": {"stored_blocks": 2}, "loss": {"fam_change": 1.0}}, "loss.fam_change = 0"),
+        ({"schedule": {"stored_blocks": 2, "gradient_tokens": 60}}, "no schedule.gradient_tokens"),
+        ({"schedule": {"repeat_updates": [0, 1]}, "fam": {"num_memory_segments": 1}}, "num_memory_segments is 1"),
+        ({"schedule": {"repeat_updates": [0, 1]}, "fam": {"fam_length": 0}}, "there is no FAM to update"),
+        ({"fam": {"fam_length": 0}, "state_passing": {"probability": 0.8}}, r"no memory of fixed size to pass"),
+        ({"data": {"book": 0.5}}, r"set data.books"),
+        ({"loss": {"teacher": 1.0}}, r"required is a base model that was trained before"),
+        ({"loss": {"teacher_filler_tokens": [3, 1]}}, r"loss.teacher_filler_tokens is \[3, 1\]"),
+        ({"schedule": {"block_sizes": [8, 16]}}, r"block_sizes has 8, required is at least fam.block_size \(16\)"),
+        ({"fam": {"fam_key_bias": -4.0}}, r"use the key_bias section"),
+        ({"key_bias": {"start_value": -4.0, "end_step": 7}}, r"within the 6 steps"),
+        (
+            {"model": {"base": "x", "memory": "y", "prompt_text": "z"}},
+            r"model.prompt_text is given beside model.memory",
+        ),
+        ({"model": {"prompt_text": "z"}, "fam": {"fam_init": "prefix"}}, r"or fam.fam_init is 'prefix'"),
+        ({"lora": 3}, r"lora is 3, required is a section with keys"),
+    ],
+)
+def test_wrong_recipe_is_refused_by_name(change, message):
+    """A typo that is silently ignored, and a run that trains something else than was asked for."""
+    with pytest.raises(RecipeError, match=message):
+        small_recipe(**change)
+
+
+def test_missing_key_is_named():
+    """A recipe without its number of steps."""
+    values = small_values()
+    del values["schedule"]["steps"]
+    with pytest.raises(RecipeError, match=r"missing key schedule.steps"):
+        build_recipe(values)
+
+
+@pytest.mark.parametrize(
+    ("override", "get", "expected"),
+    [
+        ("optimizer.lr=3e-4", lambda r: r.optimizer.lr, 3e-4),
+        ("schedule.steps=9", lambda r: r.schedule.steps, 9),
+        ("optimizer.schedule=cosine", lambda r: r.optimizer.schedule, "cosine"),
+        ("optimizer.betas=[0.8, 0.9]", lambda r: r.optimizer.betas, (0.8, 0.9)),
+        ("schedule.curriculum.1.filler_tokens=[2, 7]", lambda r: r.schedule.curriculum[1].filler_tokens, (2, 7)),
+        ("lora.rank=4", lambda r: r.lora.rank, 4),
+    ],
+)
+def test_override_sets_a_dotted_key(override, get, expected):
+    """An override that is lost, or that arrives as text."""
+    values = small_values()
+    apply_override(values, override)
+    assert get(build_recipe(values)) == expected
+
+
+@pytest.mark.parametrize("override", ["optimizer.lr", "=3", "model.base.name=3"])
+def test_malformed_override_is_refused(override):
+    """An override without value or through a value."""
+    with pytest.raises(RecipeError, match="override"):
+        apply_override(small_values(), override)
+
+
+def test_unreadable_recipe_is_refused(tmp_path):
+    """A traceback of tomllib where a path was mistyped."""
+    with pytest.raises(RecipeError, match="cannot read the recipe"):
+        load_recipe(tmp_path / "none.toml")
+    (tmp_path / "bad.toml").write_text("steps = = 3")
+    with pytest.raises(RecipeError, match="is no valid TOML"):
+        load_recipe(tmp_path / "bad.toml")
+
+
+def test_key_bias_ends_at_exactly_zero():
+    """A bias of -1e-17 that stays in the shipped adapter."""
+    section = KeyBiasSection(start_value=-7.3, start_step=3, end_step=10)
+    assert key_bias_at(section, 0) == key_bias_at(section, 3) == -7.3
+    assert -7.3 < key_bias_at(section, 9) < 0
+    assert key_bias_at(section, 10) == key_bias_at(section, 11) == key_bias_at(None, 0) == 0.0
+
+
+def test_learning_rate_warms_up_and_decays():
+    """A schedule that never reaches its full rate, or that decays from the first step."""
+    section = OptimizerSection(warmup_steps=4, schedule="cosine", decay_start=10, final_lr_fraction=0.1)
+    assert lr_factor(section, 0, 20) == 0.25
+    assert lr_factor(section, 9, 20) == 1.0
+    assert lr_factor(section, 15, 20) == pytest.approx(0.55)
+    assert lr_factor(section, 20, 20) == pytest.approx(0.1)
