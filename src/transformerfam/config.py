@@ -315,7 +315,7 @@ class FamConfig:
         Raises:
             TransformerFamError: there is no such preset or field, or a value is out of range.
         """
-        if name not in UPDATE_PRESETS:
+        if not isinstance(name, str) or name not in UPDATE_PRESETS:
             raise TransformerFamError(f"there is no preset {name!r}; known are {', '.join(UPDATE_PRESETS)}")
         return cls.from_dict(UPDATE_PRESETS[name] | changes)
 

@@ -5,6 +5,7 @@ import difflib
 import inspect
 import types
 import typing
+from collections.abc import Mapping
 from typing import Any, Literal
 
 from transformerfam.errors import TransformerFamError
@@ -92,6 +93,8 @@ def values_to_fields(cls: type, values: dict[str, Any]) -> dict[str, Any]:
     Raises:
         TransformerFamError: one is not; the message has the nearest field.
     """
+    if not isinstance(values, Mapping):
+        raise TransformerFamError(f"{cls.__name__} is {values!r}, required are its fields by name")
     known = list(inspect.signature(cls).parameters)
     for name in values:
         if name not in known:

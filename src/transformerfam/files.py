@@ -66,12 +66,23 @@ def save_tensors(
         TransformerFamError: the folder does not exist, the disk is full, or the file is of another kind or program; an
             old file is left as it was.
     """
-    path = Path(path)
+    path = as_path(path)
     is_ours(path, metadata["kind"])
     text = json.dumps(dict(metadata), sort_keys=True)
     stored = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
     with replacing(path) as temporary:
         save_file(stored, temporary, metadata={METADATA_KEY: text, CHECKSUM_KEY: digest_tensors(stored, text)})
+
+
+def as_path(path: Any) -> Path:
+    """Return a path.
+
+    Raises:
+        TransformerFamError: it is none.
+    """
+    if not isinstance(path, str | os.PathLike):
+        raise TransformerFamError(f"the path is {path!r}, required is the name of a file")
+    return Path(path)
 
 
 def _with_article(kind: str) -> str:
@@ -240,7 +251,7 @@ def require_target(path: str | os.PathLike[str], kind: str, overwrite: bool = Fa
         TransformerFamError: the folder does not exist or cannot be written, or the file is of another kind, or of this
             kind and not to be overwritten.
     """
-    path = Path(path)
+    path = as_path(path)
     require_writable(path, or_folder=True)
     if is_ours(path, kind) and not overwrite:
         raise TransformerFamError(f"{path} holds a {kind} already; {option}choose another file")
@@ -346,6 +357,20 @@ def require_finite(tensors: Mapping[str, torch.Tensor], path: str | os.PathLike[
             raise CorruptFileError(f"{path} has numbers in {name} that are not finite; make the {kind} again")
 
 
+def refuse_to_write(tensors: Mapping[str, torch.Tensor], path: str | os.PathLike[str]) -> None:
+    """Refuse a reading that no load would take.
+
+    Raises:
+        TransformerFamError: a tensor has numbers that are not finite; the message names it.
+    """
+    for name, tensor in tensors.items():
+        if not bool(torch.isfinite(tensor).all()):
+            raise TransformerFamError(
+                f"could not write {path}: the reading has numbers in {name} that are not finite, so nothing can be "
+                "asked of it; look for such numbers in the model's weights, or load it in float32"
+            )
+
+
 def load_tensors(
     path: str | os.PathLike[str], kind: str, format_version: int
 ) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
@@ -362,7 +387,7 @@ def load_tensors(
     Raises:
         CorruptFileError: no such file, not a file of this package, of another kind or version, or damaged.
     """
-    path = Path(path)
+    path = as_path(path)
     try:
         content = read_whole(path)  # at once: `safe_open` opens it twice, and another file may be there by then
         tensors = dict(sorted(load(content).items()))  # in one order in all processes

@@ -128,6 +128,15 @@ def test_next_token_shows_a_table_and_appends_rows(folder, tmp_path, book):
     assert [row["model"] for row in rows] == [str(folder), str(folder), f"{folder} num_memory_segments=2"]
 
 
+@pytest.mark.parametrize("systems", ["fam_memory_zeroed", "fam,fam_memory_zeroed", "bswa,fam_memory_swapped"])
+def test_next_token_refuses_a_control_before_anything_is_read(folder, tmp_path, book, systems):
+    """Would catch a control that is left out of the rows without a word, or refused when the others are measured."""
+    output = tmp_path / "rows.jsonl"
+    text = run("evaluate", "next-token", book, "--model", folder, "--system", systems, "--output", output, status=2)
+    assert f"system '{systems.split(',')[-1]}' belongs to the passkey task; take fam or bswa" in text
+    assert not output.exists()
+
+
 def test_passkey_takes_a_changed_configuration_under_its_own_name(folder, tmp_path):
     """Would catch an ablation whose rows pass for those of the shipped memory, or that changes nothing."""
     output = tmp_path / "rows.jsonl"

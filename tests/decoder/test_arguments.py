@@ -1,5 +1,6 @@
 """Every argument of a call is heard as transformers hears it, or refused by name."""
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -7,8 +8,10 @@ import torch
 from tiny_llama import make_tiny_llama, random_ids
 from tiny_models import make_passkey_model
 
-from transformerfam import FamConfig, convert
+from transformerfam import FamConfig, FamState, convert
 from transformerfam.errors import StateMismatchError, TransformerFamError
+from transformerfam.fam.convert import personal_memory
+from transformerfam.fam.memory import prefix_from_prompt, set_prompt
 from transformerfam.rivals import RivalConfig, attach
 
 IDS = random_ids(2, 19)
@@ -155,3 +158,37 @@ def test_options_of_the_harness_are_heard() -> None:
         lm._continue(context, {"max_length": 20})
     with pytest.raises(TransformerFamError, match="dtype is 'auto'"):
         harness.FamLM(model, tokenizer=tokenizer, dtype="auto")
+
+
+WRONG_CALLS: dict[str, tuple[Callable[[Any, Any], Any], str]] = {
+    "ragged ids": (lambda m, s: m.read([[1, 2], [3]]), "input_ids is no tensor"),
+    "text as ids": (lambda m, s: m.read("abc"), "input_ids is no tensor"),
+    "no ids": (lambda m, s: m.read(None), "input_ids is no tensor"),
+    "text as mask": (lambda m, s: m.read([1, 2], attention_mask="x"), "attention_mask is no tensor"),
+    "plain values": (lambda m, s: convert(make_tiny_llama(), {"block_size": 8}), "config is a dict, required is a Fam"),
+    "no configuration": (lambda m, s: convert(make_tiny_llama(), None), "config is a NoneType"),
+    "rival's plain values": (lambda m, s: attach(make_tiny_llama(), {}), "config is a dict, required is a Rival"),
+    "one flag": (lambda m, s: m.init_state(is_saved=3), "is_saved is 3, required are True or False"),
+    "text as rows": (lambda m, s: s.select("a"), "rows is no tensor"),
+    "no rows": (lambda m, s: s.select(None), "rows is no tensor"),
+    "text as number": (lambda m, s: s.crop("a"), "tokens_to_remove is 'a', required is an integer"),
+    "no path": (lambda m, s: s.save(None), "the path is None, required is the name of a file"),
+    "no path to load": (lambda m, s: FamState.load(None, m), "the path is None, required is the name of a file"),
+    "no memory": (lambda m, s: FamState.load("s", make_tiny_llama()), "the model has no memory yet"),
+    "prompt out of range": (lambda m, s: set_prompt(m, [1, 2, 99]), "token id 99 is out of range"),
+    "prompt of fractions": (lambda m, s: set_prompt(m, [1.5, 2.5, 3.5]), "required are integers"),
+    "no prompt": (lambda m, s: prefix_from_prompt(convert(make_tiny_llama(), FamConfig(fam_length=0))), "of at least"),
+    "preset's name": (lambda m, s: FamConfig.preset(["paper"]), "there is no preset"),
+    "no fields": (lambda m, s: FamConfig.from_dict(None), "FamConfig is None, required are its fields by name"),
+    "saved FAM": (lambda m, s: m.init_state(fam=s.fams * float("nan")), "fam has numbers that are not finite"),
+    "personal memory": (lambda m, s: personal_memory(m, s.fams[:, 0] / 0), "has numbers that are not finite"),
+}
+
+
+@pytest.mark.parametrize("name", WRONG_CALLS)
+def test_value_of_another_kind_is_refused_by_name(name: str) -> None:
+    """Catches errors of Python's and torch's own, which name neither the argument nor the remedy."""
+    call, match = WRONG_CALLS[name]
+    model: Any = convert(make_tiny_llama(), FamConfig(fam_key_bias=0.0, block_size=8, fam_length=3))
+    with pytest.raises(TransformerFamError, match=match):
+        call(model, model.read([1, 2, 3]))

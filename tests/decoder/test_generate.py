@@ -380,3 +380,44 @@ def test_history_is_known_behind_tokens_that_were_taken_back(model: Any) -> None
     state.crop(-3)
     assert state.histories == model.read(ids[:, :17]).histories
     assert state.histories != [None]
+
+
+WIDE = FamConfig(block_size=8, fam_length=2, num_memory_segments=20, fam_key_bias=-1e5)
+"""Tokens see all of a text and nothing of the memory, so that a converted model says what its base says."""
+
+
+@pytest.mark.parametrize("drafts", ["assistant", "prompt lookup", "none"])
+@pytest.mark.parametrize("num_read", [0, 8, 13])
+def test_draft_that_holds_the_end_ends_there(drafts: str, num_read: int) -> None:
+    """Catches the end of a draft that is taken for that of the text."""
+    ids, plain = random_ids(1, 19).clamp(min=1), make_tiny_llama()
+    end = int(plain.generate(ids, **GREEDY)[0, 26])
+    options = GREEDY | {"eos_token_id": [end], "pad_token_id": 0, "max_new_tokens": 20}
+    if drafts == "assistant":
+        options["assistant_model"] = make_tiny_llama()
+    elif drafts == "prompt lookup":
+        options["prompt_lookup_num_tokens"] = 4
+    expected = plain.generate(ids, **options)
+    assert expected.shape[1] < 39
+    model: Any = convert(make_tiny_llama(), WIDE)
+    state = model.read(ids[:, :num_read]) if num_read else model.init_state()
+    assert torch.equal(model.generate(ids, past_key_values=state, **options), expected)
+    assert state.num_tokens_read == expected.shape[1] - 1
+    assert state.unread_ids == [end]
+
+
+@pytest.mark.parametrize(
+    "penalty", [{"repetition_penalty": 3.0}, {"no_repeat_ngram_size": 1}, {"encoder_repetition_penalty": 1.5}], ids=str
+)
+@pytest.mark.parametrize("left", [0, 4])
+def test_penalty_sees_what_the_state_has_read(penalty: dict[str, Any], left: int) -> None:
+    """Catches a history that is hidden from what looks at all tokens, with padding in front of a row and without."""
+    ids = random_ids(2, 19, seed=2)
+    mask = torch.ones_like(ids)
+    mask[1, :left] = 0
+    given = GREEDY | {"attention_mask": mask, "pad_token_id": 0, **penalty}
+    expected = make_tiny_llama().generate(ids, **given)
+    assert not torch.equal(expected, make_tiny_llama().generate(ids, **GREEDY, attention_mask=mask, pad_token_id=0))
+    model: Any = convert(make_tiny_llama(), WIDE)
+    state = model.read(ids[:, :11], attention_mask=mask[:, :11])
+    assert torch.equal(model.generate(ids, past_key_values=state, **given), expected)

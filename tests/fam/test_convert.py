@@ -9,6 +9,8 @@ import torch
 from tiny_families import make_tiny
 from tiny_llama import make_tiny_llama, random_ids
 from transformers import (
+    AfmoeConfig,
+    AfmoeForCausalLM,
     BertConfig,
     BertLMHeadModel,
     GPT2Config,
@@ -324,3 +326,52 @@ def test_texts_that_outgrow_positions_are_said_once() -> None:
         model.read(random_ids(1, 9), state)  # a second warning would be an error
     with pytest.warns(UserWarning, match="the text has come to position 5,000"):
         model.read(random_ids(1, 1), model.init_state(position_offset=5000))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("fam_length", [0, 2])
+def test_model_that_is_cast_after_conversion_reads_as_one_cast_before(dtype: torch.dtype, fam_length: int) -> None:
+    """Catches keys turned by exact angles in a model whose own table `to(dtype)` has rounded."""
+    shape = SHAPE | {"hidden_size": 128, "num_attention_heads": 2, "max_position_embeddings": 8192}
+
+    def make() -> Any:
+        torch.manual_seed(0)
+        return LlamaForCausalLM(LlamaConfig(**shape, initializer_range=0.1)).eval()
+
+    config = FamConfig(block_size=256, fam_length=fam_length, num_memory_segments=3, fam_key_bias=0.0)
+    ids = random_ids(1, 1200)
+    cast, expected = convert(make(), config).to(dtype), convert(make().to(dtype), config)
+    for rows, same in zip(fam_parameters(expected), fam_parameters(cast), strict=True):
+        rows.copy_(same)  # the mean embedding of rounded weights is another one
+    assert torch.equal(cast(input_ids=ids).logits, expected(input_ids=ids).logits)
+
+
+def test_window_that_the_class_ignores_is_named() -> None:
+    """Catches a refusal that leaves the user alone with a relative error."""
+    config = make_tiny_llama().config
+    config.sliding_window = 4096
+    with pytest.raises(UnsupportedModelError, match="has sliding_window=4096, by which keys are masked here"):
+        convert(LlamaForCausalLM(config), CONFIG)
+
+
+def test_positions_by_which_queries_are_scaled_are_warned_of() -> None:
+    """Catches tokens at the beginning of a text that are scaled as if they stood far in it."""
+    rope = {
+        "rope_type": "yarn",
+        "rope_theta": 1e4,
+        "factor": 4.0,
+        "original_max_position_embeddings": 16,
+        "llama_4_scaling_beta": 0.5,
+    }
+    with pytest.warns(UserWarning, match="reaches position 19, and from 16 on the model scales its queries"):
+        convert(make_tiny("ministral3", rope_parameters=rope), CONFIG.replace(fam_length=0, block_size=10))
+    convert(make_tiny("ministral3", rope_parameters=rope), CONFIG.replace(fam_length=0))
+
+
+def test_family_whose_attention_names_its_mask_otherwise_gets_the_true_reason() -> None:
+    """Catches a check that fails by its own signature."""
+    shape = SHAPE | {"num_hidden_layers": 3, "head_dim": 8, "num_experts": 4, "num_experts_per_tok": 2}
+    config = AfmoeConfig(**shape, moe_intermediate_size=16, num_dense_layers=1, sliding_window=6)
+    with pytest.raises(UnsupportedModelError, match="the first residual seam does not fit this model"):
+        convert(AfmoeForCausalLM(config).eval(), CONFIG)

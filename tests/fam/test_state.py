@@ -11,14 +11,17 @@ import numpy as np
 import pytest
 import safetensors.torch
 import torch
+from tiny_families import make_tiny
 from tiny_llama import make_tiny_llama, random_ids, random_rows
 
 from transformerfam import FamConfig, FamState, convert, files
 from transformerfam.config import UPDATE_PRESETS
+from transformerfam.decoder.identity import difference
 from transformerfam.errors import CorruptFileError, StateMismatchError, TransformerFamError
 from transformerfam.fam import state as state_module
 from transformerfam.fam.memory import set_block_size, set_key_bias
 from transformerfam.rivals import RivalConfig, attach
+from transformerfam.weights.adapter import FamAdapter
 
 
 def converted(seed: int = 0, **fields: Any) -> Any:
@@ -312,3 +315,56 @@ def test_saved_file_is_plain_safetensors(saved: tuple[Any, Path], tmp_path: Path
     with safetensors.safe_open(tmp_path / "copy.safetensors", framework="pt") as file:
         assert json.loads(file.metadata()["transformerfam"])["kind"] == "state"
         assert file.get_tensor("layers.0.fam").shape == (1, 3, 32)
+
+
+CONSTANTS: dict[str, tuple[str, dict[str, Any]]] = {
+    "attention's scale": ("granite", {"attention_multiplier": 0.9}),
+    "chosen experts": ("mixtral", {"num_experts_per_tok": 1}),
+    "soft cap": ("gemma2", {"attn_logit_softcapping": 5.0}),
+    "clipped queries": ("olmo", {"clip_qkv": 0.1}),
+    "activation": ("gemma2", {"hidden_activation": "relu"}),
+}
+
+
+@pytest.mark.parametrize("name", CONSTANTS)
+def test_state_of_a_model_with_another_constant_is_refused(name: str, tmp_path: Path) -> None:
+    """Catches equal weights in a model that computes something else with them; what is not felt may differ."""
+    case, change = CONSTANTS[name]
+    (field, _), config = *change.items(), FamConfig(block_size=8, fam_length=2, fam_key_bias=0.0)
+    model, other = (convert(make_tiny(case, **changes), config) for changes in ({}, change))
+    state = model.read(random_ids(1, 30))
+    state.save(tmp_path / "state")
+    with pytest.raises(StateMismatchError, match=f"was made on another architecture: {field} is"):
+        FamState.load(tmp_path / "state", other)
+    with pytest.raises(StateMismatchError, match="state belongs to another model"):
+        other.read(random_ids(1, 3), state.fork())
+    FamAdapter.from_model(model).save_pretrained(tmp_path / "adapter")
+    with pytest.raises(StateMismatchError, match=f"adapter was trained on another model: {field} is"):
+        FamAdapter.from_pretrained(tmp_path / "adapter").apply(make_tiny(case, **change))
+    alike = convert(make_tiny(case, initializer_range=0.2, attention_dropout=0.1), config)
+    alike.load_state_dict(model.state_dict())
+    FamState.load(tmp_path / "state", alike)
+
+
+def test_constants_that_one_version_alone_knows_are_not_compared() -> None:
+    """Catches states that are lost when transformers adds a field, or when this package began to compare them."""
+    there = {"class": "LlamaForCausalLM", "constants": {"logit_scale": 1.0}}
+    assert difference(there, {"class": "LlamaForCausalLM", "constants": {"new": 3}}) is None
+    assert difference({"class": "LlamaForCausalLM"}, there) is None
+    assert difference(there, there | {"constants": {"logit_scale": 2.0}}) == ("logit_scale", 1.0, 2.0)
+
+
+@pytest.mark.parametrize("system", ["bswa", "fam", "rmt"])
+def test_reading_that_no_load_would_take_is_not_written(system: str, tmp_path: Path) -> None:
+    """Catches a reading that is found to be lost when it is loaded."""
+    model: Any = make_tiny_llama()
+    with torch.no_grad():
+        model.model.embed_tokens.weight[5] = float("nan")
+    if system == "rmt":
+        attach(model, RivalConfig(system="rmt", block_size=8))
+    else:
+        convert(model, FamConfig(block_size=8, fam_length=0 if system == "bswa" else 2))
+    state = model.read([1, 2, 3, 5, 7])
+    with pytest.raises(TransformerFamError, match="the reading has numbers in .* that are not finite"):
+        state.save(tmp_path / "state")
+    assert list(tmp_path.iterdir()) == []

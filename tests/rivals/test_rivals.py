@@ -354,3 +354,24 @@ def test_rival_config_refuses_what_it_does_not_know() -> None:
         attach(make_tiny_llama(3), RivalConfig(system="block_recurrent", recurrent_layer=7))
     with pytest.raises(UnsupportedModelError, match="has a memory already"):
         attach(with_rival("rmt"), RivalConfig(system="rmt"))
+
+
+@pytest.mark.parametrize("system", RIVAL_NAMES)
+def test_reading_that_goes_on_with_other_weights_warns_once(system: str) -> None:
+    """Catches a live state of another model that is taken without a word."""
+    config = RivalConfig(system=system, block_size=8, num_memory_tokens=2)
+    one, other = (attach(make_tiny_llama(seed=seed), config) for seed in (0, 7))
+    state = one.read(random_ids(1, 40))
+    with pytest.warns(UserWarning, match="the state was made on other base weights"):
+        other.read(random_ids(1, 3), state)
+    other.read(random_ids(1, 3), state)
+
+
+def test_router_logits_are_refused_by_name() -> None:
+    """Catches a head that is handed none and fails on them."""
+    model: Any = attach(make_tiny("mixtral"), RivalConfig(system="rmt", block_size=8))
+    with pytest.raises(TransformerFamError, match="output_router_logits is True, and a rival's rows are parted"):
+        model(input_ids=random_ids(1, 20), output_router_logits=True)
+    model.config.output_router_logits = True
+    with pytest.raises(TransformerFamError, match="output_router_logits is True"):
+        model(input_ids=random_ids(1, 20), labels=random_ids(1, 20))

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from lm_eval.api.instance import Instance
+from lm_eval.models.huggingface import HFLM
 from tiny_models import make_passkey_model
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -89,6 +90,42 @@ def test_generating_stops_at_stop_texts(folder: Path) -> None:
     request = ask("generate_until", CONTEXT * 3, {"until": [stop], "max_gen_toks": 24})
     (cut,) = lm.generate_until([request], disable_tqdm=True)
     assert cut == text.split(stop)[0]
+
+
+OPTIONS = (
+    {},
+    {"repetition_penalty": 3.0},
+    {"no_repeat_ngram_size": 1},
+    {"encoder_repetition_penalty": 1.5},
+    {"eos_token_id": 5},
+    {"prompt_lookup_num_tokens": 3},
+)
+
+
+@pytest.mark.parametrize("ends", [None, [2, 44]])
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+def test_generating_is_that_of_the_harness_own_model(options: dict[str, Any], ends: list[int] | None) -> None:
+    """Catches options of a task that look at the context and see its last token alone, and ends that are not heard."""
+    converted, tokenizer = make_passkey_model()
+    torch.manual_seed(0)
+    weights = {
+        name: value + 0.3 * torch.randn_like(value)
+        for name, value in converted.state_dict().items()
+        if ".fam." not in name
+    }
+
+    def base() -> LlamaForCausalLM:
+        model = LlamaForCausalLM(converted.config).eval()
+        model.load_state_dict(weights)
+        model.generation_config.eos_token_id = ends
+        return model
+
+    wide = FamConfig(fam_length=0, block_size=8, num_memory_segments=40)
+    given = (CONTEXT, {"max_gen_toks": 10} | options)
+    own = HFLM(base(), tokenizer=tokenizer, device="cpu", max_length=2048)
+    expected = own.generate_until([ask("generate_until", *given)], disable_tqdm=True)
+    ours = FamLM(convert(base(), wide), tokenizer=tokenizer)
+    assert ours.generate_until([ask("generate_until", *given)], disable_tqdm=True) == expected
 
 
 def test_bad_arguments_are_refused(folder: Path) -> None:
@@ -180,3 +217,13 @@ def test_command_line_runs_a_long_and_a_short_task(tmp_path: Path) -> None:
     results = json.loads(path.read_text())["results"]
     assert 0 <= results["tiny_choices"]["acc,none"] <= 1
     assert results["niah_single_1"]["600,none"] == 0  # a random model finds nothing
+
+
+def test_text_and_tokens_that_the_harness_cannot_do_without_are_named(folder: Path) -> None:
+    """Catches errors of the mask and of Python's own."""
+    lm = FamLM(str(folder))
+    with pytest.raises(TransformerFamError, match="a continuation has no tokens, at least one is required"):
+        lm.loglikelihood([ask("loglikelihood", "The grass is green.", "")], disable_tqdm=True)
+    lm.tokenizer.eos_token = None
+    with pytest.raises(TransformerFamError, match="the tokenizer has no end-of-text token"):
+        _ = lm.eot_token_id

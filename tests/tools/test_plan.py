@@ -22,7 +22,7 @@ from transformerfam.config import UPDATE_PRESETS
 from transformerfam.errors import TransformerFamError, UnsupportedModelError
 from transformerfam.fam.convert import fam_parameters
 from transformerfam.tools.costs import ModelShape, block_flops
-from transformerfam.tools.plan import PAPER_SHAPES, find_config, make_plan
+from transformerfam.tools.plan import PAPER_SHAPES, WALKED_BLOCKS, find_config, make_plan
 from transformerfam.training.recipe.toml import load_recipe
 
 SMALL = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4}
@@ -241,3 +241,16 @@ def test_averages_of_adafactor_are_those_it_keeps(training: Any) -> None:
     config = make_tiny("llama").config
     plan = make_plan("x", FAM, context_tokens=32, config=config, training=training, optimizer="adafactor", lora_rank=4)
     assert plan.trained_parameters * 4 < plan.bytes_optimizer < plan.trained_parameters * 4 * 1.5
+
+
+def test_long_memory_is_planned_without_reading_all_of_it() -> None:
+    """Catches a plan that reads as many blocks as the memory has segments, and one that leaves them out."""
+    config = LlamaConfig(**SMALL, num_hidden_layers=1)
+    some, more, most = (
+        make_plan("llama", FAM.replace(num_memory_segments=number), context_tokens=64, config=config, training="full")
+        for number in (WALKED_BLOCKS - 2, WALKED_BLOCKS + 2, 10**9)
+    )
+    block = more.bytes_state / (WALKED_BLOCKS + 2)
+    assert 3 * block < more.bytes_reading - some.bytes_reading < 10 * block  # the state, and what is made of it
+    assert some.bytes_activations < more.bytes_activations < 1.5 * some.bytes_activations
+    assert most.bytes_state == pytest.approx(10**9 * block, rel=0.2)

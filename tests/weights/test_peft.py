@@ -15,6 +15,7 @@ from transformerfam import FamConfig, FamState, convert
 from transformerfam.errors import CorruptFileError, StateMismatchError, TransformerFamError, UnsupportedModelError
 from transformerfam.fam.convert import fam_parameters, memory_of, personal_memory, set_block_size
 from transformerfam.fam.memory import hold_weights_in
+from transformerfam.rivals import RivalConfig, attach
 from transformerfam.weights.adapter import FamAdapter, inject_lora
 from transformerfam.weights.models import load_model
 from transformerfam.weights.peft_adapters import load_peft_folder, merge_lora
@@ -346,3 +347,48 @@ def test_digest_that_was_kept_is_that_of_the_weights_until_they_are_trained(chan
         model.model.layers[0].mlp.up_proj.weight.add_(0.5)
     assert identity.base_digest() != before
     assert memory_of(twin).identity.base_digest() == before  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("system", ["fam", "bswa", "rmt"])
+def test_adapter_that_acts_from_a_place_on_is_refused_by_name(system: str) -> None:
+    """Catches activated LoRA, whose place is counted in the whole call, on the last tokens of every piece."""
+    model: Any = make_tiny_llama()
+    if system == "rmt":
+        attach(model, RivalConfig(system="rmt", block_size=8))
+    else:
+        convert(model, CONFIG if system == "fam" else CONFIG.without_fam())
+    lora = peft.LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM", alora_invocation_tokens=[60, 59])
+    adapted: Any = peft.get_peft_model(model, lora).eval()
+    match = r"adapter 'default' has alora_invocation_tokens=\[60, 59\], from which on it acts"
+    with pytest.raises(TransformerFamError, match=match):
+        logits_of(adapted)
+    with pytest.raises(TransformerFamError, match=match):
+        adapted.generate(input_ids=IDS, max_new_tokens=2)
+    with pytest.raises(TransformerFamError, match=match):
+        model.read(IDS)
+
+
+@pytest.mark.parametrize("system", ["fam", "rmt"])
+def test_layers_that_are_not_those_of_the_conversion_are_refused(system: str) -> None:
+    """Catches PEFT's copies of layers, of which the memory knows nothing."""
+    model: Any = make_tiny_llama()
+    if system == "rmt":
+        attach(model, RivalConfig(system="rmt", block_size=8))
+    else:
+        convert(model, CONFIG)
+    lora = peft.LoraConfig(r=2, target_modules=["q_proj"], layer_replication=[[0, 2], [0, 2]])
+    with pytest.raises(UnsupportedModelError, match="the model has 4 layers now and was converted with 2; change"):
+        logits_of(peft.get_peft_model(model, lora))
+
+
+def test_lora_with_a_bias_is_loaded_apart_where_its_layer_has_none(tmp_path: Path) -> None:
+    """Catches a memory that cannot be loaded, since its LoRA cannot be merged."""
+    torch.manual_seed(0)
+    lora = peft.LoraConfig(r=2, target_modules=["q_proj"], lora_bias=True, init_lora_weights=False)
+    model: Any = peft.get_peft_model(convert(make_tiny_llama(), CONFIG), lora)
+    FamAdapter.from_model(model).save_pretrained(tmp_path)
+    loaded = FamAdapter.from_pretrained(tmp_path).apply(make_tiny_llama(), merge=True)
+    assert torch.equal(logits_of(loaded), logits_of(model))
+    model.save_pretrained(tmp_path / "peft")
+    loaded = load_peft_folder(convert(make_tiny_llama(), CONFIG), tmp_path / "peft", merge=True)
+    assert torch.equal(logits_of(loaded), logits_of(model))

@@ -193,11 +193,12 @@ def evaluate_next_token_command(
     """Measure loss and accuracy of predicting every token of a text."""
     if file == STANDARD_INPUT and "," in (system or ""):
         raise TransformerFamError("standard input can be read once; give one system, or a file")
-    shown = []
+    shown, by_model = [], _systems_by_model(system)
+    for asked in [asked for systems in by_model.values() for asked in systems]:
+        if control_of(asked) is not None:
+            raise TransformerFamError(f"system {asked!r} belongs to the passkey task; take fam or bswa")
     with RowFile(output) if output is not None else contextlib.nullcontext() as rows:
-        for loaded, systems in _systems_by_model(system).items():
-            if control_of(systems[0]) is not None:
-                raise TransformerFamError(f"system {systems[0]!r} belongs to the passkey task; take fam or bswa")
+        for loaded, systems in by_model.items():
             loaded_model, tokenizer = _load(model, loaded, parse_overrides(overrides), device, dtype)
             named = name_in_rows(systems[0], loaded_model)
             before = [] if rows is None else rows.rows

@@ -1,6 +1,7 @@
 """The arguments of a call: what is heard as in transformers, and what is refused by name."""
 
 import operator
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -19,13 +20,14 @@ LARGEST_NUMBER = 2**53
 """Of tokens, blocks or sequences: what every part of a computation holds exactly."""
 
 
-def require_integer(name: str, value: Any, least: int) -> int:
+def require_integer(name: str, value: Any, least: int, most: int = LARGEST_NUMBER) -> int:
     """Return a number of tokens or sequences, which may be one of numpy's or torch's, as Python's own.
 
     Args:
         name: of the argument.
         value: that is given.
         least: that is allowed.
+        most: that is allowed.
 
     Raises:
         TransformerFamError: it is no integer, or out of range.
@@ -34,9 +36,27 @@ def require_integer(name: str, value: Any, least: int) -> int:
         number = None if getattr(value, "dtype", type(value)) in (bool, torch.bool) else operator.index(value)
     except TypeError:
         number = None
-    if number is None or not least <= number <= LARGEST_NUMBER:
-        raise TransformerFamError(f"{name} is {value!r}, required is an integer from {least} to 2^53; change {name}")
+    if number is None or not least <= number <= most:
+        limit = "2^53" if most == LARGEST_NUMBER else most
+        raise TransformerFamError(f"{name} is {value!r}, required is an integer from {least} to {limit}; change {name}")
     return number
+
+
+def as_tensor(name: str, value: Any, required: str) -> torch.Tensor:
+    """Return numbers as a tensor: a tensor as it is, lists and numpy's arrays as torch takes them.
+
+    Args:
+        name: of the argument.
+        value: that is given.
+        required: what it has to be, for the message.
+
+    Raises:
+        TransformerFamError: torch makes no tensor of it.
+    """
+    try:
+        return torch.as_tensor(value)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise TransformerFamError(f"{name} is no tensor ({error}); required are {required}") from error
 
 
 def saved_flags(is_saved: Any, batch_size: int, has_fam: bool) -> list[bool]:
@@ -52,9 +72,10 @@ def saved_flags(is_saved: Any, batch_size: int, has_fam: bool) -> list[bool]:
     """
     if is_saved is None:
         return [has_fam] * batch_size
-    flags: list[bool] = is_saved.tolist() if hasattr(is_saved, "tolist") else list(is_saved)
+    flags: Any = is_saved.tolist() if hasattr(is_saved, "tolist") else is_saved
+    flags = list(flags) if isinstance(flags, Iterable) else [flags]
     if any(type(flag) is not bool for flag in flags):
-        raise TransformerFamError(f"is_saved is {flags}, required are True or False for every sequence")
+        raise TransformerFamError(f"is_saved is {is_saved}, required are True or False for every sequence")
     if len(flags) != batch_size or (any(flags) and not has_fam):
         raise TransformerFamError(
             f"is_saved is {flags}, required are {batch_size} flags, and a saved fam where one is True"

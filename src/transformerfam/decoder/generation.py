@@ -28,6 +28,7 @@ class _Call:
         num_fresh: tokens of every row's input that the state had not read.
         num_columns: columns of the input in what `generate` returns.
         has_beams: whether rows of the state are beams.
+        fresh_BT: which tokens of the input the state had not read, where it had read some.
         ended_B: rows that have come to their end, from the first end-of-text token on.
         num_given: columns of token ids that are given beside embeddings, and returned in front of what is generated.
         expand: rows of the state for each row that the caller has.
@@ -39,6 +40,7 @@ class _Call:
     num_fresh: list[int] = dataclasses.field(default_factory=list)
     num_columns: int = 0
     has_beams: bool = False
+    fresh_BT: torch.Tensor | None = None
     ended_B: torch.Tensor | None = None
     num_given: int = 0
     expand: int = 1
@@ -147,7 +149,7 @@ def prepare_cache_for_generation(
     call.state, call.has_beams, call.num_before = state, num_beams > 1, state.row_lengths
     if call.ids_BT is not None and len(call.ids_BT) * expand == state.batch_size:
         ids_BT = call.ids_BT.repeat_interleave(expand, dim=0)
-        model_kwargs["attention_mask"] = _without_history(self, call, ids_BT, model_kwargs.get("attention_mask"))
+        model_kwargs["attention_mask"] = _find_history(self, call, ids_BT, model_kwargs.get("attention_mask"))
         return
     read_last_tokens(self, state)
     embeds_BTD, mask_BT = model_kwargs.get("inputs_embeds"), model_kwargs.get("attention_mask")
@@ -157,23 +159,27 @@ def prepare_cache_for_generation(
     call.num_fresh = [length] * state.batch_size if mask_BT is None else mask_BT[:, -length:].sum(1).tolist()
 
 
-def _without_history(
+def _find_history(
     model: PreTrainedModel, call: _Call, ids_BT: torch.Tensor, attention_mask: torch.Tensor | None
 ) -> torch.Tensor | None:
-    """Return the mask of an input without what its rows have read, after reading what is missing in front of it."""
+    """Note what of an input its rows have read, after reading what is missing in front of it.
+
+    Returns:
+        The input's own mask, with what was read, since penalties and drafts see all tokens.
+    """
     state = call.state
     assert state is not None
     mask_BT = torch.ones_like(ids_BT) if attention_mask is None else attention_mask[:, -ids_BT.shape[1] :]
     rows = [ids[keep].tolist() for ids, keep in zip(ids_BT, mask_BT.bool().to(ids_BT.device), strict=True)]
     if _has_history(state, rows):
         num_read_B1 = torch.tensor(state.row_lengths, device=mask_BT.device)[:, None]
-        attention_mask = mask_BT * (mask_BT.cumsum(1) > num_read_B1)
+        call.fresh_BT = mask_BT.cumsum(1) > num_read_B1
         call.num_fresh = [len(row) - num_read for row, num_read in zip(rows, state.row_lengths, strict=True)]
     else:
         read_last_tokens(model, state)
         call.num_fresh = [len(row) for row in rows]
     call.num_before, call.num_columns = state.row_lengths, ids_BT.shape[1]
-    return attention_mask
+    return attention_mask if call.fresh_BT is None else mask_BT
 
 
 def _has_history(state: ReadingState, rows: list[list[int]]) -> bool:
@@ -241,17 +247,26 @@ def get_stopping_criteria(self: Any, *args: Any, **kwargs: Any) -> StoppingCrite
     """Return the class's own criteria; where `generate` pads behind an end, they note which rows have ended."""
     criteria: StoppingCriteriaList = type(self)._get_stopping_criteria(self, *args, **kwargs)
     call = _CALL.get()
-    if call.state is None or call.has_beams or not any(hasattr(one, "eos_token_id") for one in criteria):
+    if call.state is None or call.has_beams or call.state.batch_size == 1:  # where an end is the end of all
+        return criteria
+    if not any(hasattr(one, "eos_token_id") for one in criteria):
         return criteria
     return _NotingCriteria(criteria)
 
 
 def prepare_inputs_for_generation(self: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
-    """Return the class's own inputs of a step, with the padding behind ended rows masked."""
+    """Return the class's own inputs of a step, in which what was read and the padding behind ended rows are masked."""
     inputs: dict[str, Any] = type(self).prepare_inputs_for_generation(self, *args, **kwargs)
     call = _CALL.get(None)
-    if call is not None and call.ended_B is not None and isinstance(inputs.get(CACHE_NAME), ReadingState):
+    if call is None or not isinstance(inputs.get(CACHE_NAME), ReadingState):
+        return inputs
+    if call.ended_B is not None:
         inputs["attention_mask"] = (~call.ended_B).long()[:, None]
+    elif call.fresh_BT is not None:
+        mask = inputs["attention_mask"].clone()
+        length = min(mask.shape[1], call.fresh_BT.shape[1])
+        mask[:, :length] *= call.fresh_BT[:, :length]
+        inputs["attention_mask"] = mask
     return inputs
 
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import fnmatch
 import json
 import re
 import warnings
@@ -31,6 +32,16 @@ ARCHITECTURE_KEYS = (
     "tie_word_embeddings",
 )
 
+CONSTANTS = "constants"
+"""Key of an architecture under which all further numbers of a model's configuration are, and its activations."""
+
+NOT_FELT = (
+    *("output_*", "return_*", "use_cache", "chunk_size_feed_forward", "is_*", "tie_*", "num_labels", "gradient*"),
+    *("*dropout*", "*pdrop", "*jitter*", "*_coef", "*initializer*", "*token_id*", "pretraining_tp", "num_nextn_*"),
+    "max_position_embeddings",
+)
+"""Numbers of a configuration that change nothing of what a model reads: patterns of their names."""
+
 MEMORY_PREFIXES = ("fam.", "rival.")
 PEFT_MARKS = ("lora_", "trainable_tokens_", ".modules_to_save.")
 
@@ -44,7 +55,29 @@ def describe_architecture(model: Any) -> dict[str, Any]:
     """Return what two models must share so that a state of one fits the other, as JSON values."""
     values = model.config.to_dict()
     chosen = {"class": type(model).__name__} | {key: values.get(key) for key in ARCHITECTURE_KEYS}
+    chosen[CONSTANTS] = {
+        key: value
+        for key, value in sorted(values.items())
+        if (isinstance(value, int | float) or (isinstance(value, str) and "activation" in key))
+        and key not in ARCHITECTURE_KEYS
+        and not any(fnmatch.fnmatch(key, pattern) for pattern in NOT_FELT)
+    }
     return json.loads(json.dumps(chosen))
+
+
+def difference(there: Mapping[str, Any], here: Mapping[str, Any]) -> tuple[str, Any, Any] | None:
+    """Return the first key in which two architectures differ, with both values; None where they are equal.
+
+    Of `CONSTANTS` those are compared that both have: versions of transformers add some, and old files have none.
+    """
+    for key in sorted({*there, *here} - {CONSTANTS}):
+        if there.get(key) != here.get(key):
+            return key, there.get(key), here.get(key)
+    own, other = there.get(CONSTANTS) or {}, here.get(CONSTANTS) or {}
+    for key in sorted(own.keys() & other.keys()):
+        if own[key] != other[key]:
+            return key, own[key], other[key]
+    return None
 
 
 def _in_todays_fields(values: dict[str, Any], config: FamConfig) -> dict[str, Any]:
@@ -292,14 +325,14 @@ class ModelIdentity:
         """
         for part, here, there in (
             ("architecture", self.architecture, metadata["architecture"]),
-            ("fam_config", config.to_dict(), _in_todays_fields(metadata["fam_config"], config)),
+            ("fam config", config.to_dict(), _in_todays_fields(metadata["fam_config"], config)),
         ):
-            different = [key for key in sorted({*here, *there}) if here.get(key) != there.get(key)]
-            if different:
-                key = different[0]
+            different = difference(there, here)
+            if different is not None:
+                key, value_there, value_here = different
                 raise StateMismatchError(
-                    f"{what} was made on another {part.replace('_', ' ')}: {key} is {there.get(key)!r} there and "
-                    f"{here.get(key)!r} here; load it into the model and configuration that it was made on"
+                    f"{what} was made on another {part}: {key} is {value_there!r} there and {value_here!r} here; load "
+                    "it into the model and configuration that it was made on"
                 )
         self.warn_of_weights(metadata, what)
 

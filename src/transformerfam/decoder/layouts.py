@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -143,8 +143,9 @@ def _known_turners(rotary: Any) -> Iterator[Turner]:
     for is_in_values in (False, True):
         for is_interleaved in (False, True):
             for is_at_end in (False, True):
-                for table in (*tables, *(-table for table in tables)):
-                    yield Turner(table, is_interleaved, is_at_end, is_in_values)
+                for sign in (1, -1):
+                    for index, table in enumerate(tables):
+                        yield Turner(sign * table, is_interleaved, is_at_end, is_in_values, (index, sign))
     yield Turner(None)
 
 
@@ -161,3 +162,10 @@ def _fitting(
         if all(relative_error(there, required) <= tolerance for there, required in zip(turned, later, strict=True)):
             return turner
     return None
+
+
+def with_tables_of(decoder: Any, layouts: Sequence[LayerLayout]) -> tuple[LayerLayout, ...]:
+    """Return layouts whose keys turn by the tables that a decoder has now: `model.to(dtype)` rounds those, too."""
+    tables = inverse_frequencies(decoder.rotary_emb)
+    turners = {id(layout.turner): layout.turner.with_tables(tables) for layout in layouts}
+    return tuple(dataclasses.replace(layout, turner=turners[id(layout.turner)]) for layout in layouts)

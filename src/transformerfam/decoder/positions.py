@@ -7,6 +7,7 @@ Source: B.2.1 of arXiv 2404.09173.
 """
 
 import warnings
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -30,6 +31,15 @@ def warn_beyond_trained(model_config: Any, num_positions: int) -> None:
             f"a block reaches position {num_positions - 1:,}, and the model was trained on positions up to "
             f"{trained - 1:,} (max_position_embeddings), so it will read worse; choose a smaller block_size, or fewer "
             "num_memory_segments",
+            stacklevel=3,
+        )
+    rope = getattr(model_config, "rope_parameters", None) or {}
+    scaled_from = rope.get("original_max_position_embeddings") if rope.get("llama_4_scaling_beta") else None
+    if scaled_from is not None and num_positions > scaled_from:
+        warnings.warn(
+            f"a block reaches position {num_positions - 1:,}, and from {scaled_from:,} on the model scales its queries "
+            "by the position (llama_4_scaling_beta), which in a block says nothing of the place in the text; choose a "
+            "smaller block_size, or fewer num_memory_segments",
             stacklevel=3,
         )
 
@@ -82,6 +92,7 @@ class Turner:
         is_interleaved: whether neighbouring dimensions turn together, not the first half with the second.
         is_at_end: whether the last R dimensions turn, not the first.
         is_in_values: whether the position is in the second tensor of the cache (latent attention), not in the first.
+        place: which of the rotary embedding's tables it is, and the sign; None where it is none of them.
     """
 
     def __init__(
@@ -90,6 +101,7 @@ class Turner:
         is_interleaved: bool = False,
         is_at_end: bool = False,
         is_in_values: bool = False,
+        place: tuple[int, int] | None = None,
     ) -> None:
         self.inverse_frequencies = (
             None if inverse_frequencies is None else inverse_frequencies.detach().to("cpu", torch.float64)
@@ -97,7 +109,18 @@ class Turner:
         self.is_interleaved = is_interleaved
         self.is_at_end = is_at_end
         self.is_in_values = is_in_values
+        self.place = place
         self._tables: dict[tuple[Distance, torch.dtype, torch.device], tuple[torch.Tensor, torch.Tensor]] = {}
+
+    def with_tables(self, tables: Sequence[torch.Tensor]) -> "Turner":
+        """Return a turner by the tables that a model has now, which `model.to(dtype)` rounds; itself where none is."""
+        if self.place is None or self.inverse_frequencies is None:
+            return self
+        index, sign = self.place
+        table = sign * tables[index].detach().to("cpu", torch.float64)
+        if torch.equal(table, self.inverse_frequencies):
+            return self
+        return Turner(table, self.is_interleaved, self.is_at_end, self.is_in_values, self.place)
 
     @torch.inference_mode(mode=False)
     def _table(self, distance: Distance, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -7,7 +7,7 @@ import torch
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
-from transformerfam.decoder.arguments import check_ids, own_mask
+from transformerfam.decoder.arguments import as_tensor, check_ids, own_mask
 from transformerfam.decoder.cache_argument import rename_cache
 from transformerfam.decoder.generation import GENERATION_METHODS
 from transformerfam.decoder.state import ReadingState
@@ -44,13 +44,13 @@ def read(
             batch that does not fit the state.
         ReadInterrupted: Ctrl-C; it carries the state and says how to go on.
     """
-    ids = torch.as_tensor(input_ids)
+    ids = as_tensor("input_ids", input_ids, "token ids, (tokens,) or (batch, tokens)")
     check_ids(ids, self.get_input_embeddings().weight.shape[0])
     if ids.dim() not in (1, 2):
         raise TransformerFamError(f"token ids have shape {tuple(ids.shape)}, required is (tokens,) or (batch, tokens)")
     ids = (ids[None] if ids.dim() == 1 else ids).to(self.device, torch.long)
     if attention_mask is not None:
-        attention_mask = torch.as_tensor(attention_mask, device=self.device)
+        attention_mask = as_tensor("attention_mask", attention_mask, "a 0 or 1 for every token").to(self.device)
         attention_mask = attention_mask[None] if attention_mask.dim() == 1 else attention_mask
         attention_mask = own_mask(attention_mask, *ids.shape)
     if not (isinstance(progress, bool) or callable(progress)):

@@ -12,6 +12,7 @@ from typing import Any, Self
 import torch
 from transformers import Cache
 
+from transformerfam.decoder.arguments import LARGEST_NUMBER, as_tensor, require_integer
 from transformerfam.decoder.identity import UnboundIdentity
 from transformerfam.errors import StateMismatchError, TransformerFamError
 
@@ -192,7 +193,7 @@ class ReadingState(Cache, abc.ABC):
         Raises:
             TransformerFamError: there is no such row, or none is named.
         """
-        indices = torch.as_tensor(rows)
+        indices = as_tensor("rows", rows, "numbers of sequences")
         numbers = indices.tolist() if indices.dtype in (torch.int32, torch.int64) and indices.dim() == 1 else []
         if not numbers or not 0 <= min(numbers) <= max(numbers) < self.batch_size:
             raise TransformerFamError(
@@ -247,6 +248,7 @@ class ReadingState(Cache, abc.ABC):
         Raises:
             TransformerFamError: `activate_past_recording` was not called before that input, or it was shorter.
         """
+        tokens_to_remove = require_integer("tokens_to_remove", tokens_to_remove, least=-LARGEST_NUMBER)
         before, self._before = self._before, None
         if tokens_to_remove == 0:
             return

@@ -4,7 +4,7 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from transformerfam.decoder.families import refuse_by_configuration
+from transformerfam.decoder.families import decoder_layers, refuse_by_configuration
 from transformerfam.decoder.flash import FLASH_BACK_ENDS
 from transformerfam.decoder.identity import require_at_hand
 from transformerfam.decoder.kernels import BACK_END
@@ -53,6 +53,20 @@ def check_model(model: Any) -> None:
                 f"RoPE of type {rope_type!r} changes with the length of the text, so keys cannot be turned; set "
                 "another type"
             )
+
+
+def require_layers(model: Any, num_layers: int) -> None:
+    """Refuse a model whose layers are not those that it was converted with.
+
+    Raises:
+        UnsupportedModelError: there are more, or fewer.
+    """
+    found = len(decoder_layers(model))
+    if found != num_layers:
+        raise UnsupportedModelError(
+            f"the model has {found} layers now and was converted with {num_layers}; change its layers first (as PEFT's "
+            "layer_replication does), and convert then"
+        )
 
 
 def check_structure(model: Any) -> None:

@@ -218,7 +218,16 @@ def _check_cache_and_mask(model: PreTrainedModel, ids: torch.Tensor) -> None:
         with Watch(model, base) as pieces:
             for part in ids.split((3, 5), dim=1):
                 decoder(input_ids=part, past_key_values=state)
-    pieces.require_equal("cache")
+    try:
+        pieces.require_equal("cache")
+    except UnsupportedModelError as error:
+        window = getattr(decoder.config, "sliding_window", None)
+        if window is None:
+            raise
+        raise UnsupportedModelError(
+            f"{error}. The configuration has sliding_window={window}, by which keys are masked here; where the class "
+            "has no sliding window, set it to None and convert again"
+        ) from error
 
 
 def _check_rows(model: PreTrainedModel, ids: torch.Tensor) -> None:

@@ -66,12 +66,17 @@ def convert(model: PreTrainedModel, config: FamConfig) -> PreTrainedModel:
 
     Raises:
         UnsupportedModelError: the family is not served, or a seam does not do what the algorithm says.
+        TransformerFamError: `config` is no `FamConfig`.
 
     Warns:
         UserWarning: the family has no row, and was found by the checks.
 
     Source: DESIGN, "How FAM enters a model"; Algorithms 1 and 2.
     """
+    if not isinstance(config, FamConfig):
+        raise TransformerFamError(
+            f"config is a {type(config).__name__}, required is a FamConfig; FamConfig.from_dict makes one of values"
+        )
     check_model(model)
     if hasattr(model.get_decoder(), "fam"):
         raise UnsupportedModelError(

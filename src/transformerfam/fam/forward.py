@@ -6,12 +6,14 @@ import torch
 from transformers.modeling_outputs import MoeModelOutputWithPast
 
 from transformerfam.decoder.cache_argument import take_cache
+from transformerfam.decoder.identity import difference
+from transformerfam.decoder.peft_calls import refuse_adapters_by_place
 from transformerfam.decoder.pieces import NOT_COMPILED, Inputs, read_in_pieces, state_or_new
 from transformerfam.decoder.step import run_decoder
 from transformerfam.errors import StateMismatchError
 from transformerfam.fam.memory import QUERY_BACK_ENDS, FamMemory, refresh_queries
 from transformerfam.fam.piece import Piece
-from transformerfam.fam.row_lora import bind_lora, leading_rows, refuse_adapter_names
+from transformerfam.fam.row_lora import bind_lora, leading_rows
 from transformerfam.fam.state import FamState
 
 
@@ -33,7 +35,8 @@ def read_pieces(
     Args:
         self: the decoder.
         input_ids: `(B, T)` new tokens.
-        attention_mask: `(B, T)`, 1 for tokens and 0 for padding; of a longer mask the last T columns count.
+        attention_mask: `(B, T)`, 1 for tokens and 0 for padding, which takes no position, wherever it is; of a longer
+            mask the last T columns count.
         position_ids: `(1 or B, T)`, from any number on; refused where they do not run on by one.
         cache: the state to advance, or `past_key_values`; None starts one.
         inputs_embeds: `(B, T, D)` instead of `input_ids`.
@@ -47,7 +50,7 @@ def read_pieces(
         TransformerFamError: an argument asks for what is not done; the message names it.
         StateMismatchError: the state is another model's, or of another configuration or batch.
     """
-    refuse_adapter_names(self.fam.identity.model)
+    refuse_adapters_by_place(self.fam.identity.model)
     inputs = Inputs.of(self, input_ids, inputs_embeds, attention_mask, position_ids, use_cache, kwargs)
     state = _own_state(self, take_cache(kwargs, cache), len(inputs.embeds_BTD))
     if max(state.block_fill) + inputs.embeds_BTD.shape[1] >= state.config.block_size:
@@ -60,7 +63,7 @@ def _own_state(decoder: Any, cache: Any, batch_size: int) -> FamState:
     assert memory.identity is not None
     cache = state_or_new(cache, FamState, memory.identity, batch_size)
     if cache.identity is not memory.identity:
-        if cache.identity.architecture != memory.identity.architecture:
+        if difference(cache.identity.architecture, memory.identity.architecture) is not None:
             raise StateMismatchError("state belongs to another model; start a new one with model.init_state()")
         if cache.identity.model is not memory.identity.model:  # PEFT's copies of a memory are of one model
             memory.identity.warn_of_weights(cache.identity.to_metadata(cache.config), "the state")

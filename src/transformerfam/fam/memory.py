@@ -8,6 +8,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from transformerfam.config import FamConfig
+from transformerfam.decoder.arguments import as_tensor, check_ids
 from transformerfam.decoder.flash import FLASH_BACK_ENDS
 from transformerfam.decoder.half_precision import MEAN_SHARE, fitting
 from transformerfam.decoder.identity import ModelIdentity
@@ -156,6 +157,14 @@ def _change_config(model: PreTrainedModel, **changes: Any) -> None:
     model.fam_config = config
 
 
+def _require_prompt(memory: FamMemory) -> None:
+    length = memory.config.fam_length
+    if length == 0 or memory.config.fam_init != "prompt":
+        raise TransformerFamError(
+            f"fam_init is {memory.config.fam_init!r} and fam_length {length}, required is a prompt of at least one row"
+        )
+
+
 @torch.no_grad()
 def prefix_from_prompt(model: PreTrainedModel) -> None:
     """Replace the prompt of a converted model by the prefix that it makes, in place; the model reads as before.
@@ -164,9 +173,13 @@ def prefix_from_prompt(model: PreTrainedModel) -> None:
     first residual is zero only their directions act, and they are scaled to root mean square 1, so that one learning
     rate suits all layers.
 
+    Raises:
+        TransformerFamError: there is no prompt, or the memory has slots.
+
     Source: B.1, prompt tuning and prefix tuning.
     """
     memory = memory_of(model)
+    _require_prompt(memory)
     if memory.config.has_slots:
         raise TransformerFamError(
             "fam_feeds is 'slots', required for a prefix is another, since rows go up from a prompt"
@@ -196,15 +209,14 @@ def set_prompt(model: PreTrainedModel, token_ids: Sequence[int]) -> None:
     """
     memory = memory_of(model)
     length = memory.config.fam_length
-    if length == 0 or memory.config.fam_init != "prompt":
-        raise TransformerFamError(
-            f"fam_init is {memory.config.fam_init!r} and fam_length {length}, required is a prompt of at least one row"
-        )
+    _require_prompt(memory)
     if len(token_ids) < length:
         raise TransformerFamError(
             f"the text has {len(token_ids)} tokens, required are at least fam_length ({length}); give a longer text"
         )
-    rows = torch.tensor(list(token_ids)[-length:], device=memory.prompt.device)
+    ids = as_tensor("token_ids", token_ids, "ids of a text")
+    check_ids(ids, model.get_input_embeddings().weight.shape[0])
+    rows = ids[-length:].to(memory.prompt.device)
     memory.prompt.copy_(model.get_input_embeddings()(rows))
 
 
@@ -223,11 +235,13 @@ def personal_memory(model: PreTrainedModel, fam_LFD: torch.Tensor) -> list[nn.Pa
         The only trained parameters.
 
     Raises:
-        TransformerFamError: `fam_LFD` has another shape.
+        TransformerFamError: `fam_LFD` has another shape, or numbers that are not finite.
 
     Source: B.2.3, "the saved FAM can also be used as a trained prefix for a task or a person".
     """
     memory = memory_of(model)
+    if not bool(torch.isfinite(fam_LFD).all()):
+        raise TransformerFamError("the saved FAM has numbers that are not finite; take state.fams[:, 0] of a reading")
     if memory.config.has_slots:
         raise TransformerFamError(
             "fam_feeds is 'slots', where a saved FAM is keys and values and no prefix of hidden states; required for a "

@@ -64,25 +64,6 @@ def bind_lora(model: nn.Module) -> None:
         module.merge = refuse_merge
 
 
-def refuse_adapter_names(model: nn.Module) -> None:
-    """Refuse PEFT's `adapter_names`, an adapter for each row: the initial FAM is made once for all rows.
-
-    Raises:
-        TransformerFamError: the call was given them.
-    """
-    if not getattr(model, "peft_config", None):
-        return
-    for module in model.modules():
-        if hasattr(module, "active_adapters") and hasattr(module, "base_layer"):  # the first layer says it for all
-            names = [getattr(hook, "keywords", {}).get("adapter_names") for hook in module._forward_pre_hooks.values()]
-            if any(names):
-                raise TransformerFamError(
-                    f"adapter_names is {names[0]}, required is one adapter for all rows of a batch, which share their "
-                    "initial FAM; choose it with set_adapter(NAME), and read other rows in another batch"
-                )
-            return
-
-
 def _is_bound(module: Any) -> bool:
     return getattr(module.__dict__.get("forward"), "__func__", None) is _forward
 

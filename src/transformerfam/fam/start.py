@@ -8,11 +8,14 @@ from transformers import PreTrainedModel
 from transformerfam.decoder.arguments import require_integer, saved_flags
 from transformerfam.decoder.half_precision import fitting
 from transformerfam.decoder.identity import require_at_hand
+from transformerfam.decoder.layouts import with_tables_of
+from transformerfam.decoder.peft_calls import refuse_adapters_by_place
 from transformerfam.decoder.positions import first_position
+from transformerfam.decoder.structure import require_layers
 from transformerfam.errors import StateMismatchError
 from transformerfam.fam.layer import FamLayer, LayerPlan, Sections, joined_slots
 from transformerfam.fam.memory import initial_fam, initial_queries, memory_of, prompt_pass
-from transformerfam.fam.row_lora import bind_lora, refuse_adapter_names
+from transformerfam.fam.row_lora import bind_lora
 from transformerfam.fam.state import FamState
 
 
@@ -30,6 +33,8 @@ def _saved_fam(
         if not isinstance(fam, torch.Tensor) or not fam.is_floating_point():
             what = fam.dtype if isinstance(fam, torch.Tensor) else type(fam).__name__
             raise StateMismatchError(f"fam is a {what}, required is a tensor of floating numbers, as state.fams gives")
+        if not bool(torch.isfinite(fam).all()):
+            raise StateMismatchError("fam has numbers that are not finite; save it from a state of a reading")
         fam = fam[:, None].expand(-1, batch_size, -1, -1) if fam.dim() == 3 else fam
         if tuple(fam.shape) != expected:
             raise StateMismatchError(
@@ -66,8 +71,10 @@ def init_state(
     batch_size = require_integer("batch_size", batch_size, least=1)
     position_offset = require_integer("position_offset", position_offset, least=0)
     decoder, memory, weight = self.get_decoder(), memory_of(self), self.get_input_embeddings().weight
+    require_layers(self, len(memory.layouts))
+    memory.layouts = with_tables_of(decoder, memory.layouts)
     config, num_layers = memory.config, len(memory.layouts)
-    refuse_adapter_names(self)
+    refuse_adapters_by_place(self)
     if config.fam_lora == "rows":
         bind_lora(self)
     assert memory.identity is not None

@@ -17,7 +17,7 @@ from transformerfam.decoder.identity import ModelIdentity
 from transformerfam.decoder.state import ReadingState, require_several, take_stored
 from transformerfam.errors import CorruptFileError, StateMismatchError, TransformerFamError
 from transformerfam.fam.layer import FamLayer
-from transformerfam.files import load_tensors, metadata_form, require_finite, save_tensors
+from transformerfam.files import load_tensors, metadata_form, refuse_to_write, require_finite, save_tensors
 
 STATE_FORMAT_VERSION = 1
 
@@ -221,7 +221,8 @@ class FamState(ReadingState):
         """Write the state to a safetensors file, atomically.
 
         Raises:
-            TransformerFamError: the folder does not exist or the disk is full; an old file is left as it was.
+            TransformerFamError: the folder does not exist, the disk is full, or the reading has numbers that are not
+                finite; an old file is left as it was.
         """
         metadata = {
             "kind": "state",
@@ -235,6 +236,7 @@ class FamState(ReadingState):
         tensors = {
             f"layers.{i}.{name}": t for i, layer in enumerate(self.layers) for name, t in layer.tensors().items()
         }
+        refuse_to_write(tensors, path)
         save_tensors(path, tensors, metadata)
 
     @classmethod
@@ -253,6 +255,8 @@ class FamState(ReadingState):
         Warns:
             UserWarning: it was made on other weights of the same architecture.
         """
+        if not hasattr(model, "init_state"):
+            raise TransformerFamError("the model has no memory yet; call convert(model, FamConfig(...)) first")
         tensors, metadata = load_tensors(path, "state", STATE_FORMAT_VERSION)
         require_finite(tensors, path, "state")
         config: FamConfig = model.fam_config

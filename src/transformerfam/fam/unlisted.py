@@ -452,13 +452,13 @@ def _note_sizes(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
-    mask: torch.Tensor | None,
+    attention_mask: torch.Tensor | None,
     scaling: float | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
     """Note the queries' norms, and give every token its own value: what comes of it is not looked at."""
     _SIZES.get().append(query.norm(dim=-1) * (query.shape[-1] ** -0.5 if scaling is None else scaling))
-    return value.repeat_interleave(query.shape[1] // value.shape[1], 1).transpose(1, 2), None
+    return value.repeat_interleave(query.shape[1] // value.shape[1], 1).transpose(1, 2).contiguous(), None
 
 
 AttentionInterface.register(SIZING_BACK_END, _note_sizes)

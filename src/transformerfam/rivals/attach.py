@@ -12,15 +12,16 @@ from transformerfam.config import FamConfig
 from transformerfam.decoder.arguments import require_integer, saved_flags
 from transformerfam.decoder.cache_argument import take_cache
 from transformerfam.decoder.families import decoder_layers, family_of, require_row
-from transformerfam.decoder.identity import ModelIdentity
+from transformerfam.decoder.identity import ModelIdentity, difference
 from transformerfam.decoder.kernels import MIXED_BACK_END
 from transformerfam.decoder.layouts import RELATIVE_TOLERANCE, find_layouts, relative_error
+from transformerfam.decoder.peft_calls import refuse_adapters_by_place
 from transformerfam.decoder.pieces import NOT_COMPILED, Inputs, read_in_pieces, state_or_new
 from transformerfam.decoder.positions import warn_beyond_trained
 from transformerfam.decoder.reading import READER_METHODS
 from transformerfam.decoder.seams import LayerSeam, bind_method
 from transformerfam.decoder.step import StepCache, run_decoder
-from transformerfam.decoder.structure import check_model, check_structure
+from transformerfam.decoder.structure import check_model, check_structure, require_layers
 from transformerfam.errors import StateMismatchError, TransformerFamError, UnsupportedModelError
 from transformerfam.rivals.config import RivalConfig
 from transformerfam.rivals.piece import Rival, RivalPiece
@@ -47,6 +48,10 @@ def attach(model: PreTrainedModel, config: RivalConfig) -> PreTrainedModel:
     Raises:
         UnsupportedModelError: the family is not served, or not by this rival.
     """
+    if not isinstance(config, RivalConfig):
+        raise TransformerFamError(
+            f"config is a {type(config).__name__}, required is a RivalConfig; RivalConfig.from_dict makes one of values"
+        )
     plain = FamConfig(block_size=config.block_size, fam_length=0, num_memory_segments=0)
     check_model(model)
     require_row(model.config.model_type, "a rival")
@@ -151,6 +156,7 @@ def init_state(
     require_integer("position_offset", position_offset, least=0)
     rival: Rival = self.get_decoder().rival
     assert rival.identity is not None
+    require_layers(self, len(rival.layouts))
     saved = saved_flags(is_saved, batch_size, fam is not None)
     lanes = []
     for is_from_saved in (False, True):
@@ -196,7 +202,8 @@ def read_segments(
     Args:
         self: the decoder.
         input_ids: `(B, T)` new tokens.
-        attention_mask: `(B, T)`, 1 for tokens and 0 for padding; of a longer mask the last T columns count.
+        attention_mask: `(B, T)`, 1 for tokens and 0 for padding, which takes no position, wherever it is; of a longer
+            mask the last T columns count.
         position_ids: `(1 or B, T)`, from any number on; refused where they do not run on by one.
         cache: the state to advance, or `past_key_values`; None starts one.
         inputs_embeds: `(B, T, D)` instead of `input_ids`.
@@ -205,7 +212,17 @@ def read_segments(
 
     Returns:
         Hidden states `(B, T, D)` after the last norm, and the state.
+
+    Raises:
+        TransformerFamError: an argument asks for what is not done; the message names it.
+        StateMismatchError: the state is another model's or rival's.
     """
+    refuse_adapters_by_place(self.rival.identity.model)
+    if kwargs.get("output_router_logits", getattr(self.config, "output_router_logits", False)):
+        raise TransformerFamError(
+            "output_router_logits is True, and a rival's rows are parted by where they stand, so it gives none; leave "
+            "it out, or set it False in the model's configuration"
+        )
     inputs = Inputs.of(self, input_ids, inputs_embeds, attention_mask, position_ids, use_cache, kwargs)
     state = _own_state(self.rival, take_cache(kwargs, cache), len(inputs.embeds_BTD))
     return read_in_pieces(self, state, inputs, run_lanes, kwargs)
@@ -214,9 +231,13 @@ def read_segments(
 def _own_state(rival: Rival, cache: Any, batch_size: int) -> RivalState:
     assert rival.identity is not None
     cache = state_or_new(cache, RivalState, rival.identity, batch_size)
-    is_own = cache.identity is rival.identity or cache.identity.architecture == rival.identity.architecture
-    if not is_own or cache.config != rival.config:
+    is_own = cache.identity is rival.identity
+    is_another = not is_own and difference(cache.identity.architecture, rival.identity.architecture) is not None
+    if is_another or cache.config != rival.config:
         raise StateMismatchError("state belongs to another model or rival; start a new one with model.init_state()")
+    if not is_own:
+        rival.identity.warn_of_weights(cache.identity.to_metadata(cache.config), "the state")
+        cache.identity = rival.identity
     return cache
 
 

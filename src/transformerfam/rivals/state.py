@@ -14,7 +14,7 @@ import torch
 from transformerfam.decoder.identity import ModelIdentity
 from transformerfam.decoder.state import ReadingState, require_several, take_stored
 from transformerfam.errors import StateMismatchError, TransformerFamError
-from transformerfam.files import load_tensors, metadata_form, require_finite, save_tensors
+from transformerfam.files import load_tensors, metadata_form, refuse_to_write, require_finite, save_tensors
 from transformerfam.rivals.config import RivalConfig
 
 STATE_FORMAT_VERSION = 1
@@ -223,7 +223,8 @@ class RivalState(ReadingState):
         """Write the state to a safetensors file, atomically.
 
         Raises:
-            TransformerFamError: the folder does not exist or the disk is full; an old file is left as it was.
+            TransformerFamError: the folder does not exist, the disk is full, or the reading has numbers that are not
+                finite; an old file is left as it was.
         """
         lanes = [{"rows": lane.rows} | {name: getattr(lane, name) for name in PLACES} for lane in self.lanes]
         metadata = {
@@ -237,6 +238,7 @@ class RivalState(ReadingState):
             for number, lane in enumerate(self.lanes)
             for name, tensor in lane.tensors().items()
         }
+        refuse_to_write(tensors, path)
         save_tensors(path, tensors, metadata)
 
     @classmethod

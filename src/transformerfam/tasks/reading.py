@@ -18,6 +18,7 @@ from transformerfam.tasks.text import (
     encode,
     encode_rest,
     encode_start,
+    end_ids,
     known_pieces,
     say_unknown,
     stream_text,
@@ -171,8 +172,7 @@ def generate_text(
             ) from error
     ids = (encode_rest if state.num_tokens_read else encode_start)(tokenizer, question)
     say_unknown(tokenizer, encode_rest(tokenizer, question), "the question")
-    own = model.generation_config.eos_token_id
-    ends = {tokenizer.eos_token_id, *(own if isinstance(own, list) else [own])}
+    ends = end_ids(tokenizer, model.generation_config.eos_token_id)
     read_last_tokens(model, state)
     answer_1T = greedy_tokens(model, torch.tensor([ids]), state, max_new_tokens, end_ids=ends)
     state.unread_ids = answer_1T[:, -1].tolist()

@@ -369,3 +369,14 @@ def _last_cut(text: str) -> int:
 def _joins_space_in_front(tokenizer: Any) -> bool:
     """Say whether the tokenizer puts its own space in front of a text, so that a piece must not bring one."""
     return encode(tokenizer, "the sun") != encode(tokenizer, "the") + encode(tokenizer, " sun")
+
+
+def end_ids(tokenizer: Any, of_model: int | Sequence[int] | None) -> set[int]:
+    """Return the tokens that end an answer: the tokenizer's, and the model's own.
+
+    Args:
+        tokenizer: of the model.
+        of_model: its `eos_token_id`, one, several or None.
+    """
+    own = [of_model] if of_model is None or isinstance(of_model, int) else of_model
+    return {token for token in (tokenizer.eos_token_id, *own) if token is not None}

@@ -22,7 +22,7 @@ from transformerfam.config import FAM_DTYPES, FamConfig
 from transformerfam.errors import TransformerFamError
 from transformerfam.fam.memory import hold_weights_in
 from transformerfam.fam.state import FamState
-from transformerfam.tasks.text import SOME_UNKNOWN, unknown_share
+from transformerfam.tasks.text import SOME_UNKNOWN, end_ids, unknown_share
 from transformerfam.weights.models import find_device, load_model
 from transformerfam.weights.peft_adapters import base_of, load_peft_folder
 from transformerfam.weights.pretrained import load_pretrained
@@ -117,7 +117,16 @@ class FamLM(TemplateLM):
 
     @property
     def eot_token_id(self) -> int:
-        """The token that ends a text."""
+        """The token that ends a text.
+
+        Raises:
+            TransformerFamError: the tokenizer has none.
+        """
+        if self.tokenizer.eos_token_id is None:
+            raise TransformerFamError(
+                "the tokenizer has no end-of-text token, which the harness puts in front of a text without context; "
+                "set tokenizer.eos_token"
+            )
         return int(self.tokenizer.eos_token_id)
 
     @property
@@ -199,7 +208,13 @@ class FamLM(TemplateLM):
         return results
 
     def _score(self, state: FamState, last: int, targets: Sequence[list[int]]) -> list[tuple[float, bool]]:
-        """Return the log-probability of each continuation behind `last`, and whether it is the likeliest."""
+        """Return the log-probability of each continuation behind `last`, and whether it is the likeliest.
+
+        Raises:
+            TransformerFamError: a continuation has no tokens.
+        """
+        if not all(targets):
+            raise TransformerFamError("a continuation has no tokens, at least one is required; give it a text")
         inputs = pad_sequence([torch.tensor([last, *row[:-1]]) for row in targets], batch_first=True)
         wanted = pad_sequence([torch.tensor(row) for row in targets], batch_first=True)
         mask = pad_sequence([torch.ones(len(row), dtype=torch.long) for row in targets], batch_first=True)
@@ -258,19 +273,20 @@ class FamLM(TemplateLM):
         state = self.model.init_state()
         if len(ids) > 1:
             self.model.read(ids[:-1], state)
-        last = torch.tensor([ids[-1:]], device=self._device)
+        ids_1T = torch.tensor([ids], device=self._device)  # of which the state has read all but the last
         pad = self.tokenizer.pad_token_id
+        ends = end_ids(self.tokenizer, options.pop("eos_token_id", self.model.generation_config.eos_token_id))
         output = self.model.generate(
-            last,
-            attention_mask=torch.ones_like(last),
+            ids_1T,
+            attention_mask=torch.ones_like(ids_1T),
             past_key_values=state,
             max_new_tokens=num_new,
             pad_token_id=self.eot_token_id if pad is None else pad,
-            eos_token_id=self.eot_token_id,
-            stopping_criteria=[_StopTexts(self.tokenizer, until)],
+            eos_token_id=sorted(ends),
+            stopping_criteria=[_StopTexts(self.tokenizer, until, len(ids))],
             **options,
         )
-        return _cut(self.tokenizer.decode(output[0, 1:], skip_special_tokens=True), until)
+        return _cut(self.tokenizer.decode(output[0, len(ids) :], skip_special_tokens=True), until)
 
 
 def _require_as_given(model: Any, arguments: Mapping[str, Any]) -> None:
@@ -297,12 +313,13 @@ class _StopTexts(StoppingCriteria):
     transformers' own criterion also looks at the context, and stops where a text begins there.
     """
 
-    def __init__(self, tokenizer: Any, until: Sequence[str]) -> None:
+    def __init__(self, tokenizer: Any, until: Sequence[str], num_context: int) -> None:
         self.tokenizer = tokenizer
         self.until = until
+        self.num_context = num_context
 
     def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
-        texts = self.tokenizer.batch_decode(input_ids[:, 1:]) if self.until else [""] * len(input_ids)
+        texts = self.tokenizer.batch_decode(input_ids[:, self.num_context :]) if self.until else [""] * len(input_ids)
         return torch.tensor([any(stop in text for stop in self.until) for text in texts], device=input_ids.device)
 
 

@@ -46,6 +46,8 @@ PAPER_SHAPES: dict[str, dict[str, int]] = {
     },
 }
 """Table 3, with a gated feed-forward layer and a vocabulary of 256,000."""
+WALKED_BLOCKS = 16
+"""Blocks until a reading is steady that are read one by one; of more, the first stands for all."""
 PLANNED_BLOCKS = (2, 3)
 """Blocks that are trained on fake tensors; what more of them need grows by the same number of bytes for each."""
 
@@ -213,8 +215,8 @@ def _measured(
     steady = max(plan.num_blocks_until_steady(fam) for plan in model.get_decoder().fam.plans())
     with torch.no_grad(), AllocatedBytes() as counter:
         counter.ignore(*model.parameters(), *model.buffers())
-        state = model.init_state(batch_size)
-        for _ in range(steady + 1):
+        state, passed = _begun(model, batch_size, steady)
+        for _ in range(steady + 1 - passed):
             _hidden(model, state, batch_size)
         reading = counter.peak
     peak = {"state": state.num_bytes, "reading": reading, "optimizer": 0, "activations": 0}
@@ -229,10 +231,21 @@ def _measured(
         value for values in steps.state.values() for value in values.values() if isinstance(value, torch.Tensor)
     ]
     peak["optimizer"] = _bytes(averages)
-    few, more = (_training_peak(model, batch_size, trained, averages, steady + n) for n in PLANNED_BLOCKS)
+    few, more = (_training_peak(model, batch_size, trained, averages, steady, n) for n in PLANNED_BLOCKS)
     num_blocks = -(-context_tokens // fam.block_size)
-    peak["activations"] = max(0, few + (more - few) * (num_blocks - steady - PLANNED_BLOCKS[0]))
+    peak["activations"] = max(0, few + (more - few) * (num_blocks - steady + passed - PLANNED_BLOCKS[0]))
     return peak
+
+
+def _begun(model: Any, batch_size: int, steady: int) -> tuple[FamState, int]:
+    """Return a new state and the blocks that it has passed: 0, or where it is long until it is steady, nearly all."""
+    state = model.init_state(batch_size)
+    if steady <= WALKED_BLOCKS:
+        return state, 0
+    with torch.no_grad():
+        _hidden(model, state, batch_size)
+    state.num_blocks_per_row = [steady] * batch_size
+    return state, steady
 
 
 def _hidden(model: Any, state: FamState, batch_size: int) -> torch.Tensor:
@@ -241,8 +254,8 @@ def _hidden(model: Any, state: FamState, batch_size: int) -> torch.Tensor:
     return model.get_decoder()(inputs_embeds=block_BTD, past_key_values=state).last_hidden_state
 
 
-def _training_peak(model: Any, batch_size: int, trained: Any, averages: Any, num_blocks: int) -> int:
-    """Return the most that a step over some blocks holds beside weights, gradients and averages."""
+def _training_peak(model: Any, batch_size: int, trained: Any, averages: Any, steady: int, num_more: int) -> int:
+    """Return the most that a step holds beside weights, gradients and averages: `num_more` blocks from `steady` on."""
     head, size = model.get_output_embeddings(), model.fam_config.block_size
     labels_N = torch.zeros(batch_size * size, dtype=torch.long)
 
@@ -256,8 +269,8 @@ def _training_peak(model: Any, batch_size: int, trained: Any, averages: Any, num
     with AllocatedBytes() as counter:
         gradients = [parameter.grad for parameter in trained if parameter.grad is not None]
         counter.ignore(*model.parameters(), *model.buffers(), *averages, *gradients)
-        state, total = model.init_state(batch_size), torch.zeros(())
-        for _ in range(num_blocks):
+        (state, passed), total = _begun(model, batch_size, steady), torch.zeros(())
+        for _ in range(steady - passed + num_more):
             loss, state = checkpoint(run, state, use_reentrant=False)
             total = total + loss
         total.backward()

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from transformerfam.decoder.identity import difference
 from transformerfam.errors import StateMismatchError, TransformerFamError
 from transformerfam.weights.adapter import CONFIG_FILE, FamAdapter
 from transformerfam.weights.models import BASE_NOTE
@@ -95,12 +96,18 @@ def _parts(memory: FamAdapter, first: FamAdapter, overrides: Mapping[str, Any]) 
         return {name: tuple(value.shape) for name, value in (adapter.tensors | adapter.lora).items()}
 
     return [
-        ("architecture", memory.architecture, first.architecture),
+        ("architecture", *_architectures(memory.architecture, first.architecture)),
         ("base weights", memory.base_digest[:12], first.base_digest[:12]),
         ("LoRA", *_difference(lora(memory), lora(first))),
         ("FamConfig", *_difference(fields(memory), fields(first))),
         ("shapes", *_difference(shapes(memory), shapes(first))),
     ]
+
+
+def _architectures(there: Mapping[str, Any], here: Mapping[str, Any]) -> tuple[Mapping[str, Any], Mapping[str, Any]]:
+    """Return the entry in which two architectures differ, of each, or nothing twice."""
+    different = difference(there, here)
+    return ({}, {}) if different is None else ({different[0]: different[1]}, {different[0]: different[2]})
 
 
 def _difference(there: Mapping[str, Any], here: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:

@@ -21,7 +21,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from transformerfam.config import FamConfig
-from transformerfam.decoder.identity import describe_architecture
+from transformerfam.decoder.identity import describe_architecture, difference
 from transformerfam.errors import CorruptFileError, StateMismatchError, TransformerFamError
 from transformerfam.fam.convert import convert, memory_of
 from transformerfam.fam.memory import FamMemory
@@ -45,6 +45,7 @@ from transformerfam.weights.peft_adapters import (
     active_adapter,
     adapter_tensors,
     base_of,
+    can_merge,
     has_adapters,
     inject_lora,
     merge_lora,
@@ -253,14 +254,13 @@ class FamAdapter:
         Warns:
             UserWarning: the base weights differ from those that it was trained on.
         """
-        here = json.loads(json.dumps(describe_architecture(model)))
-        compared = dict.fromkeys((*ALWAYS_COMPARED, *self.architecture))
-        different = [key for key in compared if self.architecture.get(key) != here.get(key)]
-        if different:
-            key = different[0]
+        here, compared = describe_architecture(model), (*ALWAYS_COMPARED, *self.architecture)
+        different = difference(self.architecture, {key: here.get(key) for key in compared})
+        if different is not None:
+            key, value_there, value_here = different
             raise StateMismatchError(
-                f"adapter was trained on another model: {key} is {self.architecture.get(key)!r} there and "
-                f"{here.get(key)!r} here; apply it to the model that it was trained on"
+                f"adapter was trained on another model: {key} is {value_there!r} there and {value_here!r} here; apply "
+                "it to the model that it was trained on"
             )
         lora_config = None if self.lora_config is None else self._peft_config(self.lora_config)
         convert(model, self.config)
@@ -281,7 +281,7 @@ class FamAdapter:
             with _lora_that_fits():
                 inject_lora(model, lora_config)
             set_adapter_tensors(model, self.lora)
-            if merge and self.config.fam_lora == "all":
+            if merge and can_merge(model):
                 merge_lora(model)
         return model
 

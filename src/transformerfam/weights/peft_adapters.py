@@ -82,6 +82,20 @@ def inject_lora(model: PreTrainedModel, lora_config: Any) -> None:
         parameter.requires_grad_(True)
 
 
+def can_merge(model: PreTrainedModel) -> bool:
+    """Whether what the adapters add can be added to the base weights.
+
+    Not LoRA that acts on FAM rows alone, nor a bias of LoRA's (`lora_bias`) on a layer that has none.
+    """
+    if memory_of(model).config.fam_lora == "rows":
+        return False
+    return not any(
+        any(getattr(module, "lora_bias", {}).values()) and getattr(module.get_base_layer(), "bias", None) is None
+        for module in model.modules()
+        if isinstance(getattr(module, "lora_bias", None), dict)
+    )
+
+
 def merge_lora(model: PreTrainedModel) -> None:
     """Add the adapter in force to the base weights, in place; outputs stay the same.
 
@@ -156,7 +170,7 @@ def load_peft_folder(model: PreTrainedModel, folder: str | os.PathLike[str], mer
     Args:
         model: converted.
         folder: with `adapter_config.json` and `adapter_model.safetensors`.
-        merge: add it to the weights, unless it acts on FAM rows alone.
+        merge: add it to the weights, where it can be (`can_merge`).
 
     Returns:
         The same object.
@@ -192,6 +206,6 @@ def load_peft_folder(model: PreTrainedModel, folder: str | os.PathLike[str], mer
                 f"the adapter in {folder} does not fit this model: it {what} {names[0]}; load it with the base model "
                 "and the FamConfig that it was trained with"
             )
-    if merge and memory_of(model).config.fam_lora == "all":
+    if merge and can_merge(model):
         merge_lora(model)
     return model
