@@ -5,11 +5,12 @@ from transformerfam.versions import check_versions
 check_versions()  # first, since what follows imports names that older versions lack
 
 import transformerfam.old_paths  # noqa: E402
-import transformerfam.weights.pretrained  # noqa: E402  (from_pretrained gives converted models back)
 from transformerfam.config import FamConfig  # noqa: E402
 from transformerfam.fam.convert import convert  # noqa: E402
 from transformerfam.fam.state import FamState  # noqa: E402
+from transformerfam.weights.auto import AutoFamModelForCausalLM, from_pretrained  # noqa: E402
+from transformerfam.weights.pretrained import install  # noqa: E402
 
 transformerfam.old_paths.install()
 
-__all__ = ["FamConfig", "FamState", "convert"]
+__all__ = ["AutoFamModelForCausalLM", "FamConfig", "FamState", "convert", "from_pretrained", "install"]

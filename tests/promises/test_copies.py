@@ -11,9 +11,8 @@ import torch
 from tiny_families import make_tiny
 from tiny_llama import make_tiny_llama, random_ids
 from tiny_models import make_passkey_model
-from transformers import AutoModelForCausalLM
 
-from transformerfam import FamConfig, FamState, convert
+from transformerfam import FamConfig, FamState, convert, from_pretrained
 from transformerfam.config import UPDATE_PRESETS
 from transformerfam.errors import StateMismatchError, TransformerFamError
 from transformerfam.fam.compiled import compile_decoding
@@ -48,7 +47,7 @@ def test_resized_model_is_saved_and_loaded(tmp_path: Path) -> None:
     model = make()
     model.resize_token_embeddings(70)
     model.save_pretrained(tmp_path / "model")
-    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
+    loaded = from_pretrained(tmp_path / "model")
     assert torch.equal(logits_of(loaded), logits_of(model))
     model.read(IDS).save(tmp_path / "state")
     assert FamState.load(tmp_path / "state", loaded).num_tokens_read == 21  # a warning would be an error
@@ -172,11 +171,11 @@ def test_offloaded_layers_read_as_layers_at_hand(is_converted_first: bool, tmp_p
 def test_converted_folder_is_loaded_with_offloaded_layers(tmp_path: Path) -> None:
     """Catches a model too large for the memory that can be converted, and cannot be loaded once it is."""
     make().save_pretrained(tmp_path)
-    model: Any = AutoModelForCausalLM.from_pretrained(tmp_path, device_map=PLACES, offload_folder=tmp_path / "disk")
+    model: Any = from_pretrained(tmp_path, device_map=PLACES, offload_folder=tmp_path / "disk")
     assert model.lm_head.weight.device.type == "meta"
     assert torch.equal(logits_of(model.eval()), logits_of(make()))
     model.save_pretrained(tmp_path / "again")
-    assert torch.equal(logits_of(AutoModelForCausalLM.from_pretrained(tmp_path / "again").eval()), logits_of(make()))
+    assert torch.equal(logits_of(from_pretrained(tmp_path / "again").eval()), logits_of(make()))
 
 
 def test_weight_that_nobody_holds_is_refused_by_name() -> None:

@@ -22,9 +22,8 @@ from transformers import (
     set_seed,
 )
 
-from transformerfam import FamConfig, convert
+from transformerfam import FamConfig, convert, from_pretrained
 from transformerfam.fam.convert import fam_parameters
-from transformerfam.weights.pretrained import plain_loading
 
 CONFIG = FamConfig(fam_key_bias=0.0, block_size=8, fam_length=3, num_memory_segments=1)
 
@@ -137,15 +136,14 @@ def test_saved_model_loads_converted_and_elsewhere_as_its_base(tmp_path: Path) -
     fam_parameters(model)[0].normal_()
     model.save_pretrained(tmp_path)
     ids = random_ids(1, 30)
-    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    loaded = from_pretrained(tmp_path)
     assert type(loaded) is LlamaForCausalLM
     assert loaded.fam_config == CONFIG
     assert torch.equal(loaded(input_ids=ids).logits, model(input_ids=ids).logits)
     loaded.save_pretrained(tmp_path / "again")
-    again = LlamaForCausalLM.from_pretrained(tmp_path / "again", dtype=torch.float32)
+    again = from_pretrained(tmp_path / "again", kind=LlamaForCausalLM, dtype=torch.float32)
     assert torch.equal(again.read(ids).fams, model.read(ids).fams)
-    with plain_loading():
-        base = AutoModelForCausalLM.from_pretrained(tmp_path)
+    base = AutoModelForCausalLM.from_pretrained(tmp_path)  # which importing this package does not change
     assert torch.equal(base(input_ids=ids).logits, make_tiny_llama()(input_ids=ids).logits)
     assert not hasattr(AutoModel.from_pretrained(tmp_path), "fam")
     code = (
@@ -163,7 +161,7 @@ def test_adapter_that_is_missing_beside_its_model_is_refused(tmp_path: Path) -> 
     convert(make_tiny_llama(), CONFIG).save_pretrained(tmp_path)
     (tmp_path / "fam.safetensors").unlink()
     with pytest.raises(OSError, match=r"fam\.safetensors"):
-        AutoModelForCausalLM.from_pretrained(tmp_path)
+        from_pretrained(tmp_path)
 
 
 def test_trainer_goes_on_from_its_checkpoint_with_the_memory(tmp_path: Path) -> None:

@@ -12,9 +12,8 @@ from peft import LoraConfig
 from safetensors.torch import load_file, save_file
 from tiny_llama import make_tiny_llama, random_ids, random_rows
 from tiny_models import make_tokenizer
-from transformers import AutoModelForCausalLM
 
-from transformerfam import FamConfig, convert
+from transformerfam import FamConfig, convert, from_pretrained
 from transformerfam.errors import CorruptFileError, MissingPackageError, TransformerFamError
 from transformerfam.fam.convert import fam_parameters
 from transformerfam.tasks.novels import load_novel
@@ -177,7 +176,7 @@ def test_weights_that_are_missing_or_left_out_are_refused(
             load(folder)
     if "model.norm" not in message:
         with pytest.raises(CorruptFileError, match=message):
-            AutoModelForCausalLM.from_pretrained(folder)
+            from_pretrained(folder)
 
 
 def test_tied_weights_and_parts_beside_the_layers_may_be_left_out(folder: Path) -> None:

@@ -1,15 +1,18 @@
-"""Let transformers' own `save_pretrained` and `from_pretrained` take the memory along.
+"""Folders of converted models: written by `save_pretrained`, loaded by `transformerfam.from_pretrained`.
 
-The folder of a converted model is what transformers writes, with `fam.safetensors` beside it and the configuration of
-the memory under `fam_config` in `config.json`. Where this package is imported, `from_pretrained` of any class with a
-language-model head gives such a folder back converted; elsewhere it gives the base model.
+Such a folder is what transformers writes, with `fam.safetensors` beside it and the configuration of the memory under
+`fam_config` in `config.json`. transformers' own `from_pretrained` gives its base model, and the converted one where
+`install` was called.
 """
 
 import contextlib
 import contextvars
 import functools
+import logging
 import os
+import re
 import tempfile
+import threading
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -27,8 +30,11 @@ from transformerfam.weights.peft_adapters import LORA_CONFIG_FILE, has_adapters
 CONFIG_KEY = "fam_config"
 CODE_KEY = "auto_map"  # classes in Python files of the folder
 KERNEL_KEYS = ("attn_implementation", "_attn_implementation", "experts_implementation")  # or a repository of kernels
+OWN_ROWS = r"(^|\.)fam\.(prompt|prefix)$"
 HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "revision", "subfolder", "token")
-IGNORED_WEIGHTS = r"(^|\.)fam\.(prompt|prefix)$"  # they come from `fam.safetensors`
+
+_loading = threading.RLock()
+"""Held by a load: two of transformers' at a time leave parts of it changed that each had changed for itself."""
 
 _is_plain = contextvars.ContextVar("is_plain", default=False)
 
@@ -41,6 +47,31 @@ def plain_loading() -> Iterator[None]:
         yield
     finally:
         _is_plain.reset(token)
+
+
+class _WithoutOwnRows(logging.Filter):
+    """Drops transformers' report of a load, in this thread, where all that it names are rows of a memory."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.thread = threading.get_ident()
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        """Say whether a record is shown."""
+        named = re.findall(r"^(\S+) *\| (?!Status)[A-Z]+", record.getMessage(), re.MULTILINE)
+        own = record.thread == self.thread and named and all(re.search(OWN_ROWS, name) for name in named)
+        return not own
+
+
+@contextlib.contextmanager
+def _own_rows_expected() -> Iterator[None]:
+    """Let transformers take rows of a memory among the weights without a word: they come from `fam.safetensors`."""
+    logger, shown = logging.getLogger("transformers.modeling_utils"), _WithoutOwnRows()
+    logger.addFilter(shown)
+    try:
+        yield
+    finally:
+        logger.removeFilter(shown)
 
 
 def load_pretrained(
@@ -72,7 +103,8 @@ def load_pretrained(
             )
     try:
         found = folder if source is None else source
-        return kind.from_pretrained(found, trust_remote_code=False, local_files_only=local_files_only, **options)
+        with _loading, _own_rows_expected():
+            return kind.from_pretrained(found, trust_remote_code=False, local_files_only=local_files_only, **options)
     except Exception as error:
         for file, key, _ in _code_in(folder):
             raise UnsupportedModelError(
@@ -199,23 +231,44 @@ def save_pretrained(self: PreTrainedModel, save_directory: str | os.PathLike[str
     FamAdapter.from_model(self).save_pretrained(save_directory)
 
 
-def _with_memory(
-    model: Any, name_or_folder: str | os.PathLike[str], kwargs: dict[str, Any], found: Mapping[str, Any]
+def load_with_memory(kind: Any, name_or_folder: str | os.PathLike[str], **options: Any) -> PreTrainedModel:
+    """Load a converted model by a class of transformers', with its memory.
+
+    Args:
+        kind: the class, for example `AutoModelForCausalLM`.
+        name_or_folder: of a model that `save_pretrained` wrote.
+        **options: go on to the class's `from_pretrained`.
+
+    Raises:
+        TransformerFamError: the model is not converted, or as for `load_pretrained`.
+    """
+    with plain_loading():
+        model, found = load_pretrained(kind, name_or_folder, output_loading_info=True, **options)
+    if getattr(model.config, CONFIG_KEY, None) is None:
+        raise TransformerFamError(
+            f"{name_or_folder} holds a model without a memory ({CONFIG_KEY} is missing in its {CONFIG_FILE}); load it "
+            "with transformers' from_pretrained, and call convert(model, FamConfig(...))"
+        )
+    _give_memory(model, name_or_folder, options, found)
+    return model
+
+
+def _give_memory(
+    model: Any, name_or_folder: str | os.PathLike[str], options: dict[str, Any], found: Mapping[str, Any]
 ) -> None:
     """Convert a model that was saved converted, in place, and give it its memory."""
-    if getattr(model.config, CONFIG_KEY, None) is None:
-        return
     delattr(model.config, CONFIG_KEY)
-    if _is_plain.get() or not model.can_generate():
-        return
     require_weights(model, found, name_or_folder)
-    hub = {name: kwargs[name] for name in HUB_ARGUMENTS if name in kwargs}
+    hub = {name: options[name] for name in HUB_ARGUMENTS if name in options}
     path = cached_file(name_or_folder, FAM_FILE, **hub)
     FamAdapter.from_pretrained(os.path.dirname(str(path))).apply(model)
 
 
 def install() -> None:
-    """Let `from_pretrained` of every transformers model take the memory along; once."""
+    """Let transformers' own `from_pretrained` give converted models back, of every class with a language-model head.
+
+    For tools that load models themselves, as `pipeline("text-generation", FOLDER)`. Twice is once.
+    """
     original = PreTrainedModel.from_pretrained.__func__
     if hasattr(original, "takes_memory"):
         return
@@ -224,19 +277,15 @@ def install() -> None:
     def from_pretrained(
         cls: Any, pretrained_model_name_or_path: str | os.PathLike[str] | None, *args: Any, **kwargs: Any
     ) -> Any:
-        own = cls.__dict__.get("_keys_to_ignore_on_load_unexpected")
-        inherited = cls._keys_to_ignore_on_load_unexpected
-        cls._keys_to_ignore_on_load_unexpected = [*(inherited or []), IGNORED_WEIGHTS]
-        try:
-            options = kwargs | {"output_loading_info": True}
+        options = kwargs | {"output_loading_info": True}
+        with _loading, _own_rows_expected():
             model, found = original(cls, pretrained_model_name_or_path, *args, **options)
-        finally:
-            if own is None:
-                del cls._keys_to_ignore_on_load_unexpected
+        is_converted = getattr(model.config, CONFIG_KEY, None) is not None
+        if pretrained_model_name_or_path is not None and is_converted and not _is_plain.get():
+            if model.can_generate():
+                _give_memory(model, pretrained_model_name_or_path, kwargs, found)
             else:
-                cls._keys_to_ignore_on_load_unexpected = own
-        if pretrained_model_name_or_path is not None:
-            _with_memory(model, pretrained_model_name_or_path, kwargs, found)
+                delattr(model.config, CONFIG_KEY)
         return (model, found) if kwargs.get("output_loading_info") else model
 
     from_pretrained.takes_memory = True  # type: ignore[attr-defined]
@@ -244,4 +293,3 @@ def install() -> None:
 
 
 METHODS["save_pretrained"] = save_pretrained
-install()
