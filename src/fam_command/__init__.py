@@ -11,6 +11,10 @@ INTERRUPTED = 130
 def main() -> None:
     """Run the command."""
     try:
+        from transformerfam.cli import overview
+
+        if overview.is_asked_for(sys.argv[1:]):
+            overview.show(sys.argv[1:])
         from transformerfam.cli.commands import app
     except KeyboardInterrupt:
         sys.stderr.write("interrupted\n")

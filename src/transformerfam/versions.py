@@ -4,11 +4,10 @@ A version above the range is not refused: the numeric checks of conversion decid
 """
 
 import importlib.metadata
+import sys
 from typing import Any
 
-import torch
-import transformers
-from torch.torch_version import TorchVersion
+from packaging.version import Version
 
 from transformerfam.errors import MissingPackageError, UnsupportedModelError, UnsupportedVersionError
 
@@ -22,9 +21,9 @@ OLDEST_TORCH_THAT_SHARDS = "2.11.0"
 (pytorch/pytorch#153354)."""
 
 
-def release(version: str) -> TorchVersion:
+def release(version: str) -> Version:
     """Return a version that compares by number, without what a build adds to it (`2.13.0+cpu`)."""
-    return TorchVersion(version.split("+")[0])
+    return Version(version.split("+")[0])
 
 
 def check_versions() -> None:
@@ -68,8 +67,11 @@ def _likely_cause() -> str:
 
 
 def installed_versions() -> dict[str, str]:
-    """Return the versions of the packages in `TESTED`."""
-    return {"torch": str(torch.__version__), "transformers": transformers.__version__}
+    """Return the versions of the packages in `TESTED`, which are not imported for it."""
+    return {
+        name: str(sys.modules[name].__version__) if name in sys.modules else importlib.metadata.version(name)
+        for name in TESTED
+    }
 
 
 def require_peft() -> Any:
@@ -92,6 +94,6 @@ def require_peft() -> Any:
         import peft
     except (ImportError, AttributeError) as error:  # a name of transformers that it knew is gone
         raise UnsupportedVersionError(
-            f"peft {installed} does not know transformers {transformers.__version__} ({error}); {remedy}"
+            f"peft {installed} does not know transformers {installed_versions()['transformers']} ({error}); {remedy}"
         ) from error
     return peft

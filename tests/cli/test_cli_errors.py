@@ -2,6 +2,7 @@
 
 import builtins
 import os
+import subprocess
 import sys
 import typing
 
@@ -190,6 +191,7 @@ def test_ctrl_c_while_modules_are_loaded_ends_without_a_traceback(monkeypatch, c
 
     with monkeypatch.context() as patch:
         patch.setattr(builtins, "__import__", interrupted)
+        patch.setattr(sys, "argv", ["fam", "demo"])
         with pytest.raises(SystemExit) as caught:
             fam_command.main()
     assert caught.value.code == 130
@@ -324,3 +326,21 @@ def test_gradient_that_overflows_in_all_is_said(tmp_path):
     recipe = small_recipe(loss={"key": 1e21}, schedule={"steps": 1})
     with pytest.raises(NonFiniteLossError, match="gradient of all parameters together, whose length float32 does not"):
         Trainer(recipe, tmp_path).run()
+
+
+def test_list_of_commands_needs_no_torch_and_is_that_of_the_commands() -> None:
+    """Catches an import that makes `fam --help` wait for seconds, and a command or a line of help that it lacks."""
+    code = (
+        "import sys\nfrom fam_command import main\nsys.argv = ['fam', '--help']\n"
+        "try:\n    main()\nfinally:\n    assert not {'torch', 'transformers'} & set(sys.modules)\n"
+    )
+    shown = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout
+    assert shown == CliRunner().invoke(cli.app, ["--help"], prog_name="fam").output
+    by_module = [sys.executable, "-m", "transformerfam.cli", "--help"]
+    assert "demo" in subprocess.run(by_module, check=True, capture_output=True, text=True).stdout
+    nothing = subprocess.run([sys.executable, "-m", "transformerfam"], capture_output=True, text=True)
+    assert (nothing.returncode, nothing.stderr) == (CliRunner().invoke(cli.app, []).exit_code, "")
+    with open("/dev/full", "w") as full:
+        failed = subprocess.run(by_module, stdout=full, stderr=subprocess.PIPE, text=True)
+    assert failed.returncode == 2
+    assert failed.stderr.count("\n") == 1

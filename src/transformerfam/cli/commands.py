@@ -13,8 +13,8 @@ from transformers.utils import logging as transformers_logging
 
 from transformerfam.cli.compare import compare_command
 from transformerfam.cli.demo import draw_seed, prepare_demo, run_demo
-from transformerfam.cli.errors import TRACEBACK, ErrorsInOneLine
 from transformerfam.cli.output import say
+from transformerfam.cli.overview import Commands, main
 from transformerfam.cli.plan import plan_command
 from transformerfam.cli.progress import tokens_bar, training_bar
 from transformerfam.cli.report import report_app
@@ -51,7 +51,8 @@ from transformerfam.training.trainer import Trainer
 from transformerfam.weights.adapter import require_own_folder
 from transformerfam.weights.models import GATED, find_device, load_model, name_in_rows, save_model
 
-app = typer.Typer(cls=ErrorsInOneLine, no_args_is_help=True, pretty_exceptions_show_locals=False, add_completion=False)
+app = typer.Typer(cls=Commands, no_args_is_help=True, pretty_exceptions_show_locals=False, add_completion=False)
+app.callback()(main)
 evaluate_app = typer.Typer(no_args_is_help=True)
 app.add_typer(evaluate_app, name="evaluate", help="Measure a model; rows go to a JSON lines file.")
 app.add_typer(report_app, name="report", help="Tables and figures of result rows, and pictures of attention.")
@@ -82,13 +83,6 @@ DeviceOption = Annotated[str, typer.Option("--device", help="cpu, cuda, cuda:1 o
 OverwriteOption = Annotated[bool, typer.Option("--overwrite", help="Take the place of what this package wrote there.")]
 OR_OVERWRITE = "add --overwrite to replace it, or "
 SetOption = Annotated[list[str] | None, typer.Option("--set", help="key=value; may be given more than once.")]
-
-
-@app.callback()
-def main(
-    traceback: Annotated[bool, typer.Option(TRACEBACK, help="Show where an error comes from.")] = False,
-) -> None:
-    """TransformerFAM: read input of any length in constant memory, and still use it."""
 
 
 @evaluate_app.command("passkey")

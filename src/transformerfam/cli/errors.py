@@ -3,6 +3,7 @@
 import contextlib
 import os
 import sys
+from collections.abc import Iterator
 from typing import Any
 
 import typer
@@ -27,29 +28,35 @@ class ErrorsInOneLine(TyperGroup):
         """Take `--traceback` out of a command line, and parse the rest."""
         options = args[: args.index("--")] if "--" in args else args
         ctx.meta[TRACEBACK] = TRACEBACK in options
-        rest: list[str] = super().parse_args(ctx, [a for a in options if a != TRACEBACK] + args[len(options) :])
+        with _in_one_line(ctx.meta[TRACEBACK]):  # help is printed here
+            rest: list[str] = super().parse_args(ctx, [a for a in options if a != TRACEBACK] + args[len(options) :])
         return rest
 
     def invoke(self, ctx: Any) -> Any:
         """Run a subcommand, and write out what it printed."""
-        try:
-            with ends_as_ctrl_c():
-                result = super().invoke(ctx)
-                sys.stdout.flush()
-                return result
-        except KeyboardInterrupt as interrupt:  # where there was nothing to save
-            say("interrupted")
-            raise typer.Exit(INTERRUPTED) from interrupt
-        except Exception as error:
-            message = message_of(error)
-            if message is None:
-                raise
-            if ctx.meta[TRACEBACK]:
-                screen().print_exception()
-            line = " ".join(message.split())
-            screen(soft_wrap=True).print(f"[red]error: {escape(line)}[/red]", highlight=False)
-            _drop_output()
-            raise typer.Exit(FAILED) from error
+        with _in_one_line(ctx.meta[TRACEBACK]), ends_as_ctrl_c():
+            result = super().invoke(ctx)
+            sys.stdout.flush()
+            return result
+
+
+@contextlib.contextmanager
+def _in_one_line(shows_traceback: bool) -> Iterator[None]:
+    try:
+        yield
+    except KeyboardInterrupt as interrupt:  # where there was nothing to save
+        say("interrupted")
+        raise typer.Exit(INTERRUPTED) from interrupt
+    except Exception as error:
+        message = message_of(error)
+        if message is None:
+            raise
+        if shows_traceback:
+            screen().print_exception()
+        line = " ".join(message.split())
+        screen(soft_wrap=True).print(f"[red]error: {escape(line)}[/red]", highlight=False)
+        _drop_output()
+        raise typer.Exit(FAILED) from error
 
 
 def message_of(error: Exception) -> str | None:

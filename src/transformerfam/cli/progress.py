@@ -4,14 +4,16 @@ import contextlib
 import io
 import sys
 from collections.abc import Callable, Iterator, Mapping
-from typing import IO, Any, cast
+from typing import IO, TYPE_CHECKING, Any, cast
 
 from rich.console import Console
 from rich.filesize import decimal
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from transformerfam.decoder.state import ReadingState
 from transformerfam.processes import process_share
+
+if TYPE_CHECKING:
+    from transformerfam.decoder.state import ReadingState
 
 
 class _Screen:
@@ -45,7 +47,7 @@ def screen(soft_wrap: bool = False) -> Console:
 @contextlib.contextmanager
 def reading_bar(
     num_tokens: int | None, description: str = "reading"
-) -> Iterator[Callable[[int, int | None, ReadingState], None]]:
+) -> Iterator[Callable[[int, int | None, "ReadingState"], None]]:
     """Show a bar on standard error and yield the function that moves it.
 
     Args:
@@ -68,7 +70,7 @@ def reading_bar(
     with Progress(*columns, console=screen(), disable=process_share()[0] > 0) as progress:
         task = progress.add_task(description, total=num_tokens, rate="", size="")
 
-        def update(done: int, total: int | None, state: ReadingState) -> None:
+        def update(done: int, total: int | None, state: "ReadingState") -> None:
             speed = progress.tasks[0].speed
             rate = f"{speed:,.0f} tokens/s" if speed else ""
             progress.update(task, completed=done, total=total, rate=rate, size=decimal(state.num_bytes))
@@ -77,7 +79,7 @@ def reading_bar(
 
 
 @contextlib.contextmanager
-def tokens_bar(description: str) -> Iterator[Callable[[int, int | None, ReadingState], None]]:
+def tokens_bar(description: str) -> Iterator[Callable[[int, int | None, "ReadingState"], None]]:
     """Show a `reading_bar` that starts with the first update, which is the first to know how many tokens there are.
 
     Args:
@@ -89,7 +91,7 @@ def tokens_bar(description: str) -> Iterator[Callable[[int, int | None, ReadingS
     with contextlib.ExitStack() as stack:
         move: Callable[..., None] | None = None
 
-        def update(done: int, total: int | None, state: ReadingState) -> None:
+        def update(done: int, total: int | None, state: "ReadingState") -> None:
             nonlocal move
             if move is None:
                 move = stack.enter_context(reading_bar(total, description))
