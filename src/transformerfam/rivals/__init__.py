@@ -3,6 +3,9 @@
 Every rival is one module of the same shape: what it puts in front of and behind a segment, what it does to a layer, and
 what it carries. `attach(model, RivalConfig(system=...))` gives it to any model that `convert` serves; the model then
 reads, trains, generates and is asked like a converted one. Those rivals that are choices of `FamConfig` are `presets`.
+
+May import: `fam`, `decoder`, and the root of the package.
+One more rival: a module of that shape, its name and fields in `config`, its equations in `tests/rival_reference.py`.
 """
 
 from transformerfam.rivals.attach import attach, rival_class
