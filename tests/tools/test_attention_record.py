@@ -173,7 +173,7 @@ def test_report_attention_command(tmp_path: Path) -> None:
         result = runner.invoke(app, [*command, "--heads", "0,2", "--key", "73914", "--block", "0"])
         assert result.exit_code == 0, result.output
     names = {path.name for path in (tmp_path / "maps").iterdir()}
-    assert names == {"maps.png", "film.gif", "film.png", "memory.svg", "attention.jsonl"}
+    assert names == {"maps.png", "film.gif", "film.png", "memory.svg", "writing.svg", "attention.jsonl"}
     assert len(read_rows([tmp_path / "maps" / "attention.jsonl"])) == 2 * 4
     wrong = runner.invoke(app, ["report", str(tmp_path / "maps" / "attention.jsonl")])
     assert wrong.exit_code == 2
