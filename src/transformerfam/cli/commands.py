@@ -188,9 +188,9 @@ def evaluate_next_token_command(
     if file == STANDARD_INPUT and "," in (system or ""):
         raise TransformerFamError("standard input can be read once; give one system, or a file")
     shown, by_model = [], _systems_by_model(system)
-    for asked in [asked for systems in by_model.values() for asked in systems]:
-        if control_of(asked) is not None:
-            raise TransformerFamError(f"system {asked!r} belongs to the passkey task; take fam or bswa")
+    for name in [name for systems in by_model.values() for name in systems]:
+        if control_of(name) is not None:
+            raise TransformerFamError(f"system {name!r} belongs to the passkey task; take fam or bswa")
     with RowFile(output) if output is not None else contextlib.nullcontext() as rows:
         for loaded, systems in by_model.items():
             loaded_model, tokenizer = _load(model, loaded, parse_overrides(overrides), device, dtype)

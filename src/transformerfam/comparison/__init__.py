@@ -1,6 +1,6 @@
 """The paper's comparison: every system trained and asked alike, on one command that can be stopped and resumed.
 
-`plan` reads the file of a comparison; `schedule` keeps its runs going, each in a process of its own; `run` trains and
+`plan` reads the file of a comparison; `schedule` keeps its runs going, each in its own process; `run` trains and
 asks one system; `questions` says which questions belong to it; `report` and `figures` show what the rows say.
 
 May import: `training`, `tasks`, `weights`, `rivals`, `reports`, and the root of the package.

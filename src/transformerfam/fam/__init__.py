@@ -1,7 +1,7 @@
 """TransformerFAM: the paper, on the seams of `decoder`.
 
 `convert` puts a memory into a model and has it checked with numbers (`checks`, `unlisted`); `memory` holds the new
-parameters and makes the initial FAM; `start` begins a reading, `forward` goes on with one; `state`, `layer` and `masks`
+parameters and makes the initial FAM; `start` begins a reading, `forward` continues it; `state`, `layer` and `masks`
 say what a reading keeps and what is seen of it; `piece` is Algorithms 1 and 2; `compiled` runs them as one graph.
 
 May import: `decoder`, and the root of the package.

@@ -47,7 +47,7 @@ PAPER_SHAPES: dict[str, dict[str, int]] = {
 }
 """Table 3, with a gated feed-forward layer and a vocabulary of 256,000."""
 WALKED_BLOCKS = 16
-"""Blocks until a reading is steady that are read one by one; of more, the first stands for all."""
+"""Up to so many blocks, a reading is followed until it is steady; beyond, its first block and its end are."""
 PLANNED_BLOCKS = (2, 3)
 """Blocks that are trained on fake tensors; what more of them need grows by the same number of bytes for each."""
 

@@ -24,7 +24,7 @@ def from_pretrained(name_or_folder: str | os.PathLike[str], *, kind: Any = None,
         **options: of that class's `from_pretrained`, for example `dtype` and `device_map`; for such folders alone.
 
     Returns:
-        The model, of its own class.
+        The model, of its base's class.
 
     Raises:
         TransformerFamError: the model is not converted, an option has no effect on it, or code of the folder would run.
