@@ -14,7 +14,7 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaMLP
 
-from transformerfam import FamState, convert
+from transformerfam import FamState, convert, from_pretrained
 from transformerfam.decoder.cache_argument import CACHE_NAME
 from transformerfam.decoder.families import FAMILIES, NOT_SERVED, family_of
 from transformerfam.errors import UnsupportedModelError
@@ -96,7 +96,7 @@ def test_saved_and_copied_model_is_found_again(tmp_path: Path) -> None:
         assert torch.equal(read_in_chunks(copy.deepcopy(model), draw_ids(2, 23), [4, 19])[0], expected)
     model.save_pretrained(tmp_path / "model")
     with pytest.warns(UserWarning, match="model type 'made_up' has no row"):
-        loaded: Any = MadeUpForCausalLM.from_pretrained(tmp_path / "model")
+        loaded: Any = from_pretrained(tmp_path / "model", kind=MadeUpForCausalLM)
     with torch.no_grad():
         state = model.read(draw_ids(1, 13))
         state.save(tmp_path / "state.safetensors")

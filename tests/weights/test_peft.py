@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from tiny_llama import make_tiny_llama, random_ids, random_rows
 from tiny_models import save_passkey_model
 
-from transformerfam import FamConfig, FamState, convert
+from transformerfam import FamConfig, FamState, convert, from_pretrained
 from transformerfam.errors import CorruptFileError, StateMismatchError, TransformerFamError, UnsupportedModelError
 from transformerfam.fam.convert import fam_parameters, memory_of, personal_memory, set_block_size
 from transformerfam.fam.memory import hold_weights_in
@@ -138,7 +138,7 @@ def test_personal_memory_starts_from_a_saved_fam_and_is_trained_alone(tmp_path: 
     assert losses[-1] < losses[0]
     assert all(torch.equal(dict(model.named_parameters())[name], value) for name, value in base.items())
     model.save_pretrained(tmp_path)
-    loaded = type(model).from_pretrained(tmp_path)
+    loaded = from_pretrained(tmp_path)
     assert torch.equal(logits_of(loaded), logits_of(model))
     with pytest.raises(TransformerFamError, match=r"has shape \(2, 4, 32\), required is"):
         personal_memory(convert(make_tiny_llama(), CONFIG), random_rows(2, 4, 32))
@@ -381,6 +381,7 @@ def test_layers_that_are_not_those_of_the_conversion_are_refused(system: str) ->
         logits_of(peft.get_peft_model(model, lora))
 
 
+@pytest.mark.filterwarnings("ignore::peft.utils.warning.PeftWarning")  # of the bias, in its words
 def test_lora_with_a_bias_is_loaded_apart_where_its_layer_has_none(tmp_path: Path) -> None:
     """Catches a memory that cannot be loaded, since its LoRA cannot be merged."""
     torch.manual_seed(0)
