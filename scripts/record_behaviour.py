@@ -141,11 +141,10 @@ def compare(before: Path, after: Path) -> Iterator[str]:
     for name in sorted(old.keys() | new.keys()):
         if name not in old or name not in new:
             yield f"{name}: only in one of them"
-        elif old[name].shape != new[name].shape or not torch.equal(old[name], new[name]):
-            apart = (
-                (old[name].double() - new[name].double()).abs().max() if old[name].shape == new[name].shape else "shape"
-            )
-            yield f"{name}: {apart}"
+        elif old[name].shape != new[name].shape:
+            yield f"{name}: of shape {tuple(old[name].shape)}, now {tuple(new[name].shape)}"
+        elif not torch.equal(old[name], new[name]):
+            yield f"{name}: {(old[name].double() - new[name].double()).abs().max():.1e}"
     old_rows, new_rows = logged(before), logged(after)
     for name in sorted(old_rows.keys() | new_rows.keys()):
         if old_rows.get(name) != new_rows.get(name):

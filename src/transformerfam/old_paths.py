@@ -86,7 +86,7 @@ def install() -> None:
 
 
 def names_of(old: str, new: str) -> Callable[[str], Any]:
-    """Return the `__getattr__` of a package whose path was a module's: it gives what stands in `new` now.
+    """Return the `__getattr__` of a package whose path was a module's: it looks names up in the module `new`.
 
     Args:
         old: path of the package.

@@ -448,7 +448,3 @@ def _named_with(model: str, overrides: list[str] | None, dtype: str | None) -> s
 def _print_table(table: Any) -> None:
     if table is not None:
         Console().print(table)
-
-
-if __name__ == "__main__":
-    app()

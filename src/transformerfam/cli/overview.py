@@ -20,7 +20,7 @@ COMMANDS = {
     "plan": "Say what a model will need, without its weights: parameters, bytes, operations, hours.",
     "demo": "Hide a key on the first page of a novel, read the novel, and ask: FAM beside BSWA.",
 }
-"""Every command in the order in which they are listed, with the first line of its own help."""
+"""Every command, in the order of the list, with the first line of its help."""
 
 
 class Commands(ErrorsInOneLine):

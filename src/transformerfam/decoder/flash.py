@@ -18,7 +18,7 @@ from transformerfam.decoder.kernels import Sight, asking_rows, attend_rows
 from transformerfam.errors import TransformerFamError
 
 FLASH_BACK_ENDS = {"flash_attention_2": "fam_fa2", "flash_attention_3": "fam_fa3"}
-"""transformers' names, and those that a converted model goes on with."""
+"""transformers' names, and those of a converted model."""
 
 
 def attend_piece_by_flash(

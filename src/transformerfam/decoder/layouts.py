@@ -167,5 +167,5 @@ def _fitting(
 def with_tables_of(decoder: Any, layouts: Sequence[LayerLayout]) -> tuple[LayerLayout, ...]:
     """Return layouts whose keys turn by the tables that a decoder has now: `model.to(dtype)` rounds those, too."""
     tables = inverse_frequencies(decoder.rotary_emb)
-    turners = {id(layout.turner): layout.turner.with_tables(tables) for layout in layouts}
-    return tuple(dataclasses.replace(layout, turner=turners[id(layout.turner)]) for layout in layouts)
+    turners = {turner: turner.with_tables(tables) for turner in {layout.turner for layout in layouts}}
+    return tuple(dataclasses.replace(layout, turner=turners[layout.turner]) for layout in layouts)

@@ -17,7 +17,7 @@ from transformers.modeling_outputs import MoeModelOutputWithPast
 from transformerfam.decoder.arguments import check_ids, check_positions, own_mask, take_arguments
 from transformerfam.decoder.cache_argument import CACHE_NAME, as_cache
 from transformerfam.decoder.hidden_gradients import take_gradients_of, without_gradients
-from transformerfam.decoder.identity import ModelIdentity, UnboundIdentity
+from transformerfam.decoder.identity import ModelIdentity, UnboundIdentity, difference
 from transformerfam.decoder.positions import warn_text_beyond_trained
 from transformerfam.decoder.state import ReadingState
 from transformerfam.errors import StateMismatchError, TransformerFamError
@@ -198,6 +198,24 @@ def state_or_new(cache: Any, kind: type[State], identity: ModelIdentity, batch_s
         cache.identity = identity
     cache.leave_inference_mode()
     return cache
+
+
+def take_over(state: ReadingState, identity: ModelIdentity) -> None:
+    """Let a state be continued by the model of `identity`, which may not be the one that it was made on.
+
+    Raises:
+        StateMismatchError: the models differ in more than their weights.
+
+    Warns:
+        UserWarning: the weights differ.
+    """
+    if state.identity is identity:
+        return
+    if difference(state.identity.architecture, identity.architecture) is not None:
+        raise StateMismatchError("state belongs to another model; start a new one with model.init_state()")
+    if state.identity.model is not identity.model:  # PEFT's copies of a memory are of one model
+        identity.warn_of_weights(state.identity.to_metadata(state.config), "the state")
+    state.identity = identity
 
 
 def _slice_rows(inputs_BTD: torch.Tensor, starts: list[int], counts: list[int]) -> torch.Tensor:

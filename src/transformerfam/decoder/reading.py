@@ -32,7 +32,7 @@ def read(
         self: the converted model.
         input_ids: `(T,)` or `(B, T)` token ids, which follow what the state has read; `generate` leaves the last token
             that it generated unread, so begin with that one, `state.unread_ids`.
-        state: reading to go on with, in place; None starts one.
+        state: reading to continue, in place; None starts one.
         attention_mask: `(B, T)`, 1 for tokens and 0 for padding, on either side; of a longer one the last T columns.
         progress: True draws a bar; a function is called with (tokens done, tokens in all, state) after every block.
 

@@ -49,7 +49,7 @@ def convert(model: PreTrainedModel, config: FamConfig) -> PreTrainedModel:
 
     Adds `model.fam_config`, `model.init_state()` and `model.read()`, and lets `model(...)` and `model.generate(...)`
     take a `FamState` as `past_key_values`. The seams are checked with numbers on the model at hand. A model on
-    attention back end `sdpa` goes on with back end `fam`, which computes the same without a dense mask;
+    attention back end `sdpa` gets back end `fam` instead, which computes the same without a dense mask;
     `model.set_attn_implementation("sdpa")` switches that off.
 
     A hybrid model, where some layers have a sliding window of their own, keeps those as they are and carries FAM on

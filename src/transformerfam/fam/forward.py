@@ -6,9 +6,8 @@ import torch
 from transformers.modeling_outputs import MoeModelOutputWithPast
 
 from transformerfam.decoder.cache_argument import take_cache
-from transformerfam.decoder.identity import difference
 from transformerfam.decoder.peft_calls import refuse_adapters_by_place
-from transformerfam.decoder.pieces import NOT_COMPILED, Inputs, read_in_pieces, state_or_new
+from transformerfam.decoder.pieces import NOT_COMPILED, Inputs, read_in_pieces, state_or_new, take_over
 from transformerfam.decoder.step import run_decoder
 from transformerfam.errors import StateMismatchError
 from transformerfam.fam.memory import QUERY_BACK_ENDS, FamMemory, refresh_queries
@@ -62,12 +61,7 @@ def _own_state(decoder: Any, cache: Any, batch_size: int) -> FamState:
     memory: FamMemory = decoder.fam
     assert memory.identity is not None
     cache = state_or_new(cache, FamState, memory.identity, batch_size)
-    if cache.identity is not memory.identity:
-        if difference(cache.identity.architecture, memory.identity.architecture) is not None:
-            raise StateMismatchError("state belongs to another model; start a new one with model.init_state()")
-        if cache.identity.model is not memory.identity.model:  # PEFT's copies of a memory are of one model
-            memory.identity.warn_of_weights(cache.identity.to_metadata(cache.config), "the state")
-        cache.identity = memory.identity
+    take_over(cache, memory.identity)
     if cache.config.replace(fam_key_bias=0.0) != memory.config.replace(fam_key_bias=0.0):
         raise StateMismatchError(
             f"state was made with {cache.config}, the model has {memory.config}; start a new one with "

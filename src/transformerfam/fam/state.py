@@ -76,7 +76,7 @@ class FamState(ReadingState):
 
     @property
     def text_start(self) -> int | None:
-        """`position_offset` where FAM rows stand at position 0, and every block is farther from it; else None."""
+        """`position_offset` where FAM rows stay at position 0, so that each block is farther away; else None."""
         return self.position_offset if self.config.fam_length and self.config.fam_position == "zero" else None
 
     @property

@@ -12,11 +12,11 @@ from transformerfam.config import FamConfig
 from transformerfam.decoder.arguments import require_integer, saved_flags
 from transformerfam.decoder.cache_argument import take_cache
 from transformerfam.decoder.families import decoder_layers, family_of, require_row
-from transformerfam.decoder.identity import ModelIdentity, difference
+from transformerfam.decoder.identity import ModelIdentity
 from transformerfam.decoder.kernels import MIXED_BACK_END
 from transformerfam.decoder.layouts import RELATIVE_TOLERANCE, find_layouts, relative_error
 from transformerfam.decoder.peft_calls import refuse_adapters_by_place
-from transformerfam.decoder.pieces import NOT_COMPILED, Inputs, read_in_pieces, state_or_new
+from transformerfam.decoder.pieces import NOT_COMPILED, Inputs, read_in_pieces, state_or_new, take_over
 from transformerfam.decoder.positions import warn_beyond_trained
 from transformerfam.decoder.reading import READER_METHODS
 from transformerfam.decoder.seams import LayerSeam, bind_method
@@ -231,13 +231,9 @@ def read_segments(
 def _own_state(rival: Rival, cache: Any, batch_size: int) -> RivalState:
     assert rival.identity is not None
     cache = state_or_new(cache, RivalState, rival.identity, batch_size)
-    is_own = cache.identity is rival.identity
-    is_another = not is_own and difference(cache.identity.architecture, rival.identity.architecture) is not None
-    if is_another or cache.config != rival.config:
+    if cache.config != rival.config:
         raise StateMismatchError("state belongs to another model or rival; start a new one with model.init_state()")
-    if not is_own:
-        rival.identity.warn_of_weights(cache.identity.to_metadata(cache.config), "the state")
-        cache.identity = rival.identity
+    take_over(cache, rival.identity)
     return cache
 
 

@@ -33,8 +33,8 @@ def from_pretrained(name_or_folder: str | os.PathLike[str], *, kind: Any = None,
     for name in RUNS_CODE:
         if options.pop(name, None):
             raise TransformerFamError(f"{name} is given, and no code of a model is ever run; leave it out")
-    is_folder = Path(name_or_folder).is_dir() and str(name_or_folder) not in NAMED_MODELS
-    if str(name_or_folder) in NAMED_MODELS or (is_folder and not (Path(name_or_folder) / CONFIG_FILE).is_file()):
+    folder = Path(name_or_folder)
+    if str(folder) in NAMED_MODELS or (folder.is_dir() and not (folder / CONFIG_FILE).is_file()):
         given = sorted(options) + ([] if kind is None else ["kind"])
         if given:
             raise TransformerFamError(
