@@ -3,6 +3,7 @@
 from typing import Any
 
 import torch
+from tiny_llama import VOCABULARY, random_ids
 from torch import Tensor
 
 from transformerfam.decoder.positions import fam_offsets
@@ -47,3 +48,16 @@ def take_gradients(model: Any) -> dict[str, Tensor]:
     }
     model.zero_grad(set_to_none=True)
     return grads
+
+
+@torch.no_grad()
+def assert_no_token_sees_the_future(model: Any, tolerance: float, least: float) -> None:
+    """Change one token at a time: what comes before it stays within `tolerance`, what follows changes by `least`."""
+    ids = random_ids(1, 30)
+    before = model(input_ids=ids).logits
+    for position in (3, 8, 15, 29):
+        changed = ids.clone()
+        changed[0, position] = (ids[0, position] + 1) % VOCABULARY
+        after = model(input_ids=changed).logits
+        torch.testing.assert_close(after[:, :position], before[:, :position], atol=tolerance, rtol=0)
+        assert (after[:, position:] - before[:, position:]).abs().max() > least
