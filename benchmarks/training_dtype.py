@@ -9,7 +9,7 @@ from peft import LoraConfig
 from benchmarks.harness import Row, alternate, ratios, row, spread
 from benchmarks.models import converted, random_tokens
 from transformerfam.config import UPDATE_PRESETS
-from transformerfam.fam.memory import hold_weights_in
+from transformerfam.decoder.memory import hold_weights_in
 from transformerfam.training.data.instructions import weighed_batch
 from transformerfam.training.lora import fuse_lora
 from transformerfam.training.step.blocks import run_batch

@@ -23,10 +23,11 @@ from torch.nn.functional import cross_entropy
 from transformerfam import FamConfig, convert
 from transformerfam.config import UPDATE_PRESETS
 from transformerfam.fam import piece as attention
+from transformerfam.fam.initial import InitialFam
 from transformerfam.fam.layer import FamLayer, LayerPlan, Sections
 from transformerfam.fam.masks import Phase, piece_mask
-from transformerfam.fam.memory import InitialFam, set_prompt
 from transformerfam.fam.piece import Piece
+from transformerfam.fam.prompt import set_prompt
 from transformerfam.reports.markdown import write_page
 from transformerfam.tasks.novels import load_novel
 from transformerfam.tasks.provenance import provenance

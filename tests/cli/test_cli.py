@@ -18,7 +18,8 @@ from transformerfam import FamConfig, FamState, convert
 from transformerfam.cli import commands as cli
 from transformerfam.cli import demo
 from transformerfam.decoder.cache_argument import as_cache
-from transformerfam.fam.memory import fam_parameters, hold_weights_in
+from transformerfam.decoder.memory import hold_weights_in
+from transformerfam.fam.memory import fam_parameters
 from transformerfam.reports.rows import read_rows
 from transformerfam.tasks import provenance
 from transformerfam.tasks.ragged import greedy_tokens

@@ -11,7 +11,7 @@ from tiny_models import make_passkey_model
 from transformerfam import FamConfig, FamState, convert
 from transformerfam.errors import StateMismatchError, TransformerFamError
 from transformerfam.fam.convert import personal_memory
-from transformerfam.fam.memory import prefix_from_prompt, set_prompt
+from transformerfam.fam.prompt import prefix_from_prompt, set_prompt
 from transformerfam.rivals import RivalConfig, attach
 
 IDS = random_ids(2, 19)

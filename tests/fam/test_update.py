@@ -12,8 +12,8 @@ from transformerfam import FamConfig, FamState, convert
 from transformerfam.config import UPDATE_PRESETS
 from transformerfam.errors import StateMismatchError, TransformerFamError, UnsupportedModelError
 from transformerfam.fam.convert import fam_parameters
-from transformerfam.fam.memory import personal_memory, prefix_from_prompt
 from transformerfam.fam.piece import Piece
+from transformerfam.fam.prompt import personal_memory, prefix_from_prompt
 from transformerfam.fam.state import STATE_FORMAT_VERSION
 from transformerfam.files import load_tensors, save_tensors
 

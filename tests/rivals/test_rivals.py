@@ -214,8 +214,8 @@ def test_memory_is_swapped_and_begun_anew_for_the_controls(system: str) -> None:
     model = with_rival(system)
     state = model.read(random_ids(2, BLOCK_SIZE + 3))
     if state.has_memory:
-        assert torch.equal(state.fork().swap_memory().fams, state.fams.roll(1, dims=1))
-        assert torch.equal(state.fork().initial_memory().fams, model.init_state(2).fams)
+        assert torch.equal(state.fork().swap_memory().carried, state.carried.roll(1, dims=1))
+        assert torch.equal(state.fork().initial_memory().carried, model.init_state(2).carried)
     swapped = state.fork().swap_memory()
     for own, there in zip(state.lanes, swapped.lanes, strict=True):
         assert all(torch.equal(a, b) for a, b in zip(own.keys, there.keys, strict=True))
@@ -249,22 +249,22 @@ def test_memory_handed_on_starts_another_reading(system: str) -> None:
     state = model.read(ids[:, : 2 * BLOCK_SIZE])
     rest = ids[:, 2 * BLOCK_SIZE :]
     going_on = model(input_ids=rest, past_key_values=state).logits
-    fams = model.read(ids[:, : 2 * BLOCK_SIZE]).fams
-    passed = model(input_ids=rest, past_key_values=model.init_state(3, fam=fams)).logits
+    fams = model.read(ids[:, : 2 * BLOCK_SIZE]).carried
+    passed = model(input_ids=rest, past_key_values=model.init_state(3, carried=fams)).logits
     torch.testing.assert_close(passed, going_on, atol=TOLERANCE, rtol=0)
-    mixed = model.init_state(3, fam=fams, is_saved=[True, False, True])
+    mixed = model.init_state(3, carried=fams, is_saved=[True, False, True])
     logits = model(input_ids=rest, past_key_values=mixed).logits
     torch.testing.assert_close(logits[[0, 2]], going_on[[0, 2]], atol=TOLERANCE, rtol=0)
     torch.testing.assert_close(logits[1:2], model(input_ids=rest[1:2]).logits, atol=TOLERANCE, rtol=0)
     with pytest.raises(StateMismatchError, match=r"required is \(1, batch, 1, numbers\)"):
-        model.init_state(3, fam=fams[..., :-1])
+        model.init_state(3, carried=fams[..., :-1])
 
 
 def test_growing_memory_is_not_handed_on() -> None:
     """Catches a memory of another size that would be cut off silently."""
     model = with_rival("autocompressor")
     with pytest.raises(TransformerFamError, match="no memory of fixed size"):
-        _ = model.init_state().fams
+        _ = model.init_state().carried
 
 
 @torch.no_grad()

@@ -13,8 +13,8 @@ from training_recipes import small_recipe
 
 from transformerfam import FamConfig, convert
 from transformerfam.config import UPDATE_PRESETS
+from transformerfam.decoder.memory import hold_weights_in
 from transformerfam.errors import RecipeError
-from transformerfam.fam.memory import hold_weights_in
 from transformerfam.training.lora import fuse_lora, unfuse_lora
 from transformerfam.training.setup import build_trainee
 from transformerfam.training.tiny import build_tiny_tokenizer

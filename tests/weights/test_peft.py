@@ -12,9 +12,9 @@ from tiny_llama import make_tiny_llama, random_ids, random_rows
 from tiny_models import save_passkey_model
 
 from transformerfam import FamConfig, FamState, convert, from_pretrained
+from transformerfam.decoder.memory import hold_weights_in
 from transformerfam.errors import CorruptFileError, StateMismatchError, TransformerFamError, UnsupportedModelError
 from transformerfam.fam.convert import fam_parameters, memory_of, personal_memory, set_block_size
-from transformerfam.fam.memory import hold_weights_in
 from transformerfam.rivals import RivalConfig, attach
 from transformerfam.weights.adapter import FamAdapter, inject_lora
 from transformerfam.weights.models import load_model

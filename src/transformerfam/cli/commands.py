@@ -19,8 +19,9 @@ from transformerfam.cli.plan import plan_command
 from transformerfam.cli.progress import tokens_bar, training_bar
 from transformerfam.cli.report import report_app
 from transformerfam.config import FAM_DTYPES, UPDATE_PRESETS, FamConfig
+from transformerfam.decoder.memory import hold_weights_in
 from transformerfam.errors import TransformerFamError
-from transformerfam.fam.memory import hold_weights_in, set_prompt
+from transformerfam.fam.prompt import set_prompt
 from transformerfam.fam.state import FamState
 from transformerfam.fields import LARGEST_INTEGER, whole_numbers
 from transformerfam.files import require_target

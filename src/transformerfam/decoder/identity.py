@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from transformerfam.config import FamConfig
+from transformerfam.decoder.slot import SLOTS
 from transformerfam.errors import StateMismatchError, TransformerFamError
 from transformerfam.files import digest_tensors
 
@@ -42,13 +43,12 @@ NOT_FELT = (
 )
 """Numbers of a configuration that change nothing of what a model reads: patterns of their names."""
 
-MEMORY_PREFIXES = ("fam.", "rival.")
 PEFT_MARKS = ("lora_", "trainable_tokens_", ".modules_to_save.")
 
 
 def is_memory_parameter(name: str) -> bool:
-    """Say whether a parameter belongs to the memory (prompt, prefix, a rival's, PEFT's) and not to the base model."""
-    return any(mark in name for mark in (*PEFT_MARKS, *MEMORY_PREFIXES))
+    """Say whether a parameter belongs to a memory, or to PEFT, and not to the base model."""
+    return any(mark in name for mark in (*PEFT_MARKS, *(f"{slot}." for slot in SLOTS)))
 
 
 def describe_architecture(model: Any) -> dict[str, Any]:

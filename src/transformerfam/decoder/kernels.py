@@ -19,7 +19,7 @@ from transformers.masking_utils import sdpa_mask
 
 BACK_END = "fam"
 MIXED_BACK_END = "fam_mixed"
-"""Of rivals that add their memory to what an attention gives; see `rivals.piece`."""
+"""Of memories that add to what an attention gives."""
 
 CPU_KERNEL_KNOWS_GROUPS = TorchVersion(torch.__version__) >= "2.9"
 """Before torch 2.9 (pytorch/pytorch#157893) torch's flash attention for CPUs took the keys of query head

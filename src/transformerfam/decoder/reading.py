@@ -74,7 +74,7 @@ def read(
     try:
         while done < total:
             # Whole blocks for rows in step; with rows out of step any chunk is right.
-            count = min(total - done, self.fam_config.block_size - state.block_fill[0])
+            count = min(total - done, state.config.block_size - state.block_fill[0])
             mask = None if attention_mask is None else attention_mask[:, done : done + count]
             with uninterrupted():  # half a piece would leave some layers in front of others
                 decoder(input_ids=ids[:, done : done + count], attention_mask=mask, past_key_values=state)

@@ -8,12 +8,12 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import Cache
 
 from transformerfam.decoder.cache_argument import cache_in
 from transformerfam.decoder.families import Family, part_of
 from transformerfam.decoder.flash import FLASH_BACK_ENDS
 from transformerfam.decoder.kernels import BACK_END, MIXED_BACK_END
+from transformerfam.decoder.step import Step, SteppedCache
 from transformerfam.errors import UnsupportedModelError
 
 
@@ -60,8 +60,8 @@ class _OnTheWay(threading.local):
         behind_attention: what went through attention and comes to the branch.
     """
 
-    entered: tuple[Any, Any] | None = None
-    behind_attention: tuple[Any, Any] | None = None
+    entered: tuple[Step, Any] | None = None
+    behind_attention: tuple[Step, Any] | None = None
 
     def __reduce__(self) -> tuple[Any, ...]:
         return type(self), ()  # nothing is on its way in a copy
@@ -174,10 +174,9 @@ class LayerSeam:
             step, layer = found
             step.leave_layer(layer, output[0] if isinstance(output, tuple) else output)
 
-    def _find(self, kwargs: dict[str, Any]) -> tuple[Any, Any] | None:
+    def _find(self, kwargs: dict[str, Any]) -> tuple[Step, Any] | None:
         """Return the piece that goes through and the layer's part of its state; None where there is no piece."""
         state = cache_in(kwargs)
-        step = getattr(state, "step", None)
-        if not isinstance(state, Cache) or step is None:
+        if not isinstance(state, SteppedCache) or state.step is None:
             return None
-        return step, state.layers[self.layer_idx]
+        return state.step, state.layers[self.layer_idx]

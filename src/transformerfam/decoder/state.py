@@ -1,7 +1,6 @@
 """What every reading carries, whatever its memory is: sequences, their places in their blocks, and copies of it all.
 
-`FamState` is the reading of a converted model, `rivals.RivalState` that of the systems it is compared with. Models,
-training and tasks ask of a state what stands here.
+Each kind of memory has its own kind of state. Models, training and tasks ask of a state what stands here.
 """
 
 import abc
@@ -10,17 +9,17 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Self
 
 import torch
-from transformers import Cache
 
 from transformerfam.decoder.arguments import LARGEST_NUMBER, as_tensor, require_integer
 from transformerfam.decoder.identity import UnboundIdentity
+from transformerfam.decoder.step import SteppedCache
 from transformerfam.errors import StateMismatchError, TransformerFamError
 
 HISTORY_MODULUS = (1 << 61) - 1
 """Histories are numbers below this one."""
 
 
-class ReadingState(Cache, abc.ABC):
+class ReadingState(SteppedCache, abc.ABC):
     """Carry a reading: a transformers cache that `model.init_state` makes.
 
     Under `torch.no_grad` it advances in place; `fork()` first to keep a reading for a second question. While
@@ -46,7 +45,6 @@ class ReadingState(Cache, abc.ABC):
     why_positions_grow = ""  # with the text, where `text_start` is not None
     is_left_by_beams = False
     is_generating = False
-    step: Any = None  # the piece that is going through the model
     _records = False
     _before: tuple[Any, torch.Tensor, torch.Tensor | None, list[list[int]] | None] | None = None  # see `note_input`
 
@@ -106,8 +104,8 @@ class ReadingState(Cache, abc.ABC):
 
     @property
     @abc.abstractmethod
-    def fams(self) -> torch.Tensor:
-        """The memory that random state passing hands on, `(L, B, F, D)`."""
+    def carried(self) -> torch.Tensor:
+        """The memory that random state passing hands on: of FAM `(L, B, F, D)`, of others `(1, B, 1, N)`."""
 
     @property
     @abc.abstractmethod

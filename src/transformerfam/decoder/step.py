@@ -1,5 +1,6 @@
-"""What happens around a layer while a piece goes through: every kind of piece overrides what it changes."""
+"""What happens around a layer while a piece goes through, and the cache that hands keys and values to it."""
 
+import abc
 import contextlib
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -12,8 +13,27 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformerfam.decoder.cache_argument import as_cache
 
 
-class PassingStep:
-    """A step that leaves what goes through the layers as it is."""
+class Step(abc.ABC):
+    """One piece on its way through the layers: every kind of piece overrides what it changes.
+
+    `layer` is what the cache has of the layer at hand (`Cache.layers`), of another type for every kind of piece.
+    """
+
+    @abc.abstractmethod
+    def attend(self, layer: Any, key_BGTK: torch.Tensor, value_BGTK: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Take the piece's keys and values, and return all that it sees."""
+
+    @abc.abstractmethod
+    def sight(self, layer: Any) -> Any:
+        """Return what the rows see, for the back ends that need no mask; None where they need one."""
+
+    def mask(self, layer: Any, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+        """Return what the rows see, as a bias on their logits; asked for where `sight` is None."""
+        raise NotImplementedError
+
+    def masked_sight(self, layer: Any, mask: torch.Tensor) -> Any:
+        """Return what a back end that knows `Sight` gets where a mask is needed."""
+        return mask
 
     def enter_layer(self, layer: Any, hidden_BTD: torch.Tensor) -> torch.Tensor:
         """Return a layer's input: the residual to which attention is added."""
@@ -23,10 +43,6 @@ class PassingStep:
         """Return what attention is made from, beside that residual: the input of the norm in front of it."""
         return hidden_BTD
 
-    def masked_sight(self, layer: Any, mask: torch.Tensor) -> Any:
-        """Return what a back end that knows `Sight` gets where a mask is needed."""
-        return mask
-
     @property
     def wants_weights(self) -> bool:
         """Whether attention is to give its weights."""
@@ -34,22 +50,42 @@ class PassingStep:
 
     def note_weights(self, layer: Any, weights: torch.Tensor | None) -> None:
         """Take what attention gives as its weights."""
+        return
 
     def after_attention(self, layer: Any, output_BTD: torch.Tensor, factor: float) -> torch.Tensor:
         """Return what is added to the residual behind attention."""
         return output_BTD
 
     def leave_layer(self, layer: Any, hidden_BTD: torch.Tensor) -> None:
-        """Note nothing."""
+        """Note what came out of a layer."""
+        return
+
+    def advance(self, hidden_BTD: torch.Tensor) -> None:
+        """Move on what the piece belongs to, once it is through.
+
+        Args:
+            hidden_BTD: all rows behind the last norm.
+        """
+        return
 
 
-class StepCache(Cache):
+class SteppedCache(Cache):
+    """A cache whose keys and values a step takes.
+
+    Attributes:
+        step: the piece that is going through the model; None between two.
+    """
+
+    step: Step | None = None
+
+
+class StepCache(SteppedCache):
     """The cache of one step: every layer's part of it as it is, and what its keys and values are handed to."""
 
-    def __init__(self, layers: Sequence[Any], step: Any) -> None:
+    def __init__(self, layers: Sequence[Any], step: Step) -> None:
         super().__init__(layers=[])
         self.layers = list(layers)
-        self.step = step
+        self.step: Step = step
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Return 0: positions come with the step."""
@@ -59,8 +95,7 @@ class StepCache(Cache):
         self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Hand the keys and values `(B, G, T, K)` to the step and return all that it sees."""
-        seen: tuple[torch.Tensor, torch.Tensor] = self.step.attend(self.layers[layer_idx], key_states, value_states)
-        return seen
+        return self.step.attend(self.layers[layer_idx], key_states, value_states)
 
 
 @contextlib.contextmanager

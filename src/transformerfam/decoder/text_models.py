@@ -8,6 +8,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from transformerfam.decoder.identity import require_at_hand
 from transformerfam.decoder.layouts import RELATIVE_TOLERANCE, relative_error
+from transformerfam.decoder.slot import memory_in
 from transformerfam.errors import UnsupportedModelError
 
 PROBE_LENGTH = 8
@@ -34,7 +35,7 @@ def text_model(model: PreTrainedModel) -> PreTrainedModel:
     decoder: Any = model.get_decoder()
     if config is model.config:
         raise UnsupportedModelError(f"{name} has no text model inside: it is one; convert it as it is")
-    if hasattr(decoder, "fam") or hasattr(decoder, "rival"):
+    if memory_in(decoder) is not None:
         raise UnsupportedModelError("the text model is converted already; load the model again")
     if type(config) not in AutoModelForCausalLM._model_mapping:
         raise UnsupportedModelError(

@@ -14,6 +14,7 @@ from transformerfam.config import FamConfig
 from transformerfam.decoder.cache_argument import cache_in
 from transformerfam.decoder.families import decoder_layers, family_of, part_of
 from transformerfam.decoder.layouts import RELATIVE_TOLERANCE, relative_error
+from transformerfam.decoder.slot import memory_in
 from transformerfam.errors import UnsupportedModelError
 from transformerfam.fam.memory import memory_of
 from transformerfam.versions import does_not_fit
@@ -53,7 +54,7 @@ def check_layers(config: FamConfig, num_layers: int) -> None:
 @contextlib.contextmanager
 def probing(model: PreTrainedModel, **changes: Any) -> Iterator[None]:
     """Put a small configuration in force for a probe, without dropout."""
-    memory, was_training = model.get_decoder().fam, model.training
+    memory, was_training = memory_of(model), model.training
     config = memory.config
     probe = {
         "block_size": PROBE_BLOCK_SIZE,
@@ -73,7 +74,7 @@ def probing(model: PreTrainedModel, **changes: Any) -> Iterator[None]:
 @contextlib.contextmanager
 def _short_windows(decoder: Any) -> Iterator[None]:
     """Let every layer that slides see so few tokens that a probe feels it."""
-    memory, window = decoder.fam, getattr(decoder.config, "sliding_window", None)
+    memory, window = memory_in(decoder), getattr(decoder.config, "sliding_window", None)
     layouts = memory.layouts
     if not any(layout.window for layout in layouts):
         yield
@@ -180,7 +181,7 @@ def check_seams(model: PreTrainedModel, every_layer: bool = False) -> None:
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(vocab_size, (1, 2 * PROBE_BLOCK_SIZE), generator=generator).to(model.device)
     _check_cache_and_mask(model, ids)
-    if model.get_decoder().fam.config.fam_length:
+    if memory_of(model).config.fam_length:
         _check_rows(model, ids)
         _check_first_residual(model, ids, every_layer)
 
@@ -233,7 +234,7 @@ def _check_cache_and_mask(model: PreTrainedModel, ids: torch.Tensor) -> None:
 def _check_rows(model: PreTrainedModel, ids: torch.Tensor) -> None:
     """The FAM must reach the tokens, the block must reach the FAM, and no token may see a later one."""
     decoder = model.get_decoder()
-    shape = (len(decoder.fam.layouts), PROBE_FAM_LENGTH, model.config.hidden_size)
+    shape = (len(memory_of(model).layouts), PROBE_FAM_LENGTH, model.config.hidden_size)
     saved = torch.randn(shape, generator=torch.Generator().manual_seed(1))
     changed = ids.clone()
     changed[:, -1] = (ids[:, -1] + 1) % model.get_input_embeddings().weight.shape[0]
@@ -302,7 +303,7 @@ def _branches(
             behind = part_of(layer, family.behind)
             handles.append(behind.register_forward_pre_hook(functools.partial(note_input, of)))
     try:
-        with probing(model, fam_init=decoder.fam.config.fam_init):
+        with probing(model, fam_init=memory_of(model).config.fam_init):
             state = model.init_state(1, fam=fam_LFD)
             state.starts_from_saved_fam = [is_saved]
             decoder(input_ids=ids[:, :PROBE_BLOCK_SIZE], past_key_values=state)
@@ -314,7 +315,7 @@ def _branches(
 
 
 def _any_fam(model: PreTrainedModel) -> torch.Tensor:
-    shape = (len(model.get_decoder().fam.layouts), PROBE_FAM_LENGTH, model.config.hidden_size)
+    shape = (len(memory_of(model).layouts), PROBE_FAM_LENGTH, model.config.hidden_size)
     some = model.get_input_embeddings().weight[:1000].detach().float()
     scale = float(some.abs().median())  # single dimensions may be massive
     return scale * torch.randn(shape, generator=torch.Generator().manual_seed(2))

@@ -15,7 +15,7 @@ import torch
 from transformers import PreTrainedModel
 
 from transformerfam.decoder.kernels import BACK_END
-from transformerfam.decoder.step import PassingStep, StepCache, run_decoder
+from transformerfam.decoder.step import Step, StepCache, run_decoder
 from transformerfam.errors import TransformerFamError
 from transformerfam.fam.masks import buffer_mask
 from transformerfam.fam.memory import memory_of
@@ -32,7 +32,7 @@ class _Buffers:
     kind: int
 
 
-class _TokenStep(PassingStep):
+class _TokenStep(Step):
     """One token of every sequence on its way through the layers.
 
     Args:

@@ -5,43 +5,36 @@ the tokens, the cache, the mask, and the rows' residual. Where they are in a fam
 says.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from transformers import PreTrainedModel
 
 from transformerfam.config import FamConfig
-from transformerfam.decoder.families import FAMILIES, decoder_layers, family_of
+from transformerfam.decoder.families import FAMILIES, family_of
 from transformerfam.decoder.flash import FLASH_BACK_ENDS
 from transformerfam.decoder.half_precision import MEAN_SHARE_WITHOUT_NORM
-from transformerfam.decoder.identity import ModelIdentity
 from transformerfam.decoder.kernels import BACK_END
 from transformerfam.decoder.layouts import LayerLayout, find_layouts
+from transformerfam.decoder.memory import attach_memory, detach_memory
 from transformerfam.decoder.positions import first_position, warn_beyond_trained
-from transformerfam.decoder.reading import READER_METHODS
-from transformerfam.decoder.seams import LayerSeam, bind_method
+from transformerfam.decoder.slot import memory_in
 from transformerfam.decoder.structure import check_model, check_structure
 from transformerfam.errors import TransformerFamError, UnsupportedModelError
 from transformerfam.fam.checks import check_seams, check_update
-from transformerfam.fam.forward import read_pieces
 from transformerfam.fam.memory import (
     FamMemory,
     fam_parameters,
     memory_of,
-    personal_memory,
     set_block_size,
     set_key_bias,
 )
-from transformerfam.fam.start import init_state
+from transformerfam.fam.prompt import personal_memory
 from transformerfam.fam.unlisted import UNFORESEEN, check_converted, convert_by_checks, own_logits
 from transformerfam.versions import does_not_fit
 
 __all__ = ["convert", "fam_parameters", "memory_of", "personal_memory", "set_block_size", "set_key_bias"]
-
-
-METHODS: dict[str, Callable[..., Any]] = {"init_state": init_state} | READER_METHODS
-"""What a converted model has beside its class's methods, or in their place; modules above this one add theirs."""
 
 
 def convert(model: PreTrainedModel, config: FamConfig) -> PreTrainedModel:
@@ -78,7 +71,7 @@ def convert(model: PreTrainedModel, config: FamConfig) -> PreTrainedModel:
             f"config is a {type(config).__name__}, required is a FamConfig; FamConfig.from_dict makes one of values"
         )
     check_model(model)
-    if hasattr(model.get_decoder(), "fam"):
+    if memory_in(model.get_decoder()) is not None:
         raise UnsupportedModelError(
             "the model is converted already; load it again to convert it with another configuration"
         )
@@ -106,7 +99,7 @@ def _convert(model: PreTrainedModel, config: FamConfig, has_row: bool) -> None:
                 check_converted(model, expected)
     except (TransformerFamError, *unforeseen) as error:
         if handles is not None:
-            revert(model, handles)
+            detach_memory(model, handles)
             model.set_attn_implementation(back_end)
         if isinstance(error, TransformerFamError):
             raise
@@ -122,7 +115,7 @@ def attach(model: PreTrainedModel, config: FamConfig, layouts: Sequence[LayerLay
         config: as for `convert`.
         layouts: what every layer hands to its cache.
     """
-    decoder, family, embedding = model.get_decoder(), family_of(model), model.get_input_embeddings()
+    family, embedding = family_of(model), model.get_input_embeddings()
     config = _with_fam_layers(config, layouts)
     _check_slots(config, layouts)
     memory = FamMemory(config, embedding, layouts)
@@ -130,29 +123,11 @@ def attach(model: PreTrainedModel, config: FamConfig, layouts: Sequence[LayerLay
     memory.caches_queries = asks_by_queries and not family.is_parallel(model.config)
     if not family.is_parallel(model.config) and family.behind == "mlp":
         memory.mean_share = MEAN_SHARE_WITHOUT_NORM
-    memory.identity = ModelIdentity(model)
-    decoder.fam = memory
+    handles = attach_memory(model, memory)
     if family.has_attention_interface:
         own = FLASH_BACK_ENDS | {"sdpa": BACK_END}
         model.set_attn_implementation(own.get(model.config._attn_implementation, model.config._attn_implementation))
-    handles = []
-    for layer_idx, layer in enumerate(decoder_layers(model)):
-        handles += LayerSeam(layer_idx, family, model.config).attach(layer)
-    bind_method(decoder, "forward", read_pieces)
-    for name, function in METHODS.items():
-        bind_method(model, name, function)
-    model.fam_config = config
     return handles
-
-
-def revert(model: PreTrainedModel, handles: Sequence[Any]) -> None:
-    """Undo a conversion that the checks refused."""
-    decoder = model.get_decoder()
-    for handle in handles:
-        handle.remove()
-    del decoder.fam, decoder.forward, model.fam_config
-    for name in METHODS:
-        delattr(model, name)
 
 
 def _with_fam_layers(config: FamConfig, layouts: Sequence[LayerLayout]) -> FamConfig:

@@ -15,7 +15,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from transformerfam.decoder.half_precision import fitting
 from transformerfam.decoder.kernels import Sight
 from transformerfam.decoder.positions import fam_offsets, first_position, query_shift, row_offsets
-from transformerfam.decoder.step import PassingStep
+from transformerfam.decoder.step import Step
 from transformerfam.errors import TransformerFamError
 from transformerfam.fam.layer import FamLayer, joined_slots
 from transformerfam.fam.masks import Phase, piece_mask
@@ -28,7 +28,7 @@ def bounded(rows_BFD: torch.Tensor, bound: float) -> torch.Tensor:
     return rows_BFD * (bound * mean_square.rsqrt()).to(rows_BFD.dtype)
 
 
-class Piece(PassingStep):
+class Piece(Step):
     """One piece on its way through the layers: what it sees, what it writes, and how it moves the state on.
 
     Args:
@@ -386,8 +386,11 @@ class Piece(PassingStep):
             return moved
         return torch.where(is_first.to(moved.device)[:, None, None], value_BFD, moved)
 
-    def advance(self) -> None:
+    def advance(self, hidden_BTD: torch.Tensor) -> None:
         """Move the state on: count the tokens, and make complete blocks memory segments and FAMs the past.
+
+        Args:
+            hidden_BTD: all rows behind the last norm, of which nothing is kept.
 
         Raises:
             TransformerFamError: a share of attention, or a number of the FAM, is not finite; the state stays in front

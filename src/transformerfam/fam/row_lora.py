@@ -13,6 +13,7 @@ from typing import Any, NoReturn
 import torch
 from torch import nn
 
+from transformerfam.decoder.slot import memory_in
 from transformerfam.errors import TransformerFamError
 from transformerfam.versions import require_peft
 
@@ -48,7 +49,7 @@ def bind_lora(model: nn.Module) -> None:
     if not getattr(model, "peft_config", None):
         return
     peft, output = require_peft(), model.get_output_embeddings()  # type: ignore[operator]
-    memory = getattr(model.get_decoder(), "fam", None)  # type: ignore[operator]
+    memory = memory_in(model.get_decoder())  # type: ignore[operator]
     adapters = (peft.tuners.tuners_utils.BaseTunerLayer, peft.utils.other.AuxiliaryTrainingWrapper)
     for name, module in model.named_modules():
         if not isinstance(module, adapters) or _is_bound(module) or module is memory:

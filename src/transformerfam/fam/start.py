@@ -1,6 +1,7 @@
-"""The methods that a converted model has beside its own: `init_state` and `read`, and its `forward`."""
+"""How a reading with FAM begins: all of its state, allocated at once."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from transformers import PreTrainedModel
@@ -9,12 +10,13 @@ from transformerfam.decoder.arguments import require_integer, saved_flags
 from transformerfam.decoder.half_precision import fitting
 from transformerfam.decoder.identity import require_at_hand
 from transformerfam.decoder.layouts import with_tables_of
+from transformerfam.decoder.memory import memory_of
 from transformerfam.decoder.peft_calls import refuse_adapters_by_place
 from transformerfam.decoder.positions import first_position
 from transformerfam.decoder.structure import require_layers
 from transformerfam.errors import StateMismatchError
+from transformerfam.fam.initial import initial_fam, initial_queries, prompt_pass
 from transformerfam.fam.layer import FamLayer, LayerPlan, Sections, joined_slots
-from transformerfam.fam.memory import initial_fam, initial_queries, memory_of, prompt_pass
 from transformerfam.fam.row_lora import bind_lora
 from transformerfam.fam.state import FamState
 
@@ -70,7 +72,8 @@ def init_state(
     """
     batch_size = require_integer("batch_size", batch_size, least=1)
     position_offset = require_integer("position_offset", position_offset, least=0)
-    decoder, memory, weight = self.get_decoder(), memory_of(self), self.get_input_embeddings().weight
+    decoder, weight = self.get_decoder(), self.get_input_embeddings().weight
+    memory: Any = memory_of(self)
     require_layers(self, len(memory.layouts))
     memory.layouts = with_tables_of(decoder, memory.layouts)
     config, num_layers = memory.config, len(memory.layouts)

@@ -7,7 +7,7 @@ M memory slots, F FAM rows, L layers, V vocabulary.
 import copy
 import os
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 
@@ -23,15 +23,6 @@ STATE_FORMAT_VERSION = 1
 
 FORMER_NAMES = {"initial_fam": "query_fam"}
 """What files that were written before call a layer's tensors."""
-
-
-class Step(Protocol):
-    """What the state asks of the piece that is going through the model."""
-
-    def attend(
-        self, layer: "FamLayer", key_BGTK: torch.Tensor, value_BGTK: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Write a piece's keys and values and return all that the piece sees."""
 
 
 class FamState(ReadingState):
@@ -68,7 +59,6 @@ class FamState(ReadingState):
         self.starts_from_saved_fam = list(starts_from_saved_fam or [False] * batch_size)
         self.position_offset = position_offset
         self.queries_key = queries_key
-        self.step: Step | None = None
         self.begin_history()
         self.num_blocks_until_steady = max(layer.plan.num_blocks_until_steady(config) for layer in layers)
 
@@ -101,6 +91,11 @@ class FamState(ReadingState):
             raise TransformerFamError("fam_length is 0, so there is no FAM; convert with fam_length of at least 1")
         empty = torch.zeros_like(present[0])
         return torch.stack([empty if layer.fam is None else layer.fam for layer in self.layers])
+
+    @property
+    def carried(self) -> torch.Tensor:
+        """The FAMs."""
+        return self.fams
 
     @property
     def first_carried(self) -> torch.Tensor | None:

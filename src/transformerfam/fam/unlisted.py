@@ -22,6 +22,7 @@ from transformerfam.decoder.families import decoder_layers, family_of, own_windo
 from transformerfam.decoder.identity import require_at_hand
 from transformerfam.decoder.kernels import BACK_END
 from transformerfam.decoder.layouts import relative_error
+from transformerfam.decoder.slot import memory_in
 from transformerfam.errors import TransformerFamError, UnsupportedModelError
 from transformerfam.fam.checks import PROBE_BLOCK_SIZE, PROBE_FAM_LENGTH, Watch, probing, require_equal
 from transformerfam.fam.memory import memory_of
@@ -99,7 +100,7 @@ def convert_by_checks(model: PreTrainedModel, convert_as: Callable[[], None]) ->
         except UnsupportedModelError as error:
             raise UnsupportedModelError(f"{start}, and its layers are not such as can be tried: {error}") from error
         finally:
-            if not hasattr(decoder, "fam"):
+            if memory_in(decoder) is None:
                 del decoder.fam_family
     if len(reasons) == len(families):
         raise UnsupportedModelError(f"{start}, and numeric checks do not accept its layers; {'; '.join(reasons)}")

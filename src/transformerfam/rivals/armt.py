@@ -18,10 +18,10 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from transformerfam.fam.memory import initial_prompt
+from transformerfam.fam.initial import initial_prompt
+from transformerfam.rivals.lanes import Lane
 from transformerfam.rivals.linear_memory import LEAST_NORM, retrieve
-from transformerfam.rivals.piece import Rival, RivalPiece
-from transformerfam.rivals.state import Lane
+from transformerfam.rivals.rival import Rival, RivalPiece
 
 
 def dpfp(rows: torch.Tensor, num_shifts: int) -> torch.Tensor:
@@ -33,7 +33,7 @@ def dpfp(rows: torch.Tensor, num_shifts: int) -> torch.Tensor:
 class Armt(Rival):
     """Carry a matrix `2 * association_width * num_feature_shifts x D` and a vector for every layer."""
 
-    learned_rows = ("tokens",)
+    names_of_rows = ("tokens",)
     memory_rows_see_each_other = True
 
     def build(self, model: PreTrainedModel) -> None:

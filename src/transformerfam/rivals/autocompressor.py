@@ -10,16 +10,16 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from transformerfam.fam.memory import initial_prompt
-from transformerfam.rivals.piece import Rival, RivalPiece
-from transformerfam.rivals.state import Lane
+from transformerfam.fam.initial import initial_prompt
+from transformerfam.rivals.lanes import Lane
+from transformerfam.rivals.rival import Rival, RivalPiece
 
 
 class AutoCompressor(Rival):
     """Carry `num_memory_tokens` summary vectors for every segment: bytes and time per token grow with the text."""
 
     has_memory = False
-    learned_rows = ("summary",)
+    names_of_rows = ("summary",)
 
     def build(self, model: PreTrainedModel) -> None:
         """Make the summary tokens."""

@@ -17,7 +17,7 @@ from torch.nn.functional import rms_norm, scaled_dot_product_attention
 from transformers import PreTrainedModel
 
 from transformerfam.errors import UnsupportedModelError
-from transformerfam.rivals.piece import Rival, RivalPiece
+from transformerfam.rivals.rival import Rival, RivalPiece
 
 GATE_MEAN, GATE_STD, STATE_STD = 1.0, 0.1, 0.1
 """Of the random start of gate and state."""

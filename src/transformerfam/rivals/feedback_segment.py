@@ -8,8 +8,8 @@ Source: section C.2 of arXiv 2404.09173.
 
 import torch
 
-from transformerfam.rivals.piece import Rival, RivalPiece
-from transformerfam.rivals.state import Lane
+from transformerfam.rivals.lanes import Lane
+from transformerfam.rivals.rival import Rival, RivalPiece
 
 
 class FeedbackSegment(Rival):

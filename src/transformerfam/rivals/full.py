@@ -1,6 +1,6 @@
 """Full attention: the ordinary model, whose keys and values are all kept."""
 
-from transformerfam.rivals.piece import Rival
+from transformerfam.rivals.rival import Rival
 
 
 class FullAttention(Rival):

@@ -16,7 +16,8 @@ from torch import nn
 from torch.nn.functional import logsigmoid, rms_norm
 from transformers import PreTrainedModel
 
-from transformerfam.rivals.piece import Rival, RivalPiece, require_plain_heads
+from transformerfam.rivals.mixing import require_plain_heads
+from transformerfam.rivals.rival import Rival, RivalPiece
 
 CHUNK_LENGTH = 8
 

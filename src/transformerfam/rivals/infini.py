@@ -16,7 +16,8 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from transformerfam.rivals.linear_memory import retrieve
-from transformerfam.rivals.piece import Rival, RivalPiece, require_plain_heads
+from transformerfam.rivals.mixing import require_plain_heads
+from transformerfam.rivals.rival import Rival, RivalPiece
 
 
 def features(rows: torch.Tensor) -> torch.Tensor:

@@ -10,15 +10,15 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from transformerfam.fam.memory import initial_prompt
-from transformerfam.rivals.piece import Rival, RivalPiece
-from transformerfam.rivals.state import Lane
+from transformerfam.fam.initial import initial_prompt
+from transformerfam.rivals.lanes import Lane
+from transformerfam.rivals.rival import Rival, RivalPiece
 
 
 class RecurrentMemoryTransformer(Rival):
     """Carry `num_memory_tokens` embeddings; the first are learned."""
 
-    learned_rows = ("memory",)
+    names_of_rows = ("memory",)
     memory_rows_see_each_other = True
 
     def build(self, model: PreTrainedModel) -> None:

@@ -4,7 +4,6 @@ The sequences of a batch are kept in *lanes*: those of one lane have read equall
 place of their segment, so that a rival never meets a ragged batch. Lanes split when their sequences part.
 """
 
-import dataclasses
 import os
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -12,80 +11,16 @@ from typing import Any
 import torch
 
 from transformerfam.decoder.identity import ModelIdentity
+from transformerfam.decoder.slot import memory_in
 from transformerfam.decoder.state import ReadingState, require_several, take_stored
 from transformerfam.errors import StateMismatchError, TransformerFamError
 from transformerfam.files import load_tensors, metadata_form, refuse_to_write, require_finite, save_tensors
 from transformerfam.rivals.config import RivalConfig
+from transformerfam.rivals.lanes import Lane
 
 STATE_FORMAT_VERSION = 1
 LANE_PARTS = ("memory", "scratch", "keys", "values")
 PLACES = ("fill", "num_blocks", "num_remembered", "num_front")
-
-
-@dataclasses.dataclass
-class Lane:
-    """Sequences that stand at the same place.
-
-    Attributes:
-        rows: which sequences of the batch they are.
-        memory: what outlives the segment, by name, `(B, ...)` each.
-        scratch: what is collected during the segment and forgotten behind it, by name.
-        keys: of every layer `(B, G, S, K)`, the segment so far with the rows in front of it; empty before its first.
-        values: likewise.
-        fill: tokens in the segment.
-        num_blocks: whole segments that were read.
-        num_remembered: segments that the memory holds, those of a memory that was handed on included.
-        num_front: rows in front of the segment.
-    """
-
-    rows: list[int]
-    memory: dict[str, torch.Tensor]
-    scratch: dict[str, torch.Tensor] = dataclasses.field(default_factory=dict)
-    keys: list[torch.Tensor] = dataclasses.field(default_factory=list)
-    values: list[torch.Tensor] = dataclasses.field(default_factory=list)
-    fill: int = 0
-    num_blocks: int = 0
-    num_remembered: int = 0
-    num_front: int = 0
-
-    @property
-    def num_slots(self) -> int:
-        """Keys of the segment so far."""
-        return self.keys[0].shape[2] if self.keys else 0
-
-    def copy(self) -> "Lane":
-        """Return a lane that shares the tensors."""
-        return dataclasses.replace(
-            self,
-            rows=list(self.rows),
-            keys=list(self.keys),
-            values=list(self.values),
-            memory=dict(self.memory),
-            scratch=dict(self.scratch),
-        )
-
-    def map(self, function: Callable[[torch.Tensor], torch.Tensor]) -> None:
-        """Replace every tensor."""
-        self.keys, self.values = [function(t) for t in self.keys], [function(t) for t in self.values]
-        self.memory = {name: function(tensor) for name, tensor in self.memory.items()}
-        self.scratch = {name: function(tensor) for name, tensor in self.scratch.items()}
-
-    def select(self, indices: Sequence[int]) -> "Lane":
-        """Return some of the lane's sequences as a lane of their own."""
-        lane = self.copy()
-        if list(indices) != list(range(len(self.rows))):
-            index = torch.as_tensor(indices)
-            lane.map(lambda tensor: tensor.index_select(0, index.to(tensor.device)))
-        lane.rows = [self.rows[i] for i in indices]
-        return lane
-
-    def tensors(self) -> dict[str, torch.Tensor]:
-        """Return what the lane carries, by name."""
-        named = {f"memory.{name}": tensor for name, tensor in self.memory.items()}
-        named |= {f"scratch.{name}": tensor for name, tensor in self.scratch.items()}
-        for part in ("keys", "values"):
-            named |= {f"{part}.{i}": tensor for i, tensor in enumerate(getattr(self, part))}
-        return named
 
 
 class RivalState(ReadingState):
@@ -120,7 +55,8 @@ class RivalState(ReadingState):
     @property
     def text_start(self) -> int | None:
         """0 where a segment never ends, else None."""
-        return 0 if self.identity.model.get_decoder().rival.is_endless else None
+        memory: Any = memory_in(self.identity.model.get_decoder())
+        return 0 if memory.is_endless else None
 
     @property
     def num_bytes(self) -> int:
@@ -133,7 +69,7 @@ class RivalState(ReadingState):
         return self._has_memory
 
     @property
-    def fams(self) -> torch.Tensor:
+    def carried(self) -> torch.Tensor:
         """The memory of every sequence as one row of numbers, `(1, B, 1, N)`: what random state passing hands on.
 
         Raises:

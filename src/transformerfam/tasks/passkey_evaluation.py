@@ -14,6 +14,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from transformerfam.config import FamConfig
+from transformerfam.decoder.memory import memory_of
 from transformerfam.decoder.state import ReadingState
 from transformerfam.errors import ReadInterrupted, TransformerFamError
 from transformerfam.fam.state import FamState
@@ -251,9 +253,10 @@ class PasskeyEvaluation:
 
 
 def _window(model: Any) -> int:
-    """Return the tokens that a question may see: its block and the memory segments."""
-    config = model.fam_config
-    return int(config.block_size * (config.num_memory_segments + 1))
+    """Return the tokens that a question may see: its block, and of FAM the memory segments."""
+    config = memory_of(model).config
+    segments = config.num_memory_segments if isinstance(config, FamConfig) else 0
+    return int(config.block_size * (segments + 1))
 
 
 def finished_questions(rows: Iterable[Mapping[str, Any]], options: PasskeyEvaluation) -> frozenset[Question]:
@@ -438,7 +441,7 @@ class _Reading:
 
     def _ask(self, state: ReadingState, length: int) -> Iterator[dict[str, Any]]:
         missing = self._missing(length)
-        block_size = self.model.fam_config.block_size
+        block_size = memory_of(self.model).config.block_size
         jitters = [self.options.jitters(length, block_size)[i] for i in self.key_indices]
         tails = [
             self.text.filler.slice(text.start + end, jitter)

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from transformerfam.decoder.memory import memory_of
 from transformerfam.errors import CorruptFileError
 from transformerfam.files import load_tensors, parse_json, read_whole
 from transformerfam.weights.adapter import FAM_FILE, FamAdapter
@@ -37,12 +38,11 @@ def weights_of(model: Any) -> dict[str, str]:
     fields that have their default do not count, so that a later version's further fields change no digest.
 
     Args:
-        model: a converted model, or one with a rival.
+        model: one with a memory.
     """
-    decoder = model.get_decoder()
-    is_fam = hasattr(decoder, "fam")
-    identity = (decoder.fam if is_fam else decoder.rival).identity
-    config = model.fam_config if is_fam else model.rival_config
+    memory = memory_of(model)
+    config, identity = memory.config, memory.identity
+    assert identity is not None
     both = f"{identity.base_digest()} {identity.memory_digest()}"
     changed = {
         field.name: value

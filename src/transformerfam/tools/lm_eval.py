@@ -19,8 +19,8 @@ from tqdm import tqdm
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, StoppingCriteria
 
 from transformerfam.config import FAM_DTYPES, FamConfig
+from transformerfam.decoder.memory import hold_weights_in
 from transformerfam.errors import TransformerFamError
-from transformerfam.fam.memory import hold_weights_in
 from transformerfam.fam.state import FamState
 from transformerfam.tasks.text import SOME_UNKNOWN, end_ids, unknown_share
 from transformerfam.weights.models import find_device, load_model

@@ -23,6 +23,7 @@ from transformerfam.errors import CorruptFileError, TransformerFamError, Unsuppo
 from transformerfam.fam.convert import fam_parameters
 from transformerfam.fam.layer import LayerPlan
 from transformerfam.fam.masks import piece_mask
+from transformerfam.fam.memory import memory_of
 from transformerfam.fam.state import FamState
 from transformerfam.tools.costs import rows_in_front
 from transformerfam.tools.fake_model import AllocatedBytes, build_on_meta, convert_fake, make_fake
@@ -212,7 +213,7 @@ def _measured(
 ) -> dict[str, int]:
     """Read and train on fake tensors, and return the most that each part takes, in bytes."""
     fam: FamConfig = model.fam_config
-    steady = max(plan.num_blocks_until_steady(fam) for plan in model.get_decoder().fam.plans())
+    steady = max(plan.num_blocks_until_steady(fam) for plan in memory_of(model).plans())
     with torch.no_grad(), AllocatedBytes() as counter:
         counter.ignore(*model.parameters(), *model.buffers())
         state, passed = _begun(model, batch_size, steady)
@@ -287,7 +288,7 @@ def _matrices(model: Any) -> Iterator[tuple[str, torch.Tensor]]:
 def _flops(model: Any, training: Training) -> tuple[float, float]:
     """Return the operations per token of reading and of training, the update of the FAM included."""
     config, fam = model.config, model.fam_config
-    heads, memory = config.num_attention_heads, model.get_decoder().fam
+    heads, memory = config.num_attention_heads, memory_of(model)
     widths = [layout.key_shape[1] + layout.value_shape[1] for layout in memory.layouts]
     if getattr(config, "kv_lora_rank", None):  # what is kept is narrower than a head
         widths = [config.qk_nope_head_dim + config.qk_rope_head_dim + config.v_head_dim] * len(widths)
@@ -330,7 +331,7 @@ def _means_per_token(fam: FamConfig, layout: LayerLayout) -> int:
 
 
 def _full_cache_bytes(model: Any, dtype: torch.dtype, num_tokens: int) -> int:
-    layouts = model.get_decoder().fam.layouts
+    layouts = memory_of(model).layouts
     numbers = 0
     for layout in layouts:
         (key_heads, key_width), (value_heads, value_width) = layout.key_shape, layout.value_shape

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from transformers import Adafactor, PreTrainedModel
 
-from transformerfam.fam.memory import initial_rows
+from transformerfam.decoder.memory import memory_of
 from transformerfam.training.recipe.recipe import Recipe
 from transformerfam.training.recipe.sections import KeyBiasSection, OptimizerSection
 
@@ -15,10 +15,10 @@ from transformerfam.training.recipe.sections import KeyBiasSection, OptimizerSec
 def build_optimizer(model: PreTrainedModel, recipe: Recipe) -> torch.optim.Optimizer:
     """Return the optimizer of all trained weights.
 
-    The initial FAM, or a rival's learned rows, stand in one group, the rest (LoRA or all) in another.
+    The memory's learned rows stand in one group, the rest (LoRA or all) in another.
     """
     section = recipe.optimizer
-    prompt = initial_rows(model)
+    prompt = memory_of(model).learned_rows
     own = {id(parameter) for parameter in prompt}
     rest = [p for p in model.parameters() if p.requires_grad and id(p) not in own]
     rest_lr = recipe.lora.lr if recipe.lora is not None and recipe.lora.lr is not None else section.lr

@@ -5,9 +5,10 @@ from typing import Any
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from transformerfam.config import FamConfig
+from transformerfam.decoder.memory import hold_weights_in
 from transformerfam.errors import RecipeError
 from transformerfam.fam.convert import convert
-from transformerfam.fam.memory import hold_weights_in, prefix_from_prompt, set_prompt
+from transformerfam.fam.prompt import prefix_from_prompt, set_prompt
 from transformerfam.rivals import attach
 from transformerfam.tasks.facts import words
 from transformerfam.tasks.provenance import memory_notes

@@ -8,7 +8,7 @@ import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from transformerfam.fam.memory import initial_rows
+from transformerfam.decoder.memory import memory_of
 from transformerfam.tasks.passkey import AFTER_KEY, BEFORE_KEY, BETWEEN_KEYS, FILLER_SENTENCES, QUESTION
 from transformerfam.training.recipe.sections import ModelSection
 
@@ -76,12 +76,12 @@ def build_tiny_model(section: ModelSection, vocab_size: int) -> LlamaForCausalLM
 
 
 def draw_prompt(model: LlamaForCausalLM, seed: int) -> None:
-    """Draw prompt or prefix of a converted random model, or a rival's rows, like its embeddings, in place.
+    """Draw the learned rows of a random model's memory like its embeddings, in place.
 
     The mean embedding, from which `convert` starts, says nothing in a model that was never trained, and rows that are
     nearly equal take long to part.
     """
     generator = torch.Generator().manual_seed(seed)
-    for rows in initial_rows(model):
+    for rows in memory_of(model).learned_rows:
         with torch.no_grad():
             rows.copy_(EMBEDDING_STD * torch.randn(rows.shape, generator=generator))

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from transformerfam.decoder.memory import memory_of
 from transformerfam.errors import NonFiniteLossError, RecipeError
 from transformerfam.fam.convert import set_block_size, set_key_bias
 from transformerfam.processes import ends_noted, uninterrupted
@@ -212,7 +213,7 @@ class Trainer:
             )
         self.optimizer.step()
         self.average.update(self.model, step)
-        num_passed_tokens = output.num_passed_blocks * self.model.fam_config.block_size
+        num_passed_tokens = output.num_passed_blocks * memory_of(self.model).config.block_size
         is_held_B = output.is_right_B & (~batch.is_told_B | (batch.num_told_B <= num_passed_tokens))
         held = held_keys(saved, batch.held, is_held_B.tolist())
         self.passing.keep(step, self.ranks.passed_fam(output.passed_fam_LBFD, recipe.state_passing.rows), held)
@@ -261,9 +262,9 @@ class Trainer:
             "fam_norm": norm,
             "teacher_loss": output.teacher_loss.item(),
             "fam_change": output.fam_change.item(),
-            "block_size": self.model.fam_config.block_size,
+            "block_size": memory_of(self.model).config.block_size,
             "lr": self.optimizer.param_groups[0]["lr"],
-            "fam_key_bias": self.model.fam_config.fam_key_bias,
+            "fam_key_bias": getattr(memory_of(self.model).config, "fam_key_bias", None),
             "tokens": self.num_tokens,
             "processes": self.ranks.world,
         }

@@ -12,6 +12,8 @@ from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from transformerfam.config import FamConfig
+from transformerfam.decoder.memory import memory_of
+from transformerfam.decoder.slot import memory_in
 from transformerfam.errors import CorruptFileError, StateMismatchError, TransformerFamError
 from transformerfam.fam.convert import convert
 from transformerfam.files import (
@@ -72,7 +74,7 @@ def name_in_rows(system: str, model: PreTrainedModel) -> str:
     Raises:
         TransformerFamError: the system is `fam_gated` and the update is the paper's.
     """
-    is_gated = model.fam_config.fam_update == "gated"
+    is_gated = getattr(memory_of(model).config, "fam_update", None) == "gated"
     if system == GATED and not is_gated:
         raise TransformerFamError("the system is 'fam_gated', but the model's memory is not gated; take fam")
     return GATED if system == "fam" and is_gated else system
@@ -197,7 +199,7 @@ def save_model(
             "the model has LoRA; save it with FamAdapter.from_model(model).save_pretrained(folder)"
         )
     adapter = FamAdapter.from_model(model, notes=dict(notes or {}))
-    _save_base(model, tokenizer, folder, model.get_decoder().fam)
+    _save_base(model, tokenizer, folder, memory_in(model.get_decoder()))
     adapter.config = config or adapter.config
     adapter.save_pretrained(folder)
 
@@ -240,7 +242,7 @@ def save_rival(
     Raises:
         TransformerFamError: the disk is full.
     """
-    rival = model.get_decoder().rival
+    rival: Any = memory_of(model)
     back_end = model.config._attn_implementation
     if rival.mixes:
         model.set_attn_implementation("sdpa")  # which is what the folder's base has
@@ -278,7 +280,7 @@ def _load_rival(
     config = RivalConfig.from_dict(config.to_dict() | dict(overrides or {}))
     model, tokenizer = load_base(folder, folder=folder)
     attach(model, config)
-    rival = model.get_decoder().rival
+    rival: Any = memory_of(model)
     if rival.identity.base_digest() != base_digest:
         raise StateMismatchError(f"{folder} holds other base weights than its {system} was trained with; copy it again")
     parameters = dict(rival.named_parameters())

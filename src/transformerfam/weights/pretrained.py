@@ -22,7 +22,8 @@ from transformers import PreTrainedModel
 from transformers.utils import cached_file
 
 from transformerfam.errors import CorruptFileError, MissingPackageError, TransformerFamError, UnsupportedModelError
-from transformerfam.fam.convert import METHODS, memory_of
+from transformerfam.fam.convert import memory_of
+from transformerfam.fam.memory import FamMemory
 from transformerfam.files import parse_json, read_whole, refuse_endless, share_rights
 from transformerfam.weights.adapter import CONFIG_FILE, FAM_FILE, FamAdapter
 from transformerfam.weights.peft_adapters import LORA_CONFIG_FILE, has_adapters
@@ -292,4 +293,4 @@ def install() -> None:
     PreTrainedModel.from_pretrained = classmethod(from_pretrained)
 
 
-METHODS["save_pretrained"] = save_pretrained
+FamMemory.own_methods["save_pretrained"] = save_pretrained

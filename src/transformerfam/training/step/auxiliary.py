@@ -15,6 +15,7 @@ from transformerfam.decoder.cache_argument import cache_in
 from transformerfam.decoder.families import decoder_layers, family_of, part_of
 from transformerfam.errors import RecipeError
 from transformerfam.fam.memory import memory_of
+from transformerfam.fam.piece import Piece
 from transformerfam.training.recipe.recipe import Recipe
 from transformerfam.training.recipe.sections import LossSection
 
@@ -72,8 +73,8 @@ class AuxiliaryLosses:
         self, layer_idx: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
     ) -> None:
         state: Any = cache_in(kwargs)
-        piece = getattr(state, "step", None)
-        if piece is None or not hasattr(piece, "phase") or not torch.is_grad_enabled():
+        piece = state.step
+        if not isinstance(piece, Piece) or not torch.is_grad_enabled():
             return  # the initial FAM goes up alone
         layer = state.layers[layer_idx]
         num_layers = sum(other.fam is not None for other in state.layers)

@@ -63,9 +63,9 @@ def run_batch(
     Source: section 2.1, "training long inputs runs block after block with gradient checkpointing".
     """
     scores, total_change, num_changes = Scores.zero(len(batch.keys), model.device), torch.zeros(()), 0
-    block_size = model.fam_config.block_size
+    block_size = state.config.block_size
     has_fam = state.has_memory
-    passed = state.fams.detach() if has_fam and pass_before_question else None
+    passed = state.carried.detach() if has_fam and pass_before_question else None
     num_passed_blocks, num_blocks = 0, -(-batch.input_ids_BT.shape[1] // block_size)
     for block_idx, (start, stop) in enumerate(block_spans(batch.input_ids_BT.shape[1], block_size)):
         is_whole = stop - start == block_size
@@ -95,7 +95,7 @@ def run_batch(
                 sources = [fillers[(row + repeat) % len(fillers)] for row in range(len(batch.keys))]
                 state = _update_again(model, state, batch.input_ids_BT[sources, stop - 1 : stop], sources)
         if has_fam and (is_before_question if pass_before_question else is_whole):
-            passed = state.fams.detach()
+            passed = state.carried.detach()
             num_passed_blocks += 1
     output = scores.output(batch, lesson, teacher_weight, passed, num_passed_blocks)
     change = total_change / max(1, num_changes)
@@ -257,7 +257,7 @@ def find_non_finite(model: PreTrainedModel, batch: Batch, state: ReadingState) -
         handles.append(layer.register_forward_hook(note))
     try:
         state = state.fork()
-        block_size = model.fam_config.block_size
+        block_size = state.config.block_size
         for block_idx, (start, stop) in enumerate(block_spans(batch.input_ids_BT.shape[1], block_size)):
             ids_BT = batch.input_ids_BT[:, start:stop].to(model.device)
             try:

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from transformerfam.config import FamConfig
 from transformerfam.decoder.positions import Turner, fam_offsets, first_position, query_shift
-from transformerfam.decoder.step import PassingStep, StepCache, run_decoder
+from transformerfam.decoder.step import Step, StepCache, run_decoder
 from transformerfam.fam.memory import memory_of
 from transformerfam.fam.piece import bounded
 from transformerfam.fam.state import FamState
@@ -23,7 +23,7 @@ from transformerfam.training.step.stored_filler import StoredFiller
 from transformerfam.training.step.teacher import Lesson
 
 
-class PackedBlock(PassingStep):
+class PackedBlock(Step):
     """One block of all sequences on its way through the layers.
 
     Args:

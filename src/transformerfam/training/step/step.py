@@ -52,7 +52,7 @@ def start_state(
     if saved is None:
         return model.init_state(num_rows, position_offset=offset)
     is_saved = passing.rows_from_saved(step, batch.is_told_B)[rows]
-    return model.init_state(num_rows, fam=saved.fam_LBFD, is_saved=is_saved, position_offset=offset)
+    return model.init_state(num_rows, saved.fam_LBFD, offset, is_saved)
 
 
 def run_step(
@@ -127,5 +127,5 @@ def read_on(
     if stored is not None:
         sources = sequences.sources(step, "between", len(stored.ids_NT), num_blocks)
         return torch.stack(update_by_stored(model, list(fam_LBFD), stored, sources))
-    state = model.init_state(fam_LBFD.shape[1], fam=fam_LBFD)
-    return model.read(sequences.filler(step, num_blocks * model.fam_config.block_size), state).fams
+    state = model.init_state(fam_LBFD.shape[1], fam_LBFD)
+    return model.read(sequences.filler(step, num_blocks * state.config.block_size), state).carried

@@ -1,4 +1,4 @@
-"""One piece of a lane on its way through the layers, and what a rival may do there.
+"""A rival as a decoder carries it, one piece of a lane on its way through the layers, and what it may do there.
 
 A piece is a run of tokens of one segment. Its rows are
 
@@ -7,45 +7,105 @@ A piece is a run of tokens of one segment. Its rows are
 and each sees what stands in front of it in the segment. A row's position is its place there.
 """
 
-import functools
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
 from torch.nn.functional import rms_norm
-from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import sdpa_mask
+from transformers import PreTrainedModel
+from transformers.modeling_outputs import MoeModelOutputWithPast
 
-from transformerfam.decoder.families import family_of
-from transformerfam.decoder.identity import ModelIdentity
-from transformerfam.decoder.kernels import MIXED_BACK_END
+from transformerfam.decoder.arguments import require_integer, saved_flags
 from transformerfam.decoder.layouts import LayerLayout
-from transformerfam.decoder.step import PassingStep
-from transformerfam.errors import UnsupportedModelError
+from transformerfam.decoder.memory import Memory, memory_of
+from transformerfam.decoder.step import Step, StepCache, run_decoder
+from transformerfam.decoder.structure import require_layers
+from transformerfam.errors import StateMismatchError
 from transformerfam.rivals.config import RivalConfig
-from transformerfam.rivals.state import Lane
+from transformerfam.rivals.lanes import Lane
+from transformerfam.rivals.masks import segment_mask
+from transformerfam.rivals.mixing import Mixture
+from transformerfam.rivals.state import RivalState
 
 
-class Rival(nn.Module):
+def init_state(
+    self: PreTrainedModel,
+    batch_size: int = 1,
+    carried: torch.Tensor | None = None,
+    position_offset: int = 0,
+    is_saved: Any = None,
+) -> RivalState:
+    """Start a reading with a rival.
+
+    Args:
+        self: the model.
+        batch_size: number of sequences.
+        carried: memory to start from, `(1, batch_size, 1, N)`, as `state.carried` gives it; None: the rival's own.
+        position_offset: not felt, since positions begin anew in every segment.
+        is_saved: per sequence, whether it starts from `carried`; the others start as the rival does. None: all do.
+
+    Returns:
+        A state of `batch_size` sequences that have read nothing.
+
+    Raises:
+        TransformerFamError: a number is no integer in range, or `carried` or `is_saved` has another shape.
+    """
+    batch_size = require_integer("batch_size", batch_size, least=1)
+    require_integer("position_offset", position_offset, least=0)
+    rival: Any = memory_of(self)
+    require_layers(self, len(rival.layouts))
+    saved = saved_flags(is_saved, batch_size, carried is not None)
+    lanes = []
+    for is_from_saved in (False, True):
+        rows = [row for row, flag in enumerate(saved) if flag == is_from_saved]
+        if not rows:
+            continue
+        lane = Lane(rows, rival.initial_memory(len(rows)))
+        if is_from_saved:
+            assert carried is not None
+            lane.memory = _unflattened(lane.memory, carried, batch_size, rows)
+            lane.num_remembered = rival.config.num_memory_segments
+        lanes.append(lane)
+    return RivalState(lanes, rival.config, rival.identity, rival.has_memory)
+
+
+def _unflattened(
+    like: dict[str, torch.Tensor], carried_1B1N: torch.Tensor, batch_size: int, rows: list[int]
+) -> dict[str, torch.Tensor]:
+    """Return rows of `state.carried` as named tensors of the shapes of `like`."""
+    sizes = [like[name][0].numel() for name in sorted(like)]
+    if tuple(carried_1B1N.shape) != (1, batch_size, 1, sum(sizes)):
+        raise StateMismatchError(
+            f"the memory to start from has shape {tuple(carried_1B1N.shape)}, required is (1, batch, 1, numbers) "
+            f"{(1, batch_size, 1, sum(sizes))}; save it from a state of the same model and configuration"
+        )
+    parts = carried_1B1N[0, rows, 0].split(sizes, dim=1)
+    return {name: part.view_as(like[name]) for name, part in zip(sorted(like), parts, strict=True)}
+
+
+class Rival(Memory):
     """The parameters of a rival, and what it does to a segment: the decoder's submodule `rival`.
 
     Attributes:
         config: the configuration in force.
-        layouts: what every layer hands to its cache.
         mixes: whether it changes what an attention gives, in front of its last matrix.
         is_endless: whether a segment never ends.
         has_memory: whether its memory has a fixed size.
-        learned_rows: names of the parameters that stand among the tokens as rows.
+        names_of_rows: names of the parameters that stand among the tokens as rows.
         memory_rows_see_each_other: whether rows in front, or behind, see all of their kind.
         hidden_size: width of the layers.
     """
 
+    slot = "rival"
+    config_name = "rival_config"
+    state_class = RivalState
+    own_methods: ClassVar[dict[str, Callable[..., Any]]] = {"init_state": init_state}
+    config: RivalConfig
     mixes = False
     is_endless = False
     has_memory = True
-    learned_rows: tuple[str, ...] = ()
+    names_of_rows: tuple[str, ...] = ()
     memory_rows_see_each_other = False
     _like: torch.Tensor
 
@@ -53,7 +113,6 @@ class Rival(nn.Module):
         super().__init__()
         self.config = config
         self.layouts = tuple(layouts)
-        self.identity: ModelIdentity | None = None
         self.hidden_size: int = model.get_input_embeddings().weight.shape[1]
         self.num_heads: int = model.config.num_attention_heads
         self._std: float = getattr(model.config, "initializer_range", 0.02)
@@ -76,6 +135,62 @@ class Rival(nn.Module):
     def zeros(self, *shape: int) -> torch.Tensor:
         """Return zeros of the model's type, on its device."""
         return self._like.new_zeros(shape)
+
+    @property
+    def learned_rows(self) -> list[nn.Parameter]:
+        """The parameters that stand among the tokens as rows."""
+        return [parameter for name, parameter in self.named_parameters() if name in self.names_of_rows]
+
+    def require_own(self, state: RivalState) -> None:
+        """Refuse a state of another rival, or of another configuration of it.
+
+        Raises:
+            StateMismatchError: it is.
+        """
+        if state.config != self.config:
+            raise StateMismatchError("state belongs to another rival; start a new one with model.init_state()")
+
+    def run_piece(
+        self, decoder: Any, state: RivalState, tokens_BTD: torch.Tensor, counts: list[int], kwargs: dict[str, Any]
+    ) -> MoeModelOutputWithPast:
+        """Send one piece of every sequence through the layers, lane by lane, and move the state on; see `Memory`."""
+        lanes: list[Lane] = []
+        parts: list[list[torch.Tensor]] = []  # of every lane: hidden states behind the last norm, then those of layers
+        for lane in state.lanes:
+            by_count: dict[int, list[int]] = {}
+            for i, row in enumerate(lane.rows):
+                by_count.setdefault(counts[row], []).append(i)
+            for count, indices in by_count.items():
+                part = lane.select(indices)
+                lanes.append(part)
+                tokens = tokens_BTD[part.rows, :count]
+                parts.append(self._run_lane(decoder, part, tokens, kwargs) if count else [tokens])
+        state.set_lanes(lanes)
+        order = torch.argsort(torch.tensor([row for lane in lanes for row in lane.rows])).to(tokens_BTD.device)
+        longest, joined = max(counts), []
+        for kind in range(max(map(len, parts))):
+            # A lane without tokens has one kind, which is empty.
+            own = [part[min(kind, len(part) - 1)] for part in parts]
+            filled = [torch.nn.functional.pad(hidden, (0, 0, 0, longest - hidden.shape[1])) for hidden in own]
+            joined.append(
+                torch.cat(filled)[order] if len(lanes) > 1 or lanes[0].rows != sorted(lanes[0].rows) else filled[0]
+            )
+        return MoeModelOutputWithPast(last_hidden_state=joined[0], hidden_states=tuple(joined[1:]) or None)
+
+    def _run_lane(
+        self, decoder: Any, lane: Lane, tokens_BTD: torch.Tensor, kwargs: dict[str, Any]
+    ) -> list[torch.Tensor]:
+        """Send one piece of a lane through the layers, and move it on.
+
+        Returns:
+            Hidden states of the tokens `(B, T, D)`: those behind the last norm, then those of every layer if asked for.
+        """
+        piece = RivalPiece(self, lane, tokens_BTD.shape[1])
+        cache = StepCache(range(len(self.layouts)), piece)
+        rows = piece.rows(tokens_BTD)
+        output = run_decoder(decoder, rows, piece.position_ids(rows.device), cache, **kwargs)
+        piece.advance(output.last_hidden_state)
+        return [hidden[:, piece.tokens] for hidden in (output.last_hidden_state, *(output.hidden_states or ()))]
 
     # What a rival may do
 
@@ -120,7 +235,7 @@ class Rival(nn.Module):
         return {}
 
 
-class RivalPiece(PassingStep):
+class RivalPiece(Step):
     """A run of tokens of one lane's segment.
 
     Args:
@@ -176,7 +291,7 @@ class RivalPiece(PassingStep):
         window = self.rival.layouts[layer].window
         return segment_mask(self.start, self.num_rows, num_front, front, behind, window, dtype, device)
 
-    def sight(self, layer: int) -> "Mixture":
+    def sight(self, layer: int) -> Mixture:
         """Return what the back end for rivals that mix gets in the mask's place."""
         return Mixture(self, layer)
 
@@ -241,89 +356,3 @@ class RivalPiece(PassingStep):
             lane.num_remembered += 1
             if not self.rival.is_endless:
                 lane.keys, lane.values, lane.scratch, lane.num_front = [], [], {}, 0
-
-
-@functools.lru_cache(maxsize=16)
-@torch.inference_mode(mode=False)
-def segment_mask(
-    start: int,
-    num_rows: int,
-    num_front: int,
-    num_joined_front: int,
-    num_joined_behind: int,
-    window: int | None,
-    dtype: torch.dtype,
-    device: torch.device,
-) -> torch.Tensor:
-    """Return the mask of a piece as a bias on its logits, `(1, 1, num_rows, start + num_rows)`.
-
-    Args:
-        start: rows of the segment in front of the piece.
-        num_rows: of the piece.
-        num_front: memory rows in front of the segment, which no window hides.
-        num_joined_front: first rows of the piece, which see each other.
-        num_joined_behind: last rows of the piece, which see each other.
-        window: last places that a row sees, its own included; None is all.
-        dtype: floating type of the logits.
-        device: where to.
-    """
-    place, row = torch.arange(start + num_rows)[None], torch.arange(start, start + num_rows)[:, None]
-    seen = place <= row
-    if window is not None:
-        seen &= (row - place < window) | (place < num_front)
-    seen[:num_joined_front, start : start + num_joined_front] = True
-    if num_joined_behind:
-        seen[-num_joined_behind:, -num_joined_behind:] = True
-    mask = torch.full(seen.shape, torch.finfo(dtype).min, dtype=dtype).masked_fill(seen, 0)
-    return mask[None, None].to(device)
-
-
-class Mixture:
-    """What the back end for rivals that mix gets in the mask's place: the piece, and the layer it goes through."""
-
-    def __init__(self, piece: RivalPiece, layer: int) -> None:
-        self.piece, self.layer = piece, layer
-
-
-def attend_and_mix(
-    module: nn.Module,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    attention_mask: Mixture | torch.Tensor | None,
-    dropout: float = 0.0,
-    scaling: float | None = None,
-    **kwargs: Any,
-) -> tuple[torch.Tensor, None]:
-    """Attend with torch's attention, and let the rival add what its memory gives: a back end of transformers."""
-    if not isinstance(attention_mask, Mixture):
-        return sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, **kwargs)
-    piece, layer = attention_mask.piece, attention_mask.layer
-    mask = piece.mask(layer, query.dtype, query.device)
-    output, _ = sdpa_attention_forward(module, query, key, value, mask, dropout, scaling, **kwargs)
-    return piece.rival.mix(piece, layer, query, output), None
-
-
-AttentionInterface.register(MIXED_BACK_END, attend_and_mix)
-AttentionMaskInterface.register(MIXED_BACK_END, sdpa_mask)
-
-
-def require_plain_heads(rival: Rival, model: PreTrainedModel) -> None:
-    """Refuse a model whose queries and keys a memory of the attention's own heads cannot take.
-
-    Raises:
-        UnsupportedModelError: latent attention, or attention that does not go through transformers' interface as
-            torch's own.
-    """
-    name, system = type(model).__name__, rival.config.system
-    if any(layout.turner.is_in_values for layout in rival.layouts):
-        raise UnsupportedModelError(f"{name} carries latents, and {system} needs the heads' own keys and values")
-    if not family_of(model).has_attention_interface:
-        raise UnsupportedModelError(
-            f"the attention of {name} does not go through transformers' attention interface, in which {system} adds "
-            "its memory"
-        )
-    if model.config._attn_implementation != "sdpa":
-        raise UnsupportedModelError(
-            f"attention back end is {model.config._attn_implementation!r}, required for {system} is 'sdpa'"
-        )
