@@ -200,7 +200,7 @@ def read_pieces(
     refuse_adapters_by_place(memory.identity.model)
     inputs = Inputs.of(self, input_ids, inputs_embeds, attention_mask, position_ids, use_cache, kwargs)
     state = state_or_new(take_cache(kwargs, cache), memory.state_class, memory.identity, len(inputs.embeds_BTD))
-    take_over(state, memory.identity)
     memory.require_own(state)
+    take_over(state, memory.identity)
     memory.prepare(self, state, inputs.embeds_BTD.shape[1])
     return read_in_pieces(self, state, inputs, memory.run_piece, kwargs)

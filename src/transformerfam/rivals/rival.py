@@ -21,7 +21,7 @@ from transformerfam.decoder.layouts import LayerLayout
 from transformerfam.decoder.memory import Memory, memory_of
 from transformerfam.decoder.step import Step, StepCache, run_decoder
 from transformerfam.decoder.structure import require_layers
-from transformerfam.errors import StateMismatchError
+from transformerfam.errors import StateMismatchError, TransformerFamError
 from transformerfam.rivals.config import RivalConfig
 from transformerfam.rivals.lanes import Lane
 from transformerfam.rivals.masks import segment_mask
@@ -148,12 +148,21 @@ class Rival(Memory):
             StateMismatchError: it is.
         """
         if state.config != self.config:
-            raise StateMismatchError("state belongs to another rival; start a new one with model.init_state()")
+            raise StateMismatchError("state belongs to another model or rival; start a new one with model.init_state()")
 
     def run_piece(
         self, decoder: Any, state: RivalState, tokens_BTD: torch.Tensor, counts: list[int], kwargs: dict[str, Any]
     ) -> MoeModelOutputWithPast:
-        """Send one piece of every sequence through the layers, lane by lane, and move the state on; see `Memory`."""
+        """Send one piece of every sequence through the layers, lane by lane, and move the state on; see `Memory`.
+
+        Raises:
+            TransformerFamError: router logits are wanted.
+        """
+        if kwargs.get("output_router_logits", getattr(decoder.config, "output_router_logits", False)):
+            raise TransformerFamError(
+                "output_router_logits is True, and a rival's rows are parted by where they stand, so it gives none; "
+                "leave it out, or set it False in the model's configuration"
+            )
         lanes: list[Lane] = []
         parts: list[list[torch.Tensor]] = []  # of every lane: hidden states behind the last norm, then those of layers
         for lane in state.lanes:

@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 
 from transformerfam.decoder.cache_argument import cache_in
 from transformerfam.decoder.families import decoder_layers, family_of, part_of
+from transformerfam.decoder.step import SteppedCache
 from transformerfam.errors import RecipeError
 from transformerfam.fam.memory import memory_of
 from transformerfam.fam.piece import Piece
@@ -73,7 +74,7 @@ class AuxiliaryLosses:
         self, layer_idx: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
     ) -> None:
         state: Any = cache_in(kwargs)
-        piece = state.step
+        piece = state.step if isinstance(state, SteppedCache) else None
         if not isinstance(piece, Piece) or not torch.is_grad_enabled():
             return  # the initial FAM goes up alone
         layer = state.layers[layer_idx]
