@@ -29,10 +29,11 @@ from transformerfam.processes import INTERRUPTED, own_device, process_share, uni
 from transformerfam.reports.next_token import next_token_table
 from transformerfam.reports.passkey import passkey_table
 from transformerfam.reports.rows import RowFile, fields_of_rows, read_rows, require_same_weights
+from transformerfam.reports.telling import NUM_DIGITS
 from transformerfam.rivals.presets import NUM_SINK_TOKENS
 from transformerfam.tasks.controls import CONTROLS, control_of
 from transformerfam.tasks.next_token import evaluate_next_token
-from transformerfam.tasks.passkey import NUM_DIGITS, PAPER
+from transformerfam.tasks.passkey import PAPER
 from transformerfam.tasks.passkey_evaluation import MAX_MENTIONS, PasskeyEvaluation, finished_questions
 from transformerfam.tasks.provenance import memory_notes, weights_of
 from transformerfam.tasks.reading import count_tokens, generate_text, read_text_stream, save_somewhere

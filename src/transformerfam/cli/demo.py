@@ -23,10 +23,10 @@ from transformerfam.tasks.passkey import FILLER_SENTENCES, FIRST_KEY, LAST_KEY, 
 from transformerfam.tasks.provenance import memory_notes
 from transformerfam.tasks.ragged import READ_TOKENS, greedy_tokens
 from transformerfam.tasks.text import encode
-from transformerfam.weights.models import load_base, load_model
+from transformerfam.weights.models import System, load_base, load_model
 
 NOVEL = "persuasion"
-SYSTEMS = ("fam", "bswa")
+SYSTEMS: tuple[System, ...] = ("fam", "bswa")
 DEFAULT_TOKENS = 8192
 MOST_TOKENS = 30_000
 """What two readings take within the demo's minutes on two cores."""
@@ -176,7 +176,7 @@ def run_demo(demo: Demo, bar: Bar) -> dict[str, DemoResult]:
         demo: what is read.
         bar: opens a progress bar with a title and gives the function that moves it.
     """
-    results = {}
+    results: dict[str, DemoResult] = {}
     for system in SYSTEMS:
         gc.collect()
         reset_peak_memory()
@@ -186,7 +186,7 @@ def run_demo(demo: Demo, bar: Bar) -> dict[str, DemoResult]:
 
 
 @torch.no_grad()
-def _run_system(demo: Demo, system: str, update: Callable[[int, int | None, FamState], None]) -> DemoResult:
+def _run_system(demo: Demo, system: System, update: Callable[[int, int | None, FamState], None]) -> DemoResult:
     model, tokenizer = load_model(demo.model_name, system)
     state = model.init_state()
     begin = time.monotonic()

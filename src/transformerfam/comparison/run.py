@@ -20,11 +20,11 @@ from transformerfam.tasks.passkey import BEFORE_KEY
 from transformerfam.tasks.passkey_evaluation import PasskeyEvaluation, finished_questions
 from transformerfam.tasks.provenance import device_name, memory_notes, provenance, weights_of
 from transformerfam.tasks.text import encode
-from transformerfam.training.checkpoint import CHECKPOINT_FILE
 from transformerfam.training.data.sources import require_same_sources, sources_of
 from transformerfam.training.run_folder import FREE_TO_CHANGE, require_same_run, save_recipe
 from transformerfam.training.setup import build_trainee
 from transformerfam.training.trainer import Trainer
+from transformerfam.weights.adapter import CHECKPOINT_FILE
 from transformerfam.weights.models import load_model
 
 ROWS_FILE = "rows.jsonl"

@@ -39,6 +39,7 @@ class Memory(nn.Module, abc.ABC):
         config: the configuration in force; it has a `block_size`.
         layouts: what every layer hands to its cache.
         identity: of the model, noted when the memory is attached.
+        base_back_end: attention back end of the base model where the memory needs one of its own; None elsewhere.
     """
 
     slot: ClassVar[str]
@@ -48,6 +49,7 @@ class Memory(nn.Module, abc.ABC):
     config: Any
     layouts: Sequence[LayerLayout]
     identity: ModelIdentity | None = None
+    base_back_end: str | None = None
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)

@@ -6,7 +6,7 @@ says.
 """
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from transformers import PreTrainedModel
@@ -25,6 +25,7 @@ from transformerfam.errors import TransformerFamError, UnsupportedModelError
 from transformerfam.fam.checks import check_seams, check_update
 from transformerfam.fam.memory import (
     FamMemory,
+    FamModel,
     fam_parameters,
     memory_of,
     set_block_size,
@@ -37,7 +38,7 @@ from transformerfam.versions import does_not_fit
 __all__ = ["convert", "fam_parameters", "memory_of", "personal_memory", "set_block_size", "set_key_bias"]
 
 
-def convert(model: PreTrainedModel, config: FamConfig) -> PreTrainedModel:
+def convert(model: PreTrainedModel, config: FamConfig) -> FamModel:
     """Give `model` a working memory, in place; its class and weights stay as they are.
 
     Adds `model.fam_config`, `model.init_state()` and `model.read()`, and lets `model(...)` and `model.generate(...)`
@@ -80,7 +81,7 @@ def convert(model: PreTrainedModel, config: FamConfig) -> PreTrainedModel:
     else:
         convert_by_checks(model, lambda: _convert(model, config, has_row=False))
     warn_beyond_trained(model.config, first_position(config) + config.block_size)
-    return model
+    return cast(FamModel, model)
 
 
 def _convert(model: PreTrainedModel, config: FamConfig, has_row: bool) -> None:

@@ -1,7 +1,7 @@
 """FAM as a decoder carries it: its parameters and settings, and how its pieces go through the layers."""
 
 from collections.abc import Callable, Sequence
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import nn
@@ -13,6 +13,7 @@ from transformerfam.decoder.half_precision import MEAN_SHARE
 from transformerfam.decoder.layouts import LayerLayout
 from transformerfam.decoder.memory import Memory
 from transformerfam.decoder.memory import memory_of as any_memory_of
+from transformerfam.decoder.model import ModelWithMemory
 from transformerfam.decoder.positions import first_position, warn_beyond_trained
 from transformerfam.decoder.step import run_decoder
 from transformerfam.errors import StateMismatchError, TransformerFamError
@@ -168,3 +169,18 @@ def change_config(model: PreTrainedModel, **changes: Any) -> None:
         if isinstance(module, FamMemory):
             module.config = config
     model.fam_config = config
+
+
+class FamModel(ModelWithMemory[FamState], Protocol):
+    """What `convert` returns: the model that it was given, as a type checker sees it."""
+
+    fam_config: FamConfig
+
+    def init_state(
+        self,
+        batch_size: int = 1,
+        fam: torch.Tensor | None = None,
+        position_offset: int = 0,
+        is_saved: Sequence[bool] | None = None,
+    ) -> FamState:
+        """Start a reading; see `fam.start.init_state`."""

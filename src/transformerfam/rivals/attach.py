@@ -1,6 +1,7 @@
 """Give a transformers decoder a rival's memory, in place: the counterpart of `convert`."""
 
 import importlib
+from typing import cast
 
 import torch
 from transformers import PreTrainedModel
@@ -14,13 +15,13 @@ from transformerfam.decoder.slot import memory_in
 from transformerfam.decoder.structure import check_model, check_structure
 from transformerfam.errors import TransformerFamError, UnsupportedModelError
 from transformerfam.rivals.config import RivalConfig
-from transformerfam.rivals.rival import Rival
+from transformerfam.rivals.rival import Rival, RivalModel
 from transformerfam.versions import does_not_fit
 
 PROBE_LENGTHS = (3, 1, 5)
 
 
-def attach(model: PreTrainedModel, config: RivalConfig) -> PreTrainedModel:
+def attach(model: PreTrainedModel, config: RivalConfig) -> RivalModel:
     """Give `model` a rival's memory, in place; its class and weights stay as they are.
 
     Adds `model.rival_config`, `model.init_state()` and `model.read()`, and lets `model(...)` and `model.generate(...)`
@@ -57,6 +58,7 @@ def attach(model: PreTrainedModel, config: RivalConfig) -> PreTrainedModel:
     rival = rival_class(config.system)(config, model, layouts)
     handles = attach_memory(model, rival)
     if rival.mixes:
+        rival.base_back_end = back_end
         model.set_attn_implementation(MIXED_BACK_END)
     try:
         with torch.autocast(model.device.type, enabled=False):
@@ -66,7 +68,7 @@ def attach(model: PreTrainedModel, config: RivalConfig) -> PreTrainedModel:
         model.set_attn_implementation(back_end)
         raise
     warn_beyond_trained(model.config, config.block_size)
-    return model
+    return cast(RivalModel, model)
 
 
 def rival_class(system: str) -> type[Rival]:

@@ -8,7 +8,7 @@ and each sees what stands in front of it in the segment. A row's position is its
 """
 
 from collections.abc import Callable, Sequence
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import nn
@@ -19,6 +19,7 @@ from transformers.modeling_outputs import MoeModelOutputWithPast
 from transformerfam.decoder.arguments import require_integer, saved_flags
 from transformerfam.decoder.layouts import LayerLayout
 from transformerfam.decoder.memory import Memory, memory_of
+from transformerfam.decoder.model import ModelWithMemory
 from transformerfam.decoder.step import Step, StepCache, run_decoder
 from transformerfam.decoder.structure import require_layers
 from transformerfam.errors import StateMismatchError, TransformerFamError
@@ -365,3 +366,18 @@ class RivalPiece(Step):
             lane.num_remembered += 1
             if not self.rival.is_endless:
                 lane.keys, lane.values, lane.scratch, lane.num_front = [], [], {}, 0
+
+
+class RivalModel(ModelWithMemory[RivalState], Protocol):
+    """What `attach` returns: the model that it was given, as a type checker sees it."""
+
+    rival_config: RivalConfig
+
+    def init_state(
+        self,
+        batch_size: int = 1,
+        carried: torch.Tensor | None = None,
+        position_offset: int = 0,
+        is_saved: Any = None,
+    ) -> RivalState:
+        """Start a reading; see the function `init_state`."""

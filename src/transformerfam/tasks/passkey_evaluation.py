@@ -20,10 +20,9 @@ from transformerfam.decoder.state import ReadingState
 from transformerfam.errors import ReadInterrupted, TransformerFamError
 from transformerfam.fam.state import FamState
 from transformerfam.processes import uninterrupted
-from transformerfam.reports.telling import Telling
+from transformerfam.reports.telling import NUM_DIGITS, Telling
 from transformerfam.tasks.controls import SWAPPED, control_of
 from transformerfam.tasks.passkey import (
-    NUM_DIGITS,
     PAPER,
     FillerStream,
     PasskeyText,

@@ -16,9 +16,10 @@ import torch
 
 from transformerfam.decoder.memory import memory_of
 from transformerfam.errors import CorruptFileError
-from transformerfam.files import load_tensors, parse_json, read_whole
+from transformerfam.files import parse_json, read_whole
+from transformerfam.rivals.files import RIVAL_FILE, notes_of_rival
 from transformerfam.weights.adapter import FAM_FILE, FamAdapter
-from transformerfam.weights.models import BSWA_FOLDER, NAMED_MODELS, RIVAL_FILE, RIVAL_FORMAT_VERSION
+from transformerfam.weights.models import BSWA_FOLDER, NAMED_MODELS
 
 UNKNOWN = "unknown"
 CARD_FILE = "card.json"
@@ -129,7 +130,7 @@ def memory_notes(name_or_folder: str | Path, system: str = "fam") -> dict[str, A
         folder = folder / BSWA_FOLDER
     notes = FamAdapter.from_pretrained(folder).notes if (folder / FAM_FILE).is_file() else {}
     if (folder / RIVAL_FILE).is_file():
-        notes = load_tensors(folder / RIVAL_FILE, "rival", RIVAL_FORMAT_VERSION)[1]["notes"]
+        notes = notes_of_rival(folder)
     card = folder / CARD_FILE
     if card.is_file():
         try:

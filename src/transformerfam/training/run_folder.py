@@ -9,12 +9,13 @@ from filelock import BaseFileLock
 
 from transformerfam.errors import CorruptFileError, RecipeError, TransformerFamError
 from transformerfam.files import hold, is_ours, make_folder, require_regular, write_text
-from transformerfam.training.checkpoint import CHECKPOINT_FILE, RECIPE_FILE, SOURCES, recipe_of_run, sources_of_run
+from transformerfam.rivals.files import RIVAL_FILE
+from transformerfam.training.checkpoint import RECIPE_FILE, SOURCES, recipe_of_run, sources_of_run
 from transformerfam.training.data.sources import require_same_sources, sources_of
 from transformerfam.training.ranks import Ranks
 from transformerfam.training.recipe.recipe import Recipe
-from transformerfam.weights.adapter import CONFIG_FILE, FAM_FILE, LORA_CONFIG_FILE, LORA_FILE
-from transformerfam.weights.models import RIVAL_FILE
+from transformerfam.weights.adapter import CHECKPOINT_FILE, CONFIG_FILE, FAM_FILE
+from transformerfam.weights.peft_adapters import LORA_CONFIG_FILE, LORA_FILE
 
 LOG_FILE = "log.jsonl"
 LOCK_FILE = "run.lock"

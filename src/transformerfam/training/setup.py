@@ -17,8 +17,8 @@ from transformerfam.training.lora import fuse_lora
 from transformerfam.training.recipe.recipe import Recipe
 from transformerfam.training.tiny import build_tiny_model, build_tiny_tokenizer, draw_prompt, frequent_words
 from transformerfam.versions import require_peft
-from transformerfam.weights.adapter import inject_lora
 from transformerfam.weights.models import BASE_NOTE, load_base, load_model
+from transformerfam.weights.peft_adapters import inject_lora
 
 
 def build_trainee(recipe: Recipe) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:

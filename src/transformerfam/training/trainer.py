@@ -35,7 +35,7 @@ from transformerfam.training.step.step import read_on, start_state
 from transformerfam.training.step.stored_filler import StoredFiller, keep_filler
 from transformerfam.training.step.teacher import Teacher
 from transformerfam.weights.adapter import FamAdapter
-from transformerfam.weights.models import BASE_NOTE, save_model, save_rival
+from transformerfam.weights.models import BASE_NOTE, save_model
 
 TRY_AGAIN = (
     "lower optimizer.lr, optimizer.clip_norm or the weights of loss, or set fam.fam_norm_bound, and train into another "
@@ -348,9 +348,7 @@ class Trainer:
             "max_training_filler_tokens": max(self.recipe.max_filler_tokens, longest_before),
             "started_from": self.started_from,
         }
-        if self.recipe.rival is not None:
-            save_rival(self.model, self.tokenizer, self.folder, notes)
-        elif self.recipe.lora is None:
+        if self.recipe.lora is None:
             save_model(self.model, self.tokenizer, self.folder, notes, self.recipe.reading_config)
         else:
             adapter = FamAdapter.from_model(self.model, notes=notes)

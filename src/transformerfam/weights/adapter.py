@@ -24,7 +24,7 @@ from transformerfam.config import FamConfig
 from transformerfam.decoder.identity import describe_architecture, difference
 from transformerfam.errors import CorruptFileError, StateMismatchError, TransformerFamError
 from transformerfam.fam.convert import convert, memory_of
-from transformerfam.fam.memory import FamMemory
+from transformerfam.fam.memory import FamMemory, FamModel
 from transformerfam.fam.state import FamState
 from transformerfam.files import (
     digest_tensors,
@@ -236,7 +236,7 @@ class FamAdapter:
                 notes=dict(metadata["notes"]),
             )
 
-    def apply(self, model: PreTrainedModel, merge: bool = False) -> PreTrainedModel:
+    def apply(self, model: PreTrainedModel, merge: bool = False) -> FamModel:
         """Convert `model` and give it this memory, in place.
 
         Args:

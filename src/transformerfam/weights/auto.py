@@ -2,11 +2,12 @@
 
 import os
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM
 
 from transformerfam.errors import TransformerFamError
+from transformerfam.fam.memory import FamModel
 from transformerfam.weights.adapter import CONFIG_FILE
 from transformerfam.weights.models import NAMED_MODELS, load_model
 from transformerfam.weights.pretrained import load_with_memory
@@ -14,7 +15,7 @@ from transformerfam.weights.pretrained import load_with_memory
 RUNS_CODE = ("trust_remote_code", "code_revision")
 
 
-def from_pretrained(name_or_folder: str | os.PathLike[str], *, kind: Any = None, **options: Any) -> PreTrainedModel:
+def from_pretrained(name_or_folder: str | os.PathLike[str], *, kind: Any = None, **options: Any) -> FamModel:
     """Load a converted model with its memory, in evaluation mode.
 
     Args:
@@ -44,7 +45,7 @@ def from_pretrained(name_or_folder: str | os.PathLike[str], *, kind: Any = None,
         return load_model(name_or_folder)[0]
     options.setdefault("local_files_only", False)
     model = load_with_memory(AutoModelForCausalLM if kind is None else kind, name_or_folder, **options)
-    return model.eval()
+    return cast(FamModel, model.eval())
 
 
 class AutoFamModelForCausalLM:

@@ -5,7 +5,7 @@ import importlib.resources
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal, get_args, overload
 
 import torch
 from safetensors import SafetensorError
@@ -13,20 +13,19 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 
 from transformerfam.config import FamConfig
 from transformerfam.decoder.memory import memory_of
+from transformerfam.decoder.model import ModelWithMemory
 from transformerfam.decoder.slot import memory_in
-from transformerfam.errors import CorruptFileError, StateMismatchError, TransformerFamError
+from transformerfam.errors import CorruptFileError, TransformerFamError
 from transformerfam.fam.convert import convert
+from transformerfam.fam.memory import FamMemory, FamModel
 from transformerfam.files import (
     is_ours,
-    load_tensors,
-    metadata_form,
     parse_json,
     read_whole,
-    require_finite,
-    save_tensors,
     share_rights,
 )
-from transformerfam.rivals import RIVAL_NAMES, RivalConfig, attach
+from transformerfam.rivals import RIVAL_NAMES
+from transformerfam.rivals.files import RIVAL_FILE, TrainedRival, save_rival
 from transformerfam.weights.adapter import CHECKPOINT_FILE, CONFIG_FILE, FAM_FILE, FamAdapter
 from transformerfam.weights.peft_adapters import LORA_CONFIG_FILE, has_adapters, load_peft_folder
 from transformerfam.weights.pretrained import load_pretrained, load_pretrained_model, plain_loading
@@ -39,13 +38,10 @@ __all__ = [
     "load_model",
     "load_smollm2",
     "save_model",
-    "save_rival",
 ]
 
 System = Literal["fam", "bswa", "fam_untrained"]
 SYSTEMS = (*get_args(System), *RIVAL_NAMES)
-RIVAL_FILE = "rival.safetensors"
-RIVAL_FORMAT_VERSION = 1
 NAMED_MODELS = ("tiny", "smollm2")
 BSWA_FOLDER = "bswa"
 GATED = "fam_gated"
@@ -80,12 +76,30 @@ def name_in_rows(system: str, model: PreTrainedModel) -> str:
     return GATED if system == "fam" and is_gated else system
 
 
+@overload
+def load_model(
+    name_or_folder: str | os.PathLike[str],
+    system: System = "fam",
+    config_overrides: Mapping[str, Any] | None = None,
+    merge: bool = True,
+) -> tuple[FamModel, PreTrainedTokenizerBase]: ...
+
+
+@overload
+def load_model(
+    name_or_folder: str | os.PathLike[str],
+    system: str,
+    config_overrides: Mapping[str, Any] | None = None,
+    merge: bool = True,
+) -> tuple[ModelWithMemory[Any], PreTrainedTokenizerBase]: ...
+
+
 def load_model(
     name_or_folder: str | os.PathLike[str],
     system: str = "fam",
     config_overrides: Mapping[str, Any] | None = None,
     merge: bool = True,
-) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+) -> tuple[ModelWithMemory[Any], PreTrainedTokenizerBase]:
     """Load a converted model with its memory, ready to read.
 
     Args:
@@ -178,17 +192,17 @@ def save_model(
     notes: Mapping[str, Any] | None = None,
     config: FamConfig | None = None,
 ) -> None:
-    """Write a converted model so that `load_model(folder)` gives it back: base weights, tokenizer and memory.
+    """Write a model with a memory so that `load_model(folder)` gives it back: base weights, tokenizer and memory.
 
-    transformers' `from_pretrained` loads the same folder, too (see `loading`). For a memory with LoRA use
+    transformers' `from_pretrained` loads a converted one, too (see `pretrained`). For a memory with LoRA use
     `FamAdapter.save_pretrained`.
 
     Args:
-        model: converted, trained in full (no LoRA).
+        model: with a memory, trained in full (no LoRA).
         tokenizer: its tokenizer.
         folder: where to; made if need be.
         notes: free JSON values, for example how it was trained.
-        config: the configuration to read with; None is the model's own.
+        config: the configuration of FAM to read with; None is the model's own.
 
     Raises:
         TransformerFamError: the model has LoRA, is not converted, the disk is full, or the folder holds a model that is
@@ -198,17 +212,21 @@ def save_model(
         raise TransformerFamError(
             "the model has LoRA; save it with FamAdapter.from_model(model).save_pretrained(folder)"
         )
+    memory = memory_of(model)
+    if not isinstance(memory, FamMemory):
+        _save_base(model, tokenizer, folder)
+        save_rival(model, folder, notes)
+        return
     adapter = FamAdapter.from_model(model, notes=dict(notes or {}))
-    _save_base(model, tokenizer, folder, memory_in(model.get_decoder()))
+    _save_base(model, tokenizer, folder)
     adapter.config = config or adapter.config
     adapter.save_pretrained(folder)
 
 
-def _save_base(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: str | os.PathLike[str], memory: Any
-) -> None:
-    """Write the base weights and the tokenizer, without the parameters of the module `memory`."""
-    here = Path(folder)
+def _save_base(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: str | os.PathLike[str]) -> None:
+    """Write the base weights and the tokenizer, without the parameters of the memory."""
+    here, memory = Path(folder), memory_in(model.get_decoder())
+    back_end, own_back_end = model.config._attn_implementation, memory.base_back_end
     own = {FAM_FILE: "adapter", RIVAL_FILE: "rival", CHECKPOINT_FILE: "checkpoint"}  # a run may have been killed
     if (here / CONFIG_FILE).exists() and not any(is_ours(here / n, kind) for n, kind in own.items()):
         raise TransformerFamError(
@@ -218,84 +236,24 @@ def _save_base(
     memories = {f"{name}." for name, module in model.named_modules() if module is memory}
     weights = {name: value for name, value in model.state_dict().items() if not name.startswith(tuple(memories))}
     try:
+        if own_back_end is not None:
+            model.set_attn_implementation(own_back_end)  # which is what the folder's base has
         model.save_pretrained(folder, state_dict=weights)  # a FAM comes along, and is written again with its notes
         share_rights(folder, CONFIG_FILE)
         tokenizer.save_pretrained(folder)
     except (OSError, SafetensorError) as error:
         raise TransformerFamError(f"could not write the model to {folder}: {error}; free space there") from error
-
-
-def save_rival(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    folder: str | os.PathLike[str],
-    notes: Mapping[str, Any] | None = None,
-) -> None:
-    """Write a model with a rival so that `load_model(folder, system)` gives it back; the counterpart of `save_model`.
-
-    Args:
-        model: with a rival, trained in full.
-        tokenizer: its tokenizer.
-        folder: where to; made if need be.
-        notes: free JSON values, for example how it was trained.
-
-    Raises:
-        TransformerFamError: the disk is full.
-    """
-    rival: Any = memory_of(model)
-    back_end = model.config._attn_implementation
-    if rival.mixes:
-        model.set_attn_implementation("sdpa")  # which is what the folder's base has
-    try:
-        _save_base(model, tokenizer, folder, rival)
     finally:
-        model.set_attn_implementation(back_end)
-    metadata = {
-        "kind": "rival",
-        "format_version": RIVAL_FORMAT_VERSION,
-        "rival_config": model.rival_config.to_dict(),
-        "base_digest": rival.identity.base_digest(),
-        "notes": dict(notes or {}),
-    }
-    save_tensors(Path(folder) / RIVAL_FILE, dict(rival.named_parameters()), metadata)
+        if own_back_end is not None:
+            model.set_attn_implementation(back_end)
 
 
 def _load_rival(
     folder: Path, system: str, overrides: Mapping[str, Any] | None
-) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    path = folder / RIVAL_FILE
-    if not path.is_file():
-        raise TransformerFamError(
-            f"{folder} has no trained {system} ({RIVAL_FILE} is missing); train one by a recipe with a rival section"
-        )
-    tensors, metadata = load_tensors(path, "rival", RIVAL_FORMAT_VERSION)
-    require_finite(tensors, path, "rival")
-    with metadata_form(path, "rival"):
-        config = RivalConfig.from_dict(metadata["rival_config"])
-        base_digest, _ = str(metadata["base_digest"]), dict(metadata["notes"])
-    if config.system != system:
-        raise TransformerFamError(
-            f"{folder} holds a trained {config.system}, asked is for {system!r}; name that system"
-        )
-    config = RivalConfig.from_dict(config.to_dict() | dict(overrides or {}))
+) -> tuple[ModelWithMemory[Any], PreTrainedTokenizerBase]:
+    trained = TrainedRival.read(folder, system)
     model, tokenizer = load_base(folder, folder=folder)
-    attach(model, config)
-    rival: Any = memory_of(model)
-    if rival.identity.base_digest() != base_digest:
-        raise StateMismatchError(f"{folder} holds other base weights than its {system} was trained with; copy it again")
-    parameters = dict(rival.named_parameters())
-    shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
-    required = {name: tuple(parameter.shape) for name, parameter in parameters.items()}
-    if shapes != required:
-        name = next(n for n in sorted({*shapes, *required}) if shapes.get(n) != required.get(n))
-        raise StateMismatchError(
-            f"{path} has {name} of shape {shapes.get(name)}, required is {required.get(name)}; load it with the "
-            "configuration that it was trained with"
-        )
-    with torch.no_grad():
-        for name, parameter in parameters.items():
-            parameter.copy_(tensors[name])
-    return model.eval(), tokenizer
+    return trained.attach(model, overrides).eval(), tokenizer
 
 
 def load_base(
