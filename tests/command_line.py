@@ -4,7 +4,7 @@ from typing import Any
 
 from typer.testing import CliRunner
 
-from transformerfam.cli.commands import app
+from transformerfam.cli.app import app
 
 
 def run(*arguments: Any, status: int = 0, stdin: str | bytes | None = None) -> str:

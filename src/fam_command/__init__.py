@@ -15,7 +15,7 @@ def main() -> None:
 
         if overview.is_asked_for(sys.argv[1:]):
             overview.show(sys.argv[1:])
-        from transformerfam.cli.commands import app
+        from transformerfam.cli.app import app
     except KeyboardInterrupt:
         sys.stderr.write("interrupted\n")
         sys.exit(INTERRUPTED)

@@ -15,12 +15,13 @@ from transformers import DynamicCache
 from typer.testing import CliRunner
 
 from transformerfam import FamConfig, FamState, convert
-from transformerfam.cli import commands as cli
 from transformerfam.cli import demo
+from transformerfam.cli import read as cli_read
+from transformerfam.cli.app import app
 from transformerfam.decoder.cache_argument import as_cache
 from transformerfam.decoder.memory import hold_weights_in
 from transformerfam.fam.memory import fam_parameters
-from transformerfam.reports.rows import read_rows
+from transformerfam.reports.rows import RowFile, read_rows
 from transformerfam.tasks import provenance
 from transformerfam.tasks.ragged import greedy_tokens
 from transformerfam.tasks.reading import generate_text
@@ -63,7 +64,7 @@ def test_passkey_goes_on_where_a_killed_run_stopped(folder, tmp_path):
 def test_passkey_stopped_by_ctrl_c_keeps_its_rows_and_says_so(folder, tmp_path, monkeypatch):
     """Would catch an interrupted evaluation that leaves the user without a way on."""
     output = tmp_path / "rows.jsonl"
-    append = cli.RowFile.append
+    append = RowFile.append
 
     def impatient(self, row):
         append(self, row)
@@ -71,7 +72,7 @@ def test_passkey_stopped_by_ctrl_c_keeps_its_rows_and_says_so(folder, tmp_path, 
             raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(cli.RowFile, "append", impatient)
+        patch.setattr(RowFile, "append", impatient)
         text = run_passkey(folder, output, status=130)
     assert "keeps 3 rows; run the same command again to go on" in text
     assert len(read_rows([output])) == 3
@@ -249,7 +250,7 @@ def test_read_stopped_by_ctrl_c_is_kept_and_goes_on(folder, tmp_path, book, monk
         yield update
 
     with monkeypatch.context() as patch:
-        patch.setattr(cli, "tokens_bar", impatient)
+        patch.setattr(cli_read, "tokens_bar", impatient)
         text = run("read", book, "--model", folder, "--save", part, status=130)
     command = text[text.index("go on with: fam ") :].split()[4:]
     assert command[0] == "read"
@@ -363,7 +364,7 @@ def test_bad_input_is_one_line_and_status_2(folder, tmp_path, book, arguments, m
 
 def test_error_is_not_wrapped(folder, tmp_path):
     """Would catch messages cut into several lines, which nobody can search for."""
-    result = CliRunner().invoke(cli.app, ["report", str(tmp_path / ("x" * 150))])
+    result = CliRunner().invoke(app, ["report", str(tmp_path / ("x" * 150))])
     assert len(result.output.strip().splitlines()) == 1
 
 
@@ -387,7 +388,7 @@ def test_demo_that_recalls_ends_with_status_0(folder, monkeypatch):
     """Would catch a status that depends on BSWA, or on nothing."""
     answers = {}
     prepare = demo.prepare_demo
-    monkeypatch.setattr(cli, "prepare_demo", lambda *a: answers.setdefault("demo", prepare(*a)))
+    monkeypatch.setattr(demo, "prepare_demo", lambda *a: answers.setdefault("demo", prepare(*a)))
     monkeypatch.setattr(demo, "greedy_tokens", lambda *a: demo.torch.tensor([answers["demo"].answer_ids]))
     assert "yes" in run("demo", "--model", folder, "--tokens", 300, "--seed", 4)
 

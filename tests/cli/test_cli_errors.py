@@ -14,10 +14,14 @@ from training_recipes import small_recipe
 from typer.testing import CliRunner
 
 import fam_command
-from transformerfam.cli import commands as cli
+from transformerfam.cli import demo as cli_demo
+from transformerfam.cli import loading as cli_loading
 from transformerfam.cli import plan as cli_plan
 from transformerfam.cli import report as cli_report
+from transformerfam.cli.app import app
+from transformerfam.cli.evaluate import evaluate_app
 from transformerfam.cli.progress import screen
+from transformerfam.cli.report import report_app
 from transformerfam.errors import NonFiniteLossError, RecipeError, TransformerFamError
 from transformerfam.tasks.reading import generate_text
 from transformerfam.tasks.text import encode
@@ -68,14 +72,14 @@ def raised(error):
 )
 def test_any_error_is_one_line_and_traceback_shows_its_place(monkeypatch, places, error, message):
     """Would catch a page of frames where a user needs a sentence, or no frames where a developer needs them."""
-    monkeypatch.setattr(cli, "load_model", raised(error))
+    monkeypatch.setattr(cli_loading, "load_model", raised(error))
     command = ["generate", "who?", "--model", str(places["folder"]), "--state", "s"]
-    result = CliRunner().invoke(cli.app, command)
+    result = CliRunner().invoke(app, command)
     assert result.exit_code == 2
     assert message in result.output
     assert len(result.output.strip().splitlines()) == 1
     for whole in (["--traceback", *command], [*command, "--traceback"]):
-        shown = CliRunner().invoke(cli.app, whole)
+        shown = CliRunner().invoke(app, whole)
         assert shown.exit_code == 2
         assert "in fail" in shown.output
         assert message in " ".join(shown.output.split())
@@ -84,16 +88,16 @@ def test_any_error_is_one_line_and_traceback_shows_its_place(monkeypatch, places
 def test_traceback_behind_two_dashes_is_a_text(places, monkeypatch):
     """Would catch a question that cannot be asked."""
     asked = []
-    monkeypatch.setattr(cli, "load_model", lambda *_: (_ for _ in ()).throw(TransformerFamError("no")))
-    monkeypatch.setattr(cli, "find_device", lambda _: asked.append(1))
-    result = CliRunner().invoke(cli.app, ["generate", "--state", "s", "--", "--traceback"])
+    monkeypatch.setattr(cli_loading, "load_model", lambda *_: (_ for _ in ()).throw(TransformerFamError("no")))
+    monkeypatch.setattr(cli_loading, "find_device", lambda _: asked.append(1))
+    result = CliRunner().invoke(app, ["generate", "--state", "s", "--", "--traceback"])
     assert (result.exit_code, asked) == (2, [1])
     assert "Traceback" not in result.output
 
 
 def test_ctrl_c_with_nothing_to_save_ends_with_its_status(places, monkeypatch):
     """Would catch "Aborted!" and status 1, which a script takes for a failure."""
-    monkeypatch.setattr(cli, "load_model", raised(KeyboardInterrupt()))
+    monkeypatch.setattr(cli_loading, "load_model", raised(KeyboardInterrupt()))
     assert "interrupted" in run("generate", "who?", "--state", "s", status=130)
 
 
@@ -185,7 +189,7 @@ def test_ctrl_c_while_modules_are_loaded_ends_without_a_traceback(monkeypatch, c
     plain = builtins.__import__
 
     def interrupted(name, *arguments, **options):
-        if name == "transformerfam.cli.commands":
+        if name == "transformerfam.cli.app":
             raise KeyboardInterrupt
         return plain(name, *arguments, **options)
 
@@ -250,9 +254,9 @@ SEVERAL = {"--filler-tokens": "9", "--prefix-tokens": "9", "--layers": "0", "--h
 
 def numeric_options():
     """Yield every option of the parser that is a number, or several, with its command and type."""
-    apps = [((), cli.app), (("evaluate",), cli.evaluate_app), (("report",), cli.report_app)]
-    for path, app in apps:
-        for command in app.registered_commands:
+    groups = [((), app), (("evaluate",), evaluate_app), (("report",), report_app)]
+    for path, group in groups:
+        for command in group.registered_commands:
             name = (*path, command.name or command.callback.__name__)
             for hint in typing.get_type_hints(command.callback, include_extras=True).values():
                 kind, *notes = typing.get_args(hint) if typing.get_origin(hint) is typing.Annotated else (hint,)
@@ -275,7 +279,12 @@ def test_every_command_with_a_number_is_tried():
 @pytest.mark.parametrize("value", ["nan", "inf", "-1", "1e400", str(2**70), "1.5", "x", ""])
 def test_number_that_no_option_takes_is_refused_by_name(places, monkeypatch, value):
     """Would catch NaN hours, an overflow in torch, and a message that does not say which number is meant."""
-    for module, name in ((cli, "_load"), (cli, "prepare_demo"), (cli_report, "load_model"), (cli_plan, "make_plan")):
+    for module, name in (
+        (cli_loading, "load_model"),
+        (cli_demo, "prepare_demo"),
+        (cli_report, "load_model"),
+        (cli_plan, "make_plan"),
+    ):
         monkeypatch.setattr(module, name, raised(AssertionError("the work was begun")))
     for name, option, kind in NUMERIC:
         if kind == "float" and value in ("1.5", str(2**70)):
@@ -335,11 +344,11 @@ def test_list_of_commands_needs_no_torch_and_is_that_of_the_commands() -> None:
         "try:\n    main()\nfinally:\n    assert not {'torch', 'transformers'} & set(sys.modules)\n"
     )
     shown = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout
-    assert shown == CliRunner().invoke(cli.app, ["--help"], prog_name="fam").output
+    assert shown == CliRunner().invoke(app, ["--help"], prog_name="fam").output
     by_module = [sys.executable, "-m", "transformerfam.cli", "--help"]
     assert "demo" in subprocess.run(by_module, check=True, capture_output=True, text=True).stdout
     nothing = subprocess.run([sys.executable, "-m", "transformerfam"], capture_output=True, text=True)
-    assert (nothing.returncode, nothing.stderr) == (CliRunner().invoke(cli.app, []).exit_code, "")
+    assert (nothing.returncode, nothing.stderr) == (CliRunner().invoke(app, []).exit_code, "")
     with open("/dev/full", "w") as full:
         failed = subprocess.run(by_module, stdout=full, stderr=subprocess.PIPE, text=True)
     assert failed.returncode == 2

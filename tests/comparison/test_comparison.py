@@ -18,7 +18,7 @@ from training_recipes import SMALL_COMPARISON as SMALL
 from training_recipes import SMALL_TRAINING
 from typer.testing import CliRunner
 
-from transformerfam.cli.commands import app
+from transformerfam.cli.app import app
 from transformerfam.comparison import Comparison, RunName, load_comparison, run_one
 from transformerfam.comparison.figures import plot_comparison
 from transformerfam.comparison.plan import SYSTEMS

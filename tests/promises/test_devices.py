@@ -16,7 +16,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from typer.testing import CliRunner
 
 from transformerfam import FamConfig, FamState, convert
-from transformerfam.cli.commands import app
+from transformerfam.cli.app import app
 from transformerfam.comparison import load_comparison, run_all
 from transformerfam.comparison.report import comparison_tables
 from transformerfam.comparison.run import BYTES_LENGTHS, BYTES_TASK, TRAINED_TASK

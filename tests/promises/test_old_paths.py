@@ -11,7 +11,7 @@ from transformerfam.old_paths import MOVED, PACKAGE
 
 NOW_PACKAGES = {
     "reference": "run_reference",
-    "cli": "app",
+    "cli": "evaluate_app",
     "training.recipe": "Recipe",
     "training.step": "StepOutput",
 }

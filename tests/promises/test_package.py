@@ -58,7 +58,7 @@ def test_readme_python_blocks_run_in_order(
 @pytest.mark.parametrize("command", commands("fam"))
 def test_documented_fam_command_parses(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Catches a documented subcommand or option that does not exist; nothing is run."""
-    cli = pytest.importorskip("transformerfam.cli.commands")
+    cli = pytest.importorskip("transformerfam.cli.app")
     import shlex
 
     monkeypatch.chdir(ROOT)

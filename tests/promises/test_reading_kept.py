@@ -11,7 +11,8 @@ from tiny_models import PASSKEY_TEXT
 from typer.testing import CliRunner
 
 from transformerfam import FamState, processes
-from transformerfam.cli import commands as cli
+from transformerfam.cli import read as cli_read
+from transformerfam.cli.app import app
 from transformerfam.errors import ReadInterrupted, TransformerFamError
 from transformerfam.processes import ends_as_ctrl_c, ends_noted, uninterrupted
 from transformerfam.tasks import passkey_evaluation
@@ -51,7 +52,7 @@ def test_reading_is_saved_wherever_its_output_goes(folder, book, tmp_path):
 
 def test_bar_and_messages_leave_standard_output_to_results(folder, book, tmp_path):
     """Would catch a bar in what a pipe hands on."""
-    result = CliRunner().invoke(cli.app, ["read", str(book), "--model", str(folder), "--save", str(tmp_path / "s")])
+    result = CliRunner().invoke(app, ["read", str(book), "--model", str(folder), "--save", str(tmp_path / "s")])
     assert result.stdout == ""
     assert "read" in result.stderr
 
@@ -59,7 +60,7 @@ def test_bar_and_messages_leave_standard_output_to_results(folder, book, tmp_pat
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
 def test_reading_that_is_ended_is_kept(folder, book, tmp_path, monkeypatch, number):
     """Would catch SIGTERM of a scheduler, or a closed terminal, that throws hours of reading away."""
-    plain = cli.read_text_stream
+    plain = cli_read.read_text_stream
 
     def read(*arguments, progress, **options):
         def update(done, moved):
@@ -71,7 +72,7 @@ def test_reading_that_is_ended_is_kept(folder, book, tmp_path, monkeypatch, numb
 
     save = tmp_path / "part"
     with monkeypatch.context() as patch:
-        patch.setattr(cli, "read_text_stream", read)
+        patch.setattr(cli_read, "read_text_stream", read)
         before = signal.getsignal(number)
         text = run("read", book, "--model", folder, "--save", save, status=130)
         assert signal.getsignal(number) is before
@@ -101,7 +102,7 @@ def test_signal_waits_for_the_piece_at_hand(folder):
 @pytest.mark.parametrize("ends", ["by Ctrl-C", "by an error", "whole"])
 def test_second_ctrl_c_does_not_hide_where_the_reading_is(folder, book, tmp_path, monkeypatch, ends):
     """Would catch a held key after which nobody knows where hours of reading were saved, or whether they were."""
-    plain_read, plain_save = cli.read_text_stream, cli.save_somewhere
+    plain_read, plain_save = cli_read.read_text_stream, cli_read.save_somewhere
 
     def read(*arguments, progress, **options):
         def update(done, moved):
@@ -122,8 +123,8 @@ def test_second_ctrl_c_does_not_hide_where_the_reading_is(folder, book, tmp_path
         signal.raise_signal(signal.SIGINT)
         return kept
 
-    monkeypatch.setattr(cli, "read_text_stream", read)
-    monkeypatch.setattr(cli, "save_somewhere", save_somewhere)
+    monkeypatch.setattr(cli_read, "read_text_stream", read)
+    monkeypatch.setattr(cli_read, "save_somewhere", save_somewhere)
     save, status = tmp_path / "part", {"by Ctrl-C": 130, "by an error": 2, "whole": 0}[ends]
     text = run("read", book, "--model", folder, "--save", save, status=status)
     assert f"bytes in {save}" in text if ends == "whole" else f"kept in {save}; go on with: fam read" in text
@@ -194,7 +195,7 @@ def test_error_in_the_model_leaves_the_state_in_front_of_its_piece(folder):
 
 def test_target_is_checked_before_the_reading(folder, book, tmp_path, monkeypatch):
     """Would catch hours of reading in front of a folder that does not exist."""
-    monkeypatch.setattr(cli, "read_text_stream", lambda *_, **__: pytest.fail("it was read"))
+    monkeypatch.setattr(cli_read, "read_text_stream", lambda *_, **__: pytest.fail("it was read"))
     assert "could not write" in run("read", book, "--model", folder, "--save", tmp_path / "no" / "s", status=2)
 
 
@@ -204,8 +205,8 @@ def test_reading_is_saved_elsewhere_if_its_folder_has_gone(folder, book, tmp_pat
     gone.mkdir()
     here.mkdir()
     monkeypatch.chdir(here)
-    plain = cli.read_text_stream
-    monkeypatch.setattr(cli, "read_text_stream", lambda *a, **b: (plain(*a, **b), gone.rmdir()))
+    plain = cli_read.read_text_stream
+    monkeypatch.setattr(cli_read, "read_text_stream", lambda *a, **b: (plain(*a, **b), gone.rmdir()))
     text = run("read", book, "--model", folder, "--save", gone / "s", status=2)
     (kept,) = here.glob("*/s")
     assert f"in {kept}" in text

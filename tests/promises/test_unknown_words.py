@@ -12,7 +12,7 @@ from training_recipes import small_recipe, small_values
 from typer.testing import CliRunner
 
 import transformerfam
-from transformerfam.cli.commands import app
+from transformerfam.cli.app import app
 from transformerfam.comparison.plan import load_comparison
 from transformerfam.errors import RecipeError, TransformerFamError
 from transformerfam.tasks.next_token import evaluate_next_token
@@ -201,7 +201,7 @@ ENCODERS = {
 }
 SAID = {
     # A text that a user gives, whose unknown words are said.
-    "cli.commands.convert_command": "say_unknown",
+    "cli.convert.convert_command": "say_unknown",
     "tools.lm_eval.tok_encode": "logged once; _continue and loglikelihood_rolling go through it",
     "tools.lm_eval._continue": "tok_encode",
     "tools.lm_eval.loglikelihood_rolling": "tok_encode",

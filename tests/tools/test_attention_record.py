@@ -11,7 +11,7 @@ from tiny_llama import make_tiny_llama, random_ids
 from typer.testing import CliRunner
 
 from transformerfam import FamConfig, convert
-from transformerfam.cli.commands import app
+from transformerfam.cli.app import app
 from transformerfam.errors import TransformerFamError
 from transformerfam.fam.piece import Piece
 from transformerfam.reports.rows import read_rows

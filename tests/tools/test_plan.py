@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, JetMoeConfig, LlamaConfig, LlamaF
 from typer.testing import CliRunner
 
 from transformerfam import FamConfig, FamState, convert
-from transformerfam.cli.commands import app
+from transformerfam.cli.app import app
 from transformerfam.config import UPDATE_PRESETS
 from transformerfam.errors import TransformerFamError, UnsupportedModelError
 from transformerfam.fam.convert import fam_parameters

@@ -1,11 +1,11 @@
-"""The command `fam`: one file per group of commands, their output, errors and bars.
+"""The command `fam`: one file per command, and what they share: options, loading, output, errors and bars.
 
-Nothing else of the package prints, or imports typer. `commands` holds those that read, generate, train and evaluate.
+Nothing else of the package prints, or imports typer.
 
 May import: every other room.
-One more command: a file with a function, added to the application in `commands`.
+One more command: a file with a function, added to the application in `app` and to the list in `overview`.
 """
 
 from transformerfam.old_paths import names_of
 
-__getattr__ = names_of("transformerfam.cli", "transformerfam.cli.commands")
+__getattr__ = names_of("transformerfam.cli", "transformerfam.cli.app")

@@ -7,6 +7,7 @@ import torch
 import typer
 from rich.console import Console
 
+from transformerfam.cli.options import SetOption
 from transformerfam.cli.output import say
 from transformerfam.comparison import Comparison, RunName, load_comparison, run_all, run_one
 from transformerfam.comparison.figures import plot_comparison
@@ -33,9 +34,7 @@ def compare_command(
     device: Annotated[str, typer.Option("--device", help="Where runs train and are asked: cpu, cuda, cuda:1.")] = "cpu",
     run: Annotated[str | None, typer.Option("--run", help="One run alone, SYSTEM-SEED, in this process.")] = None,
     is_child: Annotated[bool, typer.Option("--ends-with-input", hidden=True)] = False,
-    overrides: Annotated[
-        list[str] | None, typer.Option("--set", help="key=value; may be given more than once.")
-    ] = None,
+    overrides: SetOption = None,
 ) -> None:
     """Train and ask every system of a comparison alike; stop it at any time, and the same command goes on."""
     comparison = load_comparison(recipe, overrides or ())

@@ -1,4 +1,4 @@
-"""The demo: a passkey on the first page of a novel, found again after all of it was read in constant memory."""
+"""The subcommand `fam demo`: a passkey on the first page of a novel, and the question for it after the last."""
 
 import contextlib
 import gc
@@ -10,14 +10,20 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
+import typer
+from rich.console import Console
 from rich.filesize import decimal
 from rich.table import Table
 
+from transformerfam.cli.loading import hide_loading_bars
+from transformerfam.cli.options import ModelOption
+from transformerfam.cli.progress import tokens_bar
 from transformerfam.errors import TransformerFamError
 from transformerfam.fam.state import FamState
+from transformerfam.fields import LARGEST_INTEGER
 from transformerfam.tasks.novels import load_novel
 from transformerfam.tasks.passkey import FILLER_SENTENCES, FIRST_KEY, LAST_KEY, FillerStream, PasskeyText
 from transformerfam.tasks.provenance import memory_notes
@@ -226,3 +232,25 @@ def peak_memory() -> int:
                 return int(line.split()[1]) * 1024
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
+
+
+def demo_command(
+    seed: Annotated[
+        int | None, typer.Option("--seed", min=0, max=LARGEST_INTEGER, help="Seed of the key; drawn if not given.")
+    ] = None,
+    tokens: Annotated[
+        int | None,
+        typer.Option("--tokens", min=1, max=LARGEST_INTEGER, help="Tokens to read; what the memory was proven for."),
+    ] = None,
+    model: ModelOption = "smollm2",
+) -> None:
+    """Hide a key on the first page of a novel, read the novel, and ask: FAM beside BSWA."""
+    hide_loading_bars()
+    console = Console()
+    demo = prepare_demo(model, draw_seed() if seed is None else seed, tokens)
+    console.print(demo.introduction(), highlight=False)
+    results = run_demo(demo, tokens_bar)
+    console.print(demo.table(results))
+    if not results["fam"].is_recalled:
+        console.print("[red]FAM did not recall the key[/red]")
+        raise typer.Exit(1)

@@ -8,6 +8,7 @@ import typer
 from rich.console import Console
 from typer.core import TyperGroup
 
+from transformerfam.cli.options import ModelOption
 from transformerfam.cli.output import say
 from transformerfam.errors import TransformerFamError
 from transformerfam.fields import LARGEST_INTEGER, whole_numbers
@@ -75,7 +76,7 @@ def report_rows(
 @report_app.command("attention")
 def report_attention(
     output: Annotated[Path, typer.Option("--output", help="Folder for pictures and rows.")],
-    model: Annotated[str, typer.Option("--model", help="tiny, smollm2, or a folder.")] = "tiny",
+    model: ModelOption = "tiny",
     text: Annotated[
         str, typer.Option("--text", help="sentences (the paper's), persuasion, northanger_abbey, or a UTF-8 file.")
     ] = "sentences",

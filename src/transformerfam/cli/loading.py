@@ -1,0 +1,75 @@
+"""What commands do around a model: load it, name it in rows, and print what warnings say."""
+
+import contextlib
+import warnings
+from collections.abc import Iterator
+from typing import Any
+
+from transformers.utils import logging as transformers_logging
+
+from transformerfam.cli.output import say
+from transformerfam.config import FAM_DTYPES
+from transformerfam.decoder.memory import hold_weights_in
+from transformerfam.errors import TransformerFamError
+from transformerfam.processes import own_device
+from transformerfam.tasks.controls import control_of
+from transformerfam.weights.models import GATED, find_device, load_model
+
+
+def load(
+    model: str,
+    system: str = "fam",
+    overrides: dict[str, Any] | None = None,
+    device: str = "cpu",
+    dtype: str | None = None,
+) -> tuple[Any, Any]:
+    """Load a model and its tokenizer as the options of a command ask for it.
+
+    Args:
+        model: name or folder.
+        system: which memory it gets.
+        overrides: fields of its `FamConfig`.
+        device: where it runs; each process of several takes its own.
+        dtype: type of the weights; None leaves them as they are.
+
+    Raises:
+        TransformerFamError: there is no such model, device or type.
+    """
+    hide_loading_bars()
+    place = find_device(own_device(device))
+    if dtype not in (None, *FAM_DTYPES):
+        raise TransformerFamError(f"--dtype is {dtype!r}, required is one of {', '.join(FAM_DTYPES)}; choose one")
+    loaded, tokenizer = load_model(model, system, overrides)
+    if dtype is not None:
+        hold_weights_in(dtype, loaded)
+    return loaded.to(place), tokenizer
+
+
+def hide_loading_bars() -> None:
+    """Turn off transformers' progress bars: a command has its own."""
+    transformers_logging.disable_progress_bar()
+
+
+def systems_by_model(systems: str | None) -> dict[str, list[str]]:
+    """Group the names of systems by the model that serves them: controls query that of their system."""
+    groups: dict[str, list[str]] = {}
+    for name in dict.fromkeys(part.strip() for part in (systems or "fam").split(",")):
+        control = control_of(name)
+        system = name if control is None else control[0]
+        groups.setdefault("fam" if system == GATED else system, []).append(name)
+    return groups
+
+
+def named_with(model: str, overrides: list[str] | None, dtype: str | None) -> str:
+    """Return the model's name for the rows, with what was changed: rows of one name are of one system."""
+    return " ".join([model, *(overrides or []), *([dtype] if dtype else [])])
+
+
+@contextlib.contextmanager
+def warnings_said() -> Iterator[None]:
+    """Print every warning of the body as a line."""
+    with warnings.catch_warnings(record=True) as noted:
+        warnings.simplefilter("always", UserWarning)
+        yield
+    for warning in noted:
+        say(str(warning.message))

@@ -1,0 +1,33 @@
+"""Options that several commands have, written once."""
+
+from typing import Annotated
+
+import typer
+
+from transformerfam.config import FAM_DTYPES
+from transformerfam.tasks.controls import CONTROLS
+
+ModelOption = Annotated[str, typer.Option("--model", help="tiny, smollm2, or a folder.")]
+SystemOption = Annotated[
+    str | None,
+    typer.Option(
+        "--system",
+        help="fam (the model's own memory, in rows fam_gated where it is gated), bswa, fam_untrained, "
+        f"{', '.join(f'fam{ending}' for ending in CONTROLS)}; several with commas. By default the model's own memory.",
+    ),
+]
+DtypeOption = Annotated[
+    str | None,
+    typer.Option("--dtype", help=f"Type of the weights, of {', '.join(FAM_DTYPES)}; as they are if not given."),
+]
+DeviceOption = Annotated[str, typer.Option("--device", help="cpu, cuda, cuda:1 or another of torch.")]
+SetOption = Annotated[list[str] | None, typer.Option("--set", help="key=value; may be given more than once.")]
+OverwriteOption = Annotated[bool, typer.Option("--overwrite", help="Take the place of what this package wrote there.")]
+
+OR_OVERWRITE = "add --overwrite to replace it, or "
+"""What a message about a taken target adds in front of its remedy."""
+
+
+def device_argument(device: str) -> str:
+    """Return what a command that resumes needs to say of the device."""
+    return "" if device == "cpu" else f" --device {device}"

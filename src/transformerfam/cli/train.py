@@ -1,0 +1,42 @@
+"""The subcommand `fam train`."""
+
+import shlex
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from transformerfam.cli.options import DeviceOption, OverwriteOption, SetOption, device_argument
+from transformerfam.cli.output import say
+from transformerfam.cli.progress import training_bar
+from transformerfam.errors import TransformerFamError
+from transformerfam.processes import INTERRUPTED
+from transformerfam.training.recipe.toml import load_recipe
+from transformerfam.training.trainer import Trainer
+from transformerfam.weights.models import find_device
+
+
+def train_command(
+    recipe: Annotated[Path, typer.Argument(help="TOML file.")],
+    output: Annotated[Path | None, typer.Option("--output", help="Folder of the run; runs/NAME if not given.")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the folder's checkpoint.")] = False,
+    device: DeviceOption = "cpu",
+    overwrite: OverwriteOption = False,
+    overrides: SetOption = None,
+) -> None:
+    """Train a memory by a recipe."""
+    if resume and overwrite:
+        raise TransformerFamError("--resume continues a run and --overwrite starts over; give one of them")
+    loaded = load_recipe(recipe, overrides or ())
+    folder = output or Path("runs") / recipe.stem
+    trainer = Trainer(loaded, folder, resume=resume, device=find_device(device), overwrite=overwrite)
+    with training_bar(loaded.schedule.steps) as update:
+        result = trainer.run(lambda _, row: update(row))
+    if result.is_complete:
+        say(result.message)
+    else:
+        place = [] if output is None else ["--output", str(folder)]
+        changes = [part for change in overrides or () for part in ("--set", change)]
+        more = shlex.join([str(recipe), "--resume", *place, *changes])
+        say(result.message.replace("RECIPE --resume", more) + device_argument(device))
+        raise typer.Exit(INTERRUPTED)
