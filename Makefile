@@ -13,7 +13,7 @@ export HF_HUB_DISABLE_TELEMETRY := 1
 OFFLINE := HF_HUB_OFFLINE=1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-versions check lint types layers format prove bench clean
+.PHONY: help setup demo test test-versions check lint types layers format prove package bench clean
 
 help:  ## say what the targets do
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/make \1\t\2/p' Makefile | expand -t 14
@@ -60,8 +60,11 @@ prove: $(STAMP)  ## the slow tests, minutes to an hour, and all others with the 
 	@$(OFFLINE) $(BIN)/python -m pytest -m slow --timeout 7200 $(ARGS)
 	@if [ -z "$(ARGS)" ]; then $(MAKE) test-versions; fi
 
+package: $(STAMP)  ## build wheel and sdist into dist/; install the wheel, use it elsewhere (ARGS=--alone: without .venv)
+	@$(OFFLINE) $(BIN)/python scripts/package.py $(ARGS)
+
 bench: $(STAMP)  ## speed and memory beside what you would use instead, some hours (ARGS="overhead --model smollm2")
 	@$(OFFLINE) $(BIN)/python -m benchmarks $(ARGS)
 
 clean:  ## remove the virtual environment and caches
-	rm -rf $(VENV) .venv-versions .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
+	rm -rf $(VENV) .venv-versions build dist src/*.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis

@@ -3,6 +3,7 @@
 import importlib.metadata
 import re
 import sys
+import tarfile
 import tomllib
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from tiny_llama import make_tiny_llama
 from tiny_models import make_tokenizer
 
 import transformerfam
+from scripts.package import build, installed_files, tracked
 from transformerfam import FamConfig, convert
 from transformerfam.tasks.novels import load_novel
 from transformerfam.weights.models import save_model
@@ -124,3 +126,12 @@ def test_public_names_are_documented_in_the_readme() -> None:
     """Catches a public name that a user cannot learn of."""
     for name in transformerfam.__all__:
         assert name in README
+
+
+def test_wheel_holds_what_is_tracked_below_src(tmp_path: Path) -> None:
+    """Catches data that is not shipped, and tests or caches that are; the sdist, of which it is built, has no tests."""
+    wheel, sdist = build(tmp_path)
+    assert installed_files(wheel) == [name.removeprefix("src/") for name in tracked("src")]
+    assert "transformerfam/py.typed" in installed_files(wheel)
+    with tarfile.open(sdist) as archive:
+        assert not any("/tests/" in name for name in archive.getnames())
