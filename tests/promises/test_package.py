@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 import typer
+import yaml
 from tiny_llama import make_tiny_llama
 from tiny_models import make_tokenizer
 
@@ -80,6 +81,24 @@ def test_documented_make_target_exists(command: str) -> None:
     """Catches a documented target that the Makefile lacks."""
     makefile = (ROOT / "Makefile").read_text()
     assert re.search(rf"^{command.split()[1]}:", makefile, re.MULTILINE)
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / ".github" / "workflows").iterdir()), ids=lambda path: path.name)
+def test_make_targets_of_workflows_exist(path: Path) -> None:
+    """Catches a job that runs a target which was renamed."""
+    makefile = (ROOT / "Makefile").read_text()
+    jobs = yaml.safe_load(path.read_text())["jobs"].values()
+    ran = [step["run"] for job in jobs for step in job["steps"] if step.get("run", "").startswith("make ")]
+    assert ran
+    for command in ran:
+        assert re.search(rf"^{command.split()[1]}:", makefile, re.MULTILINE), command
+
+
+def test_hooks_run_what_make_check_runs() -> None:
+    """Catches a check that the hooks of git leave out."""
+    (check,) = re.findall(r"^check: (.*?) +##", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    (local,) = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text())["repos"]
+    assert [hook["entry"] for hook in local["hooks"]] == [f"make {target}" for target in check.split()]
 
 
 def test_readme_file_tree_exists() -> None:
