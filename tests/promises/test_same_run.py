@@ -17,7 +17,7 @@ from transformerfam.comparison import run as comparison_run
 from transformerfam.comparison.report import current_rows
 from transformerfam.comparison.run import ROWS_FILE, TRAINED_TASK, is_finished, recipe_digest, require_same_recipe
 from transformerfam.comparison.schedule import Schedule
-from transformerfam.errors import RecipeError, StateMismatchError
+from transformerfam.errors import CorruptFileError, RecipeError, StateMismatchError
 from transformerfam.reports.rows import RowFile, accuracy_by_length, read_rows
 from transformerfam.tasks.facts import words
 from transformerfam.training import trainer as trainer_module
@@ -47,13 +47,24 @@ def test_other_recipe_is_refused_by_the_name_of_its_key(tmp_path, section, chang
         Trainer(small_recipe(**{section: change}), tmp_path, resume=True)
 
 
-@pytest.mark.parametrize(
-    "change", [{"steps": 2}, {"max_seconds": 99.0}, {"log_every": 2}, {"checkpoint_seconds": 1.0}, {"threads": 1}]
-)
-def test_steps_time_log_and_threads_may_change(tmp_path, change):
+@pytest.mark.parametrize("change", [{"steps": 2}, {"max_seconds": 99.0}, {"checkpoint_seconds": 1.0}, {"threads": 1}])
+def test_steps_time_and_threads_may_change(tmp_path, change):
     """Would catch a run that cannot be made longer, or resumed on another machine."""
     Trainer(small_recipe(schedule={"steps": 1}), tmp_path).run()
     Trainer(small_recipe(schedule={"steps": 1} | change), tmp_path, resume=True)
+
+
+def test_run_of_an_earlier_version_is_resumed(tmp_path):
+    """Would catch a run that ends with the version that started it."""
+    Trainer(small_recipe(schedule={"steps": 1}), tmp_path).run()
+    stored = json.loads((tmp_path / "recipe.json").read_text())
+    stored["optimizer"]["final_lr_fraction"], stored["schedule"]["log_every"] = 0.02, 5
+    (tmp_path / "recipe.json").write_text(json.dumps(stored))
+    Trainer(small_recipe(schedule={"steps": 2}), tmp_path, resume=True).run()
+    stored["optimizer"]["final_lr_fraction"] = 0.5
+    (tmp_path / "recipe.json").write_text(json.dumps(stored))
+    with pytest.raises(CorruptFileError, match="optimizer.final_lr_fraction of the recipe was removed"):
+        Trainer(small_recipe(schedule={"steps": 3}), tmp_path, resume=True)
 
 
 @pytest.fixture
@@ -195,7 +206,7 @@ def test_run_of_a_comparison_does_not_go_on_by_another_recipe(comparison, tmp_pa
     run_one(comparison(), name, tmp_path / "runs")
     with pytest.raises(RecipeError, match=f"section schedule differs, {change.split('.')[-1].partition('=')[0]} is"):
         run_one(comparison(change), name, tmp_path / "runs")
-    run_one(comparison("recipe.schedule.log_every=2"), name, tmp_path / "runs")
+    run_one(comparison("recipe.schedule.checkpoint_seconds=1.0"), name, tmp_path / "runs")
 
 
 @pytest.mark.parametrize("key", FREE_TO_CHANGE)

@@ -158,7 +158,7 @@ def test_training_rows_ask_several_facts() -> None:
 def test_stories_are_hidden_in_a_novel() -> None:
     """Catches a vocabulary without the novel's words, and filler that is not the novel."""
     values: dict[str, Any] = {
-        "model": SMALL_MODEL | {"vocabulary_from": "northanger_abbey", "vocabulary_words": 300},
+        "model": SMALL_MODEL | {"vocabulary_from": "northanger_abbey"},
         "fam": {"block_size": 16, "fam_length": 2, "num_memory_segments": 0},
         "schedule": {"steps": 2, "batch_size": 4, "curriculum": [{"filler_tokens": [100, 100]}]},
         "data": {"facts": [1, 3], "fact_sentences": [8, 10], "fact_filler": "northanger_abbey"},
@@ -190,7 +190,7 @@ def test_rows_ask_later_for_facts_in_their_own_filler() -> None:
     """Catches a story that is told again, filler of another task, and a story that a state has read in part."""
     passing = {"probability": 1.0, "rows": "all", "ask_later": 1.0}
     values = {
-        "model": SMALL_MODEL | {"vocabulary_from": "northanger_abbey", "vocabulary_words": 200},
+        "model": SMALL_MODEL | {"vocabulary_from": "northanger_abbey"},
         "fam": {"block_size": 16, "fam_length": 2, "num_memory_segments": 0},
         "schedule": {"steps": 2, "batch_size": 3, "curriculum": [{"filler_tokens": [20, 60]}]},
         "state_passing": passing,
@@ -219,7 +219,7 @@ def test_rows_ask_later_for_facts_in_their_own_filler() -> None:
 def test_repeated_tokens_are_words_of_stories() -> None:
     """Catches random tokens among thousands of words of a novel, which are not learned in a stage."""
     values = {
-        "model": SMALL_MODEL | {"vocabulary_from": "northanger_abbey", "vocabulary_words": 200},
+        "model": SMALL_MODEL | {"vocabulary_from": "northanger_abbey"},
         "fam": {"block_size": 16, "fam_length": 2, "num_memory_segments": 0},
         "schedule": {"steps": 2, "curriculum": [{"filler_tokens": [0, 0], "repeated_tokens": [20, 20]}]},
         "data": {"facts": [1, 1]},

@@ -8,6 +8,7 @@ from training_recipes import small_recipe, small_values
 
 from transformerfam.errors import RecipeError
 from transformerfam.training.optimizer import key_bias_at, lr_factor
+from transformerfam.training.recipe.removed import REMOVED, without_removed
 from transformerfam.training.recipe.sections import KeyBiasSection, OptimizerSection
 from transformerfam.training.recipe.toml import apply_override, build_recipe, load_recipe
 
@@ -70,12 +71,55 @@ def test_recipe_survives_json():
         ),
         ({"model": {"prompt_text": "z"}, "fam": {"fam_init": "prefix"}}, r"or fam.fam_init is 'prefix'"),
         ({"lora": 3}, r"lora is 3, required is a section with keys"),
+        ({"fam": 3}, r"fam is 3, required is a section with keys"),
+        ({"fam": {"fam_copy": False}}, r"unknown key fam.fam_copy in the recipe"),
+        ({"fam": {"block_size": "x"}}, r"fam: block_size is 'x', required is an integer"),
+        ({"rival": {"sytem": 1}}, r"did you mean rival.system\?"),
+        ({"rival": {}}, r"rival: system is missing, required is one of full, rmt"),
+        ({"schedule": {"block_sizes": [16, "x"]}}, r"schedule.block_sizes is \[16, 'x'\], .* of type int for each"),
+        ({"schedule": {"curriculum": [{"filler": [9, 9]}]}}, r"did you mean schedule.curriculum.0.filler_tokens\?"),
+        ({"schedule": {"curriculum": [3]}}, r"schedule.curriculum.0 is 3, required is a section with keys"),
+        ({"optimizer": {"betas": [0.9, 1.0]}}, r"betas is \[0.9, 1.0\], required is at least 0 and below 1 for each"),
+        ({"optimizer": {"lr": None}}, r"optimizer.lr is None, required is a value of type float"),
+        ({"data": {"few_digits": 10**400}}, r"data.few_digits is 10+, required is a value of type float"),
+        ({"model": {"dtype": ["bfloat16"]}}, r"model.dtype is \['bfloat16'\], required is one of float32, bfloat16"),
+        ({"instructions": {"files": "a"}}, r"instructions.files is 'a', required is a list"),
+        ({"no_such_section": {}}, r"unknown key no_such_section in the recipe; known keys are model, schedule"),
     ],
 )
 def test_wrong_recipe_is_refused_by_name(change, message):
     """A typo that is silently ignored, and a run that trains something else than was asked for."""
     with pytest.raises(RecipeError, match=message):
         small_recipe(**change)
+
+
+@pytest.mark.parametrize("values", [3, None, []])
+def test_recipe_that_is_no_table_is_refused(values):
+    """A file of another program."""
+    with pytest.raises(RecipeError, match=r"recipe is .*, required is a section with keys"):
+        build_recipe(values)
+
+
+@pytest.mark.parametrize("dotted", REMOVED)
+def test_removed_key_is_refused_with_what_to_do(dotted):
+    """A key that was silently dropped, or a message that only calls it unknown."""
+    section, name = dotted.split(".")
+    with pytest.raises(RecipeError, match=f"key {dotted} of the recipe was removed: .*(leave it out|set|change)"):
+        small_recipe(**{section: {name: REMOVED[dotted].default}})
+
+
+def test_stored_recipe_of_an_earlier_version_is_read():
+    """A finished run, or one to resume, that is lost with the keys that a recipe no longer has."""
+    recipe = small_recipe()
+    values = recipe.to_dict() | {"instructions": None}
+    for dotted, removed in REMOVED.items():
+        section, name = dotted.split(".")
+        if values[section] is not None:
+            values[section][name] = 5 if removed.is_free else removed.default
+    assert build_recipe(without_removed(values)) == recipe
+    values["optimizer"]["final_lr_fraction"] = 0.5
+    with pytest.raises(RecipeError, match="key optimizer.final_lr_fraction of the recipe was removed"):
+        build_recipe(without_removed(values))
 
 
 def test_missing_key_is_named():
@@ -130,8 +174,8 @@ def test_key_bias_ends_at_exactly_zero():
 
 def test_learning_rate_warms_up_and_decays():
     """A schedule that never reaches its full rate, or that decays from the first step."""
-    section = OptimizerSection(warmup_steps=4, schedule="cosine", decay_start=10, final_lr_fraction=0.1)
+    section = OptimizerSection(warmup_steps=4, schedule="cosine", decay_start=10)
     assert lr_factor(section, 0, 20) == 0.25
     assert lr_factor(section, 9, 20) == 1.0
-    assert lr_factor(section, 15, 20) == pytest.approx(0.55)
-    assert lr_factor(section, 20, 20) == pytest.approx(0.1)
+    assert lr_factor(section, 15, 20) == pytest.approx(0.51)
+    assert lr_factor(section, 20, 20) == pytest.approx(0.02)

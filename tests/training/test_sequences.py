@@ -153,9 +153,9 @@ def test_state_is_passed_with_its_probability_once_started():
     passing = StatePassing(StatePassingSection(probability=0.8, start_stage=1, rows="all"), seed=0)
     fam = torch.randn(2, 3, 4, 5)
     passing.keep(0, fam, (1, 2, 3))
-    passing.update_start(10, 0, False)
+    passing.update_start(10, 0)
     assert all(passing.draw(step) is None for step in range(20))
-    passing.update_start(11, 1, False)
+    passing.update_start(11, 1)
     passed = [passing.draw(step) is not None for step in range(1000)]
     assert 0.75 < sum(passed) / 1000 < 0.85
     assert torch.equal(passing.draw(passed.index(True)).fam_LBFD, fam)
@@ -164,7 +164,7 @@ def test_state_is_passed_with_its_probability_once_started():
 def test_first_rows_state_is_passed_to_all_rows():
     """Another batch row's FAM than the paper's."""
     passing = StatePassing(StatePassingSection(probability=1.0), seed=0)
-    passing.update_start(0, 0, False)
+    passing.update_start(0, 0)
     fam = torch.randn(2, 3, 4, 5, requires_grad=True)
     passing.keep(0, fam, (7, 8, 9))
     saved = passing.draw(0)
@@ -176,7 +176,7 @@ def test_first_rows_state_is_passed_to_all_rows():
 def test_state_that_is_not_finite_is_not_passed():
     """One overflow that spoils every step behind it."""
     passing = StatePassing(StatePassingSection(probability=1.0), seed=0)
-    passing.update_start(0, 0, False)
+    passing.update_start(0, 0)
     passing.keep(0, torch.full((1, 1, 1, 1), torch.inf), (7,))
     assert passing.draw(0) is None
 
@@ -186,7 +186,7 @@ def test_noise_is_a_share_of_each_rows_size_and_depends_on_the_step_alone():
 
     def passed(step, noise=0.5):
         passing = StatePassing(StatePassingSection(probability=1.0, rows="all", noise=noise), seed=0)
-        passing.update_start(0, 0, False)
+        passing.update_start(0, 0)
         passing.keep(step, fam, (1, 2))
         return passing.draw(0).fam_LBFD
 

@@ -105,7 +105,7 @@ def test_passed_fam_reads_stored_filler_between_steps(tmp_path):
     set_key_bias(trainer.model, -32.0)
     trainer.stored = keep_filler(None, trainer.model, trainer.sequences, 0, None)
     fams_LBFD = torch.randn(2, 3, 4, 32, generator=torch.Generator().manual_seed(0))
-    trainer.passing.update_start(0, 0, is_solved=False)
+    trainer.passing.update_start(0, 0)
     trainer.passing.keep(0, fams_LBFD, (12345, None, 67890))
     trainer._read_between(step=1)
     state = trainer.model.init_state(3, fam=fams_LBFD)

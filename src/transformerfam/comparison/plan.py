@@ -3,17 +3,21 @@
 import copy
 import difflib
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Self
+
+from pydantic import Field, model_validator
 
 from transformerfam.config import FamConfig
 from transformerfam.errors import RecipeError, TransformerFamError
 from transformerfam.files import parse_toml, read_whole
 from transformerfam.rivals import PRESETS, RIVAL_NAMES, preset
 from transformerfam.tasks.controls import control_of
+from transformerfam.training.recipe.ranges import Integer, Integers, Pair, Texts
 from transformerfam.training.recipe.recipe import Recipe
-from transformerfam.training.recipe.toml import apply_override, build_dataclass, build_recipe, set_value
+from transformerfam.training.recipe.section import Section
+from transformerfam.training.recipe.toml import apply_override, build_recipe, build_section, set_value
 
 UNTRAINED = "fam_untrained"
 SYSTEMS = (*PRESETS, *RIVAL_NAMES, UNTRAINED)
@@ -60,12 +64,8 @@ def require_plain_name(name: str) -> None:
         )
 
 
-@dataclass(frozen=True, kw_only=True)
-class Comparison:
+class Comparison(Section):
     """All of a comparison: every system trained by one recipe, with every seed, asked at every length.
-
-    Raises:
-        RecipeError: an unknown system, or systems that would get different budgets.
 
     Source: sections 3.2 and 4 of arXiv 2404.09173.
     """
@@ -76,63 +76,64 @@ class Comparison:
     recipe: dict[str, Any]
     """Plain values of the recipe that all systems are trained by; its section `fam` is that of FAM."""
 
-    systems: tuple[str, ...]
+    systems: Texts
     """Of `PRESETS`, of the rivals, `fam_untrained`, and of `variants`; and of controls, as `fam_memory_swapped`."""
 
-    filler_tokens: tuple[int, ...]
+    filler_tokens: Integers
     """Lengths at which every run is asked."""
 
     task: Literal["passkey", "named-keys", "facts"] = "passkey"
     """What is asked: one key, several by their names, or questions on hidden stories."""
 
-    prefix_tokens: tuple[int, ...] = (0,)
+    prefix_tokens: Integers = (0,)
     """With passkeys: tokens of filler in front of the sentences that tell the key, how deep it stands; each number has
     questions of its own."""
 
-    overwritten_tokens: tuple[int, ...] = ()
+    overwritten_tokens: Integers = ()
     """With passkeys: tokens of filler between another key, which is told first, and the one that counts; each number
     has questions of its own."""
 
-    num_told: tuple[int, ...] = (1,)
+    num_told: Integers = (1,)
     """With named keys: how many a text tells; each number has texts of its own."""
 
-    num_retold: int = 0
+    num_retold: Integer = 0
     """With named keys: names that are told a second key, which counts."""
 
-    keys_apart: tuple[int, int] = (0, 0)
+    keys_apart: Pair = (0, 0)
     """With named keys: least and most tokens of filler between two that are told."""
 
     filler: str = "sentences"
     """What stands between telling and asking: the paper's sentences, a novel of the package, or a UTF-8 file."""
 
-    num_supports: tuple[int, ...] = (1, 2, 3)
+    num_supports: Integers = (1, 2, 3)
     """With facts: sentences from which an answer follows; each number has texts of its own."""
 
-    num_sentences: int = 10
+    num_sentences: Integer = 10
     """With facts: sentences of a story."""
 
-    seeds: tuple[int, ...] = (0,)
+    seeds: Integers = (0,)
     """Each trains every system anew, from other weights and on other data."""
 
-    num_keys: int = 25
+    num_keys: Integer = 25
     """Keys per run and length, or texts; every seed has its own."""
 
-    batch_size: int = 25
+    batch_size: Integer = 25
     """Keys that are read side by side."""
 
-    max_filler_tokens: dict[str, int] = field(default_factory=dict)
+    max_filler_tokens: dict[str, Integer] = Field(default_factory=dict)
     """Systems that are asked up to this length alone, full attention for example."""
 
-    changes: dict[str, dict[str, Any]] = field(default_factory=dict)
+    changes: dict[str, dict[str, Any]] = Field(default_factory=dict)
     """Of each system, what differs in its recipe: `section.key` and a value."""
 
-    variants: dict[str, str] = field(default_factory=dict)
+    variants: dict[str, str] = Field(default_factory=dict)
     """Further names of systems, each for a system whose `changes` differ: the ablations."""
 
     allow_different_budgets: bool = False
     """Let `changes` change what a system is trained on, and how long."""
 
-    def __post_init__(self) -> None:
+    @model_validator(mode="after")
+    def _require_systems(self) -> Self:
         for name in (self.name, *self.systems, *self.variants):
             require_plain_name(name)
         for name in (*self.trained, *self.max_filler_tokens, *self.changes):
@@ -155,8 +156,12 @@ class Comparison:
                 raise RecipeError(
                     f"{name} is asked for passkeys of the memory that {control[0]} trained; add {control[0]} to systems"
                 )
+        return self
+
+    @model_validator(mode="after")
+    def _require_one_budget(self) -> Self:
         if self.allow_different_budgets:
-            return
+            return self
         for system, changes in self.changes.items():
             different = [key for key in changes if key.startswith("data.") or key.partition("schedule.")[2] in BUDGET]
             if different:
@@ -164,6 +169,7 @@ class Comparison:
                     f"changes.{system} gives {different[0]}, so that {system} would be trained with another budget "
                     "than the others; leave it out, or set allow_different_budgets = true"
                 )
+        return self
 
     @property
     def runs(self) -> list[RunName]:
@@ -265,7 +271,7 @@ def load_comparison(path: str | Path, overrides: Sequence[str] = ()) -> Comparis
         apply_override(values, override)
     values.setdefault("name", path.stem)
     try:
-        comparison: Comparison = build_dataclass(Comparison, values, "")
+        comparison = build_section(Comparison, values)
         for run in comparison.runs:
             recipe = comparison.recipe_of(run)
             if recipe.instructions is not None and "task" not in values:

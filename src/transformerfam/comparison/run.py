@@ -68,7 +68,7 @@ def recipe_digest(comparison: Comparison, run: RunName, is_whole: bool = False) 
 
 
 def require_same_recipe(comparison: Comparison, rows: Iterable[Row]) -> None:
-    """Refuse rows of runs that were trained by another recipe, or on other files; time, log and threads may differ.
+    """Refuse rows of runs that were trained by another recipe, or on other files; time and threads may differ.
 
     Raises:
         RecipeError: with the run.
@@ -104,7 +104,7 @@ def run_one(
         device: where it trains and is asked; a run may go on on another device.
 
     Raises:
-        RecipeError: what is there was made by another recipe; all but time, log and threads must agree.
+        RecipeError: what is there was made by another recipe; all but time and threads must agree.
         TransformerFamError: a question cannot be asked; nothing is trained.
         KeyboardInterrupt: Ctrl-C; the same call goes on.
     """

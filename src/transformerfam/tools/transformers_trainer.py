@@ -70,7 +70,7 @@ class MemoryTrainer(Trainer):
         model = options.pop("model", model)
         self.auxiliary = auxiliary_losses(model, recipe)
         self.passing = StatePassing(recipe.state_passing, recipe.schedule.seed)
-        self.passing.update_start(0, 0, is_solved=False)
+        self.passing.update_start(0, 0)
         num_sequences = recipe.schedule.steps * recipe.schedule.batch_size
         dataset = PackedDataset(PackedInstructions(recipe, tokenizer), num_sequences)
         own = {"model": model, "args": args, "train_dataset": dataset, "processing_class": tokenizer}
@@ -92,5 +92,5 @@ class MemoryTrainer(Trainer):
         state = start_state(inner, self.recipe, self.passing, step, batch, saved)
         output = run_step(inner, batch, state, self.recipe, None, None, 0, self.auxiliary)
         self.passing.keep(step, output.passed_fam_LBFD, (None,) * len(batch.keys))
-        self.passing.update_start(step + 1, 0, is_solved=False)
+        self.passing.update_start(step + 1, 0)
         return (output.loss, {}) if return_outputs else output.loss

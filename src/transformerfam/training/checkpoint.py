@@ -19,6 +19,7 @@ from transformerfam.files import load_tensors, metadata_form, parse_json, read_w
 from transformerfam.training.checkpoint_form import REMEDY, TENSOR_NAMES, require_progress, require_tensors
 from transformerfam.training.optimizer import AverageOfWeights
 from transformerfam.training.recipe.recipe import Recipe
+from transformerfam.training.recipe.removed import without_removed
 from transformerfam.training.recipe.toml import build_recipe
 from transformerfam.training.sharding import shared_like
 from transformerfam.training.state_passing import SavedFam, StatePassing
@@ -240,7 +241,8 @@ def recipe_of_run(folder: str | Path) -> Recipe:
     """
     path = Path(folder) / RECIPE_FILE
     try:
-        return build_recipe({name: value for name, value in _read_recipe(folder).items() if name != SOURCES})
+        values = {name: value for name, value in _read_recipe(folder).items() if name != SOURCES}
+        return build_recipe(without_removed(values))
     except RecipeError as error:
         raise CorruptFileError(f"{path} is no recipe of this package: {error}; put it back, or train again") from error
 

@@ -49,6 +49,10 @@ def new_optimizer(
     )
 
 
+FINAL_LR = 0.02
+"""Share of the learning rate that a decay ends at."""
+
+
 def lr_factor(section: OptimizerSection, step: int, num_steps: int) -> float:
     """Return what the learning rates are multiplied with at `step`, counted from 0."""
     warmup = min(1.0, (step + 1) / max(1, section.warmup_steps))
@@ -56,7 +60,7 @@ def lr_factor(section: OptimizerSection, step: int, num_steps: int) -> float:
         return warmup
     done = (step - section.decay_start) / max(1, num_steps - section.decay_start)
     left = 1 - done if section.schedule == "linear" else 0.5 * (1 + math.cos(math.pi * done))
-    return warmup * (section.final_lr_fraction + (1 - section.final_lr_fraction) * left)
+    return warmup * (FINAL_LR + (1 - FINAL_LR) * left)
 
 
 def key_bias_at(section: KeyBiasSection | None, step: int) -> float:

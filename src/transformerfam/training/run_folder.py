@@ -28,7 +28,7 @@ WRITTEN = (
 KINDS = {CHECKPOINT_FILE: "checkpoint", FAM_FILE: "adapter", RIVAL_FILE: "rival"}
 """Files of which one at least is in the folder of a run that has got anywhere, and what is in each."""
 
-FREE_TO_CHANGE = ("max_seconds", "checkpoint_seconds", "log_every", "threads")
+FREE_TO_CHANGE = ("max_seconds", "checkpoint_seconds", "threads")
 """Of a recipe's schedule, what changes no number of the run."""
 
 

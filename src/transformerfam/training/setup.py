@@ -20,6 +20,9 @@ from transformerfam.versions import require_peft
 from transformerfam.weights.models import BASE_NOTE, load_base, load_model
 from transformerfam.weights.peft_adapters import inject_lora
 
+NUM_FREQUENT_WORDS = 2000
+"""Words of `model.vocabulary_from` that the tiny model knows."""
+
 
 def build_trainee(recipe: Recipe) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Return the converted model with its trainable weights, and its tokenizer.
@@ -69,7 +72,7 @@ def _words_of(recipe: Recipe) -> list[str]:
     """Return the words that the tiny model knows beside those of the passkey text."""
     section, known = recipe.model, list(words() if recipe.data.facts[1] else ())
     if section.vocabulary_from is not None:
-        known += frequent_words(read_text(section.vocabulary_from), section.vocabulary_words)
+        known += frequent_words(read_text(section.vocabulary_from), NUM_FREQUENT_WORDS)
     return known
 
 

@@ -49,14 +49,13 @@ class StatePassing:
         self.saved: SavedFam | None = None
         self.started = False
 
-    def update_start(self, step: int, stage_idx: int, is_solved: bool) -> None:
-        """Begin, for good, when the step, the stage or the accuracy of the recipe is reached."""
+    def update_start(self, step: int, stage_idx: int) -> None:
+        """Begin, for good, when the step or the stage of the recipe is reached."""
         section = self.section
         conditions = (
             section.start_step is not None and step >= section.start_step,
             section.start_stage is not None and stage_idx >= section.start_stage,
-            section.start_accuracy is not None and is_solved,
-            section.start_step is section.start_stage is section.start_accuracy is None,
+            section.start_step is section.start_stage is None,
         )
         self.started = self.started or any(conditions)
 

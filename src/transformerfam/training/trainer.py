@@ -153,7 +153,7 @@ class Trainer:
                     "seconds": round(self.seconds, 2),
                     "tokens_per_second": round(self.num_tokens / self.seconds, 1),
                 }
-                if row["step"] % schedule.log_every == 0 and self.ranks.is_main:
+                if self.ranks.is_main:
                     log.write(json.dumps(row) + "\n")
                     log.flush()
                 if on_step is not None and self.ranks.is_main:
@@ -230,20 +230,17 @@ class Trainer:
             self.accuracies.append(key_accuracy)
         stages = self.stages
         stage = stages[self.stage_idx]
-        is_full = len(self.accuracies) == self.accuracies.maxlen
         is_solved = (
             stage.advance_accuracy is not None
-            and is_full
+            and len(self.accuracies) == self.accuracies.maxlen
             and sum(self.accuracies) / len(self.accuracies) >= stage.advance_accuracy
         )
         is_last = self.stage_idx == len(stages) - 1
-        wanted = self.recipe.state_passing.start_accuracy
-        passes = is_last and is_full and wanted is not None and sum(self.accuracies) / len(self.accuracies) >= wanted
         if not is_last and (is_solved or (stage.max_steps is not None and self.steps_in_stage >= stage.max_steps)):
             self.stage_idx += 1
             self.steps_in_stage = 0
             self.accuracies = deque(maxlen=stages[self.stage_idx].window)
-        self.passing.update_start(self.step, self.stage_idx, passes)
+        self.passing.update_start(self.step, self.stage_idx)
 
     def _describe(self, output: StepOutput, batch: Batch, grad_norm: float, is_passed: bool) -> dict[str, Any]:
         self.num_tokens += batch.num_tokens

@@ -17,6 +17,9 @@ from transformerfam.training.data.sequences import Batch, draw_block_size
 from transformerfam.training.recipe.recipe import Recipe
 from transformerfam.training.recipe.sections import InstructionSection
 
+REPEAT_PROMPT = "[repeat random segment]:"
+"""What announces the repeated segment; its weight is 0."""
+
 
 @dataclass(frozen=True)
 class Piece:
@@ -31,7 +34,7 @@ def read_instructions(tokenizer: Any, section: InstructionSection) -> list[Piece
 
     Args:
         tokenizer: a fast one, which says where in the text its tokens stand.
-        section: the files, and what weighs how much.
+        section: names the files.
 
     Raises:
         RecipeError: a file cannot be read, a line is not what the section asks for, or nothing weighs anything; the
@@ -46,7 +49,7 @@ def read_instructions(tokenizer: Any, section: InstructionSection) -> list[Piece
         for number, line in enumerate(lines, start=1):
             if line.strip():
                 try:
-                    pieces.append(_piece(tokenizer, section, parse_json(line)))
+                    pieces.append(_piece(tokenizer, parse_json(line)))
                 except (ValueError, KeyError, TypeError) as error:
                     raise RecipeError(
                         f"{path}, line {number}: {error}; required is JSON with messages, with prompt and answer, or "
@@ -54,12 +57,12 @@ def read_instructions(tokenizer: Any, section: InstructionSection) -> list[Piece
                     ) from error
     if not any(weight for piece in pieces for weight in piece.weights):
         raise RecipeError(
-            "instructions.files hold no token of a weight above 0; give answers, or raise instructions.prompt_weight"
+            "instructions.files hold no token of a weight above 0, which those of answers and texts have; give some"
         )
     return pieces
 
 
-def _piece(tokenizer: Any, section: InstructionSection, values: dict[str, Any]) -> Piece:
+def _piece(tokenizer: Any, values: dict[str, Any]) -> Piece:
     if "text" in values:
         parts = [(values["text"], True), (tokenizer.eos_token or "", True)]
     elif "messages" in values:
@@ -74,7 +77,7 @@ def _piece(tokenizer: Any, section: InstructionSection, values: dict[str, Any]) 
     is_answer_C = [is_answer for part, is_answer in parts for _ in part]  # by character
     # A token over a boundary is of the part that it ends in: the space in front of a word is in the word's token.
     of_answer = [stop > start and is_answer_C[stop - 1] for start, stop in encoded["offset_mapping"]]
-    weights = [section.answer_weight if is_answer else section.prompt_weight for is_answer in of_answer]
+    weights = [1.0 if is_answer else 0.0 for is_answer in of_answer]
     return Piece(list(encoded["input_ids"]), weights)
 
 
@@ -118,7 +121,7 @@ class PackedInstructions:
         self.batch_size = recipe.schedule.batch_size
         self.block_sizes = recipe.schedule.block_sizes or (recipe.fam.block_size,)
         self.pieces = read_instructions(tokenizer, self.section)
-        self.announcement = encode(tokenizer, self.section.repeat_prompt) if self.section.repeat_tokens else []
+        self.announcement = encode(tokenizer, REPEAT_PROMPT) if self.section.repeat_tokens else []
         self.num_packed = self.section.length - len(self.announcement) - self.section.repeat_tokens
         self.unknown_share = unknown_share(tokenizer, [token for piece in self.pieces for token in piece.ids])
         if not recipe.data.allow_unknown:

@@ -1,6 +1,7 @@
-"""Recipes: sections of typed fields (`sections`), their ranges (`ranges`), the whole (`recipe`), the file (`toml`).
+"""Recipes: sections of typed fields (`sections`, on pydantic), their ranges, the whole (`recipe`), the file (`toml`).
 
-May import: `tasks`, `rivals`, `decoder`, and the root of the package.
+A field is one line in its section, its meaning the string under it. May import: `tasks`, `rivals`, `decoder`, and the
+root of the package.
 """
 
 from transformerfam.old_paths import names_of

@@ -1,15 +1,16 @@
 """Recipes: all of a training run, and what contradicts itself in one."""
 
-import dataclasses
 import json
-from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Self
+
+from pydantic import model_validator
 
 from transformerfam.config import FamConfig
 from transformerfam.errors import RecipeError, TransformerFamError
-from transformerfam.rivals import RivalConfig, rival_class
+from transformerfam.rivals import rival_class
 from transformerfam.tasks.named_keys import NAMES
-from transformerfam.training.recipe.ranges import require_ranges
+from transformerfam.training.recipe.configurations import OPEN_MEMORY, FamSection, RivalSection
+from transformerfam.training.recipe.section import Section, require
 from transformerfam.training.recipe.sections import (
     DataSection,
     InstructionSection,
@@ -24,111 +25,120 @@ from transformerfam.training.recipe.sections import (
 )
 
 
-@dataclass(frozen=True, kw_only=True)
-class Recipe:
-    """All of a training run.
-
-    Raises:
-        RecipeError: sections contradict each other.
-    """
+class Recipe(Section):
+    """All of a training run."""
 
     model: ModelSection
     schedule: ScheduleSection
-    fam: FamConfig = field(default_factory=lambda: FamConfig(fam_key_bias=0.0))
-    rival: RivalConfig | None = None
+    fam: FamSection = FamConfig.from_dict(OPEN_MEMORY)
+    rival: RivalSection | None = None
     """A system that FAM is compared with, in its place; segments are blocks of `fam.block_size`."""
     lora: LoraSection | None = None
-    optimizer: OptimizerSection = field(default_factory=OptimizerSection)
-    state_passing: StatePassingSection = field(default_factory=StatePassingSection)
+    optimizer: OptimizerSection = OptimizerSection()
+    state_passing: StatePassingSection = StatePassingSection()
     key_bias: KeyBiasSection | None = None
-    data: DataSection = field(default_factory=DataSection)
+    data: DataSection = DataSection()
     instructions: InstructionSection | None = None
-    loss: LossSection = field(default_factory=LossSection)
-    reading: ReadingSection = field(default_factory=ReadingSection)
+    loss: LossSection = LossSection()
+    reading: ReadingSection = ReadingSection()
 
-    def __post_init__(self) -> None:
-        require_ranges(self)
-        _require(self.schedule.steps >= 1, f"schedule.steps is {self.schedule.steps}, required is at least 1")
-        tokens = self.schedule.gradient_tokens
-        _require(tokens is None or tokens >= 1, f"schedule.gradient_tokens is {tokens}, required is None or at least 1")
-        _require(self.schedule.batch_size >= 1, f"schedule.batch_size is {self.schedule.batch_size}, required is >= 1")
-        if self.instructions is None:
-            _require(len(self.schedule.curriculum) > 0, "schedule.curriculum is empty, required is at least one stage")
-        else:
-            self._require_instructions(self.instructions)
-        smallest = min(self.schedule.block_sizes, default=self.fam.block_size)
-        _require(
-            smallest >= self.fam.block_size,
-            f"schedule.block_sizes has {smallest}, required is at least fam.block_size ({self.fam.block_size})",
-        )
-        _require(
-            self.model.prompt_text is None or (self.model.memory is None and self.fam.fam_init == "prompt"),
-            "model.prompt_text is given beside model.memory, which has its own prompt, or fam.fam_init is 'prefix'; "
-            "leave one of them out",
-        )
-        for stage in self.schedule.curriculum:
-            _require_range("filler_tokens", *stage.filler_tokens)
-            low, high = stage.repeated_tokens or (8, 8)
-            _require(8 <= low <= high, f"repeated_tokens is [{low}, {high}], required is 8 <= low <= high")
-            _require(
-                stage.repeated_tokens is None or self.schedule.stored_blocks == self.loss.teacher == 0,
-                "a stage of the curriculum has repeated_tokens beside schedule.stored_blocks or loss.teacher, which "
-                "know one key; leave it out",
-            )
-        for limits in (self.data.prefix_tokens, *(stage.prefix_tokens for stage in self.schedule.curriculum)):
-            _require_range("prefix_tokens", *(limits or (0, 0)))
-        _require_range("loss.teacher_filler_tokens", *self.loss.teacher_filler_tokens)
-        _require(
-            (self.loss.teacher == 0 and not self.loss.full_attention) or self.model.base != "tiny-random",
-            f"loss.teacher is {self.loss.teacher} or loss.full_attention is set, and model.base is 'tiny-random', "
-            "required is a base model that was trained before, since it is the teacher; set loss.teacher = 0",
-        )
-        _require(
-            not self.loss.full_attention or self.schedule.stored_blocks == 0,
-            "loss.full_attention is set and schedule.stored_blocks is above 0, where the text is not read; leave one "
-            "of them out",
-        )
-        low, high = self.data.key_digits
-        _require(1 <= low <= high, f"data.key_digits is [{low}, {high}], required is 1 <= low <= high")
-        self._require_parts()
-        self._require_named()
-        self._require_worded()
-        self._require_rival()
-        self._require_updates()
-        self._require_auxiliary()
-        self._require_passable()
-        _require(
-            self.data.books is not None or self.data.passkey_book == self.data.book == 0,
-            "data.passkey_book or data.book is above 0, required is a folder of .txt files; set data.books",
-        )
-        if self.key_bias is not None:
-            _require(
-                self.key_bias.start_step < self.key_bias.end_step <= self.schedule.steps,
-                f"key_bias goes from step {self.key_bias.start_step} to {self.key_bias.end_step}, required is an end "
-                f"after the start and within the {self.schedule.steps} steps",
-            )
-        if self.fam.fam_key_bias != 0:
-            raise RecipeError("fam.fam_key_bias must be 0 in a recipe; use the key_bias section, which ends at 0")
+    @model_validator(mode="after")
+    def _require_no_contradiction(self) -> Self:
+        for check in (
+            self._require_something_to_train_on,
+            self._require_instructions,
+            self._require_start,
+            self._require_curriculum,
+            self._require_teacher,
+            self._require_parts,
+            self._require_named,
+            self._require_worded,
+            self._require_rival,
+            self._require_updates,
+            self._require_auxiliary,
+            self._require_passable,
+            self._require_key_bias,
+        ):
+            check()
         try:
             _ = self.reading_config
         except TransformerFamError as error:
             raise RecipeError(f"reading: {error}") from error
+        return self
 
-    def _require_instructions(self, section: InstructionSection) -> None:
-        """Refuse packed instructions beside what only passkeys have, and lengths that leave nothing."""
-        _require(len(section.files) > 0, "instructions.files is empty, required is at least one JSON lines file")
-        _require(
-            section.repeat_tokens >= 0 and section.length > 2 * section.repeat_tokens + 1,
-            f"instructions.length is {section.length}, required is more than twice instructions.repeat_tokens "
-            f"({section.repeat_tokens})",
+    def _require_something_to_train_on(self) -> None:
+        """Refuse weights and shares that leave nothing to predict."""
+        if self.instructions is not None:
+            return
+        loss, data = self.loss, self.data
+        weights = (loss.key, loss.other_tokens, loss.teacher, loss.diversity, loss.reconstruction, loss.fam_change)
+        require(any(weights), "every weight of loss is 0, required is one above 0")
+        is_plain = not (data.worded or data.named_keys[1] or data.facts[1])
+        require(
+            not is_plain or any((data.passkey_sentences, data.passkey_book, data.book)),
+            "data.passkey_sentences, data.passkey_book and data.book are 0, required is one above 0",
         )
+        require(len(self.schedule.curriculum) > 0, "schedule.curriculum is empty, required is at least one stage")
+
+    def _require_start(self) -> None:
+        """Refuse blocks, a prompt and a bias that the memory cannot begin with."""
+        smallest = min(self.schedule.block_sizes, default=self.fam.block_size)
+        require(
+            smallest >= self.fam.block_size,
+            f"schedule.block_sizes has {smallest}, required is at least fam.block_size ({self.fam.block_size})",
+        )
+        require(
+            self.model.prompt_text is None or (self.model.memory is None and self.fam.fam_init == "prompt"),
+            "model.prompt_text is given beside model.memory, which has its own prompt, or fam.fam_init is 'prefix'; "
+            "leave one of them out",
+        )
+
+    def _require_curriculum(self) -> None:
+        """Refuse stages that stored filler and the teacher cannot read."""
+        for stage in self.schedule.curriculum:
+            require(
+                stage.repeated_tokens is None or self.schedule.stored_blocks == self.loss.teacher == 0,
+                "a stage of the curriculum has repeated_tokens beside schedule.stored_blocks or loss.teacher, which "
+                "know one key; leave it out",
+            )
+
+    def _require_teacher(self) -> None:
+        """Refuse a teacher that knows nothing, or that has nothing to read."""
+        require(
+            (self.loss.teacher == 0 and not self.loss.full_attention) or self.model.base != "tiny-random",
+            f"loss.teacher is {self.loss.teacher} or loss.full_attention is set, and model.base is 'tiny-random', "
+            "required is a base model that was trained before, since it is the teacher; set loss.teacher = 0",
+        )
+        require(
+            not self.loss.full_attention or self.schedule.stored_blocks == 0,
+            "loss.full_attention is set and schedule.stored_blocks is above 0, where the text is not read; leave one "
+            "of them out",
+        )
+
+    def _require_key_bias(self) -> None:
+        """Refuse a bias that does not end at 0 within the run."""
+        if self.key_bias is not None:
+            require(
+                self.key_bias.start_step < self.key_bias.end_step <= self.schedule.steps,
+                f"key_bias goes from step {self.key_bias.start_step} to {self.key_bias.end_step}, required is an end "
+                f"after the start and within the {self.schedule.steps} steps",
+            )
+        require(
+            self.fam.fam_key_bias == 0,
+            "fam.fam_key_bias must be 0 in a recipe; use the key_bias section, which ends at 0",
+        )
+
+    def _require_instructions(self) -> None:
+        """Refuse packed instructions beside what only passkeys have."""
+        if self.instructions is None:
+            return
         default = {"curriculum": (), "stored_blocks": 0, "repeat_updates": (0, 0), "gradient_tokens": None}
         for name, value in default.items():
-            _require(
+            require(
                 getattr(self.schedule, name) == value,
                 f"schedule.{name} is given beside instructions, which have no filler and no question; leave it out",
             )
-        _require(
+        require(
             self.loss.teacher == 0 and self.state_passing.ask_later == 0 and not self.state_passing.before_question,
             "loss.teacher, state_passing.ask_later or state_passing.before_question is given beside instructions, "
             "which have no key to ask for; leave it out",
@@ -136,53 +146,36 @@ class Recipe:
 
     def _require_named(self) -> None:
         """Refuse named keys and facts beside what knows one key without a name."""
-        for name in ("named_keys", "retold_keys", "keys_apart", "facts"):
-            _require_range(f"data.{name}", *getattr(self.data, name))
-        for name in ("keys_asked", "facts_asked"):
-            low, high = getattr(self.data, name)
-            _require(1 <= low <= high, f"data.{name} is [{low}, {high}], required is 1 <= low <= high")
-        _require(
-            self.data.named_keys[1] > 0 or self.data.retold_keys[1] == 0,
-            "data.retold_keys is above 0 and data.named_keys is not",
-        )
         for name, most in (("named_keys", len(NAMES)), ("facts", 3)):
             low, high = getattr(self.data, name)
-            _require(
+            require(
                 high == 0 or (low >= 1 and high <= most), f"data.{name} is [{low}, {high}], required is 1 to {most}"
             )
             for stage in self.schedule.curriculum:
                 if (limits := getattr(stage, name)) is not None:
-                    _require(high > 0, f"a stage of the curriculum has {name} and data.{name} is 0; give both or none")
-                    _require(
+                    require(high > 0, f"a stage of the curriculum has {name} and data.{name} is 0; give both or none")
+                    require(
                         1 <= limits[0] <= limits[1] <= most,
                         f"a stage of the curriculum has {name} {list(limits)}, required is 1 to {most}",
                     )
         for stage in self.schedule.curriculum:
             low, high = stage.key_digits or self.data.key_digits
             told = (stage.named_keys or self.data.named_keys)[1] + self.data.retold_keys[1]
-            _require(
-                1 <= low <= high, f"a stage of the curriculum has key_digits [{low}, {high}], required is 1 <= low"
-            )
-            _require(
+            require(1 <= low <= high, f"a stage of the curriculum has key_digits [{low}, {high}], required is 1 <= low")
+            require(
                 stage.key_digits is None or self.data.named_keys[1] > 0,
                 "a stage of the curriculum has key_digits and data.named_keys is 0; set data.key_digits",
             )
-            _require(
+            require(
                 told <= 9 * 10 ** (low - 1),
                 f"a stage of the curriculum tells {told} different keys of {low} digits, of which there are "
                 f"{9 * 10 ** (low - 1)}; give them more digits",
             )
-        for limits in (self.data.fact_sentences, *(stage.fact_sentences for stage in self.schedule.curriculum)):
-            _require_range("fact_sentences", *(limits or (0, 0)))
         if self.data.named_keys[1] == self.data.facts[1] == 0:
             return
-        _require(
-            self.data.named_keys[1] == 0 or self.data.facts[1] == 0,
-            "data.named_keys and data.facts are both above 0, required is one of them",
-        )
         if self.data.worded:
             return
-        _require(
+        require(
             self.loss.teacher == self.schedule.stored_blocks == 0
             and self.data.boundary_share == self.data.passkey_book == self.data.book == 0,
             "loss.teacher, schedule.stored_blocks, data.boundary_share, data.passkey_book or data.book is given beside "
@@ -190,23 +183,9 @@ class Recipe:
         )
 
     def _require_worded(self) -> None:
-        """Refuse worded keys without keys, beside what they do not have, and what only they have without them."""
+        """Refuse worded keys without keys, and beside what they do not have."""
         data = self.data
-        for name in ("mentions", "other_numbers", "scenes", "passages"):
-            default = getattr(DataSection, name)
-            _require(
-                data.worded or getattr(data, name) == default,
-                f"data.{name} is given and data.worded is false; set data.worded, or leave it out",
-            )
-        low, high = data.mentions
-        _require(1 <= low <= high, f"data.mentions is [{low}, {high}], required is 1 <= low <= high")
-        _require(0 <= data.other_numbers <= 1, f"data.other_numbers is {data.other_numbers}, required is 0 to 1")
-        _require(
-            min(data.scenes, data.passages) >= 0 and data.scenes + data.passages <= 1,
-            f"data.scenes is {data.scenes} and data.passages {data.passages}, required are shares of 0 or more with a "
-            "sum of at most 1",
-        )
-        _require(
+        require(
             not data.worded
             or (
                 data.named_keys[1] > 0 and self.schedule.stored_blocks == data.boundary_share == data.passkey_book == 0
@@ -221,18 +200,18 @@ class Recipe:
             return
         fam = self.fam
         is_plain = fam.fam_length == fam.num_memory_segments == fam.num_sink_tokens == 0 and fam.window is None
-        _require(
+        require(
             is_plain and self.rival.block_size == fam.block_size,
             f"rival.block_size is {self.rival.block_size}, required is fam.block_size ({fam.block_size}), and a fam "
             "section without FAM, memory segments, sink tokens or window, since the rival stands in their place; set "
             "fam.fam_length = 0",
         )
-        _require(
+        require(
             self.lora is None and self.model.memory is None and self.key_bias is None and not self.schedule.block_sizes,
             "lora, model.memory, key_bias or schedule.block_sizes is given beside rival, which is trained in full, "
             "from its own start, in segments of one size; leave it out",
         )
-        _require(
+        require(
             self.schedule.gradient_tokens is None and self.loss.fam_change == 0,
             "schedule.gradient_tokens or loss.fam_change is given beside rival, and they know the FAM alone; leave it "
             "out",
@@ -245,23 +224,23 @@ class Recipe:
 
     def _require_parts(self) -> None:
         """Refuse batches and weights that cannot be parted, or held in another type, as the recipe says."""
-        _require(
+        require(
             self.model.dtype == "float32" or (self.lora is not None and self.rival is None),
             f"model.dtype is {self.model.dtype!r}, required is 'float32' where all weights, or those of a rival, are "
             "trained; add a lora section, or leave model.dtype out",
         )
-        _require(
+        require(
             not self.schedule.shard or self.optimizer.kind == "adamw",
             "schedule.shard is true and optimizer.kind is 'adafactor', whose row and column sums are not shared out; "
             "set optimizer.kind = 'adamw'",
         )
         parts = self.schedule.accumulate
-        _require(
+        require(
             parts >= 1 and self.schedule.batch_size % parts == 0,
             f"schedule.accumulate is {parts}, required is at least 1 and a divisor of schedule.batch_size "
             f"({self.schedule.batch_size})",
         )
-        _require(
+        require(
             parts == 1
             or not (
                 self.schedule.stored_blocks or self.loss.teacher or self.loss.full_attention or self.loss.fam_change
@@ -274,12 +253,12 @@ class Recipe:
     def _require_auxiliary(self) -> None:
         """Refuse auxiliary losses where there is nothing to compute them from."""
         wanted = self.loss.diversity or self.loss.reconstruction
-        _require(
+        require(
             not wanted or (self.fam.fam_length > 0 and self.schedule.stored_blocks == 0),
             "loss.diversity or loss.reconstruction is above 0, required is fam.fam_length above 0 and no "
             "schedule.stored_blocks",
         )
-        _require(
+        require(
             not self.loss.reconstruction
             or (
                 self.fam.is_papers_update
@@ -293,18 +272,17 @@ class Recipe:
 
     def _require_updates(self) -> None:
         """Refuse repeated updates and stored filler where there is no FAM to update, or what they cannot serve."""
-        _require_range("schedule.repeat_updates", *self.schedule.repeat_updates)
-        _require(
+        require(
             self.schedule.repeat_updates[1] == 0 or self.fam.num_memory_segments == 0,
             f"schedule.repeat_updates is above 0 and fam.num_memory_segments is {self.fam.num_memory_segments}, "
             "required is 0, since a repeated block would stand in the memory segments twice",
         )
-        _require(
+        require(
             self.schedule.repeat_updates[1] == 0 or self.fam.fam_length > 0,
             "schedule.repeat_updates is above 0 but fam.fam_length is 0: there is no FAM to update; "
             "set schedule.repeat_updates = [0, 0]",
         )
-        _require(
+        require(
             self.schedule.stored_blocks >= 0 and self.schedule.steps_per_stored_block >= 1,
             f"schedule.stored_blocks is {self.schedule.stored_blocks} and steps_per_stored_block "
             f"{self.schedule.steps_per_stored_block}, required is at least 0 and at least 1",
@@ -313,35 +291,31 @@ class Recipe:
             self._require_packable()
 
     def _require_passable(self) -> None:
-        """Refuse a state passing that has nothing to pass or nobody to ask."""
-        _require_range("state_passing.between_blocks", *self.state_passing.between_blocks)
-        _require(
-            self.state_passing.between_steps >= 0,
-            f"state_passing.between_steps is {self.state_passing.between_steps}, required is at least 0",
+        """Refuse a state passing that has nothing to pass, or that never starts."""
+        start_stage, num_stages = self.state_passing.start_stage, len(self.schedule.curriculum)
+        require(
+            start_stage is None or start_stage < max(1, num_stages),
+            f"state_passing.start_stage is {start_stage}, required is below the number of stages ({num_stages}), "
+            "which count from 0",
         )
-        _require(
-            self.state_passing.ask_later == 0 or self.state_passing.rows == "all",
-            'state_passing.ask_later needs state_passing.rows = "all", since every sequence asks for its own key',
-        )
-        _require(
+        require(
             self.state_passing.probability == 0 or self.has_passable_memory,
             f"state_passing.probability is above 0 but {self._system} has no memory of fixed size to pass; "
             "set state_passing.probability = 0",
         )
-        _require(self.state_passing.noise >= 0, f"state_passing.noise is {self.state_passing.noise}, required is >= 0")
 
     def _require_packable(self) -> None:
         """Refuse what a batch on stored filler cannot do."""
         fam, why = self.fam, "schedule.stored_blocks is above 0, required is"
         is_plain = fam.is_papers_update and fam.fam_lora == "all" and fam.fam_layers is None
         is_plain &= fam.num_memory_slots == 0 and fam.num_previous_fams == 1
-        _require(
+        require(
             is_plain and fam.fam_length > 0 and fam.fam_position != "zero",
             f"{why} a fam section with fam_length above 0, all layers, the paper's update, fam_lora 'all', a "
             "position other than 'zero', and no memory segments, sink tokens or further previous FAMs, which hold no "
             "stored filler",
         )
-        _require(
+        require(
             self.loss.fam_change == 0 and self.schedule.gradient_tokens is None,
             f"{why} loss.fam_change = 0 and no schedule.gradient_tokens: stored filler has no gradient",
         )
@@ -353,7 +327,7 @@ class Recipe:
     @property
     def reading_config(self) -> FamConfig:
         """The configuration that the trained memory is kept with."""
-        changes = {name: value for name, value in dataclasses.asdict(self.reading).items() if value is not None}
+        changes = {name: value for name, value in self.reading.model_dump().items() if value is not None}
         return self.fam.replace(**changes)
 
     @property
@@ -364,13 +338,4 @@ class Recipe:
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain JSON values that `build_recipe` takes back."""
-        return json.loads(json.dumps(dataclasses.asdict(self)))
-
-
-def _require(holds: bool, message: str) -> None:
-    if not holds:
-        raise RecipeError(message)
-
-
-def _require_range(name: str, low: int, high: int) -> None:
-    _require(0 <= low <= high, f"{name} is [{low}, {high}], required is 0 <= low <= high")
+        return json.loads(json.dumps(self.model_dump()))

@@ -1,17 +1,18 @@
 """Recipes as TOML files and plain values: nothing that a recipe does not know is let through."""
 
-import dataclasses
-import difflib
-import types
-import typing
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, TypeVar
 
-from transformerfam.config import FamConfig
-from transformerfam.errors import RecipeError, TransformerFamError
+from pydantic import ValidationError
+
+from transformerfam.errors import RecipeError
 from transformerfam.files import parse_toml, read_whole
+from transformerfam.training.recipe.messages import recipe_error
 from transformerfam.training.recipe.recipe import Recipe
+from transformerfam.training.recipe.section import Section
+
+Built = TypeVar("Built", bound=Section)
 
 
 def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
@@ -95,76 +96,16 @@ def build_recipe(values: dict[str, Any]) -> Recipe:
     Raises:
         RecipeError: an unknown, missing or wrong key; the message names it, and the nearest known one.
     """
-    return build_dataclass(Recipe, values, "")
+    return build_section(Recipe, values)
 
 
-def build_dataclass(cls: type, values: Any, where: str) -> Any:
+def build_section(section: type[Built], values: Any) -> Built:
     """Build a section, and the sections in it, from plain values.
-
-    Args:
-        cls: its dataclass.
-        values: plain values.
-        where: its name, for messages.
 
     Raises:
         RecipeError: as `build_recipe`.
     """
-    if not isinstance(values, dict):
-        raise RecipeError(f"{where or 'recipe'} is {values!r}, required is a section with keys")
-    if cls is FamConfig:  # training begins with an open memory; the key_bias section may close it at first
-        values = {"fam_key_bias": 0.0} | values
-    fields = {f.name: f for f in dataclasses.fields(cls)}
-    for name in values:
-        if name not in fields:
-            nearest = difflib.get_close_matches(name, fields, n=1)
-            hint = f"did you mean {_join(where, nearest[0])}?" if nearest else f"known keys are {', '.join(fields)}"
-            raise RecipeError(f"unknown key {_join(where, name)} in the recipe; {hint}")
-    hints = typing.get_type_hints(cls)
-    for name, known in fields.items():
-        if name not in values and known.default is known.default_factory is dataclasses.MISSING:
-            raise RecipeError(f"missing key {_join(where, name)} in the recipe; add it")
-    built = {name: _convert(hints[name], value, _join(where, name)) for name, value in values.items()}
     try:
-        return cls(**built)
-    except RecipeError:
-        raise
-    except TransformerFamError as error:
-        raise RecipeError(f"{where}: {error}") from error
-
-
-def _join(where: str, name: str) -> str:
-    return f"{where}.{name}" if where else name
-
-
-def _convert(kind: Any, value: Any, where: str) -> Any:
-    """Check a plain value against an annotation and return it as that type."""
-    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
-    if origin in (types.UnionType, typing.Union):
-        if value is None:
-            return None
-        return _convert(next(a for a in arguments if a is not type(None)), value, where)
-    if dataclasses.is_dataclass(kind):
-        return build_dataclass(typing.cast(type, kind), value, where)
-    if kind is Any:
-        return value
-    if origin is dict:
-        if not isinstance(value, dict):
-            raise RecipeError(f"{where} is {value!r}, required is a section")
-        return {name: _convert(arguments[1], item, _join(where, name)) for name, item in value.items()}
-    if origin is tuple:
-        if not isinstance(value, list | tuple):
-            raise RecipeError(f"{where} is {value!r}, required is a list")
-        if arguments[-1] is Ellipsis:
-            return tuple(_convert(arguments[0], item, f"{where}.{i}") for i, item in enumerate(value))
-        if len(value) != len(arguments):
-            raise RecipeError(f"{where} is {value!r}, required is a list of {len(arguments)} values")
-        return tuple(_convert(a, item, where) for a, item in zip(arguments, value, strict=True))
-    if origin is Literal:
-        if value not in arguments:
-            raise RecipeError(f"{where} is {value!r}, required is one of {', '.join(map(str, arguments))}")
-        return value
-    if kind is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
-    if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
-        raise RecipeError(f"{where} is {value!r}, required is a value of type {kind.__name__}")
-    return value
+        return section.model_validate(values)
+    except ValidationError as error:
+        raise recipe_error(section, values, error) from error
