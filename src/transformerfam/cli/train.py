@@ -11,6 +11,7 @@ from transformerfam.cli.output import say
 from transformerfam.cli.progress import training_bar
 from transformerfam.errors import TransformerFamError
 from transformerfam.processes import INTERRUPTED
+from transformerfam.training.recipe.describe import recipe_text
 from transformerfam.training.recipe.toml import load_recipe
 from transformerfam.training.trainer import Trainer
 from transformerfam.weights.models import find_device
@@ -20,6 +21,9 @@ def train_command(
     recipe: Annotated[Path, typer.Argument(help="TOML file.")],
     output: Annotated[Path | None, typer.Option("--output", help="Folder of the run; runs/NAME if not given.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the folder's checkpoint.")] = False,
+    print_recipe: Annotated[
+        bool, typer.Option("--print-recipe", help="Print all keys of the recipe with their meaning; train nothing.")
+    ] = False,
     device: DeviceOption = "cpu",
     overwrite: OverwriteOption = False,
     overrides: SetOption = None,
@@ -28,6 +32,9 @@ def train_command(
     if resume and overwrite:
         raise TransformerFamError("--resume continues a run and --overwrite starts over; give one of them")
     loaded = load_recipe(recipe, overrides or ())
+    if print_recipe:
+        typer.echo(recipe_text(loaded), nl=False)
+        return
     folder = output or Path("runs") / recipe.stem
     trainer = Trainer(loaded, folder, resume=resume, device=find_device(device), overwrite=overwrite)
     with training_bar(loaded.schedule.steps) as update:

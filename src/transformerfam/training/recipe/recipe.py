@@ -31,6 +31,8 @@ class Recipe(Section):
     model: ModelSection
     schedule: ScheduleSection
     fam: FamSection = FamConfig.from_dict(OPEN_MEMORY)
+    """The memory: block sliding window attention (BSWA) and, with `fam_length` above 0, feedback attention memory
+    (FAM). All lengths are in tokens."""
     rival: RivalSection | None = None
     """A system that FAM is compared with, in its place; segments are blocks of `fam.block_size`."""
     lora: LoraSection | None = None

@@ -110,8 +110,8 @@ class OptimizerSection(Section):
     """The optimizer and its learning rates."""
 
     kind: Literal["adamw", "adafactor"] = "adamw"
-    """Which optimizer: Adafactor (3.1.1) keeps row and column sums instead of a second moment. transformers' has no
-    constant second beta: `betas[1]` is not used, its decay grows as 1 - step^-0.8."""
+    """Which optimizer: Adafactor (3.1.1) keeps row and column sums instead of a second moment. That of transformers has
+    no constant second beta: `betas[1]` is not used, its decay grows as 1 - step^-0.8."""
     lr: NotNegative = 1e-3
     """Learning rate after the warmup."""
     prompt_lr: NotNegative | None = None
