@@ -180,8 +180,8 @@ def _type(schema: dict[str, Any]) -> str:
         items = schema.get("prefixItems") or [schema["items"]]
         if "$ref" in items[0]:
             return "tables, see below"
-        kind, _, words = _type(items[0]).partition(", ")
+        item, _, bounds = _type(items[0]).partition(", ")
         number = f"{len(items)} " if "prefixItems" in schema else ""
-        return f"list of {number}{kind}s" + (f", each {words}" if words else "")
+        return f"list of {number}{item}s" + (f", each {bounds}" if bounds else "")
     words = range_in_words({name: schema[bound] for bound, name in BOUNDS.items() if bound in schema})
     return TYPES[schema["type"]] + (f", {words}" if words else "")

@@ -119,7 +119,7 @@ class OptimizerSection(Section):
     warmup_steps: Natural = 50
     """Steps over which the learning rate grows from near 0."""
     weight_decay: NotNegative = 0.01
-    """Share of the learning rate by which weights shrink at every step."""
+    """At every step weights shrink by `lr * weight_decay` of themselves."""
     betas: Decays = (0.9, 0.95)
     """Decays of the averages of gradients and of their squares."""
     clip_norm: Positive = 1.0
