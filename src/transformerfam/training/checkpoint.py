@@ -16,7 +16,9 @@ from torch.distributed.tensor import DTensor
 
 from transformerfam.errors import CorruptFileError, RecipeError, TransformerFamError
 from transformerfam.files import load_tensors, metadata_form, parse_json, read_whole, save_tensors, write_text
+from transformerfam.tasks.question import Question
 from transformerfam.training.checkpoint_form import REMEDY, TENSOR_NAMES, require_progress, require_tensors
+from transformerfam.training.data.told_rows import Held
 from transformerfam.training.optimizer import AverageOfWeights
 from transformerfam.training.recipe.recipe import Recipe
 from transformerfam.training.recipe.removed import without_removed
@@ -171,16 +173,16 @@ def load_checkpoint(
             moments.setdefault(int(index), {})[name] = shared_like(tensor, trained[int(index)])
     optimizer.load_state_dict(optimizer.state_dict() | {"state": moments})
     keys = metadata["passed_keys"]
-    passing.saved = None if keys is None else SavedFam(tensors["passed_fam"].to(device), _as_tuples(keys))
+    passing.saved = None if keys is None else SavedFam(tensors["passed_fam"].to(device), tuple(map(_held, keys)))
     passing.started = metadata["passing_started"]
     torch.set_rng_state(tensors["torch_rng"])
     filler = {name.removeprefix("filler."): tensor for name, tensor in tensors.items() if name.startswith("filler.")}
     return metadata["progress"], StoredFiller.from_tensors(filler, device) if filler else None
 
 
-def _as_tuples(value: Any) -> Any:
-    """Return lists, and the lists in them, as tuples, which JSON does not know."""
-    return tuple(map(_as_tuples, value)) if isinstance(value, list) else value
+def _held(stored: int | list[list[Any]] | None) -> Held | None:
+    """Return what a row's memory holds; of questions JSON has lists."""
+    return tuple(Question.of(*parts) for parts in stored) if isinstance(stored, list) else stored
 
 
 def cut_log(path: Path, num_steps: int) -> None:

@@ -51,10 +51,21 @@ def require_progress(metadata: Mapping[str, Any], path: Path) -> None:
     started, keys, num_shares = (metadata.get(name) for name in ("passing_started", "passed_keys", "num_shares"))
     _require(isinstance(started, bool), path, "passing_started", started, "true or false")
     are_keys = keys is None or (
-        isinstance(keys, list) and all(k is None or _is_count(k) or isinstance(k, list) for k in keys)
+        isinstance(keys, list) and all(k is None or _is_count(k) or _are_questions(k) for k in keys)
     )
     _require("passed_keys" in metadata and are_keys, path, "passed_keys", keys, "null, or a list with one key per row")
     _require(num_shares is None or _is_count(num_shares), path, "num_shares", num_shares, "an integer of at least 0")
+
+
+def _are_questions(value: Any) -> bool:
+    """Say whether a value is a list of questions, each with its answer, and some with what tells it."""
+    return isinstance(value, list) and all(
+        isinstance(question, list)
+        and len(question) in (2, 3)
+        and all(isinstance(ids, list) and all(map(_is_count, ids)) for ids in question[:2])
+        and all(ids is None or (isinstance(ids, list) and all(map(_is_count, ids))) for ids in question[2:])
+        for question in value
+    )
 
 
 def require_tensors(

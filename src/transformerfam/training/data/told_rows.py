@@ -12,13 +12,13 @@ from typing import Any
 from transformerfam.tasks.facts import FactsText, Story, draw_story, words
 from transformerfam.tasks.named_keys import NamedKeysText, draw_named_keys
 from transformerfam.tasks.passkey import FillerStream
+from transformerfam.tasks.question import Question
 from transformerfam.tasks.text import encode
 from transformerfam.training.recipe.recipe import Recipe
 from transformerfam.training.recipe.sections import Stage
 
-Held = int | tuple[tuple[tuple[int, ...], ...], ...]
-"""What a memory holds and is asked for: a passkey; of named keys and facts, tokens of every question, of its answer,
-and of the sentences that tell it where a teacher reads them."""
+Held = int | tuple[Question, ...]
+"""What a memory holds and is asked for: a passkey, or questions on named keys and facts."""
 
 
 @dataclass(frozen=True)
@@ -77,12 +77,12 @@ class NamedRows:
             names = draw.sample(list(keys.newest), num_asked)
             start = draw.randrange(1 << 30)
             before = text.filler.slice(start, num_prefix).tolist() + text.intro_ids(keys, start + num_prefix)
-            pairs = [(text.question_ids(name), text.key_ids(keys.newest[name])) for name in names]
+            questions = [Question.of(text.question_ids(name), text.key_ids(keys.newest[name])) for name in names]
             if later.random() < self.ask_later and held is not None:
                 drawn.append(asked_later(held, text.filler, start, text.end_ids))
                 continue
             fill = partial(with_filler, before, text.filler, start + len(before))
-            drawn.append(Drawn(fill, len(before), Asked(pairs, text.end_ids), keys.newest[names[-1]]))
+            drawn.append(Drawn(fill, len(before), Asked(questions, text.end_ids), keys.newest[names[-1]]))
         return even_rows(drawn, num_filler)
 
 
@@ -115,7 +115,7 @@ class FactRows:
             story = draw_story(draw, num_supports, num_sentences)
             chosen = draw.sample(story.further, min(num_asked - 1, len(story.further)))
             pairs = [*chosen, (story.question, story.answer)]
-            asked = Asked([(self.text.encode(q), self.text.encode(a)) for q, a in pairs], end_ids)
+            asked = Asked([Question.of(self.text.encode(q), self.text.encode(a)) for q, a in pairs], end_ids)
             num_told = sum(len(self.text.encode(sentence)) for sentence in story.sentences)
             if later.random() < self.ask_later and held is not None:
                 drawn.append(asked_later(held, self.text.filler, draw.randrange(1 << 30), end_ids))
@@ -179,27 +179,19 @@ class Asked:
     """Questions with their answers, one after the other.
 
     Args:
-        pairs: tokens of every question, and of its answer; none asks nothing.
+        questions: what is asked; none asks nothing.
         end_ids: what stands between an answer and the next question.
-        tellings: the sentences that tell each answer, for a teacher; none without one.
     """
 
-    def __init__(
-        self,
-        pairs: Sequence[tuple[list[int], list[int]]],
-        end_ids: list[int],
-        tellings: Sequence[tuple[int, ...]] = (),
-    ) -> None:
-        self.tellings = tuple(tellings)
-        parts = [tuple(question) for question, _ in pairs], [tuple(answer) for _, answer in pairs]
-        told = [self.tellings] if self.tellings else []
-        self.held: Held = tuple(zip(*parts, *told, strict=True))
+    def __init__(self, questions: Sequence[Question], end_ids: list[int]) -> None:
+        self.held: Held = tuple(questions)
+        self.tellings = tuple(one.telling_ids for one in questions if one.telling_ids is not None)
         self.ids: list[int] = []
         self.answers: list[range] = []
-        for question_ids, answer_ids in pairs:
-            self.ids += (end_ids if self.ids else []) + question_ids
-            self.answers.append(range(len(self.ids), len(self.ids) + len(answer_ids)))
-            self.ids += answer_ids
+        for question in questions:
+            self.ids += [*(end_ids if self.ids else []), *question.ids]
+            self.answers.append(range(len(self.ids), len(self.ids) + len(question.answer_ids)))
+            self.ids += question.answer_ids
 
     def row(self, before: list[int], drawn: "Drawn", num_told_tokens: int) -> Row:
         """Return the row that asks them behind a text."""
@@ -240,9 +232,7 @@ def with_filler(told: list[int], filler: FillerStream, start: int, num_filler: i
 def asked_later(held: Held, filler: FillerStream, start: int, end_ids: list[int]) -> Drawn:
     """Return a sequence of filler alone that asks for what the passed state holds."""
     assert not isinstance(held, int), "a passkey, which has rows of its own"
-    pairs = [(list(question), list(answer)) for question, answer, *_ in held]
-    tellings = [telling for _, _, *told in held for telling in told]
-    return Drawn(partial(with_filler, [], filler, start), 0, Asked(pairs, end_ids, tellings), None, is_told=False)
+    return Drawn(partial(with_filler, [], filler, start), 0, Asked(held, end_ids), None, is_told=False)
 
 
 def even_rows(drawn: Sequence[Drawn], num_filler: int) -> tuple[list[Row], int]:

@@ -11,6 +11,7 @@ from typing import Any
 from transformerfam.errors import RecipeError
 from transformerfam.tasks.named_keys import draw_keys
 from transformerfam.tasks.passkey import FillerStream, PasskeyText
+from transformerfam.tasks.question import Question
 from transformerfam.tasks.text import encode
 from transformerfam.tasks.wordings import KEY, Passage, Topic, Wording, WordingBank
 from transformerfam.training.data.told_rows import Asked, Drawn, Held, Row, asked_later, even_rows, with_filler
@@ -81,13 +82,12 @@ class WordedRows:
             ids += self._encode(one.wording.told(one.key))
         names = draw.sample(list(newest), min(len(newest), draw.randint(*data.keys_asked)))
         asked = [newest[name] for name in names]
-        pairs = []
+        questions = []
         for one in asked:
-            wording = one.topic.wording(draw)
-            pairs.append((self._encode(wording.asked), self._key_ids(wording, one.key)))
-        tellings = [tuple(self._encode(one.wording.told(one.key))) for one in asked]
+            wording, telling_ids = one.topic.wording(draw), self._encode(one.wording.told(one.key))
+            questions.append(Question.of(self._encode(wording.asked), self._key_ids(wording, one.key), telling_ids))
         fill = partial(with_filler, ids, filler, start + len(ids))
-        return Drawn(fill, len(ids), Asked(pairs, self._encode("."), tellings), asked[-1].key)
+        return Drawn(fill, len(ids), Asked(questions, self._encode(".")), asked[-1].key)
 
     def _tellings(self, draw: random.Random, stage: Stage, filler: FillerStream) -> list[_Told]:
         """Draw what is told, in order: every topic once or more often, some again with another key."""
