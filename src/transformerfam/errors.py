@@ -51,10 +51,11 @@ class ReadInterrupted(KeyboardInterrupt):
         num_tokens_done: tokens of this call that the state holds.
     """
 
-    def __init__(self, state: Any, num_tokens_done: int) -> None:
+    def __init__(self, state: Any, num_tokens_done: int, of_iterator: bool = False) -> None:
+        rest = "an iterator of the ids behind them" if of_iterator else f"input_ids[..., {num_tokens_done}:]"
         super().__init__(
-            f"interrupted after {num_tokens_done} tokens; go on with model.read(input_ids[..., {num_tokens_done}:], "
-            "state) and the `state` of this exception"
+            f"interrupted after {num_tokens_done} tokens; go on with model.read({rest}, state) and the `state` of this "
+            "exception"
         )
         self.state = state
         self.num_tokens_done = num_tokens_done

@@ -260,11 +260,10 @@ def test_stream_that_breaks_off_gives_its_whole_words_first(folder):
 # Readings of evaluations
 
 
-def test_damaged_reading_of_an_evaluation_is_named(tmp_path, folder, monkeypatch):
+def test_damaged_reading_of_an_evaluation_is_named(tmp_path, folder):
     """Would catch hours of a reading that is read again without a word."""
     model, tokenizer = load_model(folder)
     options = {"filler_lengths": [60], "checkpoint": tmp_path / "rows.jsonl", "num_keys": 2}
-    monkeypatch.setattr(passkey_evaluation, "READ_TOKENS", 32)
     evaluation = passkey_evaluation.PasskeyEvaluation(**options, checkpoint_seconds=0.0)
     rows = evaluation.rows(model, tokenizer)
     next(rows)

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from handed_over import handed_over
 from tiny_models import BLOCK_SIZE, make_passkey_model
 from tokenizers import Tokenizer, models
 from tokenizers.normalizers import Replace
@@ -152,18 +153,10 @@ def test_reading_begins_once(model_and_tokenizer: tuple[Any, Any], tmp_path: Pat
 def test_tasks_begin_their_texts(model_and_tokenizer: tuple[Any, Any], tmp_path: Path) -> None:
     """Catches a task whose texts begin otherwise than those that are read from files."""
     model, tokenizer = model_and_tokenizer
-    firsts: list[int] = []
-    read = model.read
-
-    def noted(ids: Any, state: Any = None, *args: Any, **kwargs: Any) -> Any:
-        if state is None or state.num_tokens_read == 0:
-            mask = kwargs.get("attention_mask")
-            rows = torch.as_tensor(ids)
-            firsts.extend(int(row[0 if mask is None else int(mask[i].argmax())]) for i, row in enumerate(rows))
-        return read(ids, state, *args, **kwargs)
-
-    model.read = noted
-    list(evaluate_passkey(model, tokenizer, filler_lengths=(9,), num_keys=3, systems=("fam",), prefix_tokens=4))
+    with handed_over(model) as given:
+        list(evaluate_passkey(model, tokenizer, filler_lengths=(9,), num_keys=3, systems=("fam",), prefix_tokens=4))
+    ids, mask = given[0]
+    firsts = [int(row[0 if mask is None else int(mask[i].argmax())]) for i, row in enumerate(ids)]
     assert firsts == [START] * 3
     text = PasskeyText(tokenizer)
     assert text.sequence(12345, 5).ids[0] == int(text.batch([12345], 5)[0, 0]) == START

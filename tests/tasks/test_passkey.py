@@ -6,6 +6,7 @@ import re
 import pytest
 import tiny_models
 import torch
+from handed_over import handed_over
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
@@ -295,18 +296,13 @@ def test_book_filler_starts_at_another_place_for_each_key(tmp_path, model, token
     assert not torch.equal(seen[1][0], seen[1][1])
 
 
-def test_filler_is_handed_over_in_pieces_whatever_the_length(model, tokenizer, monkeypatch):
+def test_filler_is_handed_over_in_pieces_whatever_the_length(model, tokenizer):
     """Would catch memory that grows with the length: a million tokens of 20 keys must never stand side by side."""
-    monkeypatch.setattr(passkey_evaluation, "READ_TOKENS", 32)
-    widths, states = [], []
-    read = model.read
-    try:
-        model.read = lambda ids, *rest, **options: widths.append(ids.shape[1]) or read(ids, *rest, **options)
-        progress = lambda done, total, state: states.append((done, total, state.num_bytes))  # noqa: E731
+    states = []
+    progress = lambda done, total, state: states.append((done, total, state.num_bytes))  # noqa: E731
+    with handed_over(model) as given:
         evaluate(model, tokenizer, filler_lengths=[500], progress=progress)
-    finally:
-        model.read = read
-    assert max(widths) <= max(32, len(PasskeyText(tokenizer).intro_ids(12345)))
+    assert max(ids.shape[1] for ids, _ in given) <= tiny_models.BLOCK_SIZE
     assert states[-1][:2] == (1500, 1500)
     assert len({size for _, _, size in states[:10]}) == 1
 
@@ -355,22 +351,14 @@ def test_uniform_keys_stand_in_every_part_of_the_text_and_beyond_the_window(mode
         assert row["answer"] == answer_alone(model, tokenizer, ids, len(PasskeyText(tokenizer).key_ids(row["key"])))
 
 
-def test_a_key_is_told_as_often_as_asked_for(model, tokenizer, monkeypatch):
+def test_a_key_is_told_as_often_as_asked_for(model, tokenizer):
     """Would catch mentions that are dropped, stand behind the last place, or are not spread."""
-    read = []
-    plain = passkey_evaluation.read_ragged
-
-    def note(model, rows, *rest):
-        read.append(rows[0].tolist())
-        return plain(model, rows, *rest)
-
-    monkeypatch.setattr(passkey_evaluation, "read_ragged", note)
     intro = PasskeyText(tokenizer).intro_ids(draw_keys(1, 5)[0])
     for prefix, places in ((90, [30, 60, 90]), ("uniform", None)):
-        read.clear()
         options = {"num_mentions": 3, "filler_lengths": [300], "num_keys": 1, "prefix_tokens": prefix}
-        row = evaluate(model, tokenizer, **options)[0]
-        ids = [token for piece in read for token in piece]
+        with handed_over(model) as given:
+            row = evaluate(model, tokenizer, **options)[0]
+        ids = [token for ids_1T, _ in given for token in ids_1T[0].tolist()]
         starts = [i for i in range(len(ids)) if ids[i : i + len(intro)] == intro]
         told = [start - number * len(intro) for number, start in enumerate(starts)]
         assert len(told) == 3 == row["num_mentions"]
@@ -451,32 +439,29 @@ def test_tellings_that_cannot_be_are_refused(model, tokenizer, options, message)
         evaluate(model, tokenizer, **options)
 
 
-def test_a_killed_reading_goes_on_from_its_checkpoint(tmp_path, model, tokenizer, monkeypatch):
+class Killed(BaseException):
+    """As a kill, which nothing that runs can note."""
+
+
+def test_a_killed_reading_goes_on_from_its_checkpoint(tmp_path, model, tokenizer):
     """Would catch hours of reading lost by a kill, other answers after it, or a checkpoint of other keys taken up."""
-    monkeypatch.setattr(passkey_evaluation, "READ_TOKENS", 32)
     options = {"filler_lengths": [600], "checkpoint": tmp_path / "rows.jsonl", "checkpoint_seconds": 0.0, "num_keys": 2}
     whole = evaluate(model, tokenizer, filler_lengths=[600], num_keys=2)
-    plain, pieces = passkey_evaluation.read_ragged, []
 
-    def killed(model, rows, *rest):
-        pieces.append(len(rows[0]))
-        if len(pieces) == 15:
-            raise KeyboardInterrupt
-        return plain(model, rows, *rest)
+    def kill():
+        if len(killed) == 30:
+            raise Killed
 
-    monkeypatch.setattr(passkey_evaluation, "read_ragged", killed)
-    with pytest.raises(KeyboardInterrupt):
+    with handed_over(model, kill) as killed, pytest.raises(Killed):
         evaluate(model, tokenizer, **options)
     assert len(list(tmp_path.glob("*.reading.safetensors"))) == 1
-    num_before = sum(pieces[:14])
-    del pieces[:]
-    pieces += [0] * 20  # it is not killed again
+    num_before = sum(ids.shape[1] for ids, _ in killed[:29])
     assert evaluate(model, tokenizer, **options, seed=6) == evaluate(
         model, tokenizer, filler_lengths=[600], num_keys=2, seed=6
     )
-    del pieces[20:]
-    assert evaluate(model, tokenizer, **options) == whole
-    assert sum(pieces[20:]) < 640 - num_before + 150
+    with handed_over(model) as given:
+        assert evaluate(model, tokenizer, **options) == whole
+    assert sum(ids.shape[1] for ids, _ in given) < 640 - num_before + 150
     assert list(tmp_path.glob("*.reading.safetensors")) == []
 
 

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from training_recipes import SMALLEST_TRAINING, small_recipe
 from typer.testing import CliRunner
 
-from transformerfam.cli.commands import app
+from transformerfam.cli.app import app
 from transformerfam.comparison.plan import load_comparison
 from transformerfam.config import FamConfig
 from transformerfam.rivals import RivalConfig

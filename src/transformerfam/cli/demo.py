@@ -6,7 +6,7 @@ import re
 import resource
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,7 +27,7 @@ from transformerfam.fields import LARGEST_INTEGER
 from transformerfam.tasks.novels import load_novel
 from transformerfam.tasks.passkey import FILLER_SENTENCES, FIRST_KEY, LAST_KEY, FillerStream, PasskeyText
 from transformerfam.tasks.provenance import memory_notes
-from transformerfam.tasks.ragged import READ_TOKENS, greedy_tokens
+from transformerfam.tasks.ragged import greedy_tokens
 from transformerfam.tasks.text import encode
 from transformerfam.weights.models import System, load_base, load_model
 
@@ -75,6 +75,11 @@ class Demo:
         from_head = head[start : start + length]
         rest_start = max(0, start - len(head))
         return torch.cat([from_head, self.rest.slice(rest_start, length - len(from_head))])
+
+    def pieces(self, num_tokens: int) -> Iterator[torch.Tensor]:
+        """Yield the whole text, `num_tokens` of it at a time."""
+        for start in range(0, self.num_tokens, num_tokens):
+            yield self.piece(start, min(num_tokens, self.num_tokens - start))
 
     def table(self, results: dict[str, "DemoResult"]) -> Table:
         """Return FAM and BSWA beside each other."""
@@ -195,14 +200,12 @@ def run_demo(demo: Demo, bar: Bar) -> dict[str, DemoResult]:
 def _run_system(demo: Demo, system: System, update: Callable[[int, int | None, FamState], None]) -> DemoResult:
     model, tokenizer = load_model(demo.model_name, system)
     state = model.init_state()
+
+    def move(done: int, _: Any, moved: FamState) -> None:
+        update(done, demo.num_tokens, moved)
+
     begin = time.monotonic()
-    for start in range(0, demo.num_tokens, READ_TOKENS):
-        ids_T = demo.piece(start, min(READ_TOKENS, demo.num_tokens - start))
-
-        def move(done: int, total: int, moved: FamState, before: int = start) -> None:
-            update(before + done, demo.num_tokens, moved)
-
-        model.read(ids_T, state, progress=move)
+    model.read(demo.pieces(model.fam_config.block_size), state, progress=move)
     seconds = time.monotonic() - begin
     num_tokens, state_bytes = state.num_tokens_read, state.num_bytes
     said = greedy_tokens(model, torch.tensor([demo.question_ids]), state, len(demo.answer_ids))[0].tolist()

@@ -7,10 +7,9 @@ from typing import Any
 
 import torch
 
-from transformerfam.decoder.state import ReadingState
 from transformerfam.tasks.facts import FactsText, HiddenStory, Story, draw_story
 from transformerfam.tasks.provenance import questions_of, weights_of
-from transformerfam.tasks.ragged import READ_TOKENS, greedy_tokens, padded, read_ragged
+from transformerfam.tasks.ragged import greedy_tokens, padded, read_ragged
 from transformerfam.tasks.text import require_filler
 from transformerfam.tasks.texts_evaluation import TextsEvaluation
 
@@ -84,12 +83,8 @@ class FactsEvaluation(TextsEvaluation):
         length, num_supports, first = place
         texts = [torch.cat((torch.tensor(text.start_ids, dtype=torch.long), story.ids_T)) for story in hidden]
         shortest = min(map(len, texts))
-        state: ReadingState | None = None
-        for begin in range(0, shortest, READ_TOKENS):
-            ids_BT = torch.stack([ids_T[begin : min(shortest, begin + READ_TOKENS)] for ids_T in texts])
-            state = model.read(ids_BT, state)
-            if self.progress is not None:
-                self.progress(share[0] + len(hidden) * min(length, begin + READ_TOKENS), share[1], state)
+        move = self.moved(share, len(hidden), most=length)
+        state = model.read(torch.stack([ids_T[:shortest] for ids_T in texts]), progress=move)
         state = read_ragged(model, [ids_T[shortest:] for ids_T in texts], state)
         ids_BT, mask_BT = padded([torch.tensor(story.question_ids) for story in hidden])
         mask = None if bool(mask_BT.all()) else mask_BT

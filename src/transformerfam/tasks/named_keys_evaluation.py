@@ -15,7 +15,7 @@ from transformerfam.errors import TransformerFamError
 from transformerfam.tasks.named_keys import NamedKeys, NamedKeysText, draw_named_keys
 from transformerfam.tasks.passkey import FIRST_KEY, LAST_KEY
 from transformerfam.tasks.provenance import questions_of, weights_of
-from transformerfam.tasks.ragged import READ_TOKENS, greedy_tokens, padded, read_ragged
+from transformerfam.tasks.ragged import greedy_tokens, padded, read_ragged
 from transformerfam.tasks.text import require_filler, require_wording
 from transformerfam.tasks.texts_evaluation import TextsEvaluation
 
@@ -98,12 +98,11 @@ class NamedKeysEvaluation(TextsEvaluation):
         )
         num_read = 0
         for length in self.filler_lengths:
-            while num_read < length:
-                num_tokens = min(READ_TOKENS, length - num_read)
-                state = model.read(text.filler.rows(starts_B + num_read, num_tokens), state)
-                num_read += num_tokens
-                if self.progress is not None:
-                    self.progress(share[0] + len(batch) * num_read, share[1], state)
+            if num_read < length:
+                size = state.config.block_size
+                pieces = text.filler.rows_in_pieces(starts_B + num_read, length - num_read, size)
+                state = model.read(pieces, state, progress=self.moved(share, len(batch), num_read))
+                num_read = length
             for order in range(num_told):
                 yield from self._ask(model, text, batch, first, state.fork(), length, order)
 

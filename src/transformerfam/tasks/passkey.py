@@ -4,7 +4,7 @@ import dataclasses
 import functools
 import hashlib
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -94,6 +94,11 @@ class FillerStream:
     def rows(self, starts: Tensor, length: int) -> Tensor:
         """Return one slice of `length` tokens per start; `starts` has shape (B,), the result (B, length)."""
         return self.period_T[(starts[:, None] + torch.arange(length)) % len(self)]
+
+    def rows_in_pieces(self, starts: Tensor, length: int, num_tokens: int) -> Iterator[Tensor]:
+        """Yield what `rows` returns, `num_tokens` of it at a time, for `model.read`."""
+        for begin in range(0, length, num_tokens):
+            yield self.rows(starts + begin, min(num_tokens, length - begin))
 
 
 class ShuffledStream(FillerStream):

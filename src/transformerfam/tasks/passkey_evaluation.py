@@ -33,7 +33,7 @@ from transformerfam.tasks.passkey import (
 )
 from transformerfam.tasks.placed_text import PlacedText
 from transformerfam.tasks.provenance import provenance, questions_of, weights_of
-from transformerfam.tasks.ragged import READ_TOKENS, greedy_tokens, read_ragged
+from transformerfam.tasks.ragged import greedy_tokens, read_ragged, side_by_side
 from transformerfam.tasks.text import require_filler, require_wording
 from transformerfam.tasks.wordings import Wording
 
@@ -313,34 +313,37 @@ class _Reading:
     lengths: Sequence[int]
     share: tuple[int, int]
     """Tokens of filler of all keys that were read before this reading, and in all: for progress."""
+    _saved_at: float = field(default=0.0, init=False)
 
     def rows(self) -> Iterator[dict[str, Any]]:
         lengths = [n for n in self.lengths if any(self._missing(n))]
         if not lengths:
             return
         path = self._checkpoint_path
-        state, saved_at = self._saved_state(path, self._num_tokens(lengths[0])), time.monotonic()
-        done_B = [0] * len(self.keys) if state is None else list(state.row_lengths)
+        state = self._saved_state(path, self._num_tokens(lengths[0]))
+        if state is None:
+            with torch.no_grad():
+                state = self.model.init_state(len(self.keys))
+        self._saved_at = time.monotonic()
         for length in lengths:
-            goals_B = self._num_tokens(length)
-            while done_B != goals_B:
-                counts = [min(READ_TOKENS, goal - done) for goal, done in zip(goals_B, done_B, strict=True)]
-                pieces = [t.slice(n, n + c) for t, n, c in zip(self.texts, done_B, counts, strict=True)]
-                try:
-                    state = read_ragged(self.model, pieces, state, self._progress(max(done_B)))
-                except ReadInterrupted as interrupt:
-                    if path is not None:
-                        with uninterrupted():
-                            interrupt.state.save(path)
-                    raise
-                done_B = [done + count for done, count in zip(done_B, counts, strict=True)]
-                if path is not None and time.monotonic() - saved_at > self.options.checkpoint_seconds:
-                    state.save(path)
-                    saved_at = time.monotonic()
-            assert state is not None
+            self._read(state, self._num_tokens(length), path)
             yield from self._ask(state, length)
         if path is not None:
             path.unlink(missing_ok=True)
+
+    def _read(self, state: ReadingState, ends_B: list[int], path: Path | None) -> None:
+        """Read every text up to its end, and save the reading now and then, and where it is interrupted."""
+        begins_B, slices = list(state.row_lengths), [text.slice for text in self.texts]
+        if begins_B == ends_B:
+            return
+        pieces = side_by_side(slices, begins_B, ends_B, state.config.block_size)
+        try:
+            self.model.read(pieces, state, progress=self._progress(max(begins_B), path))
+        except ReadInterrupted as interrupt:
+            if path is not None:
+                with uninterrupted():
+                    interrupt.state.save(path)
+            raise
 
     @cached_property
     def texts(self) -> list[PlacedText]:
@@ -407,14 +410,17 @@ class _Reading:
         is_short = all(done <= goal for done, goal in zip(state.row_lengths, goals_B, strict=True))
         return state if is_short else None
 
-    def _progress(self, num_read: int) -> Callable[[int, int, ReadingState], None] | bool:
+    def _progress(self, num_read: int, path: Path | None) -> Callable[[int, Any, ReadingState], None]:
+        """Return what tells of a reading that goes on behind so many tokens, and saves it when it is time to."""
         report, (before, total) = self.options.progress, self.share
-        if report is None:
-            return False
 
-        def update(done: int, _: int, state: ReadingState) -> None:
-            filler = min(num_read + done, self.lengths[-1])
-            report(before + len(self.keys) * filler, total, state)
+        def update(done: int, _: Any, state: ReadingState) -> None:
+            if path is not None and time.monotonic() - self._saved_at > self.options.checkpoint_seconds:
+                state.save(path)
+                self._saved_at = time.monotonic()
+            if report is not None:
+                filler = min(num_read + done, self.lengths[-1])
+                report(before + len(self.keys) * filler, total, state)
 
         return update
 

@@ -1,6 +1,6 @@
 """Texts of different lengths read side by side, and the likeliest tokens behind them."""
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -8,8 +8,29 @@ from torch import Tensor
 
 from transformerfam.decoder.state import ReadingState
 
-READ_TOKENS = 4096
-"""Tokens per row that are handed to the model at once: what keeps memory constant at any length."""
+Slice = Callable[[int, int], Tensor]
+"""Gives the tokens of a text from one place to another, `(end - begin,)`."""
+
+
+def side_by_side(
+    texts: Sequence[Slice], begins: Sequence[int], ends: Sequence[int], num_tokens: int
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield texts of any length, and where they end, for `model.read`: the same memory at any length.
+
+    Args:
+        texts: one for each row.
+        begins: where each goes on.
+        ends: where each ends, its last token not included.
+        num_tokens: of every row at once; those of a block are read as fast as more are.
+
+    Yields:
+        Token ids `(B, at most num_tokens)` and the mask of their tokens, padded on the left.
+    """
+    done = list(begins)
+    while done != list(ends):
+        stops = [min(at + num_tokens, end) for at, end in zip(done, ends, strict=True)]
+        yield padded([text(at, stop) for text, at, stop in zip(texts, done, stops, strict=True)])
+        done = stops
 
 
 def padded(rows: Sequence[Tensor]) -> tuple[Tensor, Tensor]:

@@ -1,8 +1,9 @@
 """Read text of any length into a state, in constant memory, so that an interrupted reading can go on."""
 
 import contextlib
+import itertools
 import tempfile
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,6 @@ from transformerfam.decoder.generation import read_last_tokens
 from transformerfam.errors import ReadInterrupted, TransformerFamError
 from transformerfam.fam.state import FamState
 from transformerfam.files import require_target
-from transformerfam.tasks.next_token import rechunk
 from transformerfam.tasks.ragged import greedy_tokens
 from transformerfam.tasks.text import (
     encode,
@@ -24,8 +24,6 @@ from transformerfam.tasks.text import (
     stream_text,
     stream_token_ids,
 )
-
-PIECE_TOKENS = 4096
 
 
 def read_text_stream(
@@ -66,40 +64,48 @@ def read_text_stream(
     with torch.no_grad():
         state = model.init_state() if state is None else state
     num_read_before = state.num_tokens_read
-    num_seen = 0
     begins = num_read_before == skip_tokens  # else the state has read something in front of this text
+    remedy = "allow unknown words (allow_unknown, --allow-unknown)"
+    pieces = stream_token_ids(texts, tokenizer, begins=begins)
+    pieces = known_pieces(pieces, tokenizer, "the text", remedy, allow_unknown=allow_unknown)
+    whole: FamState | None = state.fork()  # in front of the block that is read, which an error may break off
+
+    def move(done: int, _: Any, moved: FamState) -> None:
+        nonlocal whole
+        whole = None  # so that there are two states at most
+        whole = moved.fork()
+        if progress is not None:
+            progress(skip_tokens + done, moved)
+
     try:
-        pieces = rechunk(stream_token_ids(texts, tokenizer, begins=begins), PIECE_TOKENS)
-        remedy = "allow unknown words (allow_unknown, --allow-unknown)"
-        for ids in known_pieces(pieces, tokenizer, "the text", remedy, allow_unknown=allow_unknown):
-            rest = ids[max(0, skip_tokens - num_seen) :]
-            num_seen += len(ids)
-            if not rest:
-                continue
-
-            def update(done: int, total: int, moved: FamState, before: int = num_seen - len(rest)) -> None:
-                if progress is not None:
-                    progress(before + done, moved)
-
-            _read_whole(model, rest, state, update)
+        rest = _behind(pieces, skip_tokens)
+        model.read(itertools.chain([next(rest)], rest), state, progress=move)
     except KeyboardInterrupt as error:
         raise ReadInterrupted(state, skip_tokens + state.num_tokens_read - num_read_before) from error
-    if num_seen <= skip_tokens:
-        raise TransformerFamError(
-            f"the text has {num_seen} tokens and {skip_tokens} of them are skipped, at least 1 is required to read; "
-            "give a longer text"
-        )
+    except Exception:
+        if whole is not None:
+            state.go_on_from(whole)
+        raise
     return state
 
 
-def _read_whole(model: Any, ids: list[int], state: FamState, progress: Callable[[int, int, FamState], None]) -> None:
-    """Read a piece, or where an error breaks it off put the state back in front of it: it may be half moved."""
-    before = state.fork()
-    try:
-        model.read(ids, state, progress=progress)
-    except Exception:
-        state.go_on_from(before)
-        raise
+def _behind(pieces: Iterable[list[int]], num_tokens: int) -> Iterator[list[int]]:
+    """Yield the ids behind so many.
+
+    Raises:
+        TransformerFamError: there are none.
+    """
+    num_seen = 0
+    for ids in pieces:
+        rest = ids[max(0, num_tokens - num_seen) :]
+        num_seen += len(ids)
+        if rest:
+            yield rest
+    if num_seen <= num_tokens:
+        raise TransformerFamError(
+            f"the text has {num_seen} tokens and {num_tokens} of them are skipped, at least 1 is required to read; "
+            "give a longer text"
+        )
 
 
 def save_somewhere(state: FamState, path: Path, overwrite: bool = False) -> tuple[Path, TransformerFamError | None]:

@@ -44,6 +44,27 @@ class TextsEvaluation:
         if not values or min(values) < least:
             raise TransformerFamError(f"{name} is {list(values)}, required are one or more numbers of at least {least}")
 
+    def moved(
+        self, share: tuple[int, int], num_texts: int, num_read: int = 0, most: int | None = None
+    ) -> Callable[[int, Any, ReadingState], None] | bool:
+        """Return what tells `progress` of a reading, as `progress` of `read`.
+
+        Args:
+            share: tokens of filler that were read before, and those in all.
+            num_texts: texts that are read side by side.
+            num_read: tokens of each that were read before.
+            most: tokens of filler of each at most, where a text has other tokens too.
+        """
+        report = self.progress
+        if report is None:
+            return False
+
+        def move(done: int, _: Any, state: ReadingState) -> None:
+            filler = num_read + done if most is None else min(most, num_read + done)
+            report(share[0] + num_texts * filler, share[1], state)
+
+        return move
+
     def row(self, task: str, filler: str, filler_tokens: int, text: int, **fields: Any) -> dict[str, Any]:
         """Return a row of one question; `fields` are those of its task."""
         return {
