@@ -9,6 +9,7 @@ from rich.console import Console
 
 from transformerfam.cli.options import SetOption
 from transformerfam.cli.output import say
+from transformerfam.cli.process import set_up_training
 from transformerfam.comparison import Comparison, RunName, load_comparison, run_all, run_one
 from transformerfam.comparison.figures import plot_comparison
 from transformerfam.comparison.report import comparison_tables
@@ -83,6 +84,7 @@ def _run_alone(comparison: Comparison, run: RunName, folder: Path, device: torch
             last[0] = share
             say(f"{run}: {what} {done:,} of {total:,}")
 
+    set_up_training(comparison.recipe_of(run).schedule.threads)
     try:
         run_one(comparison, run, folder, update, device)
     except KeyboardInterrupt as interrupt:

@@ -4,6 +4,7 @@ import contextlib
 import gc
 import re
 import resource
+import secrets
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -117,7 +118,7 @@ class DemoResult:
 
 def draw_seed() -> int:
     """Return a new seed, small enough to type."""
-    return int(torch.seed() % 1_000_000)
+    return secrets.randbelow(1_000_000)
 
 
 def prepare_demo(model_name: str, seed: int, num_tokens: int | None = None) -> Demo:

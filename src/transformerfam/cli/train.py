@@ -8,6 +8,7 @@ import typer
 
 from transformerfam.cli.options import DeviceOption, OverwriteOption, SetOption, device_argument
 from transformerfam.cli.output import say
+from transformerfam.cli.process import set_up_training
 from transformerfam.cli.progress import training_bar
 from transformerfam.errors import TransformerFamError
 from transformerfam.processes import INTERRUPTED
@@ -36,6 +37,7 @@ def train_command(
         typer.echo(recipe_text(loaded), nl=False)
         return
     folder = output or Path("runs") / recipe.stem
+    set_up_training(loaded.schedule.threads)
     trainer = Trainer(loaded, folder, resume=resume, device=find_device(device), overwrite=overwrite)
     with training_bar(loaded.schedule.steps) as update:
         result = trainer.run(lambda _, row: update(row))

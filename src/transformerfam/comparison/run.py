@@ -21,6 +21,7 @@ from transformerfam.tasks.passkey_evaluation import PasskeyEvaluation, finished_
 from transformerfam.tasks.provenance import device_name, memory_notes, provenance, weights_of
 from transformerfam.tasks.text import encode
 from transformerfam.training.data.sources import require_same_sources, sources_of
+from transformerfam.training.random_numbers import RandomNumbers
 from transformerfam.training.run_folder import FREE_TO_CHANGE, require_same_run, save_recipe
 from transformerfam.training.setup import build_trainee
 from transformerfam.training.trainer import Trainer
@@ -94,7 +95,7 @@ def run_one(
     progress: Progress | None = None,
     device: torch.device | str = "cpu",
 ) -> None:
-    """Train and ask; what was done before is not done again.
+    """Train and ask; what was done before is not done again. Threads of torch are the process's: the command sets them.
 
     Args:
         comparison: what the run is one of.
@@ -114,12 +115,10 @@ def run_one(
     make_folder(own)
     if (own / CHECKPOINT_FILE).exists() or (own / ROWS_FILE).exists():
         require_same_run(own, recipe)
-    if recipe.schedule.threads is not None:
-        torch.set_num_threads(recipe.schedule.threads)
     system = comparison.system_of(run.system)
     if system == UNTRAINED:
-        torch.manual_seed(recipe.schedule.seed)
-        model, tokenizer = build_trainee(recipe)
+        with RandomNumbers(recipe.schedule.seed).in_force():
+            model, tokenizer = build_trainee(recipe)
         save_recipe(own, recipe)
         notes: dict[str, Any] = {}
     else:

@@ -5,7 +5,7 @@ class itself, `typing.cast(PreTrainedModel, model)` says that it is one.
 """
 
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Protocol, Self, TypeVar
 
 import torch
@@ -28,7 +28,7 @@ class ModelWithMemory(Protocol[State]):
 
     def read(
         self,
-        input_ids: torch.Tensor | Sequence[int],
+        input_ids: torch.Tensor | Sequence[int] | Iterable[Any],
         state: State | None = None,
         attention_mask: torch.Tensor | None = None,
         progress: bool | Progress = False,

@@ -61,6 +61,7 @@ def save_checkpoint(
     average: AverageOfWeights,
     passing: StatePassing,
     progress: dict[str, Any],
+    random_state: torch.Tensor,
     stored: StoredFiller | None = None,
     place: Place | None = None,
 ) -> None:
@@ -73,6 +74,7 @@ def save_checkpoint(
         average: the moving average of the weights.
         passing: the saved FAM.
         progress: JSON values: step, stage, recipe and what else the trainer needs.
+        random_state: what the next random number depends on.
         stored: the stored filler, None where the recipe has none.
         place: which process this is; None is the only one.
 
@@ -88,7 +90,7 @@ def save_checkpoint(
         tensors["passed_fam"] = passing.saved.fam_LBFD
     if stored is not None:
         tensors |= {f"filler.{name}": tensor for name, tensor in stored.tensors().items()}
-    tensors["torch_rng"] = torch.get_rng_state()
+    tensors["torch_rng"] = random_state
     metadata = {
         "kind": "checkpoint",
         "format_version": CHECKPOINT_FORMAT_VERSION,
@@ -128,7 +130,7 @@ def load_checkpoint(
     average: AverageOfWeights,
     passing: StatePassing,
     num_stages: int,
-) -> tuple[dict[str, Any], StoredFiller | None]:
+) -> tuple[dict[str, Any], torch.Tensor, StoredFiller | None]:
     """Put a checkpoint into model, optimizer, average and state passing.
 
     Args:
@@ -140,7 +142,7 @@ def load_checkpoint(
         num_stages: stages of the recipe's curriculum.
 
     Returns:
-        The `progress` that was saved, and the stored filler.
+        The `progress` that was saved, what the next random number depends on, and the stored filler.
 
     Raises:
         CorruptFileError: there is no checkpoint, it is damaged, or it does not fit the recipe's model.
@@ -175,9 +177,9 @@ def load_checkpoint(
     keys = metadata["passed_keys"]
     passing.saved = None if keys is None else SavedFam(tensors["passed_fam"].to(device), tuple(map(_held, keys)))
     passing.started = metadata["passing_started"]
-    torch.set_rng_state(tensors["torch_rng"])
     filler = {name.removeprefix("filler."): tensor for name, tensor in tensors.items() if name.startswith("filler.")}
-    return metadata["progress"], StoredFiller.from_tensors(filler, device) if filler else None
+    stored = StoredFiller.from_tensors(filler, device) if filler else None
+    return metadata["progress"], tensors["torch_rng"], stored
 
 
 def _held(stored: int | list[list[Any]] | None) -> Held | None:

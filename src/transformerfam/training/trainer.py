@@ -20,6 +20,7 @@ from transformerfam.training.checkpoint import Place, cut_log, load_checkpoint, 
 from transformerfam.training.data.instructions import PackedInstructions
 from transformerfam.training.data.sequences import Batch, SequenceBuilder
 from transformerfam.training.optimizer import AverageOfWeights, build_optimizer, key_bias_at, lr_factor
+from transformerfam.training.random_numbers import RandomNumbers
 from transformerfam.training.ranks import Ranks
 from transformerfam.training.recipe.recipe import Recipe
 from transformerfam.training.recipe.sections import Stage
@@ -62,6 +63,9 @@ class Trainer:
     ) -> None:
         """Build model, data and optimizer.
 
+        Threads of torch and the treatment of denormal numbers are the process's: `fam train` sets them. Random numbers
+        are the run's own, and leave the process's as they are.
+
         Args:
             recipe: what to train.
             folder: where to; made if need be.
@@ -76,14 +80,18 @@ class Trainer:
         """
         self.recipe = recipe
         self.folder = Path(folder)
-        if recipe.schedule.threads is not None:
-            torch.set_num_threads(recipe.schedule.threads)
-        torch.set_flush_denormal(True)
-        torch.manual_seed(recipe.schedule.seed)
         self.ranks = Ranks(recipe)
         self.ranks.require_alike(recipe.to_dict(), "recipe")
         device = device if self.ranks.accelerator is None else self.ranks.accelerator.device
+        self.random_numbers = RandomNumbers(recipe.schedule.seed, device)
         self.lock = claim_folder(self.folder, recipe, resume, self.ranks, overwrite)
+        with self.random_numbers.in_force():
+            self._build(recipe, device)
+        if resume:
+            self._restore()
+
+    def _build(self, recipe: Recipe, device: torch.device | str) -> None:
+        """Build everything that a step needs, as it is in front of the first one."""
         self.model, self.tokenizer = build_trainee(recipe)
         self.start_ids = start_ids(self.tokenizer)
         if self.start_ids and recipe.schedule.stored_blocks:
@@ -115,8 +123,6 @@ class Trainer:
         self.cpu_seconds = 0.0
         self.num_tokens = 0
         self.devices: list[str] = []  # that steps were taken on
-        if resume:
-            self._restore()
 
     # The loop
 
@@ -130,7 +136,8 @@ class Trainer:
             NonFiniteLossError: the loss or a gradient is not finite; nothing of that step reaches the weights.
         """
         try:
-            return self._run(on_step)
+            with self.random_numbers.in_force():
+                return self._run(on_step)
         finally:
             release(self.lock)
 
@@ -301,13 +308,19 @@ class Trainer:
         }
         passing = copy.copy(self.passing)
         passing.saved = self.ranks.whole_saved(passing.saved)
-        parts = (self.folder, self.model, self.optimizer, self.average, passing, progress, self.stored)
-        save_checkpoint(*parts, place=Place(self.ranks.rank, self.ranks.world, self.ranks.wait))
+        parts = (self.folder, self.model, self.optimizer, self.average, passing, progress)
+        save_checkpoint(
+            *parts,
+            self.random_numbers.state,
+            self.stored,
+            place=Place(self.ranks.rank, self.ranks.world, self.ranks.wait),
+        )
         self.ranks.wait()
 
     def _restore(self) -> None:
         parts = (self.folder, self.model, self.optimizer, self.average, self.passing)
-        progress, self.stored = load_checkpoint(*parts, num_stages=len(self.stages))
+        progress, random_state, self.stored = load_checkpoint(*parts, num_stages=len(self.stages))
+        self.random_numbers.go_on_from(random_state)
         self.passing.saved = self.ranks.own_saved(self.passing.saved)
         self.step, self.stage_idx = progress["step"], progress["stage_idx"]
         self.steps_in_stage = progress["steps_in_stage"]
