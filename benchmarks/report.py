@@ -10,7 +10,7 @@ from typing import Any
 from benchmarks.harness import Row
 from transformerfam.reports.figure import new_figure, save_figure
 from transformerfam.reports.markdown import write_page
-from transformerfam.reports.rows import read_rows
+from transformerfam.reports.rows import mixed_commits, read_rows
 
 
 @dataclass(frozen=True)
@@ -60,6 +60,8 @@ def write_report(path: Path) -> Iterator[Path]:
     for machine in dict.fromkeys((row["machine"], row["threads"], row["torch"], row["transformers"]) for row in rows):
         name, threads, torch_version, transformers_version = machine
         text.append(f"- {name}, {threads} threads, torch {torch_version}, transformers {transformers_version}")
+    if commits := mixed_commits(rows):
+        text.append(f"- {commits}")
     figures = {
         figure: [row for row in rows if row["figure"] == figure] for figure in dict.fromkeys(r["figure"] for r in rows)
     }
@@ -81,6 +83,7 @@ def _table(rows: Iterable[Row]) -> list[str]:
     hidden = (
         "task",
         "figure",
+        "schema",
         "version",
         "git_commit",
         "machine",

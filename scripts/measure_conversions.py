@@ -1,7 +1,7 @@
 """Convert a model without training it, one choice at a time, and measure what the memory costs on a held-out novel.
 
-    python scripts/measure_conversions.py --output docs/results/conversions_smollm2.jsonl
-    python scripts/measure_conversions.py --model FOLDER --best --output docs/results/conversions_gemma3.jsonl
+    python scripts/measure_conversions.py --output runs/conversions_smollm2.jsonl
+    python scripts/measure_conversions.py --model FOLDER --best --output runs/conversions_gemma3.jsonl
 
 A row holds nats per token above full attention: of all tokens, and of the first 16 of a block; and the share of the
 tokens' attention on FAM keys. The yardsticks are BSWA of the same block and segments, and BSWA of the same bytes of
@@ -29,6 +29,7 @@ from transformerfam.fam.masks import Phase, piece_mask
 from transformerfam.fam.piece import Piece
 from transformerfam.fam.prompt import set_prompt
 from transformerfam.reports.markdown import write_page
+from transformerfam.reports.rows import RowFile
 from transformerfam.tasks.novels import load_novel
 from transformerfam.tasks.provenance import provenance
 from transformerfam.tools.attention_record import record_attention
@@ -217,71 +218,72 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_flush_denormal(True)
     torch.set_num_threads(options.threads)
-    path = Path(options.output)
-    rows = [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
-    measured = {json.dumps(row["changes"], sort_keys=True) + row["system"] for row in rows}
-    base, tokenizer = load_base(options.model)
-    ids = torch.tensor([tokenizer(load_novel("northanger_abbey"))["input_ids"][: NUM_TOKENS + 512]])
-    ids, more = ids[:, :NUM_TOKENS], ids[:, NUM_TOKENS:]
-    full = losses(base, ids, "full")
-    place = torch.arange(1, NUM_TOKENS)  # of the predicted token
-    wanted: list[tuple[str, dict[str, Any], dict[str, Any]]] = []
-    seen = set()
-    for changes in best_cells() if options.best else cells(base.config.num_hidden_layers):
-        given = BASE | PLAIN | changes
-        wanted.append(("fam_untrained", changes, given))
-        shape = {name: given[name] for name in SHAPE[:3]}
-        longer = given["num_memory_segments"] * given["block_size"] + 3 * given["fam_length"] // 2
-        same_bytes = shape | {"block_size": longer // max(1, given["num_memory_segments"])}
-        for system, values in (("bswa", shape), ("bswa_same_bytes", same_bytes)):
-            name = json.dumps([system, values])
-            if name not in seen and not (system == "bswa_same_bytes" and given["num_memory_segments"] == 0):
-                seen.add(name)
-                wanted.append((system, values, values))
-    for number, (system, changes, given) in enumerate(wanted):
-        if json.dumps(changes, sort_keys=True) + system in measured:
-            continue
-        started = time.monotonic()
-        model, _ = load_base(options.model)
-        values = {name: value for name, value in given.items() if name not in PLAIN}
-        if system == "fam_untrained":
-            convert(model, FamConfig(**values))
-            if given["rows_see_sinks"]:
-                model.set_attn_implementation("eager")
-            set_rows(model, tokenizer, given["prompt"], more)
-        else:
-            convert(model, FamConfig(**values, fam_length=0))
-        with changed_rows(PLAIN | given):
-            above = losses(model, ids, "fam") - full
-        late = place >= FIRST_TOKEN
-        begins = late & (place % given["block_size"] < FIRST_IN_BLOCK)
-        row: dict[str, Any] = {
-            "task": "untrained_conversion",
-            "system": system,
-            "model": Path(options.model).name,
-            "changes": changes,
-            **{
-                name: given.get(name) for name in ("block_size", "num_memory_segments", "num_sink_tokens", "fam_length")
-            },
-            "loss_full": float(full[late].mean()),
-            "nats_above_full": float(above[late].mean()),
-            "nats_above_full_at_block_start": float(above[begins].mean()),
-        } | provenance()
-        if system == "fam_untrained" and (options.attention or not changes):
-            first_block = FIRST_TOKEN // given["block_size"]
-            records = [r for r in record_attention(model, ids[0]) if r.num_fam and r.block_idx >= first_block]
-            keys = given["num_memory_segments"] * given["block_size"] + given["num_sink_tokens"] + given["fam_length"]
-            row["attention_on_fam"] = sum(record.to_fam for record in records) / len(records)
-            row["uniform_share"] = records[-1].num_fam / (keys + given["block_size"] / 2)
-        with path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(row) + "\n")
-        rows.append(row)
-        seconds = time.monotonic() - started
-        print(
-            f"{number + 1}/{len(wanted)} {system} {changes} {row['nats_above_full']:.3f} ({seconds:.0f} s)", flush=True
-        )
+    with RowFile(options.output) as rows:
+        measured = {json.dumps(row["changes"], sort_keys=True) + row["system"] for row in rows.rows}
+        base, tokenizer = load_base(options.model)
+        ids = torch.tensor([tokenizer(load_novel("northanger_abbey"))["input_ids"][: NUM_TOKENS + 512]])
+        ids, more = ids[:, :NUM_TOKENS], ids[:, NUM_TOKENS:]
+        full = losses(base, ids, "full")
+        place = torch.arange(1, NUM_TOKENS)  # of the predicted token
+        wanted: list[tuple[str, dict[str, Any], dict[str, Any]]] = []
+        seen = set()
+        for changes in best_cells() if options.best else cells(base.config.num_hidden_layers):
+            given = BASE | PLAIN | changes
+            wanted.append(("fam_untrained", changes, given))
+            shape = {name: given[name] for name in SHAPE[:3]}
+            longer = given["num_memory_segments"] * given["block_size"] + 3 * given["fam_length"] // 2
+            same_bytes = shape | {"block_size": longer // max(1, given["num_memory_segments"])}
+            for system, values in (("bswa", shape), ("bswa_same_bytes", same_bytes)):
+                name = json.dumps([system, values])
+                if name not in seen and not (system == "bswa_same_bytes" and given["num_memory_segments"] == 0):
+                    seen.add(name)
+                    wanted.append((system, values, values))
+        for number, (system, changes, given) in enumerate(wanted):
+            if json.dumps(changes, sort_keys=True) + system in measured:
+                continue
+            started = time.monotonic()
+            model, _ = load_base(options.model)
+            values = {name: value for name, value in given.items() if name not in PLAIN}
+            if system == "fam_untrained":
+                convert(model, FamConfig(**values))
+                if given["rows_see_sinks"]:
+                    model.set_attn_implementation("eager")
+                set_rows(model, tokenizer, given["prompt"], more)
+            else:
+                convert(model, FamConfig(**values, fam_length=0))
+            with changed_rows(PLAIN | given):
+                above = losses(model, ids, "fam") - full
+            late = place >= FIRST_TOKEN
+            begins = late & (place % given["block_size"] < FIRST_IN_BLOCK)
+            row: dict[str, Any] = {
+                "task": "untrained_conversion",
+                "system": system,
+                "model": Path(options.model).name,
+                "changes": changes,
+                **{
+                    name: given.get(name)
+                    for name in ("block_size", "num_memory_segments", "num_sink_tokens", "fam_length")
+                },
+                "loss_full": float(full[late].mean()),
+                "nats_above_full": float(above[late].mean()),
+                "nats_above_full_at_block_start": float(above[begins].mean()),
+            } | provenance()
+            if system == "fam_untrained" and (options.attention or not changes):
+                first_block = FIRST_TOKEN // given["block_size"]
+                records = [r for r in record_attention(model, ids[0]) if r.num_fam and r.block_idx >= first_block]
+                keys = (
+                    given["num_memory_segments"] * given["block_size"] + given["num_sink_tokens"] + given["fam_length"]
+                )
+                row["attention_on_fam"] = sum(record.to_fam for record in records) / len(records)
+                row["uniform_share"] = records[-1].num_fam / (keys + given["block_size"] / 2)
+            rows.append(row)
+            seconds = time.monotonic() - started
+            print(
+                f"{number + 1}/{len(wanted)} {system} {changes} {row['nats_above_full']:.3f} ({seconds:.0f} s)",
+                flush=True,
+            )
     if options.table:
-        write_page(table(rows), Path(options.table))
+        write_page(table(rows.rows), Path(options.table))
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Measure how far the FAM drifts from float32 over 1,000 updates when the model runs in bfloat16.
 
-    python scripts/measure_drift.py --output docs/results/fam_drift.jsonl
+    python scripts/measure_drift.py --output runs/fam_drift.jsonl
 
 One random Llama of the tiny shape reads the same 1,000 blocks in float32 and, with its FAM kept in float32 or in
 bfloat16, in bfloat16. Rows give the relative error of all layers' FAM against the float32 reading.
@@ -8,11 +8,11 @@ bfloat16, in bfloat16. Rows give the relative error of all layers' FAM against t
 
 import argparse
 import copy
-import json
 
 import torch
 
 from transformerfam import FamConfig, convert
+from transformerfam.reports.rows import RowFile
 from transformerfam.tasks.provenance import provenance
 from transformerfam.training.recipe.recipe import ModelSection
 from transformerfam.training.tiny import build_tiny_model
@@ -31,7 +31,7 @@ def main() -> None:
     shape = {"block_size": 16, "fam_length": 4, "num_memory_segments": 0}
     generator = torch.Generator().manual_seed(options.seed)
     ids = torch.randint(60, (1, 16 * REPORTED_UPDATES[-1]), generator=generator)
-    with open(options.output, "a", encoding="utf-8") as rows:
+    with RowFile(options.output) as rows:
         for bound in (None, 5.0):
             fams = {}
             for model_dtype, fam_dtype in (("float32", "float32"), ("bfloat16", "float32"), ("bfloat16", "bfloat16")):
@@ -45,7 +45,7 @@ def main() -> None:
             for (model_dtype, fam_dtype, updates), fam in fams.items():
                 exact = fams["float32", "float32", updates]
                 row = {
-                    "figure": "fam_drift",
+                    "task": "fam_drift",
                     "model_dtype": model_dtype,
                     "fam_dtype": fam_dtype,
                     "fam_norm_bound": bound,
@@ -55,7 +55,7 @@ def main() -> None:
                     "seed": options.seed,
                     **provenance(),
                 }
-                rows.write(json.dumps(row) + "\n")
+                rows.append(row)
                 print(
                     f"bound {bound} {model_dtype} fam {fam_dtype} {updates:5} {row['relative_error']:.2e}", flush=True
                 )

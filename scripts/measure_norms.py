@@ -1,17 +1,17 @@
 """Measure how the FAM of every layer grows from block to block, on SmolLM2 reading a held-out novel.
 
-    python scripts/measure_norms.py --output docs/results/smollm2_fam_norms.jsonl
+    python scripts/measure_norms.py --output runs/smollm2_fam_norms.jsonl
 
 Rows give the mean root mean square of the FAM's rows after some updates, the largest change that one update makes, and
 the median root mean square of the tokens that enter the same layer.
 """
 
 import argparse
-import json
 
 import torch
 
 from transformerfam import FamConfig, convert
+from transformerfam.reports.rows import RowFile
 from transformerfam.tasks.novels import load_novel
 from transformerfam.tasks.provenance import provenance
 from transformerfam.tasks.text import encode
@@ -41,7 +41,7 @@ def main() -> None:
     token_rms = rms(torch.stack(hidden)[:, 0]).median(-1).values
     state = model.init_state()
     before = state.fams
-    with open(options.output, "a", encoding="utf-8") as rows:
+    with RowFile(options.output) as rows:
         for update in range(1, REPORTED_UPDATES[-1] + 1):
             model.read(ids[64 * (update - 1) : 64 * update], state)
             fams = state.fams
@@ -49,7 +49,7 @@ def main() -> None:
             if update not in REPORTED_UPDATES:
                 continue
             row = {
-                "figure": "smollm2_fam_norms",
+                "task": "smollm2_fam_norms",
                 "fam_norm_bound": options.fam_norm_bound,
                 "num_updates": update,
                 "fam_rms_by_layer": [round(x, 2) for x in rms(fams)[:, 0].mean(-1).tolist()],
@@ -57,7 +57,7 @@ def main() -> None:
                 "token_rms_by_layer": [round(x, 2) for x in token_rms.tolist()],
                 **provenance(),
             }
-            rows.write(json.dumps(row) + "\n")
+            rows.append(row)
             print(update, "FAM", max(row["fam_rms_by_layer"]), "change", max(row["change_rms_by_layer"]), flush=True)
 
 

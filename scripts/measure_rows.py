@@ -1,17 +1,17 @@
 """Measure how different the rows of a trained FAM are, and in how many directions they carry the key.
 
-    python scripts/measure_rows.py --model smollm2 --output docs/results/smollm2_fam_rows.jsonl
+    python scripts/measure_rows.py --model smollm2 --output runs/smollm2_fam_rows.jsonl
 
 24 keys are told and one block is read. Per layer: the mean cosine between two rows of one FAM (1: they are all the
 same), and the effective rank (participation ratio) of what differs from key to key, over the rows of one FAM.
 """
 
 import argparse
-import json
 
 import torch
 from torch.nn import functional as F
 
+from transformerfam.reports.rows import RowFile
 from transformerfam.tasks.passkey import PasskeyText, draw_keys
 from transformerfam.tasks.provenance import provenance
 from transformerfam.weights.models import load_model
@@ -46,15 +46,15 @@ def main() -> None:
     with torch.no_grad():
         fams_LBFD = model.read(ids_BT, model.init_state(NUM_KEYS), progress=False).fams.float()
     row = {
-        "figure": "fam_rows",
+        "task": "fam_rows",
         "model": options.model,
         "block_size": block_size,
         "cosine_of_rows_by_layer": [round(cosine_of_rows(fam), 3) for fam in fams_LBFD],
         "rank_of_key_by_layer": [round(rank_of_key(fam), 2) for fam in fams_LBFD],
         **provenance(),
     }
-    with open(options.output, "a", encoding="utf-8") as rows:
-        rows.write(json.dumps(row) + "\n")
+    with RowFile(options.output) as rows:
+        rows.append(row)
     for name in ("cosine_of_rows_by_layer", "rank_of_key_by_layer"):
         print(name, "median", sorted(row[name])[len(fams_LBFD) // 2], row[name], flush=True)
 

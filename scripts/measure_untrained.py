@@ -1,13 +1,12 @@
 """Find the start from which training has least to repair: next-token loss of a converted, untrained model.
 
-    python scripts/measure_untrained.py --output docs/results/untrained.jsonl
+    python scripts/measure_untrained.py --output runs/untrained.jsonl
 
 Every candidate is a prompt and a bias on the FAM keys' logits; the yardstick is BSWA of the same block and memory
 segments (`bswa` in the rows), which the default may exceed by 2 %.
 """
 
 import argparse
-import json
 import tempfile
 from pathlib import Path
 
@@ -15,6 +14,7 @@ import torch
 
 from transformerfam import FamConfig, convert
 from transformerfam.fam.convert import fam_parameters
+from transformerfam.reports.rows import RowFile
 from transformerfam.tasks.next_token import evaluate_next_token
 from transformerfam.tasks.novels import load_novel
 from transformerfam.weights.models import load_smollm2
@@ -53,7 +53,7 @@ def main() -> None:
             candidates.append((kind, bias, FamConfig(**shape, fam_length=options.fam_length, fam_key_bias=bias)))
     text = Path(tempfile.mkdtemp()) / "northanger_abbey.txt"
     text.write_text(load_novel("northanger_abbey"), encoding="utf-8")
-    with open(options.output, "a", encoding="utf-8") as rows:
+    with RowFile(options.output) as rows:
         for kind, bias, config in candidates:
             model, tokenizer = load_smollm2()
             convert(model, config)
@@ -68,8 +68,7 @@ def main() -> None:
                 model, tokenizer, text, num_tokens=options.num_tokens, system=system, model_name="smollm2"
             ):
                 row |= {"prompt": kind, "fam_key_bias": bias, **shape, "fam_length": config.fam_length}
-                rows.write(json.dumps(row) + "\n")
-                rows.flush()
+                rows.append(row)
                 print(f"{kind:14} bias {bias:6} loss {row['loss']:.4f}", flush=True)
 
 

@@ -46,7 +46,7 @@ MEMORIES = {
 }
 RECIPES = ("tiny_passkey", "tiny_keys", "compare_short_training", "compare_depth_training", "compare_facts_training")
 TIMES = ("seconds", "cpu_seconds", "tokens_per_second")
-PROVENANCE = ("version", "git_commit", "machine", "seconds")
+PROVENANCE = ("schema", "version", "git_commit", "machine", "seconds")
 
 
 def main() -> int:

@@ -435,7 +435,7 @@ def test_peak_memory_is_that_of_this_process():
 def test_provenance_names_commit_and_machine(tmp_path):
     """Would catch rows that nobody can trace."""
     fields = provenance.provenance()
-    assert set(fields) == {"version", "git_commit", "machine"}
+    assert set(fields) == {"schema", "version", "git_commit", "machine"}
     assert all(fields.values())
 
 

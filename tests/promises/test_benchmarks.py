@@ -15,7 +15,7 @@ from benchmarks.models import converted, random_tokens
 from benchmarks.placement import Placement
 from benchmarks.report import slope, write_report
 
-EVERY_ROW = {"task", "figure", "threads", "torch", "transformers", "version", "git_commit", "machine"}
+EVERY_ROW = {"task", "figure", "threads", "torch", "transformers", "schema", "version", "git_commit", "machine"}
 runner = CliRunner()
 
 

@@ -13,7 +13,8 @@ from transformerfam import FamConfig
 from transformerfam.comparison import load_comparison, run_all
 from transformerfam.comparison.report import cells
 from transformerfam.fam.compiled import compile_decoding, compile_reading
-from transformerfam.reports.rows import accuracy_by_length, read_rows
+from transformerfam.reports.accuracy import accuracy_by_length
+from transformerfam.reports.rows import read_rows
 from transformerfam.tasks.next_token import evaluate_next_token
 from transformerfam.tasks.novels import load_novel
 from transformerfam.tasks.passkey_evaluation import evaluate_passkey

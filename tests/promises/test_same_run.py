@@ -18,7 +18,8 @@ from transformerfam.comparison.report import current_rows
 from transformerfam.comparison.run import ROWS_FILE, TRAINED_TASK, is_finished, recipe_digest, require_same_recipe
 from transformerfam.comparison.schedule import Schedule
 from transformerfam.errors import CorruptFileError, RecipeError, StateMismatchError
-from transformerfam.reports.rows import RowFile, accuracy_by_length, read_rows
+from transformerfam.reports.accuracy import accuracy_by_length
+from transformerfam.reports.rows import RowFile, read_rows
 from transformerfam.tasks.facts import words
 from transformerfam.training import trainer as trainer_module
 from transformerfam.training.run_folder import FREE_TO_CHANGE

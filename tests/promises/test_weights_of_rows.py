@@ -13,7 +13,8 @@ from transformerfam.comparison import load_comparison
 from transformerfam.comparison.report import comparison_tables, current_rows
 from transformerfam.comparison.run import TRAINED_TASK
 from transformerfam.errors import StateMismatchError
-from transformerfam.reports.rows import accuracy_by_length, read_rows, require_same_weights
+from transformerfam.reports.accuracy import accuracy_by_length
+from transformerfam.reports.rows import read_rows, require_same_weights
 from transformerfam.rivals import RivalConfig, attach
 from transformerfam.tasks.provenance import weights_of
 from transformerfam.weights.models import load_model, save_model

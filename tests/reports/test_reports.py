@@ -8,10 +8,11 @@ from rich.console import Console
 
 from transformerfam.comparison.figures import line_style
 from transformerfam.errors import CorruptFileError, MissingPackageError, TransformerFamError
+from transformerfam.reports.accuracy import accuracy_by_length, wilson_interval
 from transformerfam.reports.figure import label_ends, new_figure, save_figure
 from transformerfam.reports.next_token import next_token_table
 from transformerfam.reports.passkey import passkey_table, plot_passkey
-from transformerfam.reports.rows import RowFile, accuracy_by_length, read_rows, wilson_interval
+from transformerfam.reports.rows import RowFile, read_rows
 from transformerfam.reports.telling import Telling
 
 

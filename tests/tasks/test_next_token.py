@@ -57,7 +57,7 @@ def test_row_has_every_promised_field(pair, book):
     """Would catch a renamed field."""
     row = next(evaluate_next_token(*pair, book, num_tokens=10, system="bswa", model_name="m"))
     assert set(row) == {
-        *("task", "system", "model", "seed", "weights", "config", "version", "git_commit", "machine"),
+        *("task", "system", "model", "seed", "weights", "config", "schema", "version", "git_commit", "machine"),
         *("file", "first_token", "num_tokens", "num_predicted", "loss", "accuracy"),
     }
     assert (row["task"], row["system"], row["model"], row["file"]) == ("next-token", "bswa", "m", "book.txt")

@@ -157,7 +157,19 @@ def test_row_has_every_promised_field(model, tokenizer):
     """Would catch a renamed field, on which reports and other people's scripts rely."""
     row = evaluate(model, tokenizer, model_name="m", max_training_filler_tokens=512)[0]
     assert set(row) == {
-        *("task", "system", "model", "seed", "weights", "config", "questions", "version", "git_commit", "machine"),
+        *(
+            "task",
+            "system",
+            "model",
+            "seed",
+            "weights",
+            "config",
+            "questions",
+            "schema",
+            "version",
+            "git_commit",
+            "machine",
+        ),
         *("filler_tokens", "num_blocks", "key", "answer", "correct", "max_training_filler_tokens"),
         *("jitter", "filler", "prefix_tokens", "placing", "num_digits", "num_mentions", "wording"),
     }

@@ -57,7 +57,7 @@ def plot_comparison(comparison: Comparison, rows: Sequence[Row], path: str | Pat
 
     Raises:
         MissingPackageError: matplotlib is not installed.
-        TransformerFamError: there is not one cell, the suffix is another, or rows of several versions are mixed.
+        TransformerFamError: there is not one cell, or the suffix is another.
     """
     if not any(row["task"] == comparison.task for row in current_rows(comparison, rows)):
         raise TransformerFamError(f"there are no rows of {comparison.name}; run `fam compare` first")

@@ -11,8 +11,7 @@ from rich.table import Table
 from transformerfam.comparison.plan import Comparison
 from transformerfam.comparison.questions import Questions
 from transformerfam.comparison.run import BYTES_LENGTHS, BYTES_TASK, TRAINED_TASK
-from transformerfam.errors import TransformerFamError
-from transformerfam.reports.rows import ALIKE, Row, require_alike
+from transformerfam.reports.rows import ALIKE, Row, mixed_commits, require_alike
 from transformerfam.reports.telling import Telling
 from transformerfam.tasks.named_keys_evaluation import KEY_BITS
 
@@ -45,25 +44,10 @@ class Cell(NamedTuple):
         return f"{self.mean:.2f}{spread}" + (f", {self.num_missing} {EMPTY}" if self.num_missing else "")
 
 
-def require_one_version(rows: Iterable[Row]) -> None:
-    """Refuse rows that different versions of the package wrote.
-
-    Raises:
-        TransformerFamError: with the versions.
-    """
-    versions = sorted({str(row.get("version")) for row in rows})
-    if len(versions) > 1:
-        raise TransformerFamError(
-            f"the rows come from versions {', '.join(versions)}, required is one; report each version's rows by "
-            "themselves"
-        )
-
-
 def current_rows(comparison: Comparison, rows: Iterable[Row]) -> list[Row]:
     """Return the rows that answer a comparison's questions, and those that describe what answered.
 
     Raises:
-        TransformerFamError: they come from different versions of the package.
         StateMismatchError: the answers of one run are of different weights or configurations.
     """
     own = [row for row in rows if row["model"] == comparison.name]
@@ -78,9 +62,7 @@ def current_rows(comparison: Comparison, rows: Iterable[Row]) -> list[Row]:
         if row["task"] in (TRAINED_TASK, BYTES_TASK) and is_of_answers:
             length = row["num_tokens"] if row["task"] == BYTES_TASK else None
             described[row["task"], row["system"], row["seed"], length] = row
-    current = [*answers, *described.values()]
-    require_one_version(current)
-    return current
+    return [*answers, *described.values()]
 
 
 Kind = int | tuple[int, bool]
@@ -117,7 +99,7 @@ def cells(comparison: Comparison, rows: Iterable[Row], kind: Kind = (0, False)) 
         kind: of the questions, one of `kinds`; the key at the very start if not given.
 
     Raises:
-        TransformerFamError: the rows come from different versions of the package.
+        StateMismatchError: see `current_rows`.
     """
     own = current_rows(comparison, rows)
     answers: dict[tuple[str, int, int], list[bool]] = {}
@@ -170,7 +152,7 @@ def capacities(comparison: Comparison, rows: Iterable[Row]) -> dict[str, dict[tu
     """Return how many keys come back, by system, filler and number of keys told.
 
     Raises:
-        TransformerFamError: the rows come from different versions of the package.
+        StateMismatchError: see `current_rows`.
     """
     own = current_rows(comparison, rows)
     found: dict[str, dict[tuple[int, int], Capacity]] = {}
@@ -222,12 +204,15 @@ def comparison_tables(comparison: Comparison, rows: Sequence[Row]) -> list[Table
         rows: what was done; rows of other comparisons are left out.
 
     Raises:
-        TransformerFamError: the rows come from different versions of the package.
+        StateMismatchError: see `current_rows`.
     """
     if comparison.task == "named-keys":
-        return [_capacity_table(comparison, rows), *_systems_tables(comparison, rows)]
-    by_kind = [_accuracy_table(comparison, rows, kind, what) for kind, what in kinds(comparison).items()]
-    return [*by_kind, *_systems_tables(comparison, rows)]
+        tables = [_capacity_table(comparison, rows)]
+    else:
+        tables = [_accuracy_table(comparison, rows, kind, what) for kind, what in kinds(comparison).items()]
+    if commits := mixed_commits(current_rows(comparison, rows)):
+        tables[-1].caption = f"{tables[-1].caption}; {commits}"
+    return [*tables, *_systems_tables(comparison, rows)]
 
 
 def _accuracy_table(comparison: Comparison, rows: Sequence[Row], kind: Kind, what: str) -> Table:

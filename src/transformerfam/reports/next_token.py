@@ -4,7 +4,7 @@ from collections.abc import Iterable
 
 from rich.table import Table
 
-from transformerfam.reports.rows import Row, require_alike
+from transformerfam.reports.rows import Row, mixed_commits, require_alike
 
 
 def next_token_table(rows: Iterable[Row]) -> Table | None:
@@ -19,7 +19,7 @@ def next_token_table(rows: Iterable[Row]) -> Table | None:
     known: dict[tuple[str, str], Row] = {}
     for row in chosen:
         require_alike(row, known.setdefault((str(row["model"]), row["system"]), {}))
-    table = Table(title="Next-token prediction (loss in nats per token)")
+    table = Table(title="Next-token prediction (loss in nats per token)", caption=mixed_commits(chosen) or None)
     for name in ("model", "system", "file"):
         table.add_column(name)
     for name in ("tokens", "loss", "accuracy"):

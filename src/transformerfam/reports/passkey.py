@@ -7,6 +7,7 @@ from typing import Any
 from rich.table import Table
 
 from transformerfam.errors import TransformerFamError
+from transformerfam.reports.accuracy import Accuracy, accuracy_by_length
 from transformerfam.reports.figure import (
     GREYS,
     GUIDE,
@@ -17,17 +18,19 @@ from transformerfam.reports.figure import (
     new_figure,
     save_figure,
 )
-from transformerfam.reports.rows import Accuracy, Row, accuracy_by_length
+from transformerfam.reports.rows import Row, mixed_commits
 
 
 def passkey_table(rows: Iterable[Row]) -> Table | None:
     """Return accuracy by length with Wilson 95 % intervals, one column per system; None without passkey rows."""
+    rows = [row for row in rows if row["task"] == "passkey"]
     curves = accuracy_by_length(rows)
     if not curves:
         return None
     numbers = sorted({point.num_questions for points in curves.values() for point in points})
     keys = f"{numbers[0]}" if len(numbers) == 1 else f"{numbers[0]} to {numbers[-1]}"
-    table = Table(title="Passkeys recalled, with Wilson 95 % intervals", caption=f"{keys} keys at every length")
+    said = [f"{keys} keys at every length", mixed_commits(rows)]
+    table = Table(title="Passkeys recalled, with Wilson 95 % intervals", caption="; ".join(filter(None, said)))
     table.add_column("filler tokens", justify="right")
     by_length = {series: {point.filler_tokens: point for point in points} for series, points in curves.items()}
     for series in curves:

@@ -1,25 +1,29 @@
-"""Result rows: JSON lines on disk, and the accuracies that follow from them."""
+"""Result rows: JSON lines on disk, and what those that are pooled must agree in."""
 
 import contextlib
+import gzip
 import json
-import math
+import zlib
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import Any, NamedTuple
+from typing import Any
 
 from transformerfam.errors import CorruptFileError, StateMismatchError, TransformerFamError
 from transformerfam.files import hold_file, parse_json, read_whole, require_regular, required_form
 from transformerfam.processes import process_share, uninterrupted
-from transformerfam.reports.telling import Telling
 
 Row = dict[str, Any]
 
 ROW_BEGINS = b'{"task": '
 """How every row that this package writes begins."""
 
-Z_95 = 1.959963984540054
-"""Standard normal quantile of a two-sided 95 % interval."""
+ROW_SCHEMA = 1
+"""Version of what the fields of a row mean, in its field `schema`; rows without that field are of schema 0, which
+differs in nothing else."""
+
+COMPRESSED, GZIP_BEGINS = ".gz", b"\x1f\x8b"
+"""How the name of a compressed file ends, and how its content begins."""
 
 
 class RowFile:
@@ -38,9 +42,16 @@ class RowFile:
 
         Raises:
             CorruptFileError: the file holds something else than rows.
-            TransformerFamError: it cannot be written, or another process writes it.
+            TransformerFamError: it cannot be written, another process writes it, or it is compressed, as rows that are
+                published are: no row can be appended to it alone.
         """
         self.path = Path(path)
+        if self.path.suffix == COMPRESSED:
+            plain = self.path.with_suffix("")
+            raise TransformerFamError(
+                f"could not write {self.path}: rows are appended to a plain file, and this one is compressed; give "
+                f"{plain}, which `gunzip -k {self.path}` makes of what is there and `gzip -9n {plain}` compresses again"
+            )
         require_regular(self.path)
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -104,9 +115,12 @@ class RowFile:
 def read_rows(paths: Iterable[str | Path]) -> list[Row]:
     """Return the rows of all files, without one that is being written.
 
+    Args:
+        paths: JSON lines files, or such files compressed by gzip, whose names end in `.gz`.
+
     Raises:
         CorruptFileError: a file is missing, a line is no row, of which the message gives the number, or a row is in two
-            of the files, where it would count twice.
+            of the files, where it would count twice; a compressed file is cut, damaged or not compressed.
     """
     rows: list[Row] = []
     files: dict[str, Path] = {}
@@ -117,7 +131,10 @@ def read_rows(paths: Iterable[str | Path]) -> list[Row]:
             raise CorruptFileError(
                 f"cannot read {path} ({error.strerror}); a JSON lines file of rows is required, check the path"
             ) from error
-        own = _rows_and_end(content, path)[0]
+        if path.suffix == COMPRESSED:
+            own = list(_parse(_decompress(content, path), path))
+        else:
+            own = _rows_and_end(content, path)[0]
         texts = {json.dumps(row, sort_keys=True) for row in own}
         if both := sorted(texts & files.keys()):
             raise CorruptFileError(
@@ -126,6 +143,22 @@ def read_rows(paths: Iterable[str | Path]) -> list[Row]:
         files |= dict.fromkeys(texts, path)
         rows += own
     return rows
+
+
+def _decompress(content: bytes, path: Path) -> bytes:
+    """Return what a compressed file holds.
+
+    Raises:
+        CorruptFileError: it is cut, damaged or not compressed.
+    """
+    if not content.startswith(GZIP_BEGINS):
+        raise CorruptFileError(
+            f"{path} is no gzip file; compress the rows with `gzip -9n`, or give the file a name that ends in .jsonl"
+        )
+    try:
+        return gzip.decompress(content)
+    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+        raise CorruptFileError(f"{path} is cut or damaged ({error}); copy it again, or make its rows again") from error
 
 
 def _rows_and_end(content: bytes, path: Path) -> tuple[list[Row], int]:
@@ -167,7 +200,20 @@ def _parse(content: bytes, path: Path, first: int = 1) -> Iterator[Row]:
                 f"line {number} of {path} is no result row: {line[:60].decode(errors='replace')!r}; required is a JSON "
                 "object with the field task, as `fam evaluate` writes them"
             )
+        schema = row.get("schema", 0)
+        if type(schema) is not int or not 0 <= schema <= ROW_SCHEMA:
+            raise CorruptFileError(
+                f"line {number} of {path} is a row of schema {schema!r}, this version reads 0 to {ROW_SCHEMA}; install "
+                f"the version that wrote it (transformerfam {row.get('version', 'newer than this')}), or evaluate again"
+            )
         yield row
+
+
+def mixed_commits(rows: Iterable[Row]) -> str:
+    """Return from which commits rows come, for a caption; nothing where all come from one."""
+    commits = dict.fromkeys(str(row.get("git_commit", "unknown")) for row in rows)
+    short = [f"{commit[:8]}{'+' if len(commit) > 8 and commit.endswith('+') else ''}" for commit in commits]
+    return f"rows of {len(short)} commits: {', '.join(sorted(short))}" if len(short) > 1 else ""
 
 
 def fields_of_rows() -> contextlib.AbstractContextManager[None]:
@@ -176,58 +222,6 @@ def fields_of_rows() -> contextlib.AbstractContextManager[None]:
         "a row lacks a field, or has it in another form",
         "required are rows as `fam evaluate` and `fam compare` write them",
     )
-
-
-def wilson_interval(num_correct: int, num_questions: int) -> tuple[float, float]:
-    """Return the 95 % Wilson score interval of a share.
-
-    Args:
-        num_correct: right answers.
-        num_questions: answers in all, at least 1.
-    """
-    assert 0 <= num_correct <= num_questions, "more right answers than questions"
-    assert num_questions >= 1, "a share of nothing"
-    share = num_correct / num_questions
-    scale = 1 + Z_95**2 / num_questions
-    middle = (share + Z_95**2 / (2 * num_questions)) / scale
-    half = Z_95 * math.sqrt(share * (1 - share) / num_questions + Z_95**2 / (4 * num_questions**2)) / scale
-    return max(0.0, middle - half), min(1.0, middle + half)
-
-
-class Accuracy(NamedTuple):
-    """The share of passkeys recalled at one length, with its 95 % Wilson interval."""
-
-    filler_tokens: int
-    num_correct: int
-    num_questions: int
-    low: float
-    high: float
-
-    @property
-    def share(self) -> float:
-        """Right answers over questions."""
-        return self.num_correct / self.num_questions
-
-
-class Series(NamedTuple):
-    """What makes one curve: rows that differ in anything of this are not pooled."""
-
-    model: str
-    system: str
-    filler: str
-    telling: Telling = Telling()
-
-    def label(self, others: Iterable["Series"]) -> str:
-        """Return the shortest name that tells this curve from the `others`: system, then what differs."""
-        others = list(others)
-        parts = [self.system]
-        if len({series.model for series in others}) > 1:
-            parts.insert(0, self.model)
-        if len({series.filler for series in others}) > 1:
-            parts.append(f"({self.filler})")
-        if len({series.telling for series in others}) > 1:
-            parts.append(self.telling.label([series.telling for series in others]))
-        return " ".join(parts)
 
 
 def require_same_weights(
@@ -286,28 +280,3 @@ def require_alike(row: Row, known: Row) -> None:
                 f"the rows of {row['system']} of {row['model']} {differ} ({known[name]} and {there}); report them "
                 "apart, or name the models apart"
             )
-
-
-def accuracy_by_length(rows: Iterable[Row]) -> dict[Series, list[Accuracy]]:
-    """Return every curve of the passkey rows, lengths ascending; rows of other tasks are left out.
-
-    Raises:
-        StateMismatchError: rows of one curve and seed are of different weights, configurations or questions.
-    """
-    counts: dict[Series, dict[int, list[int]]] = {}
-    known: dict[tuple[Series, Any], Row] = {}
-    for row in rows:
-        if row["task"] != "passkey":
-            continue
-        series = Series(str(row["model"]), row["system"], row.get("filler", "sentences"), Telling.of_row(row))
-        require_alike(row, known.setdefault((series, row.get("seed")), {}))
-        count = counts.setdefault(series, {}).setdefault(row["filler_tokens"], [0, 0])
-        count[0] += bool(row["correct"])
-        count[1] += 1
-    return {
-        series: [
-            Accuracy(length, right, asked, *wilson_interval(right, asked))
-            for length, (right, asked) in sorted(by_length.items())
-        ]
-        for series, by_length in sorted(counts.items())
-    }

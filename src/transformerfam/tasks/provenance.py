@@ -17,6 +17,7 @@ import torch
 from transformerfam.decoder.memory import memory_of
 from transformerfam.errors import CorruptFileError
 from transformerfam.files import parse_json, read_whole
+from transformerfam.reports.rows import ROW_SCHEMA
 from transformerfam.rivals.files import RIVAL_FILE, notes_of_rival
 from transformerfam.weights.adapter import FAM_FILE, FamAdapter
 from transformerfam.weights.models import BSWA_FOLDER, NAMED_MODELS
@@ -28,8 +29,8 @@ CARD_FILE = "card.json"
 
 @cache
 def provenance() -> dict[str, Any]:
-    """Return the fields `version`, `git_commit` and `machine` that every row carries."""
-    return {"version": package_version(), "git_commit": git_commit(), "machine": machine()}
+    """Return the fields `schema`, `version`, `git_commit` and `machine` that every row carries."""
+    return {"schema": ROW_SCHEMA, "version": package_version(), "git_commit": git_commit(), "machine": machine()}
 
 
 def weights_of(model: Any) -> dict[str, str]:
