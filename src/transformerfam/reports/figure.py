@@ -3,6 +3,7 @@
 import contextlib
 import importlib.util
 import io
+import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,9 @@ FIGURE_SUFFIXES = (".svg", ".png", ".pdf")
 LINES = ("-", "--", ":", "-.", (0, (5, 1)), (0, (1, 3)))
 MARKERS = ("o", "s", "^", "D", "v", "x")
 GREYS = ("#000000", "#595959", "#303030", "#7a7a7a", "#484848", "#666666")
+DPI = 200
+FONTS = ["DejaVu Sans", "Verdana"]
+"""Matplotlib's own, then the one that it was made from: a viewer without both takes its own."""
 LABEL_GAP = 0.055
 """Least distance of two labels, in accuracy, on axes of `LABEL_HEIGHT` inches."""
 LABEL_HEIGHT = 3.6
@@ -58,7 +62,9 @@ def new_figure(
     import matplotlib
     import matplotlib.figure
 
-    with matplotlib.rc_context({"svg.hashsalt": "transformerfam", "svg.fonttype": "none", "font.size": 9}):
+    with matplotlib.rc_context(
+        {"svg.hashsalt": "transformerfam", "svg.fonttype": "none", "font.size": 9} | {"font.sans-serif": FONTS}
+    ):
         figure = matplotlib.figure.Figure(figsize=size, layout="constrained")
         yield figure, list(figure.subplots(num_rows, num_columns, squeeze=False).flat)
 
@@ -121,8 +127,37 @@ def save_figure(figure: Any, path: str | Path) -> None:
     if path.suffix == ".svg":
         metadata["Date"] = None
     drawn = io.BytesIO()
-    figure.savefig(drawn, format=path.suffix[1:], dpi=200, metadata=metadata)
-    write_figure(drawn.getvalue(), path)
+    figure.savefig(drawn, format=path.suffix[1:], dpi=DPI, metadata=metadata)
+    write_figure(_SMALLER.get(path.suffix, bytes)(drawn.getvalue()), path)
+
+
+def smaller_svg(content: bytes) -> bytes:
+    """Return a picture in a fifth fewer bytes: places to a hundredth of a point, and no indentation."""
+
+    def shorter(attribute: re.Match[bytes]) -> bytes:
+        rounded = re.sub(rb"-?\d+\.\d{3,}", lambda number: b"%g" % (round(float(number[0]), 2) + 0.0), attribute[2])
+        return b' %s="%s"' % (attribute[1], b" ".join(rounded.split()))
+
+    return re.sub(rb"\n +", b"\n", re.sub(rb' (d|x|y)="([^"]*)"', shorter, content))
+
+
+def smaller_png(content: bytes) -> bytes:
+    """Return a picture in half as many bytes where it is grey, which it then says: one byte a pixel, not four."""
+    from PIL import Image
+    from PIL.PngImagePlugin import PngInfo
+
+    with Image.open(io.BytesIO(content)) as picture:
+        colors = picture.convert("RGB")
+        grey = picture.convert("L")
+    if grey.convert("RGB").tobytes() != colors.tobytes():
+        return content
+    software, smaller = PngInfo(), io.BytesIO()
+    software.add_text("Software", MARK)
+    grey.save(smaller, "PNG", optimize=True, pnginfo=software, dpi=(DPI, DPI))
+    return smaller.getvalue()
+
+
+_SMALLER = {".svg": smaller_svg, ".png": smaller_png}
 
 
 def write_figure(content: bytes, path: Path) -> None:
