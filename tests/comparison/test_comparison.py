@@ -22,7 +22,7 @@ from transformerfam.cli.app import app
 from transformerfam.comparison import Comparison, RunName, load_comparison, run_one
 from transformerfam.comparison.figures import plot_comparison
 from transformerfam.comparison.plan import SYSTEMS
-from transformerfam.comparison.report import EMPTY, cells, comparison_tables, require_one_version
+from transformerfam.comparison.report import EMPTY, cells, comparison_tables
 from transformerfam.comparison.run import TRAINED_TASK, is_finished
 from transformerfam.comparison.schedule import Schedule
 from transformerfam.errors import RecipeError, TransformerFamError
@@ -345,7 +345,7 @@ def test_report_shows_what_is_missing(recipe: Path, tmp_path: Path) -> None:
 def test_terminal_of_80_columns_shows_whole_numbers() -> None:
     """Catches what is cut or left outside, as by several seeds' spread, and one seed's tokens given as all seeds'."""
     comparison = load_comparison(ROOT / "recipes" / "comparisons" / "passkey.toml")
-    rows = read_rows([ROOT / "docs" / "results" / "compare_passkey.jsonl"])
+    rows = read_rows([ROOT / "results" / "compare_passkey.jsonl.gz"])
     trained = [row for row in rows if (row["task"], row["system"]) == (TRAINED_TASK, "static_summary")]
     texts = [shown(table, width=80) for table in comparison_tables(comparison, rows)]
     text = "".join(texts)
@@ -407,12 +407,14 @@ def test_keys_are_asked_at_every_depth_and_behind_another(recipe: Path, tmp_path
         load_comparison(recipe, ["prefix_tokens=[-1]"])
 
 
-def test_rows_of_two_versions_are_refused(recipe: Path) -> None:
-    """Catches results of different code in one figure."""
-    rows = [row("fam", 0, 8, True), row("rmt", 0, 8, True, version="2")]
-    with pytest.raises(TransformerFamError, match="versions 1, 2, required is one"):
-        cells(load_comparison(recipe), rows)
-    require_one_version(rows[:1])
+def test_rows_of_two_commits_are_said_in_one_table(recipe: Path) -> None:
+    """Catches results of different code in one table without a word of it, and commits of rows left out."""
+    comparison = load_comparison(recipe)
+    rows = [row("fam", 0, 8, True, git_commit="a" * 40), row("rmt", 0, 8, True, git_commit="b" * 40)]
+    rows.append(row("rmt", 9, 8, True, git_commit="c" * 40))
+    captions = [str(table.caption) for table in comparison_tables(comparison, rows)]
+    assert [caption.partition("; rows of ")[2] for caption in captions] == ["2 commits: aaaaaaaa, bbbbbbbb", "", ""]
+    assert "commits" not in str(comparison_tables(comparison, rows[:1])[0].caption)
 
 
 def test_committed_comparison_is_well_formed() -> None:

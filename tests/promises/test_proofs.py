@@ -37,8 +37,8 @@ def shares(rows):
 )
 def test_memory_recalls_as_its_published_rows_say(name, published, longest):
     """A published table that the shipped weights do not give, or that only the machine it was measured on gives."""
-    path = ROOT / "docs" / "results" / f"{published}.jsonl"
-    rows = [row for row in map(json.loads, path.read_text().splitlines()) if row["system"] in ("fam", "fam_gated")]
+    rows = read_rows([ROOT / "results" / f"{published}.jsonl.gz"])
+    rows = [row for row in rows if row["system"] in ("fam", "fam_gated")]
     rows = [
         row
         for row in rows
@@ -120,7 +120,7 @@ def test_slice_of_the_comparison_gives_its_committed_rows(tmp_path):
     """Published rows of the comparison that its command no longer gives."""
     source = ROOT / "recipes" / "comparisons" / "slice.toml"
     comparison = load_comparison(source)
-    published = cells(comparison, read_rows([ROOT / "docs" / "results" / "compare_slice.jsonl"]))
+    published = cells(comparison, read_rows([ROOT / "results" / "compare_slice.jsonl.gz"]))
     assert run_all(comparison, source, tmp_path, tmp_path / "rows.jsonl") == []
     found = cells(comparison, read_rows([tmp_path / "rows.jsonl"]))
     shares = {
