@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from training_recipes import small_recipe
-from transformerfam.cli.commands import app
+from transformerfam.cli.app import app
 from typer.testing import CliRunner
 
 import transformerfam
@@ -186,7 +186,7 @@ def test_command_sets_threads_and_denormals(command: str, tmp_path: Path, monkey
     monkeypatch.setattr(torch, "set_flush_denormal", lambda flag: done.append(("denormals", flag)))
     recipe = Path("recipes/tiny_passkey.toml").resolve()
     if command == "train":
-        monkeypatch.setattr("transformerfam.cli.commands.Trainer", lambda *a, **b: done.append("trains") or 1 / 0)
+        monkeypatch.setattr("transformerfam.cli.train.Trainer", lambda *a, **b: done.append("trains") or 1 / 0)
         arguments = ["train", str(recipe), "--set", "schedule.threads=3", "--output", str(tmp_path / "run")]
     else:
         monkeypatch.setattr(compare_module, "run_one", lambda *a: done.append("trains"))
