@@ -60,7 +60,7 @@ prove: $(STAMP)  ## the slow tests, minutes to an hour, and all others with the 
 	@$(OFFLINE) $(BIN)/python -m pytest -m slow --timeout 7200 $(ARGS)
 	@if [ -z "$(ARGS)" ]; then $(MAKE) test-versions; fi
 
-package: $(STAMP)  ## build wheel and sdist into dist/; install the wheel, use it elsewhere (ARGS=--alone: without .venv)
+package: $(STAMP)  ## build wheel and sdist into dist/; install the wheel, use it elsewhere (ARGS=--alone: without .venv's packages)
 	@$(OFFLINE) $(BIN)/python scripts/package.py $(ARGS)
 
 bench: $(STAMP)  ## speed and memory beside what you would use instead, some hours (ARGS="overhead --model smollm2")

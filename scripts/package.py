@@ -99,12 +99,14 @@ def install(wheel: Path, environment: Path, alone: bool) -> None:
     Args:
         wheel: what is installed.
         environment: folder of the new environment.
-        alone: install what the wheel depends on, too; otherwise packages of the running environment are seen, without
-            the repository, which is installed there.
+        alone: install what the wheel depends on, too, in the versions of the lock file; otherwise packages of the
+            running environment are seen, without the repository, which is installed there.
     """
     venv.create(environment, with_pip=alone)
     pip = [_python(environment), "-m", "pip", "--disable-pip-version-check", "--quiet", "install"]
-    if not alone:
+    if alone:
+        pip += ["--constraint", str(ROOT / "requirements.lock")]
+    else:
         packages = Path(sysconfig.get_path("purelib", vars={"base": str(environment)}))
         # A path alone: the .pth files there, one of which leads to the repository, are not read.
         (packages / "below.pth").write_text(f"{sysconfig.get_path('purelib')}\n")
