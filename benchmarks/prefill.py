@@ -13,7 +13,7 @@ from benchmarks.harness import Row, alternate, in_fresh_process, peak_bytes_of, 
 from benchmarks.models import base_model, converted, random_tokens
 from benchmarks.placement import PLACEMENT
 from transformerfam.fam.compiled import compile_reading
-from transformerfam.tools.costs import ModelShape, block_flops, full_attention_flops
+from transformerfam.tools.costs import ModelShape, block_flops, full_attention_flops, sliding_window_flops
 
 BLOCK_SIZE, FAM_LENGTH, NUM_SEGMENTS = 1024, 64, 0
 LENGTHS = tuple(1024 * 2**i for i in range(9))
@@ -78,7 +78,7 @@ def build(model: str, name: str) -> System:
         return System(
             read_full,
             lambda n: full_attention_flops(shape, n),
-            lambda n: num_bytes * n * shape.key_value_elements,
+            lambda n: num_bytes * shape.cache_elements(n),
             lambda n: n * per_row,
         )
     sliding = _sliding_window_model(model)
@@ -91,8 +91,8 @@ def build(model: str, name: str) -> System:
 
     return System(
         read_sliding,
-        lambda n: n * (shape.flops_per_row + size * shape.flops_per_pair),
-        lambda n: num_bytes * min(n, size) * shape.key_value_elements,
+        lambda n: sliding_window_flops(shape, n, size),
+        lambda n: num_bytes * shape.cache_elements(n, window=size),
         lambda n: size * per_row,
     )
 

@@ -15,15 +15,13 @@ from benchmarks.harness import Row, alternate, in_fresh_process, peak_bytes_of, 
 from benchmarks.models import base_model, converted, random_tokens
 from benchmarks.placement import PLACEMENT
 from benchmarks.prefill import REPEATED_TO
-from transformerfam.tools.costs import ModelShape, block_flops, full_attention_flops
+from transformerfam.tools.costs import ModelShape, block_flops, full_attention_flops, training_flops
 from transformerfam.training.data.instructions import weighed_batch
 from transformerfam.training.step.blocks import run_batch
 
 BLOCK_SIZE, FAM_LENGTH = 1024, 64
 LENGTHS = (2048, 8192, 32768)
 SYSTEMS = ("fam", "full")
-PASSES = 4
-"""Forward, forward again for the gradient, and backward, which costs two."""
 
 
 def fam_steps(model: str, num_tokens: int) -> Callable[[], Any]:
@@ -83,7 +81,7 @@ def step_flops(system: str, shape: ModelShape, config: Any, num_tokens: int) -> 
         one_pass: float = full_attention_flops(shape, num_tokens)
     else:
         one_pass = num_tokens / BLOCK_SIZE * block_flops(shape, config)
-    return PASSES * one_pass + 3 * num_tokens * shape.flops_per_logits
+    return training_flops(one_pass, 0, num_tokens * shape.flops_per_logits, keeps_logits=system == "full")
 
 
 def why_skipped(system: str, shape: ModelShape, config: Any, num_tokens: int, speed: float) -> str | None:

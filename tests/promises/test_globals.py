@@ -10,11 +10,11 @@ from typing import Any
 import pytest
 import torch
 from training_recipes import small_recipe
-from transformerfam.cli.app import app
 from typer.testing import CliRunner
 
 import transformerfam
 from transformerfam.cli import compare as compare_module
+from transformerfam.cli.app import app
 from transformerfam.training.random_numbers import RandomNumbers
 from transformerfam.training.trainer import Trainer
 

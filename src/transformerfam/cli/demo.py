@@ -30,6 +30,7 @@ from transformerfam.tasks.passkey import FILLER_SENTENCES, FIRST_KEY, LAST_KEY, 
 from transformerfam.tasks.provenance import memory_notes
 from transformerfam.tasks.ragged import greedy_tokens
 from transformerfam.tasks.text import encode
+from transformerfam.tools.costs import full_cache_bytes
 from transformerfam.weights.models import System, load_base, load_model
 
 NOVEL = "persuasion"
@@ -60,8 +61,6 @@ class Demo:
     answer_ids: list[int]
     num_tokens: int
     """Tokens that are read before the question."""
-    cache_bytes: int
-    """Keys and values that full attention would hold after so many tokens."""
 
     def introduction(self) -> str:
         """Say what will happen."""
@@ -94,7 +93,7 @@ class Demo:
             ("peak resident memory", lambda result: decimal(result.peak_bytes)),
             ("tokens/s", lambda result: f"{result.num_tokens / result.seconds:,.0f}"),
             ("block, memory segments, FAM", lambda result: result.shape),
-            ("key/value cache of full attention", lambda _: decimal(self.cache_bytes)),
+            ("key/value cache of full attention", lambda result: decimal(result.cache_bytes)),
         )
         for name, show in lines:
             table.add_row(name, *(show(result) for result in results.values()))
@@ -114,6 +113,8 @@ class DemoResult:
     """Of reading, without loading."""
     num_tokens: int
     shape: str
+    cache_bytes: int
+    """Keys and values that full attention would hold after so many tokens."""
 
 
 def draw_seed() -> int:
@@ -135,7 +136,7 @@ def prepare_demo(model_name: str, seed: int, num_tokens: int | None = None) -> D
     notes = memory_notes(model_name)
     if num_tokens is None:
         num_tokens = min(MOST_TOKENS, int(notes.get("proven_filler_tokens", DEFAULT_TOKENS)))
-    model, tokenizer = load_base(model_name)
+    _, tokenizer = load_base(model_name)
     generator = torch.Generator().manual_seed(seed)
     key = int(torch.randint(FIRST_KEY, LAST_KEY + 1, (), generator=generator))
     book, text = f"the novel {NOVEL.capitalize()}", load_novel(NOVEL)
@@ -160,7 +161,6 @@ def prepare_demo(model_name: str, seed: int, num_tokens: int | None = None) -> D
         question_ids=writer.question_ids,
         answer_ids=writer.key_ids(key),
         num_tokens=num_tokens,
-        cache_bytes=full_attention_bytes(model, num_tokens),
     )
 
 
@@ -171,14 +171,6 @@ def first_page(text: str, tokenizer: Any, most_tokens: int, generator: torch.Gen
     if not fitting:
         return ""
     return text[: fitting[int(torch.randint(len(fitting), (), generator=generator))]]
-
-
-def full_attention_bytes(model: Any, num_tokens: int) -> int:
-    """Return the bytes of keys and values that full attention holds after `num_tokens` tokens of one sequence."""
-    config = model.config
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    element_bytes = next(model.parameters()).element_size()
-    return 2 * config.num_hidden_layers * config.num_key_value_heads * head_dim * num_tokens * element_bytes
 
 
 def run_demo(demo: Demo, bar: Bar) -> dict[str, DemoResult]:
@@ -219,6 +211,7 @@ def _run_system(demo: Demo, system: System, update: Callable[[int, int | None, F
         seconds=seconds,
         num_tokens=num_tokens,
         shape=f"{config.block_size}, {config.num_memory_segments}, {config.fam_length}",
+        cache_bytes=full_cache_bytes(model, num_tokens, model.dtype),
     )
 
 

@@ -7,7 +7,6 @@ code that will run.
 
 import dataclasses
 import warnings
-from collections.abc import Iterator
 from typing import Any, Literal
 
 import torch
@@ -18,14 +17,12 @@ from transformers import AutoConfig, LlamaConfig, PreTrainedModel
 
 from transformerfam.config import FamConfig
 from transformerfam.decoder.families import decoder_layers, require_row
-from transformerfam.decoder.layouts import LayerLayout
 from transformerfam.errors import CorruptFileError, TransformerFamError, UnsupportedModelError
 from transformerfam.fam.convert import fam_parameters
-from transformerfam.fam.layer import LayerPlan
 from transformerfam.fam.masks import piece_mask
 from transformerfam.fam.memory import memory_of
 from transformerfam.fam.state import FamState
-from transformerfam.tools.costs import rows_in_front
+from transformerfam.tools.costs import flops_per_token, full_cache_bytes
 from transformerfam.tools.fake_model import AllocatedBytes, build_on_meta, convert_fake, make_fake
 from transformerfam.training.optimizer import new_optimizer
 from transformerfam.training.recipe.sections import OptimizerSection
@@ -146,9 +143,9 @@ def make_plan(
     require_row(config.model_type, "a plan")
     converted, peak = _fake_run(config, fam, dtype, training, lora_rank, batch_size, optimizer, context_tokens)
     hours = None
-    reading, training_flops = _flops(converted, training)
+    reading, in_training = flops_per_token(converted, is_frozen=training == "lora")
     if training_tokens is not None:
-        hours = training_tokens * training_flops / (gpus * tflops * 1e12) / 3600
+        hours = training_tokens * in_training / (gpus * tflops * 1e12) / 3600
     parameters = list(converted.parameters())
     trained = [parameter for parameter in parameters if parameter.requires_grad]
     largest = max(_bytes(layer.parameters()) for layer in decoder_layers(converted))
@@ -159,14 +156,14 @@ def make_plan(
         context_tokens=context_tokens,
         gpus=gpus,
         bytes_state=peak["state"] // batch_size,
-        bytes_full_cache=_full_cache_bytes(converted, dtype, context_tokens),
+        bytes_full_cache=full_cache_bytes(converted, context_tokens, dtype),
         bytes_weights=_bytes(parameters) // gpus + (2 * largest if gpus > 1 else 0),
         bytes_gradients=_bytes(trained) // gpus,
         bytes_optimizer=peak["optimizer"] // gpus,
         bytes_activations=peak["activations"],
         bytes_reading=peak["reading"],
         flops_per_token_reading=reading,
-        flops_per_token_training=training_flops,
+        flops_per_token_training=in_training,
         hours=hours,
     )
 
@@ -276,65 +273,3 @@ def _training_peak(model: Any, batch_size: int, trained: Any, averages: Any, ste
             total = total + loss
         total.backward()
         return counter.peak
-
-
-def _matrices(model: Any) -> Iterator[tuple[str, torch.Tensor]]:
-    for layer in decoder_layers(model):
-        for name, parameter in layer.named_parameters():
-            if parameter.dim() > 1 and "lora_" not in name:
-                yield name, parameter
-
-
-def _flops(model: Any, training: Training) -> tuple[float, float]:
-    """Return the operations per token of reading and of training, the update of the FAM included."""
-    config, fam = model.config, model.fam_config
-    heads, memory = config.num_attention_heads, memory_of(model)
-    widths = [layout.key_shape[1] + layout.value_shape[1] for layout in memory.layouts]
-    if getattr(config, "kv_lora_rank", None):  # what is kept is narrower than a head
-        widths = [config.qk_nope_head_dim + config.qk_rope_head_dim + config.v_head_dim] * len(widths)
-    num_experts = getattr(config, "num_local_experts", None) or getattr(config, "num_experts", None)
-    num_experts = num_experts or getattr(config, "n_routed_experts", None) or 1
-    chosen = getattr(config, "num_experts_per_tok", None) or getattr(config, "top_k_experts", None) or 1
-    share = chosen / num_experts
-    per_row = sum(2 * p.numel() * (share if ".experts." in name else 1.0) for name, p in _matrices(model))
-    own = sum(2 * p.numel() for name, p in decoder_layers(model).named_parameters() if "lora_" in name)
-    size = fam.block_size
-    num_rows = rows_in_front(fam, memory.caches_queries)
-    rows_per_token = 1 + num_rows / size
-    pairs = [_pairs_per_token(fam, plan, num_rows) for plan in memory.plans()]
-    products = sum(2 * heads * width * seen for width, seen in zip(widths, pairs, strict=True))
-    carrying = [layout for layout, plan in zip(memory.layouts, memory.plans(), strict=True) if plan.has_fam]
-    mixing = products + sum(_means_per_token(fam, layout) for layout in carrying)
-    logits = 2 * config.hidden_size * config.vocab_size
-    # A block's checkpoint makes everything again. Backward, a product of two things that are trained costs two more,
-    # one with a frozen matrix one.
-    frozen = 3 if training == "lora" else 4
-    trained = frozen * (rows_per_token * per_row + logits) + 4 * (rows_per_token * own + mixing)
-    return rows_per_token * per_row + mixing, trained
-
-
-def _pairs_per_token(fam: FamConfig, plan: LayerPlan, num_rows: int) -> float:
-    """Return the keys that a token sees on average in one layer, and those of its share of the FAM rows."""
-    size = fam.block_size
-    seen = plan.num_sink_tokens + plan.num_memory_tokens + (size + 1) / 2
-    if plan.window is not None:
-        seen = min(seen, plan.window)
-    if plan.has_fam:
-        seen += fam.num_fam_slots + num_rows * (fam.fam_length + size) / size
-    return seen
-
-
-def _means_per_token(fam: FamConfig, layout: LayerLayout) -> int:
-    """Return the operations in one layer by which a token's key and value go into the means of the FAM's slots."""
-    numbers = sum(heads * width for heads, width in (layout.key_shape, layout.value_shape))
-    return 2 * fam.fam_length * numbers if fam.takes_block else 0
-
-
-def _full_cache_bytes(model: Any, dtype: torch.dtype, num_tokens: int) -> int:
-    layouts = memory_of(model).layouts
-    numbers = 0
-    for layout in layouts:
-        (key_heads, key_width), (value_heads, value_width) = layout.key_shape, layout.value_shape
-        kept = num_tokens if layout.window is None else min(num_tokens, layout.window)
-        numbers += kept * (key_heads * key_width + value_heads * value_width)
-    return numbers * dtype.itemsize
