@@ -36,7 +36,8 @@ class ErrorsInOneLine(TyperGroup):
         """Run a subcommand, and write out what it printed."""
         with _in_one_line(ctx.meta[TRACEBACK]), ends_as_ctrl_c():
             result = super().invoke(ctx)
-            sys.stdout.flush()
+            if sys.stdout is not None:  # it may have been closed
+                sys.stdout.flush()
             return result
 
 
@@ -81,6 +82,8 @@ def message_of(error: Exception) -> str | None:
 
 def _drop_output() -> None:
     """Drop what cannot be printed, so that Python's end does not try once more."""
+    if sys.stdout is None:
+        return
     try:
         sys.stdout.flush()
     except (OSError, ValueError):

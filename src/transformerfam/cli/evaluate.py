@@ -112,7 +112,9 @@ def evaluate_passkey_command(
                 evaluation = evaluation_of(systems=systems, max_training_filler_tokens=longest, progress=update)
                 _append_answers(rows, evaluation, loaded_model, tokenizer)
         if process_share()[0] == 0:  # of several the first shows the rows of all that are done
-            _print_table(passkey_table(read_rows([output])))
+            with fields_of_rows():
+                table = passkey_table(read_rows([output]))
+            _print_table(table)
 
 
 def _prefix_length(text: str) -> int | Literal["uniform"]:

@@ -11,7 +11,7 @@ from rich.table import Table
 from transformerfam.comparison.plan import Comparison
 from transformerfam.comparison.questions import Questions
 from transformerfam.comparison.run import BYTES_LENGTHS, BYTES_TASK, TRAINED_TASK
-from transformerfam.reports.rows import ALIKE, Row, mixed_commits, require_alike
+from transformerfam.reports.rows import ALIKE, Row, mixed_commits, require_alike, was_right
 from transformerfam.reports.telling import Telling
 from transformerfam.tasks.named_keys_evaluation import KEY_BITS
 
@@ -106,7 +106,7 @@ def cells(comparison: Comparison, rows: Iterable[Row], kind: Kind = (0, False)) 
     for row in own:
         if row["task"] == comparison.task and _kind_of(row) == kind:
             key = (row["system"], row["filler_tokens"], row["seed"])
-            answers.setdefault(key, []).append(bool(row["correct"]))
+            answers.setdefault(key, []).append(was_right(row))
     found: dict[str, dict[int, Cell]] = {}
     for system in comparison.systems:
         for length in comparison.lengths_of(system):
@@ -166,7 +166,7 @@ def capacities(comparison: Comparison, rows: Iterable[Row]) -> dict[str, dict[tu
                     and (row["system"], row["filler_tokens"], row["num_told"]) == (system, length, num_told)
                 ]
                 seeds = sorted({row["seed"] for row in asked})
-                recalled = {s: num_told * mean(bool(r["correct"]) for r in asked if r["seed"] == s) for s in seeds}
+                recalled = {s: num_told * mean(was_right(r) for r in asked if r["seed"] == s) for s in seeds}
                 retold = [bool(row["is_outdated"]) for row in asked if row["is_retold"]]
                 outdated = mean(retold) if retold else None
                 bits = num_told * mean(row["bits"] for row in asked) if asked else None

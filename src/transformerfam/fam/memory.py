@@ -1,5 +1,7 @@
 """FAM as a decoder carries it: its parameters and settings, and how its pieces go through the layers."""
 
+import importlib
+import os
 from collections.abc import Callable, Sequence
 from typing import Any, ClassVar, Protocol
 
@@ -25,6 +27,14 @@ from transformerfam.fam.start import init_state
 from transformerfam.fam.state import FamState
 
 
+def save_pretrained(self: PreTrainedModel, save_directory: str | os.PathLike[str], *args: Any, **kwargs: Any) -> None:
+    """Write a converted model as transformers does, and its memory beside it; see `weights.pretrained`.
+
+    The room above this one writes files, and is loaded when something is written.
+    """
+    importlib.import_module("transformerfam.weights.pretrained").save_pretrained(self, save_directory, *args, **kwargs)
+
+
 class FamMemory(Memory):
     """The prompt or prefix of FAM, and the settings that it is read with: the decoder's submodule `fam`.
 
@@ -40,7 +50,10 @@ class FamMemory(Memory):
     slot = "fam"
     config_name = "fam_config"
     state_class = FamState
-    own_methods: ClassVar[dict[str, Callable[..., Any]]] = {"init_state": init_state}  # modules above add theirs
+    own_methods: ClassVar[dict[str, Callable[..., Any]]] = {
+        "init_state": init_state,
+        "save_pretrained": save_pretrained,
+    }
     config: FamConfig
 
     def __init__(self, config: FamConfig, embedding: nn.Embedding, layouts: Sequence[LayerLayout]) -> None:

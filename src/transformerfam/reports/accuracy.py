@@ -4,7 +4,7 @@ import math
 from collections.abc import Iterable
 from typing import Any, NamedTuple
 
-from transformerfam.reports.rows import Row, require_alike
+from transformerfam.reports.rows import Row, require_alike, was_right
 from transformerfam.reports.telling import Telling
 
 Z_95 = 1.959963984540054
@@ -77,7 +77,7 @@ def accuracy_by_length(rows: Iterable[Row]) -> dict[Series, list[Accuracy]]:
         series = Series(str(row["model"]), row["system"], row.get("filler", "sentences"), Telling.of_row(row))
         require_alike(row, known.setdefault((series, row.get("seed")), {}))
         count = counts.setdefault(series, {}).setdefault(row["filler_tokens"], [0, 0])
-        count[0] += bool(row["correct"])
+        count[0] += was_right(row)
         count[1] += 1
     return {
         series: [

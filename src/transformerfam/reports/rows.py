@@ -209,6 +209,17 @@ def _parse(content: bytes, path: Path, first: int = 1) -> Iterator[Row]:
         yield row
 
 
+def was_right(row: Row) -> bool:
+    """Return whether a question was answered right.
+
+    Raises:
+        TypeError: the field is neither true nor false.
+    """
+    if type(row["correct"]) is not bool:
+        raise TypeError(f"correct is {row['correct']!r}, required is true or false")
+    return row["correct"]
+
+
 def mixed_commits(rows: Iterable[Row]) -> str:
     """Return from which commits rows come, for a caption; nothing where all come from one."""
     commits = dict.fromkeys(str(row.get("git_commit", "unknown")) for row in rows)

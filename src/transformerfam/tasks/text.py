@@ -215,14 +215,18 @@ def encode(tokenizer: Any, text: str) -> list[int]:
     """Return the token ids of `text` alone, without special tokens.
 
     Raises:
-        TransformerFamError: the text has halves of characters, as arguments have that are not UTF-8.
+        TransformerFamError: the text has halves of characters, as arguments have that are not UTF-8; or the tokenizer
+            is set wrongly.
     """
     try:
         return list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
     except (TypeError, UnicodeEncodeError) as error:
         halves = [place for place, character in enumerate(text) if "\ud800" <= character <= "\udfff"]
         if not halves:
-            raise
+            raise TransformerFamError(
+                f"the tokenizer cannot take a text ({error}); look for a value of another type in its "
+                "tokenizer_config.json"
+            ) from error
         raise TransformerFamError(
             f"the text {text[:60]!r} is not UTF-8 at character {halves[0]}; give it as UTF-8"
         ) from error

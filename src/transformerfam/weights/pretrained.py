@@ -23,7 +23,6 @@ from transformers.utils import cached_file
 
 from transformerfam.errors import CorruptFileError, MissingPackageError, TransformerFamError, UnsupportedModelError
 from transformerfam.fam.convert import memory_of
-from transformerfam.fam.memory import FamMemory
 from transformerfam.files import parse_json, read_whole, refuse_endless, share_rights
 from transformerfam.weights.adapter import CONFIG_FILE, FAM_FILE, FamAdapter
 from transformerfam.weights.peft_adapters import LORA_CONFIG_FILE, has_adapters
@@ -227,7 +226,9 @@ def save_pretrained(self: PreTrainedModel, save_directory: str | os.PathLike[str
         type(self).save_pretrained(self, save_directory, *args, **kwargs)
     finally:
         delattr(self.config, CONFIG_KEY)
-    if (Path(save_directory) / CONFIG_FILE).exists():  # one process of several writes
+    if not kwargs.get("is_main_process", True):  # one process of several writes
+        return
+    if (Path(save_directory) / CONFIG_FILE).exists():
         share_rights(save_directory, CONFIG_FILE)
     FamAdapter.from_model(self).save_pretrained(save_directory)
 
@@ -243,6 +244,10 @@ def load_with_memory(kind: Any, name_or_folder: str | os.PathLike[str], **option
     Raises:
         TransformerFamError: the model is not converted, or as for `load_pretrained`.
     """
+    if options.pop("output_loading_info", False):
+        raise TransformerFamError(
+            "output_loading_info is given, and a model that lacks weights is refused here; leave it out"
+        )
     with plain_loading():
         model, found = load_pretrained(kind, name_or_folder, output_loading_info=True, **options)
     if getattr(model.config, CONFIG_KEY, None) is None:
@@ -291,6 +296,3 @@ def install() -> None:
 
     from_pretrained.takes_memory = True  # type: ignore[attr-defined]
     PreTrainedModel.from_pretrained = classmethod(from_pretrained)
-
-
-FamMemory.own_methods["save_pretrained"] = save_pretrained
