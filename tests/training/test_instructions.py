@@ -157,6 +157,17 @@ def test_both_trainers_give_the_same_losses(name: str, files: tuple[str, ...], t
         assert any(row["state_passed"] for row in own)
 
 
+def test_both_trainers_begin_with_the_same_weights(files: tuple[str, ...], tmp_path: Path) -> None:
+    """Catches first weights of LoRA that are drawn from whatever the process has drawn before."""
+    recipe = make_recipe(files, lora={"rank": 2})
+    arguments = TrainingArguments(str(tmp_path / "theirs"), use_cpu=True, report_to=[], remove_unused_columns=False)
+    torch.manual_seed(77)
+    theirs = dict(MemoryTrainer(recipe, arguments).model.named_parameters())
+    own = dict(Trainer(recipe, tmp_path / "own").model.named_parameters())
+    assert any("lora_A" in name for name in own)
+    assert all(torch.equal(theirs[name], parameter) for name, parameter in own.items())
+
+
 def test_run_is_resumed_exactly_with_adafactor(files: tuple[str, ...], tmp_path: Path) -> None:
     """Catches moments of rows and columns that a checkpoint loses."""
     recipe = make_recipe(files, optimizer={"kind": "adafactor"}, state_passing={"probability": 0.5})
@@ -219,6 +230,16 @@ def test_trainer_of_transformers_refuses_what_it_would_do_wrongly(files: tuple[s
     arguments = TrainingArguments(output_dir=str(tmp_path), use_cpu=True, report_to=[])
     with pytest.raises(RecipeError, match="remove_unused_columns is True, which drops the weights"):
         MemoryTrainer(make_recipe(files), arguments)
+
+    arguments.remove_unused_columns = False
+    for section, name in (
+        ({"key_bias": {"start_value": -4.0, "end_step": 4}}, "key_bias"),
+        ({"schedule": {"block_sizes": (16, 32)}}, "schedule.block_sizes"),
+        ({"schedule": {"accumulate": 3}}, "schedule.accumulate"),
+        ({"optimizer": {"average_decay": 0.9}}, "optimizer.average_decay"),
+    ):
+        with pytest.raises(RecipeError, match=f"the recipe has {name}, which the loop of transformers' Trainer"):
+            MemoryTrainer(make_recipe(files, **section), arguments)
 
     class OfTwo:
         remove_unused_columns = False

@@ -10,6 +10,7 @@ from transformers import Trainer
 from transformerfam.errors import RecipeError
 from transformerfam.tasks.text import start_ids
 from transformerfam.training.data.instructions import PackedInstructions, weighed_batch
+from transformerfam.training.random_numbers import RandomNumbers
 from transformerfam.training.recipe.recipe import Recipe
 from transformerfam.training.setup import build_trainee
 from transformerfam.training.state_passing import StatePassing
@@ -35,11 +36,12 @@ class PackedDataset(Dataset[dict[str, torch.Tensor]]):
 
 
 class MemoryTrainer(Trainer):
-    """transformers' Trainer on a recipe with instructions; everything else is its own.
+    """transformers' Trainer on a recipe with instructions, for its callbacks, trackers and arguments.
 
+    A step is that of `fam train`, and so is the first model, drawn by the recipe's seed; the loop is transformers'.
     Model, data, loss, state passing and position offset come from the recipe; optimizer, learning rates, precision,
-    logging and checkpoints from `args`. The saved FAM of state passing is not in its checkpoints: a resumed run starts
-    a new chain.
+    logging and checkpoints from `args`. What else a recipe asks of the loop is refused by name. The saved FAM of state
+    passing is not in its checkpoints: a resumed run starts a new chain.
     """
 
     def __init__(self, recipe: Recipe, args: Any, **options: Any) -> None:
@@ -51,7 +53,8 @@ class MemoryTrainer(Trainer):
             **options: go on to the Trainer; `model` takes the place of the recipe's.
 
         Raises:
-            RecipeError: the recipe has no instructions, `args` would drop the weights, or there are several processes.
+            RecipeError: the recipe has no instructions, or asks for what the loop of `fam train` alone does; `args`
+                would drop the weights; or there are several processes.
         """
         if recipe.instructions is None:
             raise RecipeError(
@@ -64,8 +67,10 @@ class MemoryTrainer(Trainer):
                 f"there are {args.world_size} processes, whose gradients MemoryTrainer would not average: it reads "
                 "block after block and not through the Trainer's wrapped model; use accelerate launch with fam train"
             )
+        _require_plain_loop(recipe)
         self.recipe = recipe
-        model, tokenizer = build_trainee(recipe)
+        with RandomNumbers(recipe.schedule.seed).in_force():
+            model, tokenizer = build_trainee(recipe)
         self.start_ids = start_ids(tokenizer)
         model = options.pop("model", model)
         self.auxiliary = auxiliary_losses(model, recipe)
@@ -94,3 +99,23 @@ class MemoryTrainer(Trainer):
         self.passing.keep(step, output.passed_fam_LBFD, (None,) * len(batch.keys))
         self.passing.update_start(step + 1, 0)
         return (output.loss, {}) if return_outputs else output.loss
+
+
+def _require_plain_loop(recipe: Recipe) -> None:
+    """Refuse what `fam train` does between steps, and transformers' loop would leave out.
+
+    Raises:
+        RecipeError: with the first such field.
+    """
+    asked = {
+        "key_bias": recipe.key_bias is not None,
+        "schedule.block_sizes": bool(recipe.schedule.block_sizes),
+        "schedule.accumulate": recipe.schedule.accumulate > 1,
+        "optimizer.average_decay": bool(recipe.optimizer.average_decay),
+    }
+    for name, is_asked in asked.items():
+        if is_asked:
+            raise RecipeError(
+                f"the recipe has {name}, which the loop of transformers' Trainer does not do; leave it out, or use fam "
+                "train"
+            )
