@@ -420,7 +420,7 @@ def test_full_attention_cache_is_counted_as_transformers_allocates_it():
     plain, cache = build_tiny_model(section, 60), DynamicCache()
     plain(demo.torch.zeros(1, 9, dtype=demo.torch.long), **as_cache(cache))
     held = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
-    assert demo.full_attention_bytes(plain, 9) == held
+    assert demo.full_cache_bytes(convert(plain, FamConfig(block_size=4, fam_length=1)), 9, plain.dtype) == held
 
 
 def test_peak_memory_is_that_of_this_process():
