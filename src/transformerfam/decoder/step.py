@@ -27,9 +27,9 @@ class Step(abc.ABC):
     def sight(self, layer: Any) -> Any:
         """Return what the rows see, for the back ends that need no mask; None where they need one."""
 
+    @abc.abstractmethod
     def mask(self, layer: Any, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-        """Return what the rows see, as a bias on their logits; asked for where `sight` is None."""
-        raise NotImplementedError
+        """Return what the rows see, as a bias on their logits."""
 
     def masked_sight(self, layer: Any, mask: torch.Tensor) -> Any:
         """Return what a back end that knows `Sight` gets where a mask is needed."""

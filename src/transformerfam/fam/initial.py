@@ -76,6 +76,10 @@ class _InitialQueries(Step):
         """Return the layer's initial FAM."""
         return fitting(next(self.fams), hidden_BTD.dtype, self.mean_share)
 
+    def mask(self, layer: None, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+        """Let every row see every other."""
+        return torch.zeros(1, 1, self.length, self.length, dtype=dtype, device=device)
+
     def sight(self, layer: None) -> Sight:
         """Let every row see every other, and note what asks."""
         return Sight(self.length, 0, queries=self.queries)

@@ -191,15 +191,15 @@ class ScheduleSection(Section):
     """Tokens at the end of every whole block that are read with gradient; those in front of them are read without it,
     which is faster, and predict nothing. The FAM keeps its gradient. None is every token."""
     repeat_updates: Limits = (0, 0)
-    """Least and most further updates of the FAM behind every block of a step that stands in front of the question, by
-    keys and values of filler that the step has read already: many updates with their gradient, at one token each. With
-    stored blocks it is by those, behind the last such block. Needs `fam.num_memory_segments = 0`."""
+    """Least and most further updates of the FAM after every block that precedes a step's question, by keys and values
+    of filler already read in that step: many updates with their gradient, at one token each. With stored blocks it is
+    by those, after the last such block. Needs `fam.num_memory_segments = 0`."""
     stored_blocks: Integer = 0
     """Blocks of filler whose keys and values are kept from step to step. All filler of a step is then taken from them,
     and only the key's sentences, the question and the `loss.num_other_tokens` in front of it are read, so that blocks
     of any size cost nearly the same. Needs `fam.num_memory_segments = 0`. 0 reads all filler in every step."""
     steps_per_stored_block: Integer = 2
-    """Steps from one stored block that is read anew to the next."""
+    """Steps between stored blocks that are read again."""
     shard: bool = False
     """With several processes: share the layers' weights, gradients and optimizer averages out among them (FSDP2, by
     torch's `fully_shard`), where by default every process has all. Embeddings, norms and the initial FAM stay whole."""
