@@ -217,6 +217,19 @@ def test_unconverted_model_says_what_to_do() -> None:
         memory_of(make_tiny_llama())
 
 
+def test_assigned_configuration_is_refused() -> None:
+    """Would catch a model that shows one configuration and reads with another."""
+    model = convert(make_tiny_llama(), CONFIG)
+    model.fam_config = CONFIG.replace(fam_key_bias=-1.0)
+    for use in (lambda: model.read(random_ids(1, 12)), lambda: model(random_ids(1, 12)), model.init_state):
+        with pytest.raises(TransformerFamError, match="model.fam_config was assigned"):
+            use()
+    rival: Any = attach_rival(make_tiny_llama(), RivalConfig(system="rmt", block_size=8))
+    rival.rival_config = RivalConfig(system="rmt", block_size=9)
+    with pytest.raises(TransformerFamError, match="model.rival_config was assigned"):
+        rival(random_ids(1, 12))
+
+
 def test_bad_input_is_refused() -> None:
     model = convert(make_tiny_llama(), CONFIG)
     with pytest.raises(TransformerFamError, match="input is empty"):

@@ -13,6 +13,7 @@ from transformerfam.comparison import load_comparison
 from transformerfam.comparison.report import comparison_tables, current_rows
 from transformerfam.comparison.run import TRAINED_TASK
 from transformerfam.errors import StateMismatchError
+from transformerfam.fam.memory import change_config
 from transformerfam.reports.accuracy import accuracy_by_length
 from transformerfam.reports.rows import read_rows, require_same_weights
 from transformerfam.rivals import RivalConfig, attach
@@ -125,10 +126,11 @@ def test_comparison_refuses_answers_of_two_trainings(tmp_path, name):
 def test_digest_of_a_configuration_is_of_what_differs_from_the_default():
     """Would catch two configurations of one digest, or a digest that changes from version to version."""
     model, _ = tiny_models.make_passkey_model()
-    plain, before = weights_of(model), model.fam_config
+    plain = weights_of(model)
     digests = {plain["config"]}
     for change in ({"block_size": 4}, {"fam_key_bias": -3.0}, {"fam_layers": (0,)}, {"fam_update": "gated"}):
-        model.fam_config = before.replace(**change)
+        model, _ = tiny_models.make_passkey_model()
+        change_config(model, **change)
         assert weights_of(model)["weights"] == plain["weights"]
         digests.add(weights_of(model)["config"])
     assert len(digests) == 5

@@ -5,7 +5,8 @@ A memory is a submodule of the decoder. `attach_memory` puts it there, with the 
 """
 
 import abc
-from collections.abc import Callable, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -100,13 +101,14 @@ def memory_of(model: PreTrainedModel) -> Memory:
     """Return a model's memory; of several, as PEFT keeps them per adapter, the active one's.
 
     Raises:
-        TransformerFamError: there is none, or an adapter has the name of a parameter of the memory.
+        TransformerFamError: there is none, an adapter has the name of a parameter of the memory, or the configuration
+            that the model shows was assigned.
     """
     memory = memory_in(model.get_decoder())
     if memory is None:
         raise TransformerFamError("the model has no memory yet; call convert(model, FamConfig(...)) first")
     if isinstance(memory, Memory):
-        return memory
+        return _of_one_configuration(model, memory)
     for name in memory.modules_to_save:
         if name in dict(memory.original_module.named_parameters()):
             raise TransformerFamError(
@@ -114,8 +116,39 @@ def memory_of(model: PreTrainedModel) -> Memory:
                 "name the adapter otherwise"
             )
     own = [name for name in memory.active_adapters if name in memory.modules_to_save]
-    found: Memory = memory.modules_to_save[own[0]] if own else memory.original_module
-    return found
+    return _of_one_configuration(model, memory.modules_to_save[own[0]] if own else memory.original_module)
+
+
+def _of_one_configuration(model: PreTrainedModel, memory: Memory) -> Memory:
+    """Return the memory if the configuration that the model shows is the one it reads with, else refuse."""
+    name = memory.config_name
+    if getattr(model, name, memory.config) != memory.config:
+        raise TransformerFamError(
+            f"model.{name} was assigned, which changes nothing in the memory; call set_block_size or set_key_bias, or "
+            "convert the base model with another configuration"
+        )
+    return memory
+
+
+def set_configuration(model: PreTrainedModel, config: Any) -> None:
+    """Put a configuration in force in a model's memory, all of PEFT's copies of it, and what the model shows."""
+    for module in model.get_decoder().modules():
+        if isinstance(module, Memory):
+            module.config = config
+            setattr(model, module.config_name, config)
+
+
+@contextlib.contextmanager
+def probing_with(model: PreTrainedModel, config: Any) -> Iterator[None]:
+    """Put a configuration in force for a probe, without dropout."""
+    before, was_training = memory_of(model).config, model.training
+    set_configuration(model, config)
+    model.eval()
+    try:
+        yield
+    finally:
+        set_configuration(model, before)
+        model.train(was_training)
 
 
 def attach_memory(model: PreTrainedModel, memory: Memory) -> list[Any]:

@@ -14,6 +14,7 @@ from transformerfam.config import FamConfig
 from transformerfam.decoder.cache_argument import cache_in
 from transformerfam.decoder.families import decoder_layers, family_of, part_of
 from transformerfam.decoder.layouts import RELATIVE_TOLERANCE, relative_error
+from transformerfam.decoder.memory import probing_with
 from transformerfam.decoder.slot import memory_in
 from transformerfam.errors import UnsupportedModelError
 from transformerfam.fam.memory import memory_of
@@ -51,24 +52,16 @@ def check_layers(config: FamConfig, num_layers: int) -> None:
         )
 
 
-@contextlib.contextmanager
-def probing(model: PreTrainedModel, **changes: Any) -> Iterator[None]:
+def probing(model: PreTrainedModel, **changes: Any) -> contextlib.AbstractContextManager[None]:
     """Put a small configuration in force for a probe, without dropout."""
-    memory, was_training = memory_of(model), model.training
-    config = memory.config
     probe = {
         "block_size": PROBE_BLOCK_SIZE,
         "fam_length": PROBE_FAM_LENGTH,
         "num_memory_segments": 1,
         "fam_key_bias": 0.0,
+        "fam_layers": memory_of(model).config.fam_layers,
     }
-    memory.config = FamConfig(**probe | {"fam_layers": config.fam_layers} | changes)
-    model.eval()
-    try:
-        yield
-    finally:
-        memory.config = config
-        model.train(was_training)
+    return probing_with(model, FamConfig(**probe | changes))
 
 
 @contextlib.contextmanager

@@ -13,7 +13,7 @@ from transformers.modeling_outputs import MoeModelOutputWithPast
 from transformerfam.config import FamConfig
 from transformerfam.decoder.half_precision import MEAN_SHARE
 from transformerfam.decoder.layouts import LayerLayout
-from transformerfam.decoder.memory import Memory
+from transformerfam.decoder.memory import Memory, set_configuration
 from transformerfam.decoder.memory import memory_of as any_memory_of
 from transformerfam.decoder.model import ModelWithMemory
 from transformerfam.decoder.positions import first_position, warn_beyond_trained
@@ -176,12 +176,8 @@ def set_block_size(model: PreTrainedModel, block_size: int) -> None:
 
 
 def change_config(model: PreTrainedModel, **changes: Any) -> None:
-    """Change fields of the configuration of a converted model, in all of PEFT's copies of its memory."""
-    config = memory_of(model).config.replace(**changes)
-    for module in model.get_decoder().modules():
-        if isinstance(module, FamMemory):
-            module.config = config
-    model.fam_config = config
+    """Change fields of the configuration of a converted model."""
+    set_configuration(model, memory_of(model).config.replace(**changes))
 
 
 class FamModel(ModelWithMemory[FamState], Protocol):

@@ -9,7 +9,7 @@ from transformers import PreTrainedModel
 from transformerfam.decoder.families import require_row
 from transformerfam.decoder.kernels import MIXED_BACK_END
 from transformerfam.decoder.layouts import RELATIVE_TOLERANCE, find_layouts, relative_error
-from transformerfam.decoder.memory import attach_memory, detach_memory, memory_of
+from transformerfam.decoder.memory import attach_memory, detach_memory, memory_of, probing_with
 from transformerfam.decoder.positions import warn_beyond_trained
 from transformerfam.decoder.slot import memory_in
 from transformerfam.decoder.structure import check_model, check_structure
@@ -81,23 +81,16 @@ def rival_class(system: str) -> type[Rival]:
 @torch.no_grad()
 def _check_pieces(model: PreTrainedModel) -> None:
     """Read a few tokens at once and in pieces, with a small segment, and refuse a model on which that differs."""
-    decoder, was_training = model.get_decoder(), model.training
-    rival = memory_of(model)
-    config, num_tokens = rival.config, sum(PROBE_LENGTHS)
+    decoder, config, num_tokens = model.get_decoder(), memory_of(model).config, sum(PROBE_LENGTHS)
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(model.get_input_embeddings().weight.shape[0], (1, num_tokens), generator=generator)
     ids = ids.to(model.device)
-    rival.config = RivalConfig.from_dict(config.to_dict() | {"block_size": num_tokens - 2})
-    model.eval()
-    try:
+    with probing_with(model, RivalConfig.from_dict(config.to_dict() | {"block_size": num_tokens - 2})):
         whole = decoder(input_ids=ids).last_hidden_state
         state = model.init_state(1)
         pieces = [
             decoder(input_ids=part, past_key_values=state).last_hidden_state for part in ids.split(PROBE_LENGTHS, dim=1)
         ]
-    finally:
-        rival.config = config
-        model.train(was_training)
     error, limit = relative_error(torch.cat(pieces, dim=1), whole), RELATIVE_TOLERANCE[whole.dtype]
     if not error <= limit:
         raise does_not_fit(
