@@ -132,10 +132,12 @@ def _of_one_configuration(model: PreTrainedModel, memory: Memory) -> Memory:
 
 def set_configuration(model: PreTrainedModel, config: Any) -> None:
     """Put a configuration in force in a model's memory, all of PEFT's copies of it, and what the model shows."""
-    for module in model.get_decoder().modules():
+    name = memory_of(model).config_name
+    for module in model.modules():  # of a PeftModel, the model inside shows it
         if isinstance(module, Memory):
             module.config = config
-            setattr(model, module.config_name, config)
+        elif name in vars(module):
+            setattr(module, name, config)
 
 
 @contextlib.contextmanager
