@@ -1,6 +1,7 @@
 """PEFT's own calls on a converted model: LoRA, DoRA, prompt alone; load, switch, merge; and a FAM trained alone."""
 
 import copy
+import pickle
 from pathlib import Path
 from typing import Any
 
@@ -327,6 +328,52 @@ def test_reading_that_goes_on_with_other_weights_warns_once() -> None:
     with pytest.warns(UserWarning, match="the state was made on other base weights"):
         other(input_ids=IDS, past_key_values=state)
     other(input_ids=IDS, past_key_values=state)  # a second warning would be an error
+
+
+@torch.no_grad()
+def test_saved_reading_names_the_weights_that_read(tmp_path: Path) -> None:
+    """Catches a state that names what is in force when it is saved: another adapter, or weights trained since."""
+    for seed, name in enumerate(("one", "two")):
+        with torch.enable_grad():
+            make_peft_model("lora", seed).save_pretrained(tmp_path / name)
+    model = peft.PeftModel.from_pretrained(convert(make_tiny_llama(), CONFIG), tmp_path / "one", adapter_name="one")
+    model.load_adapter(tmp_path / "two", adapter_name="two")
+    path = tmp_path / "state.safetensors"
+
+    def save_and_load(state: FamState, adapter: str) -> FamState:
+        state.save(path)
+        model.set_adapter(adapter)
+        return FamState.load(path, model)  # a warning would be an error
+
+    model.set_adapter("one")
+    state = model.read(IDS)
+    kept = pickle.dumps(state)
+    model.set_adapter("two")
+    with pytest.warns(UserWarning, match="memory weights"):
+        model.read(IDS, pickle.loads(kept))
+    loaded = save_and_load(state, "one")  # though two was in force
+    model.set_adapter("two")
+    with pytest.warns(UserWarning, match="memory weights"):
+        FamState.load(path, model)
+    model.read(IDS, loaded)
+    for adapter in ("one", "two"):  # both read
+        with pytest.warns(UserWarning, match="memory weights .* .several, one after the other there"):
+            again = save_and_load(loaded, adapter)
+    again.save(path)
+    with pytest.warns(UserWarning, match="memory weights .* .several"):  # loading does not make it of one
+        FamState.load(path, model)
+
+    plain: Any = convert(make_tiny_llama(), CONFIG)
+    state = plain.read(IDS)
+    plain.model.layers[0].mlp.up_proj.weight.add_(0.5)
+    state.save(path)
+    with pytest.warns(UserWarning, match="other base weights .several"):
+        FamState.load(path, plain)
+    state = plain.read(IDS)
+    inject_lora(plain, peft.LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False))
+    merge_lora(plain)
+    plain.read(IDS, plain.read(IDS)).save(path)
+    FamState.load(path, plain)
 
 
 @pytest.mark.parametrize("change", ["merged", "type"])

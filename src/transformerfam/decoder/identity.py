@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
+from torch._subclasses.fake_tensor import FakeTensor
 
 from transformerfam.config import FamConfig
 from transformerfam.decoder.slot import SLOTS
@@ -42,6 +43,10 @@ NOT_FELT = (
     "max_position_embeddings",
 )
 """Numbers of a configuration that change nothing of what a model reads: patterns of their names."""
+
+NUM_PAST = 32
+SEVERAL = "several"
+"""In place of a digest: weights were changed while a text was read, or before its state was saved."""
 
 PEFT_MARKS = ("lora_", "trainable_tokens_", ".modules_to_save.")
 
@@ -149,6 +154,10 @@ def require_at_hand(name: str, weight: torch.Tensor) -> None:
         )
 
 
+ReadWith = dict[str, Any]
+"""Of the base weights and of the memory's what a text was read with: a key of `weights_keys`, or `SEVERAL`."""
+
+
 @dataclasses.dataclass(frozen=True)
 class UnboundIdentity:
     """The identity of a state that came out of a pickle, until a model continues it.
@@ -177,8 +186,8 @@ class UnboundIdentity:
             "model(ids, past_key_values=state) first"
         )
 
-    def to_metadata(self, config: Any) -> dict[str, Any]:
-        """Return everything that `ModelIdentity.check` compares, as JSON values."""
+    def to_metadata(self, config: Any, read_with: ReadWith | None = None) -> dict[str, Any]:
+        """Return everything that `ModelIdentity.check` compares, as JSON values; it says what the text was read with."""
         return self.metadata | {"fam_config": config.to_dict()}
 
 
@@ -221,6 +230,8 @@ class ModelIdentity:
     _kept: dict[bool, tuple[str, tuple[Any, ...] | None]] = dataclasses.field(default_factory=dict)
     """Digests from before LoRA was merged or types were changed, and the weights' versions since; None: take them."""
     _cache: dict[bool, tuple[tuple[Any, ...], str]] = dataclasses.field(default_factory=dict)
+    _past: dict[tuple[str, Any], str] = dataclasses.field(default_factory=dict)
+    """Digests by part and key of `weights_keys`, the last few."""
 
     @property
     def architecture(self) -> dict[str, Any]:
@@ -229,10 +240,11 @@ class ModelIdentity:
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "ModelIdentity":
         """Go with a copy of the model; a copy of the memory alone, as PEFT makes it, stays with the model."""
-        return dataclasses.replace(self, model=memo.get(id(self.model), self.model), _cache={}, _kept=self._portable())
+        model = memo.get(id(self.model), self.model)
+        return dataclasses.replace(self, model=model, _cache={}, _past={}, _kept=self._portable())
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_cache": {}, "_kept": self._portable()}
+        return self.__dict__ | {"_cache": {}, "_past": {}, "_kept": self._portable()}
 
     def _portable(self) -> dict[bool, tuple[str, tuple[Any, ...] | None]]:
         """Return the kept digests that still hold, for a copy, whose parameters are others."""
@@ -248,12 +260,47 @@ class ModelIdentity:
 
         It does not change with what is written past autograd's counting, into `parameter.data`.
         """
+        return tuple(self.weights_keys().values())
+
+    def weights_keys(self) -> dict[str, tuple[Any, ...]]:
+        """Return `weights_key` by part: of the base model, and of the memory with the adapters in force."""
         adapters = tuple(
             (tuple(module.active_adapters), module.disable_adapters, *sorted(getattr(module, "scaling", {}).items()))
             for module in (self.model.modules() if getattr(self.model, "peft_config", None) else ())
             if isinstance(getattr(module, "active_adapters", None), list)
         )
-        return self._versions(of_memory=False), self._versions(of_memory=True), adapters
+        return {
+            "base_digest": self._versions(of_memory=False),
+            "memory_digest": (self._versions(of_memory=True), adapters),
+        }
+
+    def read_with(self, before: ReadWith, noted: "ModelIdentity") -> ReadWith:
+        """Return what a text was read with that is read on with the weights in force.
+
+        Args:
+            before: what it was read with so far.
+            noted: identity that noted it, of the same model, as PEFT has them per adapter.
+        """
+        self._past |= noted._past
+        keys, has_values = self.weights_keys(), not isinstance(next(self.model.parameters()), FakeTensor)
+        if has_values and not torch.is_grad_enabled() and ("memory_digest", keys["memory_digest"]) not in self._past:
+            self._note_digest("memory_digest", keys["memory_digest"])  # which is small; adapters are switched
+        return {
+            part: key if before.get(part) in (None, key) or self._are_one(part, before[part], key) else SEVERAL
+            for part, key in keys.items()
+        }
+
+    def _are_one(self, part: str, before: Any, key: tuple[Any, ...]) -> bool:
+        digest = self._past.get((part, before))
+        return digest is not None and digest == self._note_digest(part, key)
+
+    def _note_digest(self, part: str, key: tuple[Any, ...]) -> str:
+        """Note the digest of the weights in force by their key, and return it."""
+        digest = self._digest(of_memory=part == "memory_digest")
+        self._past[part, key] = digest
+        while len(self._past) > NUM_PAST:
+            del self._past[next(iter(self._past))]
+        return digest
 
     @contextlib.contextmanager
     def keeping_digests(self, of_memory: bool) -> Iterator[None]:
@@ -263,12 +310,14 @@ class ModelIdentity:
             of_memory: keep that of the memory, too.
         """
         kept = {False: self.base_digest()} | ({True: self.memory_digest()} if of_memory else {})
+        for part, key in self.weights_keys().items():
+            self._note_digest(part, key)
         yield
         self._kept |= {part: (digest, self._versions(part)) for part, digest in kept.items()}
 
     def _versions(self, of_memory: bool) -> tuple[Any, ...]:
         return tuple(
-            (name, id(parameter), None if parameter.is_inference() else parameter._version)
+            (name, _version(parameter))
             for name, parameter in self.model.named_parameters()
             if is_memory_parameter(name) == of_memory
         )
@@ -300,22 +349,31 @@ class ModelIdentity:
             self._cache[of_memory] = cached
         return cached[1]
 
-    def to_metadata(self, config: FamConfig) -> dict[str, Any]:
-        """Return everything that `check` compares, as JSON values."""
-        return {
-            "architecture": self.architecture,
-            "fam_config": config.to_dict(),
-            "base_digest": self.base_digest(),
-            "memory_digest": self.memory_digest(),
-        }
+    def to_metadata(self, config: FamConfig, read_with: ReadWith | None = None) -> dict[str, Any]:
+        """Return everything that `check` compares, as JSON values.
 
-    def check(self, metadata: dict[str, Any], config: FamConfig, what: str) -> None:
+        Args:
+            config: of the memory.
+            read_with: weights that a text was read with; those in force where it is left out.
+        """
+        metadata: dict[str, Any] = {"architecture": self.architecture, "fam_config": config.to_dict()}
+        for part, key in self.weights_keys().items():
+            before = (read_with or {}).get(part, key)
+            metadata[part] = (
+                self._note_digest(part, key) if before == key else self._past.get((part, before), SEVERAL)
+            )
+        return metadata
+
+    def check(self, metadata: dict[str, Any], config: FamConfig, what: str) -> ReadWith:
         """Compare this model with the one that `metadata` was made on.
 
         Args:
             metadata: what `to_metadata` gave when the file was written.
             config: the configuration in force.
             what: name of the thing being loaded, for messages.
+
+        Returns:
+            What the text was read with so far: `SEVERAL` for a part of the weights that differs.
 
         Raises:
             StateMismatchError: architecture or configuration differ.
@@ -334,22 +392,31 @@ class ModelIdentity:
                     f"{what} was made on another {part}: {key} is {value_there!r} there and {value_here!r} here; load "
                     "it into the model and configuration that it was made on"
                 )
-        self.warn_of_weights(metadata, what)
+        return self.warn_of_weights(metadata, what)
 
-    def warn_of_weights(self, metadata: dict[str, Any], what: str) -> None:
-        """Warn where something was made on other weights; arguments are those of `check`."""
-        weights = (
-            ("base_digest", self.base_digest(), "base weights"),
-            ("memory_digest", self.memory_digest(), "memory weights (prompt and LoRA)"),
-        )
-        others = [
-            f"{name} (SHA-256 {metadata[part][:12]} there, {digest[:12]} here)"
-            for part, digest, name in weights
-            if metadata[part] != digest
-        ]
+    def warn_of_weights(self, metadata: dict[str, Any], what: str) -> ReadWith:
+        """Warn where something was made on other weights; arguments and result are those of `check`."""
+        names = {"base_digest": "base weights", "memory_digest": "memory weights (prompt and LoRA)"}
+        keys, others = self.weights_keys(), {}
+        for part, name in names.items():
+            digest = self._note_digest(part, keys[part])
+            if metadata[part] != digest:
+                others[part] = f"{name} ({_digest_there(metadata[part])} there, {digest[:12]} here)"
         if others:
             warnings.warn(
-                f"{what} was made on other {' and '.join(others)}; it is accepted, since the architecture is the same, "
-                "but may recall less",
+                f"{what} was made on other {' and '.join(others.values())}; it is accepted, since the architecture is "
+                "the same, but may recall less",
                 stacklevel=3,
             )
+        return keys | dict.fromkeys(others, SEVERAL)
+
+
+def _version(parameter: torch.Tensor) -> tuple[int, int | None] | None:
+    """Return what changes when a parameter does; None of one that is offloaded, which is another tensor each time."""
+    if parameter.device.type == "meta":
+        return None
+    return id(parameter), None if parameter.is_inference() else parameter._version
+
+
+def _digest_there(digest: str) -> str:
+    return "several, one after the other" if digest == SEVERAL else f"SHA-256 {digest[:12]}"

@@ -84,15 +84,21 @@ class _FullAndCausal(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, query_BHTK: torch.Tensor, key_BGSK: torch.Tensor, value_BGSK: torch.Tensor, scaling: float | None
-    ) -> torch.Tensor:
-        output, log_sum = _full_and_causal(query_BHTK, key_BGSK, value_BGSK, scaling)
-        ctx.save_for_backward(query_BHTK, key_BGSK, value_BGSK, output, log_sum)
-        ctx.scaling = scaling
-        return output
+        query_BHTK: torch.Tensor, key_BGSK: torch.Tensor, value_BGSK: torch.Tensor, scaling: float | None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        return _full_and_causal(query_BHTK, key_BGSK, value_BGSK, scaling)
 
     @staticmethod
-    def backward(ctx: Any, grad_BHTK: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, torch.Tensor]) -> None:
+        *tensors, ctx.scaling = inputs
+        ctx.save_for_backward(*tensors, *output)
+        ctx.mark_non_differentiable(output[1])
+        ctx.set_materialize_grads(False)
+
+    @staticmethod
+    def backward(ctx: Any, grad_BHTK: torch.Tensor | None, _: None) -> tuple[torch.Tensor | None, ...]:
+        if grad_BHTK is None:
+            return None, None, None, None
         query, key, value, output, log_sum = ctx.saved_tensors
         before, own = (
             torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
@@ -142,7 +148,7 @@ def _attend(
             if groups < num_heads and not CPU_KERNEL_KNOWS_GROUPS:
                 key_BGSK, value_BGSK = (t.repeat_interleave(num_heads // groups, 1) for t in (key_BGSK, value_BGSK))
             if torch.is_grad_enabled():
-                return _FullAndCausal.apply(query_BHTK, key_BGSK, value_BGSK, scaling).transpose(1, 2)
+                return _FullAndCausal.apply(query_BHTK, key_BGSK, value_BGSK, scaling)[0].transpose(1, 2)
             return _full_and_causal(query_BHTK, key_BGSK, value_BGSK, scaling)[0].transpose(1, 2)
         is_half, width = query_BHTK.dtype in (torch.float16, torch.bfloat16), query_BHTK.shape[-1]
         if is_half and width % 8 == 0 and width <= 256 and _has_flash(query_BHTK.device):

@@ -238,6 +238,6 @@ def read_pieces(
     inputs = Inputs.of(self, input_ids, inputs_embeds, attention_mask, position_ids, use_cache, kwargs)
     state = state_or_new(take_cache(kwargs, cache), memory.state_class, memory.identity, len(inputs.embeds_BTD))
     memory.require_own(state)
-    take_over(state, memory.identity)
+    take_over(state, memory.identity, inputs.embeds_BTD.shape[1])
     memory.prepare(self, state, inputs.embeds_BTD.shape[1])
     return read_in_pieces(self, state, inputs, memory.run_piece, kwargs)

@@ -194,14 +194,17 @@ def state_or_new(cache: Any, kind: type[State], identity: ModelIdentity, batch_s
         )
     cache.require_own_rows()
     if isinstance(cache.identity, UnboundIdentity):
-        identity.check(cache.identity.to_metadata(cache.config), cache.config, "the state")
+        cache.read_with = identity.check(cache.identity_metadata(), cache.config, "the state")
         cache.identity = identity
     cache.leave_inference_mode()
     return cache
 
 
-def take_over(state: ReadingState, identity: ModelIdentity) -> None:
+def take_over(state: ReadingState, identity: ModelIdentity, num_tokens: int) -> None:
     """Let a state be continued by the model of `identity`, which may not be the one that it was made on.
+
+    Which weights read is noted for more than one token and where a block begins: a look at all of them is a small
+    part of reading such a piece, not of generating a token.
 
     Raises:
         StateMismatchError: the models differ in more than their weights.
@@ -209,13 +212,15 @@ def take_over(state: ReadingState, identity: ModelIdentity) -> None:
     Warns:
         UserWarning: the weights differ.
     """
-    if state.identity is identity:
-        return
-    if difference(state.identity.architecture, identity.architecture) is not None:
-        raise StateMismatchError("state belongs to another model; start a new one with model.init_state()")
-    if state.identity.model is not identity.model:  # PEFT's copies of a memory are of one model
-        identity.warn_of_weights(state.identity.to_metadata(state.config), "the state")
-    state.identity = identity
+    before = state.identity
+    if before is not identity:
+        if difference(before.architecture, identity.architecture) is not None:
+            raise StateMismatchError("state belongs to another model; start a new one with model.init_state()")
+        if before.model is not identity.model:  # PEFT's copies of a memory are of one model
+            state.read_with = identity.warn_of_weights(state.identity_metadata(), "the state")
+        state.identity = identity
+    if num_tokens > 1 or not all(state.block_fill):
+        state.read_with = identity.read_with(state.read_with, before)
 
 
 def _slice_rows(inputs_BTD: torch.Tensor, starts: list[int], counts: list[int]) -> torch.Tensor:

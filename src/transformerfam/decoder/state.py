@@ -11,7 +11,7 @@ from typing import Any, Self
 import torch
 
 from transformerfam.decoder.arguments import LARGEST_NUMBER, as_tensor, require_integer
-from transformerfam.decoder.identity import UnboundIdentity
+from transformerfam.decoder.identity import SEVERAL, ReadWith, UnboundIdentity
 from transformerfam.decoder.step import SteppedCache
 from transformerfam.errors import StateMismatchError, TransformerFamError
 
@@ -28,6 +28,7 @@ class ReadingState(SteppedCache, abc.ABC):
     Attributes:
         config: the configuration that it was made with.
         identity: the model that it was made on.
+        read_with: the weights that it has read with; see `ModelIdentity.read_with`.
         histories: of every sequence a number made from the tokens that it has read, see `history_of`; None where they
             are not known, as after embeddings.
         unread_ids: of every sequence the token that `generate` generated last, which is not read yet, or None.
@@ -39,6 +40,7 @@ class ReadingState(SteppedCache, abc.ABC):
     identity: Any
     block_fill: list[int]
     num_blocks_per_row: list[int]
+    read_with: ReadWith
     histories: list[int | None]
     unread_ids: list[int | None]
     why_no_gradients: str | None = None  # why none reach the hidden states that single layers give
@@ -50,7 +52,13 @@ class ReadingState(SteppedCache, abc.ABC):
 
     def begin_history(self) -> None:
         """Note that no sequence has read a token."""
+        self.read_with = {}
         self.histories, self.unread_ids = [0] * self.batch_size, [None] * self.batch_size
+
+    def identity_metadata(self) -> dict[str, Any]:
+        """Return what `ModelIdentity.check` compares: the model, and the weights that this was read with."""
+        metadata: dict[str, Any] = self.identity.to_metadata(self.config, self.read_with)
+        return metadata
 
     def require_own_rows(self) -> None:
         """Refuse a state that beam search has left.
@@ -136,7 +144,7 @@ class ReadingState(SteppedCache, abc.ABC):
     @abc.abstractmethod
     def go_on_from(self, other: Self) -> None:
         """Take over the tensors and the place of a state of the same reading, which is not used any more."""
-        self.histories, self.unread_ids = other.histories, other.unread_ids
+        self.histories, self.unread_ids, self.read_with = other.histories, other.unread_ids, other.read_with
         self.is_left_by_beams = other.is_left_by_beams
 
     @abc.abstractmethod
@@ -172,12 +180,14 @@ class ReadingState(SteppedCache, abc.ABC):
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave the model out of a pickle, with which the next model that continues the state is compared."""
-        left_out = {"identity": UnboundIdentity(self.identity.to_metadata(self.config)), "step": None}
+        left_out = {"identity": UnboundIdentity(self.identity_metadata()), "read_with": {}, "step": None}
         return self.__dict__ | left_out | {"_records": False, "_before": None, "is_generating": False}
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
         twin = self.fork()
         twin.identity = copy.deepcopy(self.identity, memo)
+        if twin.identity.model is not self.identity.model:  # its parameters are others
+            twin.read_with = {part: key for part, key in self.read_with.items() if key == SEVERAL}
         return twin
 
     def leave_inference_mode(self) -> None:

@@ -222,7 +222,7 @@ class FamState(ReadingState):
         metadata = {
             "kind": "state",
             "format_version": STATE_FORMAT_VERSION,
-            "identity": self.identity.to_metadata(self.config),
+            "identity": self.identity_metadata(),
             "block_fill": self.block_fill,
             "num_blocks_per_row": self.num_blocks_per_row,
             "starts_from_saved_fam": self.starts_from_saved_fam,
@@ -265,7 +265,7 @@ class FamState(ReadingState):
             state: FamState = model.init_state(num_rows)
         with metadata_form(path, "state"):
             take_stored(state, metadata, model.get_input_embeddings().weight.shape[0])
-            state.identity.check(metadata["identity"], config, str(path))
+            state.read_with = state.identity.check(metadata["identity"], config, str(path))
         if max(metadata["block_fill"]) >= config.block_size:
             raise CorruptFileError(
                 f"{path} has {max(metadata['block_fill'])} tokens in a block of {config.block_size}; make the state "

@@ -166,7 +166,7 @@ class RivalState(ReadingState):
         metadata = {
             "kind": "rival state",
             "format_version": STATE_FORMAT_VERSION,
-            "identity": self.identity.to_metadata(self.config),
+            "identity": self.identity_metadata(),
             "lanes": lanes,
         } | self.to_store()
         tensors = {
@@ -197,7 +197,7 @@ class RivalState(ReadingState):
         with torch.no_grad():
             state: RivalState = model.init_state(1)
         with metadata_form(path, "rival state"):
-            state.identity.check(metadata["identity"], state.config, str(path))
+            state.read_with = state.identity.check(metadata["identity"], state.config, str(path))
         dtype, device = model.get_input_embeddings().weight.dtype, model.device
         stored = {tensor.dtype for name, tensor in tensors.items() if ".keys." in name}
         if stored - {dtype}:

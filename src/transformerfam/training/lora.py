@@ -19,21 +19,27 @@ class _LoraLinear(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any,
         input_ND: torch.Tensor,
         weight_OD: torch.Tensor,
         bias_O: torch.Tensor | None,
         down_RD: torch.Tensor,
         up_OR: torch.Tensor,
         scaling: float,
-    ) -> torch.Tensor:
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         low_NR = nn.functional.linear(input_ND, down_RD)
-        ctx.save_for_backward(input_ND, weight_OD, down_RD, up_OR, low_NR)
-        ctx.scaling = scaling
-        return nn.functional.linear(input_ND, weight_OD, bias_O).addmm_(low_NR, up_OR.t(), alpha=scaling)
+        return nn.functional.linear(input_ND, weight_OD, bias_O).addmm_(low_NR, up_OR.t(), alpha=scaling), low_NR
 
     @staticmethod
-    def backward(ctx: Any, grad_NO: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, torch.Tensor]) -> None:
+        input_ND, weight_OD, _, down_RD, up_OR, ctx.scaling = inputs
+        ctx.save_for_backward(input_ND, weight_OD, down_RD, up_OR, output[1])
+        ctx.mark_non_differentiable(output[1])
+        ctx.set_materialize_grads(False)
+
+    @staticmethod
+    def backward(ctx: Any, grad_NO: torch.Tensor | None, _: None) -> tuple[torch.Tensor | None, ...]:
+        if grad_NO is None:
+            return None, None, None, None, None, None
         input_ND, weight_OD, down_RD, up_OR, low_NR = ctx.saved_tensors
         grad_low_NR = (grad_NO @ up_OR).mul_(ctx.scaling)
         grad_input_ND = (grad_NO @ weight_OD).addmm_(grad_low_NR, down_RD) if ctx.needs_input_grad[0] else None
@@ -94,5 +100,5 @@ def _forward(module: Any, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.T
     bias = None if base.bias is None else base.bias.to(dtype)
     with torch.autocast(kind, enabled=False):
         input_ND, weight_OD = x.to(dtype).flatten(0, -2), base.weight.to(dtype)
-        output = _LoraLinear.apply(input_ND, weight_OD, bias, *factors, module.scaling[name])
+        output = _LoraLinear.apply(input_ND, weight_OD, bias, *factors, module.scaling[name])[0]
     return output.unflatten(0, x.shape[:-1])
