@@ -1,5 +1,6 @@
 """`transformerfam.from_pretrained`: converted models in one call, and a transformers that stays as it is without it."""
 
+import json
 import logging
 import threading
 from collections.abc import Iterator
@@ -10,14 +11,15 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from tiny_llama import make_tiny_llama, random_ids
-from tiny_models import save_passkey_model
+from tiny_models import make_passkey_model, save_passkey_model
 from transformers import AutoModel, AutoModelForCausalLM, LlamaForCausalLM, PreTrainedModel, pipeline
 
 import transformerfam
 from transformerfam import AutoFamModelForCausalLM, FamConfig, convert
-from transformerfam.errors import TransformerFamError
+from transformerfam.errors import CorruptFileError, TransformerFamError
+from transformerfam.fam.convert import memory_of
 from transformerfam.weights.adapter import FamAdapter
-from transformerfam.weights.models import load_model
+from transformerfam.weights.models import load_model, save_model
 
 CONFIG = FamConfig(fam_key_bias=0.0, block_size=8, fam_length=3, num_memory_segments=1)
 IDS = random_ids(1, 30)
@@ -45,6 +47,29 @@ def logits_of(model: Any) -> torch.Tensor:
     return model(input_ids=IDS).logits
 
 
+@pytest.mark.parametrize("value", [5, "five", None])
+def test_configuration_in_two_files_is_one(value: Any, tmp_path: Path) -> None:
+    """Catches a field that a person changes in `config.json`, and that nobody reads."""
+    folder = tmp_path / "model"
+    save_passkey_model(folder)
+    values = json.loads((folder / "config.json").read_text())
+    values["fam_config"] = values["fam_config"] | {"block_size": value} if value else 3
+    (folder / "config.json").write_text(json.dumps(values))
+    match = "has 5 as block_size of fam_config, and fam.safetensors" if value == 5 else "a fam_config that is none"
+    for load in (transformerfam.from_pretrained, load_model):
+        with pytest.raises(CorruptFileError, match=match):
+            load(folder)
+
+
+def test_configuration_that_is_read_with_is_that_of_both_files(tmp_path: Path) -> None:
+    """Catches a folder that `save_model` writes with one configuration in `config.json` and another beside it."""
+    model, tokenizer = make_passkey_model()
+    own = model.fam_config
+    save_model(model, tokenizer, tmp_path, config=own.replace(block_size=own.block_size + 1))
+    assert model.fam_config == own == memory_of(model).config
+    assert transformerfam.from_pretrained(tmp_path).fam_config.block_size == own.block_size + 1
+
+
 def test_both_names_give_the_converted_model(saved: Path) -> None:
     """Catches a model of another class, in training mode, or without its memory."""
     expected = logits_of(convert(make_tiny_llama(), CONFIG))
@@ -54,7 +79,7 @@ def test_both_names_give_the_converted_model(saved: Path) -> None:
         assert not model.training
         assert model.fam_config == CONFIG
         assert torch.equal(logits_of(model), expected)
-    with pytest.warns(UserWarning, match="trained on other base weights"):  # which are rounded
+    with pytest.warns(UserWarning, match="trained on base weights in float32, which are in bfloat16 here"):
         assert transformerfam.from_pretrained(saved, dtype=torch.bfloat16).dtype == torch.bfloat16
 
 

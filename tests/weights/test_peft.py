@@ -350,7 +350,7 @@ def test_saved_reading_names_the_weights_that_read(tmp_path: Path) -> None:
     kept = pickle.dumps(state)
     model.set_adapter("two")
     with pytest.warns(UserWarning, match="memory weights"):
-        model.read(IDS, pickle.loads(kept))
+        model.read(IDS, pickle.loads(kept))  # noqa: S301
     loaded = save_and_load(state, "one")  # though two was in force
     model.set_adapter("two")
     with pytest.warns(UserWarning, match="memory weights"):

@@ -187,7 +187,7 @@ class UnboundIdentity:
         )
 
     def to_metadata(self, config: Any, read_with: ReadWith | None = None) -> dict[str, Any]:
-        """Return everything that `ModelIdentity.check` compares, as JSON values; it says what the text was read with."""
+        """Return everything that `ModelIdentity.check` compares, as JSON values: what the text was read with."""
         return self.metadata | {"fam_config": config.to_dict()}
 
 
@@ -322,6 +322,13 @@ class ModelIdentity:
             if is_memory_parameter(name) == of_memory
         )
 
+    @property
+    def base_dtype(self) -> str | None:
+        """The type of the weights that `base_digest` is of, for example "float32"; None where they had another once."""
+        if False in self._kept:
+            return None
+        return str(next(self.model.parameters()).dtype).removeprefix("torch.")
+
     def base_digest(self) -> str:
         """Return the SHA-256 of the base model's weights, without prompt and LoRA."""
         return self._digest(of_memory=False)
@@ -359,9 +366,7 @@ class ModelIdentity:
         metadata: dict[str, Any] = {"architecture": self.architecture, "fam_config": config.to_dict()}
         for part, key in self.weights_keys().items():
             before = (read_with or {}).get(part, key)
-            metadata[part] = (
-                self._note_digest(part, key) if before == key else self._past.get((part, before), SEVERAL)
-            )
+            metadata[part] = self._note_digest(part, key) if before == key else self._past.get((part, before), SEVERAL)
         return metadata
 
     def check(self, metadata: dict[str, Any], config: FamConfig, what: str) -> ReadWith:

@@ -104,6 +104,7 @@ class FamAdapter:
         tensors: `prompt` `(F, D)` or `prefix` `(L, F, D)`; none for BSWA.
         architecture: what the base model must be.
         base_digest: SHA-256 of the base weights that it was trained on.
+        base_dtype: their type, for example "float32"; None where it is not known.
         lora_config: PEFT's configuration as plain values, or None.
         lora: LoRA tensors by PEFT's names.
         saved_fam: `(L, F, D)` FAM to start readings from, or None.
@@ -118,6 +119,7 @@ class FamAdapter:
     lora: dict[str, torch.Tensor] = dataclasses.field(default_factory=dict)
     saved_fam: torch.Tensor | None = None
     notes: dict[str, Any] = dataclasses.field(default_factory=dict)
+    base_dtype: str | None = None
 
     @classmethod
     def from_model(
@@ -145,6 +147,7 @@ class FamAdapter:
             tensors={name: value.detach().clone() for name, value in memory.named_parameters()},
             architecture=memory.identity.architecture,
             base_digest=memory.identity.base_digest(),
+            base_dtype=memory.identity.base_dtype,
             saved_fam=None if saved_fam is None else saved_fam.fams[:, 0].detach().clone(),
             notes=dict(notes or {}),
         )
@@ -181,6 +184,7 @@ class FamAdapter:
             "fam_config": self.config.to_dict(),
             "architecture": self.architecture,
             "base_digest": self.base_digest,
+            "base_dtype": self.base_dtype,
             "lora_config": self.lora_config,
             "lora_digest": digest_tensors(lora) if lora else None,
             "notes": self.notes,
@@ -231,6 +235,7 @@ class FamAdapter:
                 tensors=tensors,
                 architecture=dict(metadata["architecture"]),
                 base_digest=str(metadata["base_digest"]),
+                base_dtype=metadata.get("base_dtype"),
                 lora_config=metadata["lora_config"],
                 lora=lora,
                 notes=dict(metadata["notes"]),
@@ -267,11 +272,17 @@ class FamAdapter:
         memory = memory_of(model)
         self._require_own_tensors(memory, model.get_input_embeddings().weight.shape[1])
         assert memory.identity is not None
-        base_digest = memory.identity.base_digest()
+        base_digest, base_dtype = memory.identity.base_digest(), memory.identity.base_dtype
         if base_digest != self.base_digest:
+            others = f"other base weights: SHA-256 {self.base_digest[:12]} there, {base_digest[:12]} here"
+            if None not in (self.base_dtype, base_dtype) and self.base_dtype != base_dtype:
+                others = (
+                    f"base weights in {self.base_dtype}, which are in {base_dtype} here, so that nothing tells whether "
+                    "they are the same"
+                )
             warnings.warn(
-                f"adapter was trained on other base weights: SHA-256 {self.base_digest[:12]} there, {base_digest[:12]} "
-                "here; it is accepted, since the architecture is the same, but may recall less",
+                f"adapter was trained on {others}; it is accepted, since the architecture is the same, but may recall "
+                "less",
                 stacklevel=2,
             )
         with torch.no_grad():
@@ -336,6 +347,8 @@ def _check_metadata(metadata: dict[str, Any], tensors: dict[str, torch.Tensor], 
     for name in ("architecture", "notes", *([] if lora_config is None else ["lora_config"])):
         if not isinstance(metadata[name], dict):
             raise ValueError(f"{name} is {metadata[name]!r}")
+    if not isinstance(metadata.get("base_dtype"), str | None):
+        raise ValueError(f"base_dtype is {metadata['base_dtype']!r}")
     if not all(tensor.is_floating_point() for tensor in (*tensors.values(), *lora.values())):
         raise ValueError("tensors that are no floating numbers")
     for name, value in (lora_config or {}).items():

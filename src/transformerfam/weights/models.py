@@ -12,7 +12,7 @@ from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from transformerfam.config import FamConfig
-from transformerfam.decoder.memory import memory_of
+from transformerfam.decoder.memory import memory_of, set_configuration
 from transformerfam.decoder.model import ModelWithMemory
 from transformerfam.decoder.slot import memory_in
 from transformerfam.errors import CorruptFileError, TransformerFamError
@@ -28,7 +28,12 @@ from transformerfam.rivals import RIVAL_NAMES
 from transformerfam.rivals.files import RIVAL_FILE, TrainedRival, save_rival
 from transformerfam.weights.adapter import CHECKPOINT_FILE, CONFIG_FILE, FAM_FILE, FamAdapter
 from transformerfam.weights.peft_adapters import LORA_CONFIG_FILE, has_adapters, load_peft_folder
-from transformerfam.weights.pretrained import load_pretrained, load_pretrained_model, plain_loading
+from transformerfam.weights.pretrained import (
+    load_pretrained,
+    load_pretrained_model,
+    plain_loading,
+    require_one_configuration,
+)
 from transformerfam.weights.smollm2 import load_smollm2
 
 __all__ = [
@@ -136,6 +141,8 @@ def load_model(
         )
     config = (adapter.config if adapter else FamConfig()).replace(**dict(config_overrides or {}))
     model, tokenizer = load_base(name_or_folder, adapter, folder)
+    if adapter is not None and (folder / CONFIG_FILE).is_file():
+        require_one_configuration(model, adapter.config, folder)
     if system == "fam":
         assert adapter is not None
         if adapter.lora_config is not None and config.fam_lora != adapter.config.fam_lora:
@@ -217,10 +224,14 @@ def save_model(
         _save_base(model, tokenizer, folder)
         save_rival(model, folder, notes)
         return
-    adapter = FamAdapter.from_model(model, notes=dict(notes or {}))
-    _save_base(model, tokenizer, folder)
-    adapter.config = config or adapter.config
-    adapter.save_pretrained(folder)
+    own = memory.config
+    set_configuration(model, config or own)
+    try:
+        adapter = FamAdapter.from_model(model, notes=dict(notes or {}))
+        _save_base(model, tokenizer, folder)
+        adapter.save_pretrained(folder)
+    finally:
+        set_configuration(model, own)
 
 
 def _save_base(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: str | os.PathLike[str]) -> None:

@@ -21,6 +21,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.utils import cached_file
 
+from transformerfam.config import FamConfig
 from transformerfam.errors import CorruptFileError, MissingPackageError, TransformerFamError, UnsupportedModelError
 from transformerfam.fam.convert import memory_of
 from transformerfam.files import parse_json, read_whole, refuse_endless, share_rights
@@ -263,11 +264,42 @@ def _give_memory(
     model: Any, name_or_folder: str | os.PathLike[str], options: dict[str, Any], found: Mapping[str, Any]
 ) -> None:
     """Convert a model that was saved converted, in place, and give it its memory."""
-    delattr(model.config, CONFIG_KEY)
     require_weights(model, found, name_or_folder)
     hub = {name: options[name] for name in HUB_ARGUMENTS if name in options}
     path = cached_file(name_or_folder, FAM_FILE, **hub)
-    FamAdapter.from_pretrained(os.path.dirname(str(path))).apply(model)
+    adapter = FamAdapter.from_pretrained(os.path.dirname(str(path)))
+    require_one_configuration(model, adapter.config, name_or_folder)
+    delattr(model.config, CONFIG_KEY)
+    adapter.apply(model)
+
+
+def require_one_configuration(model: Any, config: FamConfig, folder: str | os.PathLike[str]) -> None:
+    """Refuse a folder whose `config.json` and `fam.safetensors` have different configurations of the memory.
+
+    Args:
+        model: as `config.json` describes it; without `fam_config` there it passes.
+        config: in `fam.safetensors`.
+        folder: of both, for the message.
+
+    Raises:
+        CorruptFileError: the message names the first field that differs.
+    """
+    stored = getattr(model.config, CONFIG_KEY, None)
+    if stored is None:
+        return
+    try:
+        there = FamConfig.from_dict(stored)
+    except (TransformerFamError, TypeError, AttributeError) as error:
+        raise CorruptFileError(
+            f"{folder}/{CONFIG_FILE} has a {CONFIG_KEY} that is none ({error}); remove the key, and {FAM_FILE} says it"
+        ) from error
+    for name, value in config.to_dict().items():
+        if there.to_dict()[name] != value:
+            raise CorruptFileError(
+                f"{folder}/{CONFIG_FILE} has {there.to_dict()[name]!r} as {name} of {CONFIG_KEY}, and {FAM_FILE} "
+                f"{value!r}, which is what its memory was saved with; make them equal, and change a field when the "
+                f"model is loaded: load_model(folder, config_overrides={{{name!r}: ...}}), or --set {name}=..."
+            )
 
 
 def install() -> None:
