@@ -20,6 +20,7 @@ from transformerfam.cli import plan as cli_plan
 from transformerfam.cli import report as cli_report
 from transformerfam.cli.app import app
 from transformerfam.cli.evaluate import evaluate_app
+from transformerfam.cli.loading import named_with
 from transformerfam.cli.progress import screen
 from transformerfam.cli.report import report_app
 from transformerfam.errors import NonFiniteLossError, RecipeError, TransformerFamError
@@ -228,6 +229,21 @@ def test_message_with_what_the_terminal_cannot_show_is_shown(monkeypatch):
         screen().print("caf\u00e9 \udcff")
         stream.flush()
         assert rb"\udcff" in stream.buffer.getvalue()
+
+
+@pytest.mark.parametrize(
+    "written",
+    [
+        ["block_size = 16", "fam_key_bias=0"],
+        ["fam_key_bias= 0.0", "block_size=0x10"],
+        ["block_size=1_6", "fam_key_bias=-0.0", "fam_key_bias=0e0"],
+    ],
+)
+def test_changes_have_one_name_however_they_are_written(written):
+    """Catches rows of one system that are counted as those of several."""
+    assert named_with("tiny", written, None) == "tiny block_size=16 fam_key_bias=0.0"
+    assert named_with("tiny", ['fam_update="gated"'], "bfloat16") == "tiny fam_update=gated bfloat16"
+    assert named_with("tiny", None, None) == "tiny"
 
 
 def test_override_in_a_list_changes_that_item():

@@ -1,6 +1,7 @@
 """What commands do around a model: load it, name it in rows, and print what warnings say."""
 
 import contextlib
+import json
 import warnings
 from collections.abc import Iterator
 from typing import Any
@@ -8,11 +9,12 @@ from typing import Any
 from transformers.utils import logging as transformers_logging
 
 from transformerfam.cli.output import say
-from transformerfam.config import FAM_DTYPES
+from transformerfam.config import FAM_DTYPES, FamConfig
 from transformerfam.decoder.memory import hold_weights_in
 from transformerfam.errors import TransformerFamError
 from transformerfam.processes import own_device
 from transformerfam.tasks.controls import control_of
+from transformerfam.training.recipe.toml import parse_overrides
 from transformerfam.weights.models import GATED, find_device, load_model
 
 
@@ -61,8 +63,18 @@ def systems_by_model(systems: str | None) -> dict[str, list[str]]:
 
 
 def named_with(model: str, overrides: list[str] | None, dtype: str | None) -> str:
-    """Return the model's name for the rows, with what was changed: rows of one name are of one system."""
-    return " ".join([model, *(overrides or []), *([dtype] if dtype else [])])
+    """Return the model's name for the rows, with what was changed: rows of one name are of one system.
+
+    However a change was written, and in whatever order: `fam_key_bias = 0` is `fam_key_bias=0.0`.
+    """
+    changed, defaults = parse_overrides(overrides), FamConfig().to_dict()
+    for name, value in changed.items():
+        if type(defaults.get(name)) is float and type(value) is int:
+            changed[name] = float(value)
+    words = [
+        f"{name}={value if isinstance(value, str) else json.dumps(value)}" for name, value in sorted(changed.items())
+    ]
+    return " ".join([model, *words, *([dtype] if dtype else [])])
 
 
 @contextlib.contextmanager
