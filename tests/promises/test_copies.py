@@ -136,6 +136,34 @@ def test_state_of_inference_mode_goes_on_outside(name: str) -> None:
         model.read(IDS, state)
 
 
+@every_model
+def test_reading_on_leaves_a_loss_its_gradients(name: str) -> None:
+    """Catches tensors that a graph needs, and that a reading without gradients writes over."""
+    build, argument = MODELS[name]
+    model = build(argument)
+
+    def loss_and_state() -> tuple[torch.Tensor, Any]:
+        output = model(input_ids=IDS, labels=IDS)
+        return output.loss, output.past_key_values
+
+    def gradients() -> list[torch.Tensor | None]:
+        found = [parameter.grad for parameter in model.parameters()]
+        model.zero_grad()
+        return found
+
+    loss, state = loss_and_state()
+    loss.backward()
+    required = gradients()
+    expected = logits_of(model, model.read(IDS))
+    loss, state = loss_and_state()
+    assert torch.allclose(logits_of(model, state.fork()), expected, atol=1e-5)
+    model.read(IDS, state)
+    loss.backward()
+    for found, due in zip(gradients(), required, strict=True):
+        assert (found is None) == (due is None)
+        assert found is None or torch.equal(found, due)
+
+
 PLACES = {
     "model.embed_tokens": "cpu",
     "model.layers.0": "cpu",

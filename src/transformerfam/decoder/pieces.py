@@ -197,6 +197,7 @@ def state_or_new(cache: Any, kind: type[State], identity: ModelIdentity, batch_s
         cache.read_with = identity.check(cache.identity_metadata(), cache.config, "the state")
         cache.identity = identity
     cache.leave_inference_mode()
+    cache.leave_graph()
     return cache
 
 

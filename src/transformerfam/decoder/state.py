@@ -195,6 +195,11 @@ class ReadingState(SteppedCache, abc.ABC):
         if not torch.is_inference_mode_enabled():
             self.map(lambda tensor: tensor.clone() if tensor.is_inference() else tensor)
 
+    def leave_graph(self) -> None:
+        """Copy tensors that a graph needs, where gradients are not recorded and tensors are written in place."""
+        if not torch.is_grad_enabled():
+            self.map(lambda tensor: tensor.clone() if tensor.grad_fn is not None else tensor)
+
     def select(self, rows: Sequence[int] | torch.Tensor) -> Self:
         """Return a new state of the batch rows `rows`, in that order; a row may appear more than once.
 
