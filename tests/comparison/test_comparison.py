@@ -19,8 +19,9 @@ from training_recipes import SMALL_TRAINING
 from typer.testing import CliRunner
 
 from transformerfam.cli.app import app
-from transformerfam.comparison import Comparison, RunName, load_comparison, run_one
+from transformerfam.comparison import RunName, load_comparison, run_one
 from transformerfam.comparison.figures import plot_comparison
+from transformerfam.comparison.passkey import PasskeyComparison
 from transformerfam.comparison.plan import SYSTEMS
 from transformerfam.comparison.report import EMPTY, cells, comparison_tables
 from transformerfam.comparison.run import TRAINED_TASK, is_finished
@@ -125,7 +126,7 @@ def test_rival_recipes_refuse_what_only_fam_has(recipe: Path) -> None:
     comparison = load_comparison(recipe)
 
     def changed(**changes: Any) -> None:
-        Comparison(
+        PasskeyComparison(
             name="x",
             recipe=comparison.recipe,
             systems=("rmt",),
@@ -396,7 +397,7 @@ def test_keys_are_asked_at_every_depth_and_behind_another(recipe: Path, tmp_path
     assert [row.get("answer") for row in again] == [row.get("answer") for row in rows]
     for row in rows:
         row["correct"] = "old_key" in row
-    shares = [cells(comparison, rows, telling)["fam"][8].mean for telling in comparison.tellings]
+    shares = [cells(comparison, rows, telling)["fam"][8].mean for telling in comparison.kinds]
     assert shares == [0, 0, 1]
     plot_comparison(comparison, rows, tmp_path / "figure.svg")
     drawn = (tmp_path / "figure.svg").read_text()

@@ -257,14 +257,18 @@ def finished_runs(tmp_path_factory):
     """Finish one run of each task, and return its comparison file and rows by task."""
     folder = tmp_path_factory.mktemp("finished")
     (folder / "filler.txt").write_text(" The grass is green. The sky is blue." * 9)
-    data = {"named-keys": "named_keys = [1, 3]", "facts": "facts = [1, 2]", "passkey": ""}
+    data = {
+        "named-keys": ("named_keys = [1, 3]", "num_told = [2]\n"),
+        "facts": ("facts = [1, 2]", "num_supports = [1]\nnum_sentences = 6\n"),
+        "passkey": ("", ""),
+    }
     found = {}
-    for task, line in data.items():
+    for task, (line, keys) in data.items():
         (folder / f"{task}.recipe").write_text(f"{SMALL_TRAINING}[data]\n{line}\n")
         path = folder / f"{task}.toml"
         path.write_text(
             f'recipe = "{task}.recipe"\ntask = "{task}"\nfiller = "{folder}/filler.txt"\nsystems = ["fam_untrained"]\n'
-            "num_keys = 2\nnum_told = [2]\nnum_supports = [1]\nnum_sentences = 6\nfiller_tokens = [8]\n"
+            f"num_keys = 2\nfiller_tokens = [8]\n{keys}"
         )
         plan = load_comparison(path)
         with pytest.MonkeyPatch.context() as patched:

@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 
 import transformerfam
 from transformerfam.cli.app import app
-from transformerfam.comparison.plan import load_comparison
+from transformerfam.comparison import load_comparison
 from transformerfam.errors import RecipeError, TransformerFamError
 from transformerfam.tasks.next_token import evaluate_next_token
 from transformerfam.tasks.passkey_evaluation import PasskeyEvaluation

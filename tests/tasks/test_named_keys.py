@@ -10,10 +10,12 @@ import torch
 from training_recipes import SMALL_TRAINING
 
 from transformerfam import FamConfig, convert
-from transformerfam.comparison import Comparison, figures, load_comparison, run_one
+from transformerfam.comparison import Comparison, load_comparison, run_one
+from transformerfam.comparison import named_keys as comparison_named_keys
 from transformerfam.comparison.figures import plot_comparison
+from transformerfam.comparison.named_keys import capacities
 from transformerfam.comparison.plan import RunName
-from transformerfam.comparison.report import capacities, comparison_tables
+from transformerfam.comparison.report import comparison_tables
 from transformerfam.comparison.run import is_finished
 from transformerfam.errors import RecipeError, TransformerFamError
 from transformerfam.reports.rows import read_rows
@@ -292,7 +294,7 @@ def test_most_that_fams_hold_is_drawn_against_their_rows(tmp_path: Path) -> None
     for system, keys in (("fam", 1), ("rows_4", 3), ("wide", 2)):
         assert found[system][8, 3].keys == pytest.approx(keys)
         assert found[system][8, 3].bits == pytest.approx(15)
-    original = figures._draw_capacity
+    original = comparison_named_keys._draw_capacity
 
     def draw(axes: Any, places: Any, values: Any, top: float) -> None:
         if list(places) == [2, 4] and top < 10:
@@ -300,7 +302,7 @@ def test_most_that_fams_hold_is_drawn_against_their_rows(tmp_path: Path) -> None
         original(axes, places, values, top)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(figures, "_draw_capacity", draw)
+        patch.setattr(comparison_named_keys, "_draw_capacity", draw)
         plot_comparison(comparison, rows, tmp_path / "figure.svg")
     assert lines == {"width 32": [1.0, 3.0], "width 64": [2.0, None]}
     assert "rows of FAM" in (tmp_path / "figure.svg").read_text()

@@ -14,7 +14,7 @@ from training_recipes import SMALLEST_TRAINING, small_recipe
 from typer.testing import CliRunner
 
 from transformerfam.cli.app import app
-from transformerfam.comparison.plan import load_comparison
+from transformerfam.comparison import load_comparison
 from transformerfam.config import FamConfig
 from transformerfam.rivals import RivalConfig
 from transformerfam.training.recipe.describe import UNSET, recipe_text, reference_page, toml_value

@@ -1,13 +1,16 @@
 """The paper's comparison: every system trained and asked alike, on one command that can be stopped and resumed.
 
-`plan` reads the file of a comparison; `schedule` keeps its runs going, each in its own process; `run` trains and
-asks one system; `questions` says which questions belong to it; `report` and `figures` show what the rows say.
+`plan` says what a comparison is, `load` reads its file; `schedule` keeps its runs going, each in its own process; `run`
+trains and asks one system; `questions` says which questions belong to it; `report` and `figures` show what the rows
+say. What is asked, and how it is shown, is a task's: `passkey`, `named_keys` and `facts`.
 
 May import: `training`, `tasks`, `weights`, `rivals`, `reports`, and the root of the package.
-One more system: a preset in `rivals.presets` or a module in `rivals`, and its name in the comparison's file.
+One more task: a class in a module here (of `AccuracyComparison`, where answers are right or wrong), and a line in
+`load.TASKS`. One more system: a preset in `rivals.presets` or a module in `rivals`, and its name in the file.
 """
 
-from transformerfam.comparison.plan import Comparison, RunName, load_comparison
+from transformerfam.comparison.load import load_comparison
+from transformerfam.comparison.plan import Comparison, RunName
 from transformerfam.comparison.run import run_one
 from transformerfam.comparison.schedule import run_all
 

@@ -1,31 +1,39 @@
-"""What a comparison consists of: systems, seeds, and the recipe that each run trains by."""
+"""What a comparison consists of: systems, seeds, the recipe that each run trains by, and what a task adds to it."""
 
+import abc
 import copy
 import difflib
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, ClassVar, Self
 
 from pydantic import Field, model_validator
+from rich.table import Table
 
 from transformerfam.config import FamConfig
-from transformerfam.errors import RecipeError, TransformerFamError
-from transformerfam.files import parse_toml, read_whole
+from transformerfam.errors import RecipeError
+from transformerfam.reports.rows import Row
 from transformerfam.rivals import PRESETS, RIVAL_NAMES, preset
 from transformerfam.tasks.controls import control_of
-from transformerfam.training.recipe.ranges import Integer, Integers, Pair, Texts
+from transformerfam.training.recipe.ranges import Integer, Integers, Texts
 from transformerfam.training.recipe.recipe import Recipe
 from transformerfam.training.recipe.section import Section
-from transformerfam.training.recipe.toml import apply_override, build_recipe, build_section, set_value
+from transformerfam.training.recipe.toml import build_recipe, set_value
 
 UNTRAINED = "fam_untrained"
 SYSTEMS = (*PRESETS, *RIVAL_NAMES, UNTRAINED)
 BUDGET = ("steps", "batch_size", "accumulate", "max_seconds", "curriculum", "repeat_updates", "stored_blocks")
 """Keys of the section `schedule` that say how much a system is trained; so does all of the section `data`."""
 
-KINDS = ("prefix_tokens", "overwritten_tokens", "num_told", "num_supports")
-"""Fields of a comparison that part its questions."""
+Kind = Any
+"""What parts the questions of a comparison; every task has its own."""
+
+Asked = Mapping[Any, Mapping[str, Any]]
+"""Questions of one kind, seed and length: by what a row calls them, further fields that its answer has to have."""
+
+Update = Callable[[int, int, Any], None]
+"""Called with how much is done, how much there is to do, and the state."""
 
 
 @dataclass(frozen=True)
@@ -64,11 +72,23 @@ def require_plain_name(name: str) -> None:
         )
 
 
-class Comparison(Section):
+class Comparison(Section, abc.ABC):
     """All of a comparison: every system trained by one recipe, with every seed, asked at every length.
 
+    What is asked is a task's, and each task is a class of its own, with the keys that it alone has.
+
     Source: sections 3.2 and 4 of arXiv 2404.09173.
+
+    Attributes:
+        parted_by: names of the keys that part the questions, each number once.
+        has_controls: whether controls of the memory, as `fam_memory_swapped`, are asked beside it.
     """
+
+    parted_by: ClassVar[tuple[str, ...]]
+    has_controls: ClassVar[bool] = False
+
+    task: str
+    """What is asked; it tells the classes apart."""
 
     name: str
     """What the rows call the model."""
@@ -82,34 +102,8 @@ class Comparison(Section):
     filler_tokens: Integers
     """Lengths at which every run is asked."""
 
-    task: Literal["passkey", "named-keys", "facts"] = "passkey"
-    """What is asked: one key, several by their names, or questions on hidden stories."""
-
-    prefix_tokens: Integers = (0,)
-    """With passkeys: tokens of filler in front of the sentences that tell the key, how deep it stands; each number has
-    questions of its own."""
-
-    overwritten_tokens: Integers = ()
-    """With passkeys: tokens of filler between another key, which is told first, and the one that counts; each number
-    has questions of its own."""
-
-    num_told: Integers = (1,)
-    """With named keys: how many a text tells; each number has texts of its own."""
-
-    num_retold: Integer = 0
-    """With named keys: names that are told a second key, which counts."""
-
-    keys_apart: Pair = (0, 0)
-    """With named keys: least and most tokens of filler between two that are told."""
-
     filler: str = "sentences"
     """What stands between telling and asking: the paper's sentences, a novel of the package, or a UTF-8 file."""
-
-    num_supports: Integers = (1, 2, 3)
-    """With facts: sentences from which an answer follows; each number has texts of its own."""
-
-    num_sentences: Integer = 10
-    """With facts: sentences of a story."""
 
     seeds: Integers = (0,)
     """Each trains every system anew, from other weights and on other data."""
@@ -144,15 +138,13 @@ class Comparison(Section):
                     raise RecipeError(f"{name} is not among systems ({', '.join(self.systems)}); add it there")
         if not self.systems or not self.seeds or not self.filler_tokens:
             raise RecipeError("systems, seeds or filler_tokens is empty, at least one of each is required")
-        for name in ("systems", "seeds", "filler_tokens", *KINDS):
+        for name in ("systems", "seeds", "filler_tokens", *self.parted_by):
             values = getattr(self, name)
             if len(set(values)) < len(values):
                 raise RecipeError(f"{name} is {list(values)}, required are different ones; name each once")
-        if not self.tellings or min(self.tellings)[0] < 0:
-            raise RecipeError("prefix_tokens and overwritten_tokens are empty or negative, required is one from 0 on")
         for name in self.systems:
             control = control_of(name)
-            if control is not None and (self.task != "passkey" or control[0] not in self.systems):
+            if control is not None and (not self.has_controls or control[0] not in self.systems):
                 raise RecipeError(
                     f"{name} is asked for passkeys of the memory that {control[0]} trained; add {control[0]} to systems"
                 )
@@ -195,15 +187,99 @@ class Comparison(Section):
         return system
 
     @property
-    def tellings(self) -> list[tuple[int, bool]]:
-        """How passkeys are told: tokens of filler in front of the key, and whether another key stands before those."""
-        return [(n, False) for n in self.prefix_tokens] + [(n, True) for n in self.overwritten_tokens]
+    @abc.abstractmethod
+    def kinds(self) -> Sequence[Kind]:
+        """What parts the questions."""
+
+    @abc.abstractmethod
+    def kind_of(self, row: Row) -> Kind:
+        """Return the kind of a row's question."""
+
+    @abc.abstractmethod
+    def question_of(self, row: Row) -> tuple[int | None, ...]:
+        """Return what tells questions of one kind and length apart; None where an earlier version did not say it."""
+
+    @abc.abstractmethod
+    def evaluation(self, seed: int, **options: Any) -> Any:
+        """Return what asks the questions of a seed.
+
+        Args:
+            seed: of the questions.
+            **options: fields of the evaluation, in place of the comparison's.
+
+        Raises:
+            TransformerFamError: a number is out of its range.
+        """
+
+    @abc.abstractmethod
+    def asked(self, kind: Kind, seed: int, length: int, block_size: int) -> Asked:
+        """Return the questions of one kind, seed and length.
+
+        Args:
+            kind: of `kinds`.
+            seed: of the questions.
+            length: tokens of filler.
+            block_size: of the system that is asked.
+
+        Raises:
+            TransformerFamError: a number is out of its range.
+        """
+
+    @abc.abstractmethod
+    def questions_digest(self) -> str:
+        """Return the field `questions` of its rows."""
+
+    @abc.abstractmethod
+    def ask(
+        self,
+        run: RunName,
+        model: Any,
+        tokenizer: Any,
+        answered: Sequence[Row],
+        notes: Mapping[str, Any],
+        update: Update,
+    ) -> Iterable[Row]:
+        """Ask a run, and yield the rows of the questions that are not answered yet.
+
+        Args:
+            run: which system, and which seed.
+            model: what it has trained.
+            tokenizer: its tokenizer.
+            answered: rows that answer some of the questions.
+            notes: of its training.
+            update: is called again and again.
+        """
+
+    @abc.abstractmethod
+    def tables(self, rows: Sequence[Row]) -> list[Table]:
+        """Return what the rows say, as tables."""
+
+    @abc.abstractmethod
+    def plot(self, rows: Sequence[Row], path: str | Path) -> None:
+        """Draw what the rows say.
+
+        Args:
+            rows: of this comparison, one at least.
+            path: file to write; its suffix says how.
+
+        Raises:
+            MissingPackageError: matplotlib is not installed.
+        """
 
     @property
     def num_questions(self) -> int:
         """Questions that a run is asked at every length."""
-        per_text = {"passkey": len(self.tellings), "named-keys": sum(self.num_told), "facts": len(self.num_supports)}
-        return self.num_keys * per_text[self.task]
+        return self.num_keys * len(self.kinds)
+
+    def common_options(self, seed: int) -> dict[str, Any]:
+        """Return the options that all evaluations have."""
+        return {
+            "filler_lengths": self.filler_tokens,
+            "seed": seed,
+            "batch_size": self.batch_size,
+            "model_name": self.name,
+            "filler": self.filler,
+        }
 
     def rows_of(self, run: RunName) -> list[str]:
         """Return the systems that a run's rows are of."""
@@ -251,45 +327,3 @@ def _with_seed(values: dict[str, Any], seed: int) -> dict[str, Any]:
     for section in ("model", "schedule"):
         values[section] = values.get(section, {}) | {"seed": seed}
     return values
-
-
-def load_comparison(path: str | Path, overrides: Sequence[str] = ()) -> Comparison:
-    """Read a comparison.
-
-    Args:
-        path: a TOML file with the fields of `Comparison`; `recipe` is the path of a recipe beside it, or its values.
-        overrides: each `key=value`, or `recipe.section.key=value`.
-
-    Raises:
-        RecipeError: the file cannot be read, is no TOML, or has an unknown, missing or wrong key.
-    """
-    path = Path(path)
-    values = _read_toml(path)
-    if isinstance(values.get("recipe"), str):
-        values["recipe"] = _read_toml(path.parent / values["recipe"])
-    for override in overrides:
-        apply_override(values, override)
-    values.setdefault("name", path.stem)
-    try:
-        comparison = build_section(Comparison, values)
-        for run in comparison.runs:
-            recipe = comparison.recipe_of(run)
-            if recipe.instructions is not None and "task" not in values:
-                raise RecipeError(
-                    "the recipe trains on [instructions] and the comparison names no task, so it would be asked for "
-                    "passkeys, which it was not trained on; set task = 'passkey', 'named-keys' or 'facts'"
-                )
-    except RecipeError:
-        raise
-    except TransformerFamError as error:
-        raise RecipeError(f"{path}: {error}") from error
-    return comparison
-
-
-def _read_toml(path: Path) -> dict[str, Any]:
-    try:
-        return parse_toml(read_whole(path))
-    except OSError as error:
-        raise RecipeError(f"cannot read {str(path)!r}: {error.strerror}; give the path of a TOML file") from error
-    except ValueError as error:
-        raise RecipeError(f"{path} is no valid TOML: {error}; correct the file") from error

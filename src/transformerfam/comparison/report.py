@@ -8,12 +8,10 @@ from typing import Any, NamedTuple
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
-from transformerfam.comparison.plan import Comparison
+from transformerfam.comparison.plan import Comparison, Kind
 from transformerfam.comparison.questions import Questions
 from transformerfam.comparison.run import BYTES_LENGTHS, BYTES_TASK, TRAINED_TASK
 from transformerfam.reports.rows import ALIKE, Row, mixed_commits, require_alike, was_right
-from transformerfam.reports.telling import Telling
-from transformerfam.tasks.named_keys_evaluation import KEY_BITS
 
 EMPTY = "empty"
 LONGEST_NAME = 18
@@ -65,46 +63,21 @@ def current_rows(comparison: Comparison, rows: Iterable[Row]) -> list[Row]:
     return [*answers, *described.values()]
 
 
-Kind = int | tuple[int, bool]
-"""What parts the questions of a comparison: supports of facts; of passkeys how they are told."""
-
-
-def kinds(comparison: Comparison) -> dict[Kind, str]:
-    """Return what parts the questions of passkeys or facts, each with its name."""
-    if comparison.task == "facts":
-        names = {number: "one support" if number == 1 else f"{number} supports" for number in comparison.num_supports}
-        return {number: f"questions with {name} answered" for number, name in names.items()}
-    if len(comparison.tellings) == 1:
-        return {comparison.tellings[0]: "passkeys recalled"}
-    places = {False: "the start", True: "another key"}
-    return {
-        telling: f"passkeys recalled, told {telling[0]:,} tokens behind {places[telling[1]]}"
-        for telling in comparison.tellings
-    }
-
-
-def _kind_of(row: Row) -> Kind:
-    number: int | None = row.get("num_supports")
-    if number is not None:
-        return number
-    return Telling.of_row(row)[:2]
-
-
-def cells(comparison: Comparison, rows: Iterable[Row], kind: Kind = (0, False)) -> dict[str, dict[int, Cell]]:
+def cells(comparison: Comparison, rows: Iterable[Row], kind: Kind = None) -> dict[str, dict[int, Cell]]:
     """Return every cell, by system and length, empty ones too.
 
     Args:
         comparison: what was to be done.
         rows: what was done.
-        kind: of the questions, one of `kinds`; the key at the very start if not given.
+        kind: of the questions, one of `comparison.kinds`; the first if not given.
 
     Raises:
         StateMismatchError: see `current_rows`.
     """
-    own = current_rows(comparison, rows)
+    own, kind = current_rows(comparison, rows), comparison.kinds[0] if kind is None else kind
     answers: dict[tuple[str, int, int], list[bool]] = {}
     for row in own:
-        if row["task"] == comparison.task and _kind_of(row) == kind:
+        if row["task"] == comparison.task and comparison.kind_of(row) == kind:
             key = (row["system"], row["filler_tokens"], row["seed"])
             answers.setdefault(key, []).append(was_right(row))
     found: dict[str, dict[int, Cell]] = {}
@@ -119,85 +92,14 @@ def cells(comparison: Comparison, rows: Iterable[Row], kind: Kind = (0, False)) 
     return found
 
 
-class Capacity(NamedTuple):
-    """How many of several keys come back.
-
-    Attributes:
-        recalled: keys of a text that were right, mean over texts, by seed.
-        bits: what was told of all keys of a text, mean over texts and seeds, a lower bound of what is held; None where
-            nothing was measured.
-        outdated: share of the names told anew that were answered with an old key; None where none was.
-    """
-
-    recalled: Mapping[int, float]
-    bits: float | None
-    outdated: float | None
-
-    @property
-    def keys(self) -> float | None:
-        """Keys recalled, mean over seeds; None where nothing was measured."""
-        return mean(self.recalled.values()) if self.recalled else None
-
-    def __str__(self) -> str:
-        if self.keys is None:
-            return EMPTY
-        text = f"{self.keys:.2f}"
-        if len(self.recalled) > 1:
-            text += f" [{min(self.recalled.values()):.2f}, {max(self.recalled.values()):.2f}]"
-        text += "" if self.bits is None else f", {self.bits:.0f} bits"
-        return text if self.outdated is None else f"{text}, old {self.outdated:.2f}"
-
-
-def capacities(comparison: Comparison, rows: Iterable[Row]) -> dict[str, dict[tuple[int, int], Capacity]]:
-    """Return how many keys come back, by system, filler and number of keys told.
-
-    Raises:
-        StateMismatchError: see `current_rows`.
-    """
-    own = current_rows(comparison, rows)
-    found: dict[str, dict[tuple[int, int], Capacity]] = {}
-    for system in comparison.systems:
-        for length in comparison.lengths_of(system):
-            for num_told in comparison.num_told:
-                asked = [
-                    row
-                    for row in own
-                    if row["task"] == comparison.task
-                    and (row["system"], row["filler_tokens"], row["num_told"]) == (system, length, num_told)
-                ]
-                seeds = sorted({row["seed"] for row in asked})
-                recalled = {s: num_told * mean(was_right(r) for r in asked if r["seed"] == s) for s in seeds}
-                retold = [bool(row["is_outdated"]) for row in asked if row["is_retold"]]
-                outdated = mean(retold) if retold else None
-                bits = num_told * mean(row["bits"] for row in asked) if asked else None
-                found.setdefault(system, {})[length, num_told] = Capacity(recalled, bits, outdated)
-    return found
-
-
-def _over_seeds(comparison: Comparison) -> str:
+def over_seeds(comparison: Comparison) -> str:
+    """Say over how many seeds numbers are means."""
     num_seeds = len(comparison.seeds)
     return "one seed" if num_seeds == 1 else f"mean over {num_seeds} seeds [least, most]"
 
 
-def _capacity_table(comparison: Comparison, rows: Sequence[Row]) -> Table:
-    caption = f"{comparison.num_keys} texts per seed, length and number of keys; bits: held at least, of "
-    caption += f"{KEY_BITS:.1f} for each key"
-    if comparison.num_retold:
-        caption += f"; {comparison.num_retold} names told anew, old: answered with the old key"
-    return _table(
-        f"{comparison.name}: keys recalled of those told, {_over_seeds(comparison)}",
-        ["filler tokens", *(f"{num_told} told" for num_told in comparison.num_told)],
-        (
-            [system, f"{length:,}", *(str(found[length, n]) for n in comparison.num_told)]
-            for system, found in capacities(comparison, rows).items()
-            for length in comparison.lengths_of(system)
-        ),
-        caption,
-    )
-
-
 def comparison_tables(comparison: Comparison, rows: Sequence[Row]) -> list[Table]:
-    """Return accuracy by system and length, then each system's parameters and training, then its speed and bytes.
+    """Return what the task shows, then each system's parameters and training, then its speed and bytes.
 
     Args:
         comparison: what was to be done.
@@ -206,18 +108,16 @@ def comparison_tables(comparison: Comparison, rows: Sequence[Row]) -> list[Table
     Raises:
         StateMismatchError: see `current_rows`.
     """
-    if comparison.task == "named-keys":
-        tables = [_capacity_table(comparison, rows)]
-    else:
-        tables = [_accuracy_table(comparison, rows, kind, what) for kind, what in kinds(comparison).items()]
+    tables = comparison.tables(rows)
     if commits := mixed_commits(current_rows(comparison, rows)):
         tables[-1].caption = f"{tables[-1].caption}; {commits}"
     return [*tables, *_systems_tables(comparison, rows)]
 
 
-def _accuracy_table(comparison: Comparison, rows: Sequence[Row], kind: Kind, what: str) -> Table:
-    return _table(
-        f"{comparison.name}: {what}, {_over_seeds(comparison)}",
+def accuracy_table(comparison: Comparison, rows: Sequence[Row], kind: Kind, what: str) -> Table:
+    """Return the shares of right answers to questions of one kind, by system and length; `what` is in the title."""
+    return new_table(
+        f"{comparison.name}: {what}, {over_seeds(comparison)}",
         [f"{length:,}" for length in comparison.filler_tokens],
         (
             [system, *(str(by_length.get(length, "-")) for length in comparison.filler_tokens)]
@@ -253,8 +153,8 @@ def _systems_tables(comparison: Comparison, rows: Sequence[Row]) -> list[Table]:
     of_seeds = ", mean over seeds" if len(comparison.seeds) > 1 else ""
     bytes_at = [f"bytes at {n:,}" for n in BYTES_LENGTHS]
     return [
-        _table(f"{comparison.name}: training{of_seeds}", ["parameters", "beside FAM", "tokens", "CPU s"], training),
-        _table(f"{comparison.name}: reading{of_seeds}", ["tokens/s", *bytes_at], reading),
+        new_table(f"{comparison.name}: training{of_seeds}", ["parameters", "beside FAM", "tokens", "CPU s"], training),
+        new_table(f"{comparison.name}: reading{of_seeds}", ["tokens/s", *bytes_at], reading),
     ]
 
 
@@ -264,8 +164,8 @@ def _mean_on_cpu(rows: Iterable[Row], name: str) -> str:
     return f"{mean(values):,.0f}" if values else "-"
 
 
-def _table(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]], caption: str | None = None) -> Table:
-    """A column of systems and columns of numbers; no word of either is cut."""
+def new_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]], caption: str | None = None) -> Table:
+    """Return a table of a column of systems and columns of numbers; no word of either is cut."""
     rows = list(rows)
     table = Table(title=title, caption=caption, box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
     table.add_column("system", no_wrap=True)

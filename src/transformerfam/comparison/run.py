@@ -1,7 +1,6 @@
 """One run of a comparison: train a system with one seed, ask it at every length, and describe it."""
 
 import hashlib
-import itertools
 import json
 import time
 from collections.abc import Callable, Iterable
@@ -17,7 +16,6 @@ from transformerfam.files import make_folder
 from transformerfam.reports.rows import Row, RowFile, require_same_weights
 from transformerfam.rivals import RIVAL_NAMES
 from transformerfam.tasks.passkey import BEFORE_KEY
-from transformerfam.tasks.passkey_evaluation import PasskeyEvaluation, finished_questions
 from transformerfam.tasks.provenance import device_name, memory_notes, provenance, weights_of
 from transformerfam.tasks.text import encode
 from transformerfam.training.data.sources import require_same_sources, sources_of
@@ -134,71 +132,12 @@ def run_one(
             if progress is not None:
                 progress("ask", done, total)
 
-        for row in _ask(comparison, run, model, tokenizer, rows.rows, notes, update):
+        answered = questions.answers(rows.rows)
+        for row in comparison.ask(run, model, tokenizer, answered, notes, update):
             rows.append(row)
         if not any(row["task"] == TRAINED_TASK for row in rows.rows):
             for row in _description(comparison, run, model, tokenizer, notes):
                 rows.append(row)
-
-
-def _ask(
-    comparison: Comparison,
-    run: RunName,
-    model: Any,
-    tokenizer: Any,
-    rows: list[Row],
-    notes: dict[str, Any],
-    update: Callable[[int, int, Any], None],
-) -> Iterable[Row]:
-    """Yield the rows of the questions that `rows` do not answer yet."""
-    questions = Questions(comparison)
-    rows = questions.answers(rows)
-    lengths = comparison.lengths_of(run.system)
-    if comparison.task == "passkey":
-        return itertools.chain.from_iterable(
-            _passkeys(questions, run, telling, rows, notes, update).rows(model, tokenizer)
-            for telling in comparison.tellings
-        )
-    evaluation = questions.evaluation(run.seed, filler_lengths=lengths, system=run.system, progress=update)
-    return _new_ones(evaluation.rows(model, tokenizer), rows)
-
-
-def _passkeys(
-    questions: Questions,
-    run: RunName,
-    telling: tuple[int, bool],
-    rows: list[Row],
-    notes: dict[str, Any],
-    update: Callable[[int, int, Any], None],
-) -> PasskeyEvaluation:
-    """Return the questions for keys that are told in one way, of several."""
-    ways = questions.comparison.tellings
-
-    def progress(done: int, total: int, state: Any) -> None:
-        update(ways.index(telling) * total + done, len(ways) * total, state)
-
-    evaluation = questions.evaluation(
-        run.seed,
-        filler_lengths=questions.comparison.lengths_of(run.system),
-        systems=questions.comparison.rows_of(run),
-        max_training_filler_tokens=notes.get("max_training_filler_tokens"),
-        prefix_tokens=telling[0],
-        overwritten=telling[1],
-        progress=progress,
-    )
-    assert isinstance(evaluation, PasskeyEvaluation)
-    evaluation.finished = finished_questions(rows, evaluation)
-    return evaluation
-
-
-def _new_ones(answered: Iterable[Row], rows: list[Row]) -> Iterable[Row]:
-    """Leave out what stands among `rows` already."""
-
-    def question(row: Row) -> tuple[Any, ...]:
-        return tuple(row.get(name) for name in ("task", "num_told", "num_supports", "filler_tokens", "text", "order"))
-
-    asked = {question(row) for row in rows}
-    return (row for row in answered if question(row) not in asked)
 
 
 def _train(

@@ -1,0 +1,37 @@
+"""Tasks whose answers are right or wrong, and are shown as shares by length, one table and one panel for each kind."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.table import Table
+
+from transformerfam.comparison.figures import draw_shares
+from transformerfam.comparison.plan import Comparison, Kind
+from transformerfam.comparison.report import Cell, accuracy_table, cells
+from transformerfam.reports.figure import length_axis
+from transformerfam.reports.rows import Row
+
+
+class AccuracyComparison(Comparison):
+    """A comparison by the share of right answers."""
+
+    def title_of(self, kind: Kind) -> str:
+        """Return what is right of the questions of a kind, for a table and a panel."""
+        return f"{self.task}, {kind}" if len(self.kinds) > 1 else self.task
+
+    def finish_panel(self, axes: Any) -> None:
+        """Name the axes of a panel, and draw what belongs to the task."""
+        length_axis(axes, self.filler_tokens)
+
+    def tables(self, rows: Sequence[Row]) -> list[Table]:
+        """Return one table for each kind of question."""
+        return [accuracy_table(self, rows, kind, self.title_of(kind)) for kind in self.kinds]
+
+    def plot(self, rows: Sequence[Row], path: str | Path) -> None:
+        """Draw one panel for each kind of question; see `Comparison.plot`."""
+        draw_shares(self.panels(rows), self.finish_panel, path)
+
+    def panels(self, rows: Sequence[Row]) -> Mapping[str, Mapping[str, Mapping[int, Cell]]]:
+        """Return the cells of every panel, by its title."""
+        return {self.title_of(kind): cells(self, rows, kind) for kind in self.kinds}

@@ -1,0 +1,129 @@
+"""Passkeys compared: one key, told at the start, deeper, or behind another one."""
+
+import itertools
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, ClassVar, Literal, Self
+
+from pydantic import model_validator
+
+from transformerfam.comparison.accuracy import AccuracyComparison
+from transformerfam.comparison.figures import MAX_LINES, by_panel, plot_matrix
+from transformerfam.comparison.plan import Asked, RunName, Update
+from transformerfam.comparison.report import Cell
+from transformerfam.errors import RecipeError
+from transformerfam.reports.rows import Row
+from transformerfam.reports.telling import Telling
+from transformerfam.tasks.passkey_evaluation import PasskeyEvaluation, finished_questions
+from transformerfam.training.recipe.ranges import Integers
+
+
+class PasskeyComparison(AccuracyComparison):
+    """A comparison by passkeys that come back."""
+
+    parted_by: ClassVar[tuple[str, ...]] = ("prefix_tokens", "overwritten_tokens")
+    has_controls: ClassVar[bool] = True
+
+    task: Literal["passkey"] = "passkey"
+    """What is asked."""
+
+    prefix_tokens: Integers = (0,)
+    """Tokens of filler in front of the sentences that tell the key, how deep it stands; each number has questions of
+    its own."""
+
+    overwritten_tokens: Integers = ()
+    """Tokens of filler between another key, which is told first, and the one that counts; each number has questions of
+    its own."""
+
+    @model_validator(mode="after")
+    def _require_tellings(self) -> Self:
+        if not self.kinds or min(self.kinds)[0] < 0:
+            raise RecipeError("prefix_tokens and overwritten_tokens are empty or negative, required is one from 0 on")
+        return self
+
+    @property
+    def kinds(self) -> list[Telling]:
+        """How keys are told: tokens of filler in front of the key, and whether another key stands before those."""
+        return [Telling(n) for n in self.prefix_tokens] + [
+            Telling(n, is_overwritten=True) for n in self.overwritten_tokens
+        ]
+
+    def kind_of(self, row: Row) -> Telling:
+        """Return how a row's key was told."""
+        return Telling.of_row(row)
+
+    def question_of(self, row: Row) -> tuple[int | None, ...]:
+        """Return a row's key."""
+        return (row.get("key"),)
+
+    def evaluation(self, seed: int, **options: Any) -> PasskeyEvaluation:
+        """Return what asks the questions of a seed; see `Comparison.evaluation`."""
+        return PasskeyEvaluation(**self.common_options(seed) | {"num_keys": self.num_keys} | options)
+
+    def asked(self, kind: Telling, seed: int, length: int, block_size: int) -> Asked:
+        """Return the keys that are told in one way; see `Comparison.asked`."""
+        evaluation = self.evaluation(seed, prefix_tokens=kind.prefix_tokens, overwritten=kind.is_overwritten)
+        jitters = evaluation.jitters(length, block_size)
+        found: dict[Any, dict[str, Any]] = {
+            (key,): {"jitter": jitter} for key, jitter in zip(evaluation.keys, jitters, strict=True)
+        }
+        if kind.is_overwritten:
+            for fields, old_key in zip(found.values(), evaluation.old_keys, strict=True):
+                fields["old_key"] = old_key
+        return found
+
+    def questions_digest(self) -> str:
+        """Return the field `questions` of its rows."""
+        return self.evaluation(self.seeds[0]).questions["questions"]
+
+    def ask(
+        self,
+        run: RunName,
+        model: Any,
+        tokenizer: Any,
+        answered: Sequence[Row],
+        notes: Mapping[str, Any],
+        update: Update,
+    ) -> Iterable[Row]:
+        """Ask for keys told in one way after the other; see `Comparison.ask`."""
+        return itertools.chain.from_iterable(
+            self._evaluation_of(run, kind, answered, notes, update).rows(model, tokenizer) for kind in self.kinds
+        )
+
+    def _evaluation_of(
+        self, run: RunName, kind: Telling, answered: Sequence[Row], notes: Mapping[str, Any], update: Update
+    ) -> PasskeyEvaluation:
+        def progress(done: int, total: int, state: Any) -> None:
+            update(self.kinds.index(kind) * total + done, len(self.kinds) * total, state)
+
+        evaluation = self.evaluation(
+            run.seed,
+            filler_lengths=self.lengths_of(run.system),
+            systems=self.rows_of(run),
+            max_training_filler_tokens=notes.get("max_training_filler_tokens"),
+            prefix_tokens=kind.prefix_tokens,
+            overwritten=kind.is_overwritten,
+            progress=progress,
+        )
+        evaluation.finished = finished_questions(answered, evaluation)
+        return evaluation
+
+    def title_of(self, kind: Telling) -> str:
+        """Return what is right, by how keys are told."""
+        if len(self.kinds) == 1:
+            return "passkeys recalled"
+        behind = "another key" if kind.is_overwritten else "the start"
+        return f"passkeys recalled, told {kind.prefix_tokens:,} tokens behind {behind}"
+
+    def plot(self, rows: Sequence[Row], path: str | Path) -> None:
+        """Draw one panel for each way of telling; of one way alone many variants are a matrix."""
+        if len(self.kinds) == 1 and len(self.variants) > MAX_LINES:
+            (found,) = super().panels(rows).values()
+            plot_matrix(self.filler_tokens, found, path)
+        else:
+            super().plot(rows, path)
+
+    def panels(self, rows: Sequence[Row]) -> Mapping[str, Mapping[str, Mapping[int, Cell]]]:
+        """Return the cells of every panel, by its title; of one way of telling a panel is a kind of system."""
+        found = super().panels(rows)
+        return found if len(found) > 1 else by_panel(*found.values())

@@ -1,0 +1,39 @@
+"""What comparisons have in common that ask on texts, each of which holds several things to ask for."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from transformerfam.comparison.plan import Comparison, RunName, Update
+from transformerfam.reports.rows import Row
+from transformerfam.tasks.passkey import filler_text, text_digest
+
+
+class TextsComparison(Comparison):
+    """A comparison whose evaluation is a `TextsEvaluation`: its rows are asked all, and those that are new are kept."""
+
+    def common_options(self, seed: int) -> dict[str, Any]:
+        """Return the options that all evaluations of texts have."""
+        return super().common_options(seed) | {"num_texts": self.num_keys}
+
+    def questions_digest(self) -> str:
+        """Return the field `questions` of its rows."""
+        found: str = self.evaluation(self.seeds[0]).questions(text_digest(filler_text(self.filler)))["questions"]
+        return found
+
+    def ask(
+        self,
+        run: RunName,
+        model: Any,
+        tokenizer: Any,
+        answered: Sequence[Row],
+        notes: Mapping[str, Any],
+        update: Update,
+    ) -> Iterable[Row]:
+        """Ask all, and leave out what is answered; see `Comparison.ask`."""
+        lengths = self.lengths_of(run.system)
+        evaluation = self.evaluation(run.seed, filler_lengths=lengths, system=run.system, progress=update)
+        done = {self._place_of(row) for row in answered}
+        return (row for row in evaluation.rows(model, tokenizer) if self._place_of(row) not in done)
+
+    def _place_of(self, row: Row) -> tuple[Any, ...]:
+        return self.kind_of(row), row["filler_tokens"], self.question_of(row)

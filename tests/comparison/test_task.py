@@ -1,0 +1,188 @@
+"""A task of one class, and one line in the registry, is asked, reported and drawn; no other file knows its name."""
+
+import json
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+import pytest
+import torch
+
+import transformerfam
+from transformerfam.comparison import RunName, load_comparison, run_one
+from transformerfam.comparison import report as comparison_report
+from transformerfam.comparison import run as comparison_run
+from transformerfam.comparison.accuracy import AccuracyComparison
+from transformerfam.comparison.figures import plot_comparison
+from transformerfam.comparison.load import TASKS
+from transformerfam.comparison.plan import Update
+from transformerfam.comparison.report import cells, comparison_tables
+from transformerfam.comparison.run import ROWS_FILE
+from transformerfam.errors import RecipeError
+from transformerfam.reports.rows import Row, read_rows
+from transformerfam.tasks.provenance import provenance, weights_of
+from transformerfam.training.recipe.ranges import Integers
+
+TRAINING = """
+[model]
+base = "tiny"
+hidden_size = 32
+num_hidden_layers = 2
+num_attention_heads = 2
+intermediate_size = 64
+
+[fam]
+block_size = 16
+fam_length = 2
+
+[schedule]
+steps = 1
+batch_size = 2
+curriculum = [{ filler_tokens = [8, 16] }]
+"""
+
+
+@dataclass
+class EchoEvaluation:
+    """Ask for the token in front of the question, behind others."""
+
+    seed: int
+    lengths: Sequence[int]
+    system: str
+    name: str
+    num_texts: int
+
+    def text(self, tokenizer: Any) -> None:
+        """Nothing is written."""
+
+    def rows(self, model: Any, _: Any) -> Iterator[Row]:
+        for length in self.lengths:
+            for text in range(self.num_texts):
+                draw = torch.Generator().manual_seed(self.seed + text)
+                ids = torch.randint(50, (1, length + 1), generator=draw)
+                said = int(model(input_ids=ids).logits[0, -1].argmax())
+                yield {
+                    "task": "echo",
+                    "system": self.system,
+                    "model": self.name,
+                    "seed": self.seed,
+                    "filler_tokens": length,
+                    "text": text,
+                    "times": 1,
+                    "correct": said == int(ids[0, -1]),
+                    **provenance(),
+                    **weights_of(model),
+                }
+
+
+class EchoComparison(AccuracyComparison):
+    """The toy."""
+
+    parted_by: ClassVar[tuple[str, ...]] = ("times",)
+
+    task: Literal["echo"] = "echo"
+    times: Integers = (1,)
+
+    @property
+    def kinds(self) -> tuple[int, ...]:
+        return self.times
+
+    def kind_of(self, row: Row) -> int:
+        found: int = row["times"]
+        return found
+
+    def question_of(self, row: Row) -> tuple[int | None, ...]:
+        return (row["text"],)
+
+    def evaluation(self, seed: int, **options: Any) -> EchoEvaluation:
+        lengths = options.get("filler_lengths", self.filler_tokens)
+        return EchoEvaluation(seed, lengths, options.get("system", "fam"), self.name, self.num_keys)
+
+    def asked(self, kind: int, seed: int, length: int, block_size: int) -> Mapping[Any, Mapping[str, Any]]:
+        return {(text,): {} for text in range(self.num_keys)}
+
+    def questions_digest(self) -> str:
+        return "echo"
+
+    def ask(
+        self,
+        run: RunName,
+        model: Any,
+        tokenizer: Any,
+        answered: Sequence[Row],
+        notes: Mapping[str, Any],
+        update: Update,
+    ) -> Iterable[Row]:
+        done = {(row["filler_tokens"], row["text"]) for row in answered}
+        for row in self.evaluation(run.seed, system=run.system).rows(model, tokenizer):
+            if (row["filler_tokens"], row["text"]) not in done:
+                yield row
+
+
+@pytest.fixture
+def path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setitem(TASKS, "echo", EchoComparison)
+    for module in (comparison_run, comparison_report):
+        monkeypatch.setattr(module, "BYTES_LENGTHS", (8,))
+    (tmp_path / "training.toml").write_text(TRAINING)
+    path = tmp_path / "toy.toml"
+    path.write_text(
+        'recipe = "training.toml"\ntask = "echo"\nsystems = ["fam", "rmt"]\nfiller_tokens = [4, 20]\nnum_keys = 3\n'
+    )
+    return path
+
+
+def test_toy_task_is_trained_asked_reported_and_drawn(path: Path, tmp_path: Path) -> None:
+    """Catches a step of a comparison that knows the tasks by name."""
+    comparison = load_comparison(path)
+    rows = []
+    for run in comparison.runs:
+        run_one(comparison, run, tmp_path / "runs")
+        file = tmp_path / "runs" / str(run) / ROWS_FILE
+        own = read_rows([file])
+        assert sum(row["task"] == "echo" for row in own) == 6
+        file.write_text("".join(json.dumps(row) + "\n" for row in own[:4]))
+        run_one(comparison, run, tmp_path / "runs")  # asks what is missing alone
+        again = read_rows([file])
+        assert sum(row["task"] == "echo" for row in again) == 6
+        rows += again
+    found = cells(comparison, rows)
+    for system in ("fam", "rmt"):
+        for length in (4, 20):
+            right = [
+                row["correct"] for row in rows if (row.get("system"), row.get("filler_tokens")) == (system, length)
+            ]
+            assert found[system][length].mean == pytest.approx(sum(right) / 3)
+    tables = comparison_tables(comparison, rows)
+    assert tables[0].title == "toy: echo, one seed"
+    plot_comparison(comparison, rows, tmp_path / "figure.svg")
+    assert "rmt" in (tmp_path / "figure.svg").read_text()
+
+
+@pytest.mark.parametrize(
+    ("change", "match"),
+    [
+        ('task="eccho"', "task is 'eccho', required is one of passkey, named-keys, facts, echo"),
+        ("task=3", "task is 3, required is one of"),
+        ("num_told=[2]", "num_told is a key of task 'named-keys', and task is 'echo'"),
+        ('systems=["fam","fam_memory_zeroed"]', "fam_memory_zeroed is asked for passkeys"),
+        ("times=[1,1]", r"times is \[1, 1\], required are different ones"),
+        ("time=[1]", "unknown key time in the recipe; did you mean times"),
+    ],
+)
+def test_keys_of_a_comparison_are_those_of_its_task(path: Path, change: str, match: str) -> None:
+    """Catches a key that another task has, and that this one leaves unread."""
+    with pytest.raises(RecipeError, match=match):
+        load_comparison(path, [change])
+
+
+def test_names_of_tasks_stand_in_their_own_files_alone() -> None:
+    """Catches a branch on a task's name."""
+    folder = Path(transformerfam.__file__).parent / "comparison"
+    for path in folder.glob("*.py"):
+        names = re.findall(r"""["'](passkey|named-keys|facts)["']""", path.read_text())
+        if path.stem not in ("load", "passkey", "named_keys", "facts"):
+            assert names == [], path
+        assert ".task ==" not in path.read_text() or path.stem in ("report", "figures", "named_keys"), path
