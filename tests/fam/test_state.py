@@ -16,7 +16,7 @@ from tiny_llama import make_tiny_llama, random_ids, random_rows
 
 from transformerfam import FamConfig, FamState, convert, files
 from transformerfam.config import UPDATE_PRESETS
-from transformerfam.decoder.identity import difference
+from transformerfam.decoder.architecture import difference
 from transformerfam.errors import CorruptFileError, StateMismatchError, TransformerFamError
 from transformerfam.fam import state as state_module
 from transformerfam.fam.memory import set_block_size, set_key_bias

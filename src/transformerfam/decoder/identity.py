@@ -2,87 +2,24 @@
 
 import contextlib
 import dataclasses
-import fnmatch
-import json
-import re
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensor
 
 from transformerfam.config import FamConfig
-from transformerfam.decoder.slot import SLOTS
+from transformerfam.decoder.architecture import describe_architecture, difference
+from transformerfam.decoder.parameters import WeightValues, is_memory_parameter, plain_names
 from transformerfam.errors import StateMismatchError, TransformerFamError
 from transformerfam.files import digest_tensors
 
-ARCHITECTURE_KEYS = (
-    "model_type",
-    "vocab_size",
-    "hidden_size",
-    "intermediate_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "num_key_value_heads",
-    "head_dim",
-    "hidden_act",
-    "rms_norm_eps",
-    "rope_parameters",
-    "layer_types",
-    "sliding_window",
-    "tie_word_embeddings",
-)
-
-CONSTANTS = "constants"
-"""Key of an architecture under which all further numbers of a model's configuration are, and its activations."""
-
-NOT_FELT = (
-    *("output_*", "return_*", "use_cache", "chunk_size_feed_forward", "is_*", "tie_*", "num_labels", "gradient*"),
-    *("*dropout*", "*pdrop", "*jitter*", "*_coef", "*initializer*", "*token_id*", "pretraining_tp", "num_nextn_*"),
-    "max_position_embeddings",
-)
-"""Numbers of a configuration that change nothing of what a model reads: patterns of their names."""
-
 NUM_PAST = 32
+"""Former weights of which an identity remembers digests."""
+
 SEVERAL = "several"
 """In place of a digest: weights were changed while a text was read, or before its state was saved."""
-
-PEFT_MARKS = ("lora_", "trainable_tokens_", ".modules_to_save.")
-
-
-def is_memory_parameter(name: str) -> bool:
-    """Say whether a parameter belongs to a memory, or to PEFT, and not to the base model."""
-    return any(mark in name for mark in (*PEFT_MARKS, *(f"{slot}." for slot in SLOTS)))
-
-
-def describe_architecture(model: Any) -> dict[str, Any]:
-    """Return what two models must share so that a state of one fits the other, as JSON values."""
-    values = model.config.to_dict()
-    chosen = {"class": type(model).__name__} | {key: values.get(key) for key in ARCHITECTURE_KEYS}
-    chosen[CONSTANTS] = {
-        key: value
-        for key, value in sorted(values.items())
-        if (isinstance(value, int | float) or (isinstance(value, str) and "activation" in key))
-        and key not in ARCHITECTURE_KEYS
-        and not any(fnmatch.fnmatch(key, pattern) for pattern in NOT_FELT)
-    }
-    return json.loads(json.dumps(chosen))
-
-
-def difference(there: Mapping[str, Any], here: Mapping[str, Any]) -> tuple[str, Any, Any] | None:
-    """Return the first key in which two architectures differ, with both values; None where they are equal.
-
-    Of `CONSTANTS` those are compared that both have: versions of transformers add some, and old files have none.
-    """
-    for key in sorted({*there, *here} - {CONSTANTS}):
-        if there.get(key) != here.get(key):
-            return key, there.get(key), here.get(key)
-    own, other = there.get(CONSTANTS) or {}, here.get(CONSTANTS) or {}
-    for key in sorted(own.keys() & other.keys()):
-        if own[key] != other[key]:
-            return key, own[key], other[key]
-    return None
 
 
 def _in_todays_fields(values: dict[str, Any], config: FamConfig) -> dict[str, Any]:
@@ -91,67 +28,6 @@ def _in_todays_fields(values: dict[str, Any], config: FamConfig) -> dict[str, An
         return type(config).from_dict(values).to_dict()
     except TransformerFamError:  # of a version to come; the difference is named
         return values
-
-
-def value_of(model: Any, name: str, parameter: torch.Tensor) -> torch.Tensor:
-    """Return a parameter, from the CPU's memory or the disk where accelerate has offloaded it.
-
-    Args:
-        model: whose parameter it is.
-        name: its full name there.
-        parameter: of which only the shape is at hand where it is offloaded.
-
-    Raises:
-        TransformerFamError: no hook of accelerate's knows its value.
-    """
-    if parameter.device.type != "meta":
-        return parameter
-    parts = name.split(".")
-    for place in range(len(parts) - 1, -1, -1):
-        hook = getattr(model.get_submodule(".".join(parts[:place])), "_hf_hook", None)
-        for one in getattr(hook, "hooks", [hook]):
-            with contextlib.suppress(KeyError):
-                if (stored := getattr(one, "weights_map", None)) is not None:
-                    return stored[".".join(parts[place:])].to(parameter.dtype)
-    require_at_hand(name, parameter)
-    raise AssertionError("a parameter on device 'meta' is at hand")
-
-
-class _Values(Mapping[str, torch.Tensor]):
-    """The values of a model's parameters, of offloaded ones each when it is looked up.
-
-    Args:
-        model: whose parameters they are.
-        chosen: full names in the model, by other names.
-    """
-
-    def __init__(self, model: Any, chosen: Mapping[str, str]) -> None:
-        self.model = model
-        self.chosen = chosen
-        self.parameters = dict(model.named_parameters())
-
-    def __getitem__(self, name: str) -> torch.Tensor:
-        full_name = self.chosen[name]
-        return value_of(self.model, full_name, self.parameters[full_name])
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.chosen)
-
-    def __len__(self) -> int:
-        return len(self.chosen)
-
-
-def require_at_hand(name: str, weight: torch.Tensor) -> None:
-    """Refuse a weight that is offloaded, of which only the shape is at hand.
-
-    Raises:
-        TransformerFamError: it is.
-    """
-    if weight.device.type == "meta":
-        raise TransformerFamError(
-            f"{name} is on device 'meta', as weights that accelerate offloads are, and its values are needed here; "
-            "load the model without offloading it, or, to read alone, keep embeddings and memory on one by device_map"
-        )
 
 
 ReadWith = dict[str, Any]
@@ -189,34 +65,6 @@ class UnboundIdentity:
     def to_metadata(self, config: Any, read_with: ReadWith | None = None) -> dict[str, Any]:
         """Return everything that `ModelIdentity.check` compares, as JSON values: what the text was read with."""
         return self.metadata | {"fam_config": config.to_dict()}
-
-
-def adapters_in_force(model: Any) -> set[str]:
-    """Return the names of PEFT's adapters that take part in a model's outputs."""
-    named: set[str] = set()
-    for module in model.modules():
-        active = getattr(module, "active_adapters", None)
-        if isinstance(active, list):  # of a layer of PEFT's; models have a method of this name
-            named |= set(active)
-    return named
-
-
-def _plain_names(model: Any, of_memory: bool) -> dict[str, str]:
-    """Return the names of the base model's parameters, or of the memory's with the adapter in force.
-
-    They stand by their names without PEFT's.
-    """
-    inactive = set(getattr(model, "peft_config", None) or ()) - adapters_in_force(model)
-    chosen = {}
-    for full_name, _ in model.named_parameters():
-        name = full_name
-        is_memory, is_original = is_memory_parameter(name), ".original_module." in name
-        found = re.search(r"\.(?:lora_\w+|trainable_tokens_\w+|modules_to_save)\.([^.]+)", name)
-        if is_memory == of_memory and not (is_memory and is_original) and not (found and found[1] in inactive):
-            name = name if found is None else name[: found.start(1)] + "default" + name[found.end(1) :]
-            plain = re.sub(r"\.modules_to_save\.default|\.(?:base_layer|original_module|token_adapter)\b", "", name)
-            chosen[plain] = full_name
-    return chosen
 
 
 @dataclasses.dataclass
@@ -343,8 +191,8 @@ class ModelIdentity:
             if then in (None, now):
                 self._kept[of_memory] = digest, now
                 return digest
-        chosen = _plain_names(self.model, of_memory)
-        values = _Values(self.model, chosen)
+        chosen = plain_names(self.model, of_memory)
+        values = WeightValues(self.model, chosen)
         parameters = {name: values.parameters[full_name] for name, full_name in chosen.items()}
         versions = tuple(
             (name, value.data_ptr(), None if value.is_inference() else value._version)

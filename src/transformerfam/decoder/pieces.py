@@ -14,10 +14,11 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils.checkpoint import checkpoint
 from transformers.modeling_outputs import MoeModelOutputWithPast
 
+from transformerfam.decoder.architecture import difference
 from transformerfam.decoder.arguments import check_ids, check_positions, own_mask, take_arguments
 from transformerfam.decoder.cache_argument import CACHE_NAME, as_cache
 from transformerfam.decoder.hidden_gradients import take_gradients_of, without_gradients
-from transformerfam.decoder.identity import ModelIdentity, UnboundIdentity, difference
+from transformerfam.decoder.identity import ModelIdentity, UnboundIdentity
 from transformerfam.decoder.positions import warn_text_beyond_trained
 from transformerfam.decoder.state import ReadingState
 from transformerfam.errors import StateMismatchError, TransformerFamError

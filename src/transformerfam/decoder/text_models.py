@@ -6,8 +6,8 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from transformerfam.decoder.identity import require_at_hand
 from transformerfam.decoder.layouts import RELATIVE_TOLERANCE, relative_error
+from transformerfam.decoder.parameters import require_at_hand
 from transformerfam.decoder.slot import memory_in
 from transformerfam.errors import UnsupportedModelError
 

@@ -8,9 +8,9 @@ from transformers import PreTrainedModel
 
 from transformerfam.decoder.arguments import require_integer, saved_flags
 from transformerfam.decoder.half_precision import fitting
-from transformerfam.decoder.identity import require_at_hand
 from transformerfam.decoder.layouts import with_tables_of
 from transformerfam.decoder.memory import memory_of
+from transformerfam.decoder.parameters import require_at_hand
 from transformerfam.decoder.peft_calls import refuse_adapters_by_place
 from transformerfam.decoder.positions import first_position
 from transformerfam.decoder.structure import require_layers

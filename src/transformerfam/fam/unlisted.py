@@ -19,9 +19,9 @@ from transformers.masking_utils import sdpa_mask
 
 from transformerfam.decoder.cache_argument import as_cache
 from transformerfam.decoder.families import decoder_layers, family_of, own_windows, part_of, usual_families
-from transformerfam.decoder.identity import require_at_hand
 from transformerfam.decoder.kernels import BACK_END
 from transformerfam.decoder.layouts import relative_error
+from transformerfam.decoder.parameters import require_at_hand
 from transformerfam.decoder.slot import memory_in
 from transformerfam.errors import TransformerFamError, UnsupportedModelError
 from transformerfam.fam.checks import PROBE_BLOCK_SIZE, PROBE_FAM_LENGTH, Watch, probing, require_equal

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from transformerfam.decoder.identity import difference
+from transformerfam.decoder.architecture import difference
 from transformerfam.errors import StateMismatchError, TransformerFamError
 from transformerfam.weights.adapter import CONFIG_FILE, FamAdapter
 from transformerfam.weights.models import BASE_NOTE

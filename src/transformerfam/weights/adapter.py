@@ -21,7 +21,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from transformerfam.config import FamConfig
-from transformerfam.decoder.identity import describe_architecture, difference
+from transformerfam.decoder.architecture import describe_architecture, difference
 from transformerfam.errors import CorruptFileError, StateMismatchError, TransformerFamError
 from transformerfam.fam.convert import convert, memory_of
 from transformerfam.fam.memory import FamMemory, FamModel

@@ -9,7 +9,7 @@ import torch
 from safetensors import SafetensorError
 from transformers import PreTrainedModel
 
-from transformerfam.decoder.identity import adapters_in_force
+from transformerfam.decoder.parameters import adapters_in_force
 from transformerfam.errors import CorruptFileError, StateMismatchError, TransformerFamError, UnsupportedModelError
 from transformerfam.fam.convert import memory_of
 from transformerfam.fam.row_lora import refuse_merge
