@@ -23,6 +23,7 @@ from transformerfam.decoder.slot import memory_in
 from transformerfam.decoder.structure import check_model, check_structure
 from transformerfam.errors import TransformerFamError, UnsupportedModelError
 from transformerfam.fam.checks import check_seams, check_update
+from transformerfam.fam.layer_checks import UNFORESEEN
 from transformerfam.fam.memory import (
     FamMemory,
     FamModel,
@@ -32,7 +33,7 @@ from transformerfam.fam.memory import (
     set_key_bias,
 )
 from transformerfam.fam.prompt import personal_memory
-from transformerfam.fam.unlisted import UNFORESEEN, check_converted, convert_by_checks, own_logits
+from transformerfam.fam.unlisted import check_converted, convert_by_checks, own_logits
 from transformerfam.versions import does_not_fit
 
 __all__ = ["convert", "fam_parameters", "memory_of", "personal_memory", "set_block_size", "set_key_bias"]
