@@ -16,7 +16,8 @@ from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaMLP
 
 from transformerfam import FamState, convert, from_pretrained
 from transformerfam.decoder.cache_argument import CACHE_NAME
-from transformerfam.decoder.families import FAMILIES, NOT_SERVED, family_of
+from transformerfam.decoder.families import FAMILIES, NOT_SERVED
+from transformerfam.decoder.served import family_of
 from transformerfam.errors import UnsupportedModelError
 from transformerfam.fam.convert import fam_parameters
 from transformerfam.rivals import RivalConfig, attach

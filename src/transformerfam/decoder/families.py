@@ -9,11 +9,6 @@ import math
 from collections.abc import Callable
 from typing import Any
 
-from torch import nn
-
-from transformerfam.errors import UnsupportedModelError
-from transformerfam.versions import does_not_fit
-
 
 def _never(config: Any) -> bool:
     return False
@@ -31,11 +26,13 @@ def _falcon_is_parallel(config: Any) -> bool:
     return bool(config.parallel_attn or config.new_decoder_architecture)
 
 
-def _one_norm(config: Any) -> tuple[str, ...]:
+def one_norm(config: Any) -> tuple[str, ...]:
+    """Return the entries of a layer with one norm in front of all."""
     return ("input_layernorm",)
 
 
-def _attention_itself(config: Any) -> tuple[str, ...]:
+def attention_itself(config: Any) -> tuple[str, ...]:
+    """Return the entries of a layer without a norm in front of attention."""
     return ("self_attn",)
 
 
@@ -48,11 +45,13 @@ def _falcon_norms(config: Any) -> tuple[str, ...]:
     return ("ln_attn", "ln_mlp") if has_two else ("input_layernorm",)
 
 
-def _one(config: Any) -> float:
+def one(config: Any) -> float:
+    """Return the factor of a branch that is added as it is."""
     return 1.0
 
 
-def _residual_multiplier(config: Any) -> float:
+def residual_multiplier(config: Any) -> float:
+    """Return Granite's factor of a branch."""
     return float(config.residual_multiplier)
 
 
@@ -104,9 +103,9 @@ class Family:
     layers: str = "layers"
     attention: str = "self_attn"
     output_projection: str = "o_proj"
-    entries: Callable[[Any], tuple[str, ...]] = _one_norm
+    entries: Callable[[Any], tuple[str, ...]] = one_norm
     branch: str = "self_attn"
-    branch_factor: Callable[[Any], float] = _one
+    branch_factor: Callable[[Any], float] = one
     behind: str = "post_attention_layernorm"
     is_parallel: Callable[[Any], bool] = _never
     has_attention_interface: bool = True
@@ -119,7 +118,7 @@ class Family:
 SEQUENCES: dict[str, dict[str, Any]] = {
     "Gemma 2": {"branch": "post_attention_layernorm", "behind": "pre_feedforward_layernorm"},
     "GLM-4-0414": {"branch": "post_self_attn_layernorm", "behind": "post_attention_layernorm"},
-    "OLMo 2": {"entries": _attention_itself, "branch": "post_attention_layernorm", "behind": "mlp"},
+    "OLMo 2": {"entries": attention_itself, "branch": "post_attention_layernorm", "behind": "mlp"},
     "Llama": {"behind": "post_attention_layernorm"},
     "VaultGemma": {"behind": "pre_feedforward_layernorm"},
     "StableLM in parallel": {"behind": "mlp", "is_parallel": _always},
@@ -154,7 +153,7 @@ FAMILIES = {
     "smollm3": Family(name="SmolLM3", special="every fourth layer has no RoPE"),
     "granite": Family(
         name="Granite",
-        branch_factor=_residual_multiplier,
+        branch_factor=residual_multiplier,
         special="factors on embeddings, attention, residual branches and logits",
     ),
     "cohere2": Family(
@@ -280,12 +279,12 @@ FAMILIES = {
     "cwm": Family(name="CWM", special="three of four layers slide and keep their window"),
     "granitemoe": Family(
         name="Granite-MoE",
-        branch_factor=_residual_multiplier,
+        branch_factor=residual_multiplier,
         special="mixture of experts; factors on embeddings, attention, residual branches and logits",
     ),
     "granitemoeshared": Family(
         name="Granite-MoE (shared)",
-        branch_factor=_residual_multiplier,
+        branch_factor=residual_multiplier,
         special="mixture of experts and a shared one; factors on embeddings, attention, residual branches and logits",
     ),
     "dots1": Family(
@@ -304,7 +303,7 @@ FAMILIES = {
     "hyperclovax": Family(
         name="HyperCLOVA X",
         branch="post_norm1",
-        branch_factor=_residual_multiplier,
+        branch_factor=residual_multiplier,
         special="optionally norms behind attention and feed-forward; factors as Granite's",
     ),
     "nanochat": Family(name="nanochat", special="norms without weights, on queries and keys behind RoPE; squared ReLU"),
@@ -334,14 +333,6 @@ FAMILIES = {
 }
 """By `model_type`."""
 
-
-OTHER_LAYERS = {
-    "linear_attention": ", whose recurrent state a FamState does not carry, and which would read FAM rows as tokens",
-    "chunked_attention": ", where the first token of a chunk sees nothing in front of it, and no memory either",
-    "indexed_attention": ", which chooses a few keys by a separate index, not by the keys in sight",
-}
-"""What is in the way of a memory in layers of other types."""
-
 NOT_SERVED = {
     "gemma3n_text": "its layers pass four streams of hidden states on, and are given embeddings of the token ids; the "
     "rows of a FAM are one stream, and have no ids",
@@ -351,121 +342,3 @@ NOT_SERVED = {
     "another position",
 }
 """Families that were looked at and cannot be served, by `model_type`, with the reason."""
-
-
-def usual_families(layer: nn.Module, config: Any) -> list[Family]:
-    """Return what a layer of a family without a row may be, by the usual names of its parts.
-
-    Args:
-        layer: of the decoder.
-        config: of the model.
-    """
-    parts = {name for name, _ in layer.named_children()}
-    attention = next((name for name in ("self_attn", "attention") if name in parts), None)
-    if attention is None:
-        return []
-    inner = {name for name, _ in layer.get_submodule(attention).named_children()}
-    output = next((name for name in ("o_proj", "dense", "out_proj") if name in inner), None)
-    if output is None:
-        return []
-    factor = _residual_multiplier if hasattr(config, "residual_multiplier") else _one
-    found = []
-    for name, sequence in SEQUENCES.items():
-        choices: dict[str, Any] = {"branch": attention, "entries": _one_norm} | sequence
-        entries = {attention} if choices["entries"] is _attention_itself else {"input_layernorm"}
-        if choices["entries"] is _attention_itself and "input_layernorm" in parts:
-            continue
-        if {choices["branch"], choices["behind"], *entries} <= parts:
-            kind = Family(
-                name=name,
-                attention=attention,
-                output_projection=output,
-                branch_factor=factor,
-                asks_by_queries=False,
-                **choices,
-            )
-            found.append(kind)
-    return found
-
-
-def family_of(model: Any) -> Family:
-    """Return the family of a model: that of its `model_type`, or the one that conversion has found by numbers."""
-    found: Family | None = getattr(model.get_decoder(), "fam_family", None)
-    return FAMILIES[model.config.model_type] if found is None else found
-
-
-def require_row(model_type: str, what: str) -> None:
-    """Refuse a family that has no row in the table.
-
-    Raises:
-        UnsupportedModelError: names what needs one.
-    """
-    if model_type not in FAMILIES:
-        raise UnsupportedModelError(
-            f"model type {model_type!r} has no row in the table of families, which {what} needs; it has "
-            f"{', '.join(FAMILIES)}"
-        )
-
-
-def decoder_layers(model: Any) -> nn.ModuleList:
-    """Return a served model's decoder layers."""
-    layers: nn.ModuleList = getattr(model.get_decoder(), family_of(model).layers)
-    return layers
-
-
-def part_of(layer: nn.Module, name: str) -> nn.Module:
-    """Return a submodule of a layer.
-
-    Raises:
-        UnsupportedModelError: there is none of this name.
-    """
-    try:
-        return layer.get_submodule(name)
-    except AttributeError as error:
-        raise does_not_fit(
-            f"the residual seam does not fit this model: {type(layer).__name__} has no part {name!r}"
-        ) from error
-
-
-def refuse_by_configuration(name: str, config: Any) -> None:
-    """Refuse a model that is known not to go together with the memory, before its layers are looked at.
-
-    Args:
-        name: of its class.
-        config: of the model.
-
-    Raises:
-        UnsupportedModelError: with the reason.
-    """
-    text_config = config.get_text_config(decoder=True)
-    if text_config is not config:
-        raise UnsupportedModelError(
-            f"{name} takes more than text: its own forward merges images or sound into the embeddings and makes the "
-            f"masks, where a memory cannot come in; convert its text model ({text_config.model_type!r}) alone, which "
-            "transformerfam.decoder.text_models.text_model(model) gives"
-        )
-    if config.model_type in NOT_SERVED:
-        raise UnsupportedModelError(f"{name} is not served: {NOT_SERVED[config.model_type]}")
-    if config.model_type in FAMILIES:
-        reason = FAMILIES[config.model_type].refuses(config)
-        if reason is not None:
-            raise UnsupportedModelError(f"{name} is not served with this configuration: {reason}")
-    if hasattr(config, "num_hidden_layers"):
-        own_windows(config)
-
-
-def own_windows(config: Any) -> list[int | None]:
-    """Return every layer's own sliding window in tokens, the token itself included; None where it has none.
-
-    Raises:
-        UnsupportedModelError: a layer is neither full nor sliding attention.
-    """
-    num_layers, window = config.num_hidden_layers, getattr(config, "sliding_window", None)
-    types = getattr(config, "layer_types", None) or ["sliding_attention"] * num_layers
-    for layer_type in types:
-        if layer_type not in ("full_attention", "sliding_attention"):
-            raise UnsupportedModelError(
-                f"the model has a layer of type {layer_type!r}{OTHER_LAYERS.get(layer_type, '')}; required are "
-                "full_attention and sliding_attention"
-            )
-    return [window if layer_type == "sliding_attention" else None for layer_type in types]

@@ -10,9 +10,9 @@ from torch import nn
 from transformers import Cache, PreTrainedModel
 
 from transformerfam.decoder.cache_argument import as_cache
-from transformerfam.decoder.families import decoder_layers, own_windows
 from transformerfam.decoder.flash import FLASH_BACK_ENDS
 from transformerfam.decoder.positions import Turner
+from transformerfam.decoder.served import decoder_layers, own_windows
 from transformerfam.errors import UnsupportedModelError
 from transformerfam.versions import does_not_fit
 

@@ -15,13 +15,13 @@ from transformers import PreTrainedModel
 from transformers.modeling_outputs import MoeModelOutputWithPast
 
 from transformerfam.decoder.cache_argument import take_cache
-from transformerfam.decoder.families import decoder_layers, family_of
 from transformerfam.decoder.identity import ModelIdentity
 from transformerfam.decoder.layouts import LayerLayout
 from transformerfam.decoder.peft_calls import refuse_adapters_by_place
 from transformerfam.decoder.pieces import NOT_COMPILED, Inputs, read_in_pieces, state_or_new, take_over
 from transformerfam.decoder.reading import READER_METHODS
 from transformerfam.decoder.seams import LayerSeam, bind_method
+from transformerfam.decoder.served import decoder_layers, family_of
 from transformerfam.decoder.slot import SLOTS, memory_in
 from transformerfam.decoder.state import ReadingState
 from transformerfam.errors import TransformerFamError

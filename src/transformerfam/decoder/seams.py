@@ -10,9 +10,10 @@ import torch
 from torch import nn
 
 from transformerfam.decoder.cache_argument import cache_in
-from transformerfam.decoder.families import Family, part_of
+from transformerfam.decoder.families import Family
 from transformerfam.decoder.flash import FLASH_BACK_ENDS
 from transformerfam.decoder.kernels import BACK_END, MIXED_BACK_END
+from transformerfam.decoder.served import part_of
 from transformerfam.decoder.step import Step, SteppedCache
 from transformerfam.errors import UnsupportedModelError
 

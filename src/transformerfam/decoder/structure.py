@@ -4,11 +4,11 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from transformerfam.decoder.families import decoder_layers, refuse_by_configuration
 from transformerfam.decoder.flash import FLASH_BACK_ENDS
 from transformerfam.decoder.kernels import BACK_END
 from transformerfam.decoder.layouts import inverse_frequencies
 from transformerfam.decoder.parameters import require_at_hand
+from transformerfam.decoder.served import decoder_layers, refuse_by_configuration
 from transformerfam.errors import UnsupportedModelError
 
 ATTENTION_BACK_ENDS = ("eager", "sdpa", "flex_attention", BACK_END, *FLASH_BACK_ENDS)

@@ -12,9 +12,9 @@ from transformers import PreTrainedModel
 
 from transformerfam.config import FamConfig
 from transformerfam.decoder.cache_argument import cache_in
-from transformerfam.decoder.families import decoder_layers, family_of, part_of
 from transformerfam.decoder.layouts import RELATIVE_TOLERANCE, relative_error
 from transformerfam.decoder.memory import probing_with
+from transformerfam.decoder.served import decoder_layers, family_of, part_of
 from transformerfam.decoder.slot import memory_in
 from transformerfam.errors import UnsupportedModelError
 from transformerfam.fam.memory import memory_of

@@ -12,13 +12,14 @@ import torch
 from transformers import PreTrainedModel
 
 from transformerfam.config import FamConfig
-from transformerfam.decoder.families import FAMILIES, family_of
+from transformerfam.decoder.families import FAMILIES
 from transformerfam.decoder.flash import FLASH_BACK_ENDS
 from transformerfam.decoder.half_precision import MEAN_SHARE_WITHOUT_NORM
 from transformerfam.decoder.kernels import BACK_END
 from transformerfam.decoder.layouts import LayerLayout, find_layouts
 from transformerfam.decoder.memory import attach_memory, detach_memory
 from transformerfam.decoder.positions import first_position, warn_beyond_trained
+from transformerfam.decoder.served import family_of
 from transformerfam.decoder.slot import memory_in
 from transformerfam.decoder.structure import check_model, check_structure
 from transformerfam.errors import TransformerFamError, UnsupportedModelError

@@ -14,8 +14,8 @@ from transformers import AttentionInterface, AttentionMaskInterface, Cache, PreT
 from transformers.masking_utils import sdpa_mask
 
 from transformerfam.decoder.cache_argument import as_cache
-from transformerfam.decoder.families import decoder_layers, family_of, own_windows, part_of
 from transformerfam.decoder.layouts import relative_error
+from transformerfam.decoder.served import decoder_layers, family_of, own_windows, part_of
 from transformerfam.errors import TransformerFamError, UnsupportedModelError
 from transformerfam.fam.checks import PROBE_BLOCK_SIZE
 

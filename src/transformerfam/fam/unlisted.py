@@ -14,10 +14,10 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from transformerfam.decoder.families import usual_families
 from transformerfam.decoder.kernels import BACK_END
 from transformerfam.decoder.layouts import relative_error
 from transformerfam.decoder.parameters import require_at_hand
+from transformerfam.decoder.served import usual_families
 from transformerfam.decoder.slot import memory_in
 from transformerfam.errors import TransformerFamError, UnsupportedModelError
 from transformerfam.fam.checks import PROBE_BLOCK_SIZE, PROBE_FAM_LENGTH, Watch, probing, require_equal

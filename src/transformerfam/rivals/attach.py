@@ -6,11 +6,11 @@ from typing import cast
 import torch
 from transformers import PreTrainedModel
 
-from transformerfam.decoder.families import require_row
 from transformerfam.decoder.kernels import MIXED_BACK_END
 from transformerfam.decoder.layouts import RELATIVE_TOLERANCE, find_layouts, relative_error
 from transformerfam.decoder.memory import attach_memory, detach_memory, memory_of, probing_with
 from transformerfam.decoder.positions import warn_beyond_trained
+from transformerfam.decoder.served import require_row
 from transformerfam.decoder.slot import memory_in
 from transformerfam.decoder.structure import check_model, check_structure
 from transformerfam.errors import TransformerFamError, UnsupportedModelError

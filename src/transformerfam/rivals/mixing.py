@@ -8,8 +8,8 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from transformerfam.decoder.families import family_of
 from transformerfam.decoder.kernels import MIXED_BACK_END
+from transformerfam.decoder.served import family_of
 from transformerfam.errors import UnsupportedModelError
 
 

@@ -17,7 +17,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from transformers.masking_utils import sdpa_mask
 
 from transformerfam.decoder.arguments import check_ids
-from transformerfam.decoder.families import family_of
+from transformerfam.decoder.served import family_of
 from transformerfam.errors import TransformerFamError
 from transformerfam.fam.layer import FamLayer
 from transformerfam.fam.memory import memory_of

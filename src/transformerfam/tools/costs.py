@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from transformerfam.config import FamConfig
-from transformerfam.decoder.families import decoder_layers
+from transformerfam.decoder.served import decoder_layers
 from transformerfam.fam.layer import LayerPlan
 from transformerfam.fam.memory import memory_of
 

@@ -11,9 +11,9 @@ from transformers import AutoModelForCausalLM, Cache, PreTrainedModel
 
 from transformerfam.config import FamConfig
 from transformerfam.decoder.cache_argument import as_cache
-from transformerfam.decoder.families import decoder_layers, own_windows
 from transformerfam.decoder.layouts import LayerLayout, inverse_frequencies
 from transformerfam.decoder.positions import Turner
+from transformerfam.decoder.served import decoder_layers, own_windows
 from transformerfam.fam.checks import check_layers
 from transformerfam.fam.convert import attach
 from transformerfam.versions import require_peft

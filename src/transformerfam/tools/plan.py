@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import AutoConfig, LlamaConfig, PreTrainedModel
 
 from transformerfam.config import FamConfig
-from transformerfam.decoder.families import decoder_layers, require_row
+from transformerfam.decoder.served import decoder_layers, require_row
 from transformerfam.errors import CorruptFileError, TransformerFamError, UnsupportedModelError
 from transformerfam.fam.convert import fam_parameters
 from transformerfam.fam.masks import piece_mask

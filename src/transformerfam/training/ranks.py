@@ -20,7 +20,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
-from transformerfam.decoder.families import decoder_layers
+from transformerfam.decoder.served import decoder_layers
 from transformerfam.decoder.state import ReadingState
 from transformerfam.errors import MissingPackageError, RecipeError, UnsupportedVersionError
 from transformerfam.training.data.sequences import Batch

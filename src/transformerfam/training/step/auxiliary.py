@@ -12,7 +12,7 @@ from torch.nn.functional import mse_loss
 from transformers import PreTrainedModel
 
 from transformerfam.decoder.cache_argument import cache_in
-from transformerfam.decoder.families import decoder_layers, family_of, part_of
+from transformerfam.decoder.served import decoder_layers, family_of, part_of
 from transformerfam.decoder.step import SteppedCache
 from transformerfam.errors import RecipeError
 from transformerfam.fam.memory import memory_of

@@ -13,8 +13,8 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
-from transformerfam.decoder.families import decoder_layers
 from transformerfam.decoder.positions import first_position
+from transformerfam.decoder.served import decoder_layers
 from transformerfam.decoder.state import ReadingState
 from transformerfam.errors import TransformerFamError
 from transformerfam.training.data.sequences import Batch
