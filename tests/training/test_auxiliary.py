@@ -32,7 +32,7 @@ def make_model() -> Any:
 def loss_of(model: Any, ids: torch.Tensor, auxiliary: AuxiliaryLosses | None, checkpoint: bool = True) -> torch.Tensor:
     batch = weighed_batch(ids, torch.ones(ids.shape))
     state = model.init_state(len(ids))
-    return run_batch(model, batch, state, auxiliary=auxiliary, checkpoint_blocks=checkpoint).loss
+    return run_batch(model, batch, state, [auxiliary] if auxiliary else [], checkpoint_blocks=checkpoint).loss
 
 
 def attention_over(weights: Any, queries: Any, positions: list[float], seen: Any) -> torch.Tensor:

@@ -14,6 +14,7 @@ from transformerfam.fam.memory import set_key_bias
 from transformerfam.training.data.sequences import SequenceBuilder
 from transformerfam.training.setup import build_trainee
 from transformerfam.training.step.blocks import find_non_finite, run_batch
+from transformerfam.training.step.parts import FamChange, GradientCut, RepeatedUpdates
 from transformerfam.training.trainer import Trainer
 
 
@@ -187,7 +188,7 @@ def test_change_of_the_fam_is_that_of_rows_that_tell_no_key(checkpoint_blocks):
     plain = run_batch(other, batch, other.init_state(3, fam=fams_LBFD, is_saved=is_saved))
     state = model.init_state(3, fam=fams_LBFD, is_saved=is_saved)
     output = run_batch(
-        model, batch, state, checkpoint_blocks=checkpoint_blocks, pass_before_question=True, fam_change_weight=0.5
+        model, batch, state, [FamChange(0.5)], checkpoint_blocks=checkpoint_blocks, pass_before_question=True
     )
     torch.testing.assert_close(output.fam_change, expected, rtol=1e-4, atol=1e-6)
     torch.testing.assert_close(output.loss, plain.loss + 0.5 * expected, rtol=1e-4, atol=1e-5)
@@ -207,7 +208,7 @@ def test_change_of_the_fam_is_taken_before_the_bound():
         assert 32 <= batch.question_start < 64  # one update
         batch = dataclasses.replace(batch, is_told_B=torch.zeros(3, dtype=torch.bool))
         state = model.init_state(3, fam=fams_LBFD, is_saved=[True] * 3)
-        changes.append(run_batch(model, batch, state, fam_change_weight=1.0).fam_change)
+        changes.append(run_batch(model, batch, state, [FamChange(1.0)]).fam_change)
     torch.testing.assert_close(changes[0], changes[1])
     assert changes[0] > 0
 
@@ -228,7 +229,7 @@ def test_gradient_tokens_cut_keys_and_values_and_leave_the_fam():
     for gradient_tokens in (16, 6):
         embedded.clear()
         state = model.init_state(3)
-        output = run_batch(model, batch, state, checkpoint_blocks=False, gradient_tokens=gradient_tokens)
+        output = run_batch(model, batch, state, [GradientCut(gradient_tokens)], checkpoint_blocks=False)
         output.loss.backward()
         losses.append(output.loss.detach())
         tokens = [e for e in embedded if e.shape[0] == 3]
@@ -251,7 +252,7 @@ def test_slots_keep_their_gradient_in_front_of_a_question_at_the_end_of_a_block(
     for tokens in (None, gradient_tokens):
         embedded.clear()
         state = model.init_state(3)
-        output = run_batch(model, batch, state, checkpoint_blocks=False, gradient_tokens=tokens)
+        output = run_batch(model, batch, state, [GradientCut(tokens)] if tokens else [], checkpoint_blocks=False)
         first = next(e for e in embedded if e.requires_grad and e.shape[0] == 3)
         gradients.append(torch.autograd.grad(output.loss, first)[0][:, -gradient_tokens:])
     assert gradients[1].abs().sum() > 0
@@ -271,7 +272,8 @@ def test_tokens_without_gradient_are_read_once_where_all_rows_begin_alike():
     losses = []
     for gradient_tokens in (None, 6):
         shapes.clear()
-        output = run_batch(model, alike, model.init_state(3), checkpoint_blocks=False, gradient_tokens=gradient_tokens)
+        parts = [GradientCut(gradient_tokens)] if gradient_tokens else []
+        output = run_batch(model, alike, model.init_state(3), parts, checkpoint_blocks=False)
         losses.append(output.loss)
     num_blocks = ids_BT.shape[1] // 16
     assert num_blocks > 3
@@ -288,7 +290,9 @@ def test_repeated_updates_are_those_of_reading_the_blocks_again():
     set_key_bias(model, -32.0)
     batch.is_told_B[:] = torch.tensor([False, True, False])
     fams_LBFD = torch.randn(2, 3, 4, 32, generator=torch.Generator().manual_seed(0)).requires_grad_()
-    output = run_batch(model, batch, model.init_state(3, fam=fams_LBFD), pass_before_question=True, num_repeats=2)
+    output = run_batch(
+        model, batch, model.init_state(3, fam=fams_LBFD), [RepeatedUpdates(2)], pass_before_question=True
+    )
     blocks = [batch.input_ids_BT[rows, :32] for rows in ([0, 1, 2], [0, 2, 0], [2, 0, 2])]
     with torch.no_grad():
         state = model.init_state(3, fam=fams_LBFD.detach())
@@ -296,7 +300,7 @@ def test_repeated_updates_are_those_of_reading_the_blocks_again():
     torch.testing.assert_close(output.passed_fam_LBFD, state.fams, rtol=1e-4, atol=1e-5)
 
     set_key_bias(model, 0.0)
-    output = run_batch(model, batch, model.init_state(3, fam=fams_LBFD), num_repeats=2)
+    output = run_batch(model, batch, model.init_state(3, fam=fams_LBFD), [RepeatedUpdates(2)])
     output.loss.backward()
     assert fams_LBFD.grad.abs().sum() > 0
 
@@ -305,5 +309,5 @@ def test_no_update_is_repeated_where_every_row_tells_a_key():
     """A key that overwrites another row's."""
     model, batch = batch_of(small_recipe(fam={"block_size": 32}), 1)
     batch.is_told_B[:] = True
-    losses = [run_batch(model, batch, model.init_state(3), num_repeats=number).loss for number in (0, 3)]
+    losses = [run_batch(model, batch, model.init_state(3), [RepeatedUpdates(number)]).loss for number in (0, 3)]
     torch.testing.assert_close(*losses, rtol=0, atol=0)

@@ -12,7 +12,7 @@ from transformerfam.training.setup import build_trainee
 from transformerfam.training.step.blocks import run_batch
 from transformerfam.training.step.packed import run_packed_batch
 from transformerfam.training.step.stored_filler import StoredFiller, keep_filler
-from transformerfam.training.step.teacher import Lesson
+from transformerfam.training.step.teacher import Lesson, Teaching
 from transformerfam.training.trainer import Trainer
 
 STORED = {
@@ -66,7 +66,7 @@ def test_filler_from_the_store_is_as_if_it_were_read(step, fam):
     taught_BT = torch.zeros_like(batch.is_key_BT)
     taught_BT[:, batch.question_start : -1] = True
     lesson = Lesson(torch.randn(2, 3, int(taught_BT[0].sum()) + 1, 32), taught_BT)
-    taught = {"lesson": lesson, "teacher_weight": 3.0, "pass_before_question": True}
+    taught = {"teaching": Teaching(lesson, 3.0), "pass_before_question": True}
     output = run_packed_batch(model, batch, model.init_state(3, **arguments), stored, **taught)
     plain = dataclasses.replace(batch, is_read_T=None)
     whole = run_batch(model, plain, model.init_state(3, **arguments), **taught)

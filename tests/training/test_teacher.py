@@ -11,7 +11,7 @@ from transformerfam.errors import RecipeError
 from transformerfam.training.data.sequences import SequenceBuilder
 from transformerfam.training.setup import build_trainee
 from transformerfam.training.step.blocks import run_batch
-from transformerfam.training.step.teacher import Teacher, distance_to_teacher
+from transformerfam.training.step.teacher import Teacher, Teaching, distance_to_teacher
 from transformerfam.training.tiny import build_tiny_model, build_tiny_tokenizer
 from transformerfam.training.trainer import Trainer
 from transformerfam.weights.models import load_base
@@ -124,7 +124,7 @@ def test_distance_to_the_teacher_does_not_depend_on_the_blocks(base):
         recipe = taught_recipe(base, fam=fam, schedule={"batch_size": 3, "curriculum": [{"filler_tokens": [20, 20]}]})
         batch = SequenceBuilder(recipe, TOKENIZER).batch(0, 0)
         model, _ = build_trainee(recipe)
-        output = run_batch(model, batch, model.init_state(3), lesson=teacher.read(batch), teacher_weight=2.0)
+        output = run_batch(model, batch, model.init_state(3), teaching=Teaching(teacher.read(batch), 2.0))
         plain = run_batch(model, batch, model.init_state(3))
         assert (output.loss - plain.loss).item() == pytest.approx(2.0 * output.teacher_loss.item(), abs=1e-5)
         losses.append(output.teacher_loss.item())
@@ -142,9 +142,7 @@ def test_gradient_of_the_distance_reaches_the_first_block_through_fam(base, chec
     state = model.init_state(3, fam=torch.randn(2, 3, 4, 16, generator=torch.Generator().manual_seed(0)))
     fams = [layer.fam.requires_grad_() for layer in state.layers]
     lesson = Teacher(base).read(batch)
-    run_batch(
-        model, batch, state, lesson=lesson, teacher_weight=1.0, checkpoint_blocks=checkpoint_blocks
-    ).loss.backward()
+    run_batch(model, batch, state, teaching=Teaching(lesson, 1.0), checkpoint_blocks=checkpoint_blocks).loss.backward()
     assert all(fam.grad.abs().sum() > 0 for fam in fams)
 
 
@@ -181,7 +179,7 @@ def test_other_tokens_are_to_be_predicted_as_full_attention_does(base):
         batch = SequenceBuilder(recipe, TOKENIZER).batch(0, 1)
         lesson = teacher.read(batch)
         with torch.no_grad():
-            found.append(run_batch(model, batch, model.init_state(3), lesson=lesson).loss)
+            found.append(run_batch(model, batch, model.init_state(3), teaching=Teaching(lesson)).loss)
     assert abs(found[0]) < 1e-5
     plain, _ = load_base(base)
     with torch.no_grad():

@@ -4,6 +4,7 @@ Source: C.4 (diversity) and C.5 (reconstruction) of arXiv 2404.09173.
 """
 
 import functools
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -13,15 +14,18 @@ from transformers import PreTrainedModel
 
 from transformerfam.decoder.cache_argument import cache_in
 from transformerfam.decoder.served import decoder_layers, family_of, part_of
+from transformerfam.decoder.state import ReadingState
 from transformerfam.decoder.step import SteppedCache
 from transformerfam.errors import RecipeError
 from transformerfam.fam.memory import memory_of
 from transformerfam.fam.piece import Piece
 from transformerfam.training.recipe.recipe import Recipe
 from transformerfam.training.recipe.sections import LossSection
+from transformerfam.training.step.parts import StepPart
+from transformerfam.training.step.scores import StepOutput
 
 
-class AuxiliaryLosses:
+class AuxiliaryLosses(StepPart):
     """Look at a model's layers while they read a block, and say what the block adds to the loss.
 
     Diversity: the attention that a block's tokens pay to the F rows of the FAM, averaged over heads and positions, is a
@@ -65,10 +69,14 @@ class AuxiliaryLosses:
         """Forget what was seen: a block begins."""
         self._terms, self._seen = [], {}
 
-    def take(self, like: torch.Tensor) -> torch.Tensor:
+    def within(self, before: ReadingState, after: ReadingState, hidden_BTD: torch.Tensor, note: Any) -> torch.Tensor:
         """Return what the block adds, the mean over layers and sequences of each loss times its weight."""
         terms, self._terms, self._seen = self._terms, [], {}
-        return torch.stack(terms).sum() if terms else like.new_zeros(())
+        return torch.stack(terms).sum() if terms else hidden_BTD.new_zeros(())
+
+    def finish(self, output: StepOutput, given: list[torch.Tensor], notes: list[Any]) -> StepOutput:
+        """Add the mean over the blocks."""
+        return replace(output, loss=output.loss + sum(added / len(given) for added in given))
 
     def _after_attention(
         self, layer_idx: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any

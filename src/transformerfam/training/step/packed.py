@@ -20,7 +20,7 @@ from transformerfam.training.data.sequences import Batch
 from transformerfam.training.step.blocks import block_spans
 from transformerfam.training.step.scores import Scores, StepOutput, score
 from transformerfam.training.step.stored_filler import StoredFiller
-from transformerfam.training.step.teacher import Lesson
+from transformerfam.training.step.teacher import Teaching
 
 
 class PackedBlock(Step):
@@ -138,8 +138,7 @@ def run_packed_batch(
     stored: StoredFiller,
     *,
     pass_before_question: bool = False,
-    lesson: Lesson | None = None,
-    teacher_weight: float = 0.0,
+    teaching: Teaching | None = None,
 ) -> StepOutput:
     """Read a batch that was written on stored filler; `run_batch` for such batches.
 
@@ -152,8 +151,7 @@ def run_packed_batch(
         state: where reading starts, at the beginning of a block; it is not changed.
         stored: the filler on which the batch was written.
         pass_before_question: as in `run_batch`.
-        lesson: what the teacher had in mind; None without a teacher.
-        teacher_weight: weight of the distance to it.
+        teaching: what the teacher had in mind; None without a teacher.
     """
     assert batch.is_read_T is not None
     config, length = model.fam_config, batch.input_ids_BT.shape[1]
@@ -166,18 +164,18 @@ def run_packed_batch(
         is_whole = stop - start == config.block_size
         is_before_question = is_whole and stop <= batch.question_start
         columns = start + batch.is_read_T[start:stop].nonzero()[:, 0]
-        asks_teacher = lesson is not None and bool(lesson.is_taught_BT[:, columns].any())
+        asks_teacher = teaching is not None and teaching.is_about(columns)
         filler = stored.without(source, stop - start, columns - start)
         block = PackedBlock(config, _turners(model), fams, filler, columns - start, is_first_B, is_whole)
         fams, output = _run_block(model, block, batch.input_ids_BT[:, columns], asks_teacher)
-        scores = scores + score(model, batch, columns, output[-1], output if asks_teacher else None, lesson)
+        scores = scores + score(model, batch, columns, output[-1], output if asks_teacher else None, teaching)
         is_first_B = is_first_B & (not is_whole)
         if is_before_question and stop + config.block_size > batch.question_start:
             fams = update_by_stored(model, fams, stored, batch.sources[len(spans) :])
         if is_before_question if pass_before_question else is_whole:
             passed = torch.stack(fams).detach()
             num_passed_blocks += 1
-    return scores.output(batch, lesson, teacher_weight, passed, num_passed_blocks)
+    return scores.output(batch, teaching, passed, num_passed_blocks)
 
 
 def update_by_stored(

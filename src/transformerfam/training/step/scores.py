@@ -7,7 +7,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from transformerfam.training.data.sequences import Batch
-from transformerfam.training.step.teacher import Lesson, distance_to_teacher, divergence_from_teacher
+from transformerfam.training.step.teacher import Teaching, distance_to_teacher, divergence_from_teacher
 
 
 @dataclass
@@ -27,7 +27,7 @@ class StepOutput:
     teacher_loss: torch.Tensor
     """Mean distance to the teacher over questions and answers, detached; 0 without one."""
     fam_change: torch.Tensor = field(default_factory=lambda: torch.zeros(()))
-    """Mean change of the FAM, relative to its length, over the updates that `fam_change_weight` asks for, detached; 0
+    """Mean change of the FAM, relative to its length, over the updates that `FamChange` looks at, detached; 0
     where there is none."""
 
 
@@ -58,16 +58,15 @@ class Scores:
     def output(
         self,
         batch: Batch,
-        lesson: Lesson | None,
-        teacher_weight: float,
+        teaching: Teaching | None,
         passed_fam_LBFD: torch.Tensor | None,
         num_passed_blocks: int,
     ) -> StepOutput:
         """Return the output of a step whose blocks are all summed up here."""
-        num_taught = 1 if lesson is None else max(1, int(lesson.is_taught_BT.sum()))
+        num_taught = 1 if teaching is None else max(1, int(teaching.lesson.is_taught_BT.sum()))
         teacher_loss = self.teacher_loss / num_taught
         return StepOutput(
-            loss=self.loss + teacher_weight * teacher_loss,
+            loss=self.loss + (0.0 if teaching is None else teaching.weight) * teacher_loss,
             key_loss=self.key_loss.detach() / batch.is_key_BT.sum().clamp(min=1),
             is_right_B=(self.num_wrong_B == 0).cpu(),
             passed_fam_LBFD=passed_fam_LBFD,
@@ -82,7 +81,7 @@ def score(
     columns_N: torch.Tensor,
     last_hidden_BND: torch.Tensor,
     hidden_states: tuple[torch.Tensor, ...] | None,
-    lesson: Lesson | None,
+    teaching: Teaching | None,
 ) -> Scores:
     """Score what a model predicts at some tokens of a batch.
 
@@ -94,8 +93,9 @@ def score(
         columns_N: the tokens.
         last_hidden_BND: the last hidden states there.
         hidden_states: those of the embedding and of every layer, None where nothing is compared with the teacher.
-        lesson: what the teacher had in mind; None without a teacher.
+        teaching: what the teacher had in mind; None without a teacher.
     """
+    lesson = None if teaching is None else teaching.lesson
     weights_BN = batch.weights_BT[:, columns_N]
     device = last_hidden_BND.device
     scores = Scores.zero(len(weights_BN), device)

@@ -14,9 +14,10 @@ from transformerfam.training.state_passing import SavedFam, StatePassing
 from transformerfam.training.step.auxiliary import AuxiliaryLosses
 from transformerfam.training.step.blocks import run_batch
 from transformerfam.training.step.packed import run_packed_batch, update_by_stored
+from transformerfam.training.step.parts import FamChange, GradientCut, RepeatedUpdates, StepPart
 from transformerfam.training.step.scores import StepOutput
 from transformerfam.training.step.stored_filler import StoredFiller
-from transformerfam.training.step.teacher import Lesson
+from transformerfam.training.step.teacher import Lesson, Teaching
 
 
 def position_offset(model: PreTrainedModel, seed: int, step: int) -> int:
@@ -77,29 +78,35 @@ def run_step(
         num_repeats: repeated updates of a batch with its own filler.
         auxiliary: further losses; None is none.
     """
+    teaching = None if lesson is None else Teaching(lesson, recipe.loss.teacher)
+    pass_before_question = recipe.state_passing.before_question
     if stored is not None:
         return run_packed_batch(
-            model,
-            batch,
-            state,
-            stored,
-            pass_before_question=recipe.state_passing.before_question,
-            lesson=lesson,
-            teacher_weight=recipe.loss.teacher,
+            model, batch, state, stored, pass_before_question=pass_before_question, teaching=teaching
         )
     return run_batch(
         model,
         batch,
         state,
+        parts_of(recipe, num_repeats, auxiliary),
         checkpoint_blocks=recipe.schedule.checkpoint_blocks,
-        pass_before_question=recipe.state_passing.before_question,
-        fam_change_weight=recipe.loss.fam_change,
-        gradient_tokens=recipe.schedule.gradient_tokens,
-        lesson=lesson,
-        teacher_weight=recipe.loss.teacher,
-        num_repeats=num_repeats,
-        auxiliary=auxiliary,
+        pass_before_question=pass_before_question,
+        teaching=teaching,
     )
+
+
+def parts_of(recipe: Recipe, num_repeats: int, auxiliary: AuxiliaryLosses | None) -> list[StepPart]:
+    """Return what a recipe adds to a step; arguments are those of `run_step`."""
+    parts: list[StepPart] = []
+    if recipe.schedule.gradient_tokens is not None:
+        parts.append(GradientCut(recipe.schedule.gradient_tokens))
+    if auxiliary is not None:
+        parts.append(auxiliary)
+    if num_repeats > 0:
+        parts.append(RepeatedUpdates(num_repeats))
+    if recipe.loss.fam_change > 0:
+        parts.append(FamChange(recipe.loss.fam_change))
+    return parts
 
 
 @torch.no_grad()

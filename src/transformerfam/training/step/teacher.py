@@ -26,6 +26,19 @@ class Lesson:
     """The teacher's language-model head, which makes predictions of them."""
 
 
+@dataclass(frozen=True)
+class Teaching:
+    """A lesson, and how much it weighs."""
+
+    lesson: Lesson
+    weight: float = 0.0
+    """Weight of the distance to the teacher's hidden states."""
+
+    def is_about(self, columns_N: torch.Tensor) -> bool:
+        """Say whether any of these tokens is compared with the teacher's hidden states."""
+        return bool(self.lesson.is_taught_BT[:, columns_N].any())
+
+
 class Teacher:
     """A base model that reads key and question in one piece, with full attention and its own weights."""
 
