@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
+from transformerfam.config import FamConfig
 from transformerfam.decoder.arguments import require_integer, saved_flags
 from transformerfam.decoder.half_precision import fitting
 from transformerfam.decoder.layouts import with_tables_of
@@ -85,18 +86,9 @@ def init_state(
         require_at_hand(name, parameter)
     expected = (num_layers, batch_size, config.fam_length, memory.fam_width(weight.shape[1]))
     fam, saved = _saved_fam(fam, is_saved, expected)
-    fam_dtype = getattr(torch, config.fam_dtype)
     needs_initial = config.needs_initial_fam or (config.fam_length and not all(saved))
-    asking = initial = initial_fam(decoder) if needs_initial and not config.has_slots else None
-    if needs_initial and config.has_slots:
-        passed = prompt_pass(decoder)
-        asking = passed.fams
-        initial = [
-            joined_slots(*layout.turner.turn(*slots, -first_position(config)))
-            for layout, slots in zip(memory.layouts, passed.slots, strict=True)
-        ]
+    asking, initial = _initial_fams(decoder, memory) if needs_initial else (None, None)
     queries = None if initial is None else initial_queries(decoder, initial)
-    queries_key = None if queries is None else memory.identity.weights_key()
     layers = []
     kinds: dict[LayerPlan, int] = {}
     lowest = next((i for i in range(num_layers) if config.carries_fam(i)), None)
@@ -106,23 +98,16 @@ def init_state(
             torch.zeros(batch_size, heads, sections.num_slots, width, dtype=weight.dtype, device=weight.device)
             for heads, width in (layout.key_shape, layout.value_shape)
         )
-        rows = kept = start = None
+        rows = kept = query = None
         if config.carries_fam(i):
-            if initial is not None:
-                start = rows = fitting(initial[i], fam_dtype).expand(batch_size, -1, -1)
-            if fam is not None:
-                rows = fitting(fam[i].to(weight.device), fam_dtype)
-                if start is not None and not all(saved):
-                    rows = torch.where(torch.tensor(saved, device=weight.device)[:, None, None], rows, start)
-            assert rows is not None
-            rows = rows.clone(memory_format=torch.contiguous_format)
+            start = None if initial is None else _fitting(initial[i], config, batch_size)
+            rows = _first_rows(start, None if fam is None else fam[i].to(weight.device), saved, config)
             if asking is not None and config.needs_initial_fam and (not config.has_slots or i == lowest):
-                kept = fitting(asking[i], fam_dtype).expand(batch_size, -1, -1)
-                kept = kept.clone(memory_format=torch.contiguous_format)
+                kept = _fitting(asking[i], config, batch_size).clone(memory_format=torch.contiguous_format)
+            query = None if queries is None else queries[i]
         kind = kinds.setdefault(plan, len(kinds))
         layer = FamLayer(keys, values, rows, kept, plan, kind, sections, layout.turner, i == lowest)
-        layer.mean_share = memory.mean_share
-        layer.query = queries[i] if queries is not None and config.carries_fam(i) else None
+        layer.mean_share, layer.query = memory.mean_share, query
         layers.append(layer)
     return FamState(
         layers,
@@ -131,5 +116,36 @@ def init_state(
         batch_size,
         starts_from_saved_fam=saved,
         position_offset=position_offset,
-        queries_key=queries_key,
+        queries_key=None if queries is None else memory.identity.weights_key(),
     )
+
+
+def _initial_fams(decoder: Any, memory: Any) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+    """Return of every layer what asks first, and the FAM that a reading starts from: with slots keys and values."""
+    if not memory.config.has_slots:
+        initial = initial_fam(decoder)
+        return initial, initial
+    passed = prompt_pass(decoder)
+    slots = [
+        joined_slots(*layout.turner.turn(*slots, -first_position(memory.config)))
+        for layout, slots in zip(memory.layouts, passed.slots, strict=True)
+    ]
+    return passed.fams, slots
+
+
+def _fitting(rows_FD: torch.Tensor, config: FamConfig, batch_size: int) -> torch.Tensor:
+    """Return rows in the type of the FAM, for every sequence."""
+    return fitting(rows_FD, getattr(torch, config.fam_dtype)).expand(batch_size, -1, -1)
+
+
+def _first_rows(
+    start_BFD: torch.Tensor | None, saved_BFD: torch.Tensor | None, is_saved: list[bool], config: FamConfig
+) -> torch.Tensor:
+    """Return the FAM of one layer in front of a reading: the saved one of sequences that start from it."""
+    rows = start_BFD
+    if saved_BFD is not None:
+        rows = fitting(saved_BFD, getattr(torch, config.fam_dtype))
+        if start_BFD is not None and not all(is_saved):
+            rows = torch.where(torch.tensor(is_saved, device=rows.device)[:, None, None], rows, start_BFD)
+    assert rows is not None
+    return rows.clone(memory_format=torch.contiguous_format)
