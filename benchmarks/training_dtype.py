@@ -56,7 +56,7 @@ def run(model: str = "smollm2", repeats: int = 5, quick: bool = False) -> Iterat
     `gradient_distance` is that of bfloat16 from float32, `gradient_distance_rounded` that of float32 products whose
     frozen weights were rounded to bfloat16: what no arithmetic can give back.
     """
-    block_size, fam_length = (64, 4) if quick else (256, 16)
+    block_size, fam_length = (16, 4) if quick else (256, 16)
     fields = {"block_size": block_size, "fam_length": fam_length, "num_memory_segments": 1}
     num_tokens = 5 * block_size
     ids_BT = random_tokens(model, num_tokens)

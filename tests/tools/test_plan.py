@@ -61,11 +61,12 @@ def test_recipe_of_a_paper_size_is_valid_and_has_its_settings(size: str) -> None
     assert recipe.optimizer.lr == (1e-4 if size == "1b" else 3e-3)
 
 
+@pytest.mark.parametrize("training", ["none", pytest.param("lora", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("preset", UPDATE_PRESETS)
-def test_every_update_is_planned_and_counted(preset: str) -> None:
+def test_every_update_is_planned_and_counted(preset: str, training: Any) -> None:
     config = make_tiny("llama").config
     fam = FamConfig.preset(preset, block_size=16, fam_length=4, num_memory_segments=2)
-    plan = make_plan("x", fam, context_tokens=64, config=config, training="lora")
+    plan = make_plan("x", fam, context_tokens=64, config=config, training=training)
     model: Any = convert(make_tiny("llama"), fam).to(torch.bfloat16)
     assert plan.bytes_state == model.init_state().num_bytes
     counted = block_flops(ModelShape.of(config), fam, caches_queries=True) / 16
