@@ -146,8 +146,8 @@ class ModelIdentity:
         """Note the digest of the weights in force by their key, and return it."""
         digest = self._digest(of_memory=part == "memory_digest")
         self._past[part, key] = digest
-        while len(self._past) > NUM_PAST:
-            del self._past[next(iter(self._past))]
+        for oldest in list(self._past)[:-NUM_PAST]:  # of a list, since threads may note at the same time
+            self._past.pop(oldest, None)
         return digest
 
     @contextlib.contextmanager
