@@ -124,10 +124,15 @@ def test_what_is_not_compiled_goes_the_ordinary_way(monkeypatch: pytest.MonkeyPa
         assert [decode() for _ in range(7)] == [0, 1, 1, 1, 1, 0, 0]
         assert decode(output_hidden_states=True) == 0
         model(input_ids=random_ids(2, 1), past_key_values=model.init_state(2))
-    assert decode() == 0
+    before = num_steps
+    loss = model(input_ids=token, past_key_values=state).logits.sum()
+    assert num_steps == before
+    assert any(layer.keys.requires_grad for layer in state.layers)
     with torch.no_grad():
-        assert decode() == 0  # the state has a gradient still
-        state.detach()
+        assert decode() == 1  # on copies: what the graph needs stays as it was
+    loss.backward()
+    assert not any(layer.keys.requires_grad for layer in state.layers)
+    with torch.no_grad():
         assert decode() == 1
         interpret(model)
         assert decode() == 0
