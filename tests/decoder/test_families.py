@@ -186,15 +186,25 @@ def test_every_attention_back_end_gives_the_same(case: str, options: str) -> Non
 GATED_AND_COMPILED = ("llama", "gemma2", "gemma3_text", "olmo2", "falcon", "deepseek_v3")
 
 
+COMPILED = [
+    *((case, "default") for case in CASES),
+    *((case, "default") for case in at_hand if case in FURTHER_CASES),
+    *((case, options) for case in GATED_AND_COMPILED for options in ("gated", "slots", "block")),
+]
+"""Pairs of a family and a configuration; tokens one by one are compiled in the fast tests for some families alone."""
+
+
+def is_fast_when_compiled(case: str, compile_step: Any) -> bool:
+    return case in (CASES if compile_step is compile_reading else GATED_AND_COMPILED)
+
+
 @pytest.mark.parametrize(
-    ("case", "options"),
+    ("compile_step", "case", "options"),
     [
-        *((case, "default") for case in CASES),
-        *(pytest.param(case, "default", marks=pytest.mark.slow) for case in at_hand if case in FURTHER_CASES),
-        *((case, options) for case in GATED_AND_COMPILED for options in ("gated", "slots", "block")),
+        pytest.param(*pair, marks=[] if is_fast_when_compiled(pair[1], pair[0]) else pytest.mark.slow)
+        for pair in ((step, *pair) for step in (compile_reading, compile_decoding) for pair in COMPILED)
     ],
 )
-@pytest.mark.parametrize("compile_step", [compile_reading, compile_decoding])
 @torch.no_grad()
 def test_compiled_steps_match_and_are_compiled_once(case: str, options: str, compile_step: Callable[..., None]) -> None:
     """Catches a family's layers that break the graph, or shapes that change from block to block."""
