@@ -11,13 +11,13 @@ import pytest
 import torch
 
 import transformerfam
-from transformerfam.comparison import RunName, load_comparison, run_one
+from transformerfam.comparison import load_comparison, run_one
 from transformerfam.comparison import report as comparison_report
 from transformerfam.comparison import run as comparison_run
 from transformerfam.comparison.accuracy import AccuracyComparison
 from transformerfam.comparison.figures import plot_comparison
 from transformerfam.comparison.load import TASKS
-from transformerfam.comparison.plan import Update
+from transformerfam.comparison.plan import Asking
 from transformerfam.comparison.report import cells, comparison_tables
 from transformerfam.comparison.run import ROWS_FILE
 from transformerfam.errors import RecipeError
@@ -106,17 +106,9 @@ class EchoComparison(AccuracyComparison):
     def questions_digest(self) -> str:
         return "echo"
 
-    def ask(
-        self,
-        run: RunName,
-        model: Any,
-        tokenizer: Any,
-        answered: Sequence[Row],
-        notes: Mapping[str, Any],
-        update: Update,
-    ) -> Iterable[Row]:
-        done = {(row["filler_tokens"], row["text"]) for row in answered}
-        for row in self.evaluation(run.seed, system=run.system).rows(model, tokenizer):
+    def ask(self, asking: Asking) -> Iterable[Row]:
+        done = {(row["filler_tokens"], row["text"]) for row in asking.answered}
+        for row in self.evaluation(asking.run.seed, system=asking.run.system).rows(asking.model, None):
             if (row["filler_tokens"], row["text"]) not in done:
                 yield row
 

@@ -22,7 +22,7 @@ class FactsComparison(TextsComparison, AccuracyComparison):
     """What is asked."""
 
     num_supports: Integers = (1, 2, 3)
-    """Sentences from which an answer follows; each number has texts of its own."""
+    """Sentences from which an answer follows; every number has different texts."""
 
     num_sentences: Integer = 10
     """Sentences of a story."""
@@ -46,11 +46,14 @@ class FactsComparison(TextsComparison, AccuracyComparison):
         return FactsEvaluation(**self.common_options(seed) | own | options)
 
     def asked(self, kind: int, seed: int, length: int, block_size: int) -> Asked:
-        """Return the questions of one number of supports, after writing their stories; see `Comparison.asked`."""
+        """Return the questions of one number of supports; see `Comparison.asked`."""
+        return {(number,): {"num_sentences": self.num_sentences} for number in range(self.num_keys)}
+
+    def require_askable(self, kind: int, seed: int, length: int) -> None:
+        """Draw the stories, which refuses what no story can have."""
         evaluation = self.evaluation(seed)
-        for number in range(evaluation.num_texts):
+        for number in range(self.num_keys):
             evaluation.story(length, kind, number)
-        return {(number,): {"num_sentences": evaluation.num_sentences} for number in range(evaluation.num_texts)}
 
     def title_of(self, kind: int) -> str:
         """Return what is right, by the number of supports."""

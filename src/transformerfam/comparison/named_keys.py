@@ -26,7 +26,7 @@ class NamedKeysComparison(TextsComparison):
     """What is asked."""
 
     num_told: Integers = (1,)
-    """How many keys a text tells; each number has texts of its own."""
+    """How many keys a text tells; every number has different texts."""
 
     num_retold: Integer = 0
     """Names that are told a second key, which counts."""
@@ -81,7 +81,7 @@ class Capacity(NamedTuple):
         recalled: keys of a text that were right, mean over texts, by seed.
         bits: what was told of all keys of a text, mean over texts and seeds, a lower bound of what is held; None where
             nothing was measured.
-        outdated: share of the names told anew that were answered with an old key; None where none was.
+        outdated: share of the names with a second key for which the model gave the first; None without such names.
     """
 
     recalled: Mapping[int, float]

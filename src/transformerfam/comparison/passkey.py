@@ -9,7 +9,7 @@ from pydantic import model_validator
 
 from transformerfam.comparison.accuracy import AccuracyComparison
 from transformerfam.comparison.figures import MAX_LINES, by_panel, plot_matrix
-from transformerfam.comparison.plan import Asked, RunName, Update
+from transformerfam.comparison.plan import Asked, Asking
 from transformerfam.comparison.report import Cell
 from transformerfam.errors import RecipeError
 from transformerfam.reports.rows import Row
@@ -76,36 +76,28 @@ class PasskeyComparison(AccuracyComparison):
         """Return the field `questions` of its rows."""
         return self.evaluation(self.seeds[0]).questions["questions"]
 
-    def ask(
-        self,
-        run: RunName,
-        model: Any,
-        tokenizer: Any,
-        answered: Sequence[Row],
-        notes: Mapping[str, Any],
-        update: Update,
-    ) -> Iterable[Row]:
+    def ask(self, asking: Asking) -> Iterable[Row]:
         """Ask for keys told in one way after the other; see `Comparison.ask`."""
         return itertools.chain.from_iterable(
-            self._evaluation_of(run, kind, answered, notes, update).rows(model, tokenizer) for kind in self.kinds
+            self._evaluation_of(kind, asking).rows(asking.model, asking.tokenizer) for kind in self.kinds
         )
 
-    def _evaluation_of(
-        self, run: RunName, kind: Telling, answered: Sequence[Row], notes: Mapping[str, Any], update: Update
-    ) -> PasskeyEvaluation:
+    def _evaluation_of(self, kind: Telling, asking: Asking) -> PasskeyEvaluation:
+        run = asking.run
+
         def progress(done: int, total: int, state: Any) -> None:
-            update(self.kinds.index(kind) * total + done, len(self.kinds) * total, state)
+            asking.update(self.kinds.index(kind) * total + done, len(self.kinds) * total, state)
 
         evaluation = self.evaluation(
             run.seed,
             filler_lengths=self.lengths_of(run.system),
             systems=self.rows_of(run),
-            max_training_filler_tokens=notes.get("max_training_filler_tokens"),
+            max_training_filler_tokens=asking.notes.get("max_training_filler_tokens"),
             prefix_tokens=kind.prefix_tokens,
             overwritten=kind.is_overwritten,
             progress=progress,
         )
-        evaluation.finished = finished_questions(answered, evaluation)
+        evaluation.finished = finished_questions(asking.answered, evaluation)
         return evaluation
 
     def title_of(self, kind: Telling) -> str:

@@ -6,7 +6,7 @@ import difflib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, NamedTuple, Self
 
 from pydantic import Field, model_validator
 from rich.table import Table
@@ -59,6 +59,26 @@ class RunName:
         return cls(system, int(seed))
 
 
+class Asking(NamedTuple):
+    """What a run is queried with.
+
+    Attributes:
+        run: which system, and which seed.
+        model: what it has trained.
+        tokenizer: its tokenizer.
+        answered: rows that answer some of the questions.
+        notes: of its training.
+        update: is called again and again.
+    """
+
+    run: RunName
+    model: Any
+    tokenizer: Any
+    answered: Sequence[Row]
+    notes: Mapping[str, Any]
+    update: Update
+
+
 def require_plain_name(name: str) -> None:
     """Refuse a name that would be a folder elsewhere.
 
@@ -75,7 +95,7 @@ def require_plain_name(name: str) -> None:
 class Comparison(Section, abc.ABC):
     """All of a comparison: every system trained by one recipe, with every seed, asked at every length.
 
-    What is asked is a task's, and each task is a class of its own, with the keys that it alone has.
+    Each task is a class with keys that no other task has.
 
     Source: sections 3.2 and 4 of arXiv 2404.09173.
 
@@ -225,30 +245,21 @@ class Comparison(Section, abc.ABC):
             TransformerFamError: a number is out of its range.
         """
 
+    def require_askable(self, kind: Kind, seed: int, length: int) -> None:
+        """Refuse numbers that no question can have, before anything is trained.
+
+        Raises:
+            TransformerFamError: names the number.
+        """
+        self.asked(kind, seed, length, block_size=1)
+
     @abc.abstractmethod
     def questions_digest(self) -> str:
         """Return the field `questions` of its rows."""
 
     @abc.abstractmethod
-    def ask(
-        self,
-        run: RunName,
-        model: Any,
-        tokenizer: Any,
-        answered: Sequence[Row],
-        notes: Mapping[str, Any],
-        update: Update,
-    ) -> Iterable[Row]:
-        """Ask a run, and yield the rows of the questions that are not answered yet.
-
-        Args:
-            run: which system, and which seed.
-            model: what it has trained.
-            tokenizer: its tokenizer.
-            answered: rows that answer some of the questions.
-            notes: of its training.
-            update: is called again and again.
-        """
+    def ask(self, asking: Asking) -> Iterable[Row]:
+        """Query a run, and yield the rows of the questions that are not answered yet."""
 
     @abc.abstractmethod
     def tables(self, rows: Sequence[Row]) -> list[Table]:

@@ -37,7 +37,7 @@ class Questions:
         for seed in comparison.seeds:
             for kind in comparison.kinds:
                 for length in comparison.filler_tokens:
-                    self._asked(kind, seed, length, 1)
+                    comparison.require_askable(kind, seed, length)
 
     def require_readable(self, tokenizer: Any) -> None:
         """Check that a tokenizer has tokens for what is asked, and knows enough of the filler.

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from transformerfam.comparison.plan import UNTRAINED, Comparison, RunName
+from transformerfam.comparison.plan import UNTRAINED, Asking, Comparison, RunName
 from transformerfam.comparison.questions import Questions
 from transformerfam.errors import RecipeError
 from transformerfam.files import make_folder
@@ -132,8 +132,7 @@ def run_one(
             if progress is not None:
                 progress("ask", done, total)
 
-        answered = questions.answers(rows.rows)
-        for row in comparison.ask(run, model, tokenizer, answered, notes, update):
+        for row in comparison.ask(Asking(run, model, tokenizer, questions.answers(rows.rows), notes, update)):
             rows.append(row)
         if not any(row["task"] == TRAINED_TASK for row in rows.rows):
             for row in _description(comparison, run, model, tokenizer, notes):

@@ -1,9 +1,9 @@
 """What comparisons have in common that ask on texts, each of which holds several things to ask for."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable
 from typing import Any
 
-from transformerfam.comparison.plan import Comparison, RunName, Update
+from transformerfam.comparison.plan import Asking, Comparison
 from transformerfam.reports.rows import Row
 from transformerfam.tasks.passkey import filler_text, text_digest
 
@@ -20,20 +20,13 @@ class TextsComparison(Comparison):
         found: str = self.evaluation(self.seeds[0]).questions(text_digest(filler_text(self.filler)))["questions"]
         return found
 
-    def ask(
-        self,
-        run: RunName,
-        model: Any,
-        tokenizer: Any,
-        answered: Sequence[Row],
-        notes: Mapping[str, Any],
-        update: Update,
-    ) -> Iterable[Row]:
+    def ask(self, asking: Asking) -> Iterable[Row]:
         """Ask all, and leave out what is answered; see `Comparison.ask`."""
-        lengths = self.lengths_of(run.system)
-        evaluation = self.evaluation(run.seed, filler_lengths=lengths, system=run.system, progress=update)
-        done = {self._place_of(row) for row in answered}
-        return (row for row in evaluation.rows(model, tokenizer) if self._place_of(row) not in done)
+        run, lengths = asking.run, self.lengths_of(asking.run.system)
+        evaluation = self.evaluation(run.seed, filler_lengths=lengths, system=run.system, progress=asking.update)
+        done = {self._place_of(row) for row in asking.answered}
+        rows = evaluation.rows(asking.model, asking.tokenizer)
+        return (row for row in rows if self._place_of(row) not in done)
 
     def _place_of(self, row: Row) -> tuple[Any, ...]:
         return self.kind_of(row), row["filler_tokens"], self.question_of(row)

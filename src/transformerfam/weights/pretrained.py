@@ -288,15 +288,15 @@ def require_one_configuration(model: Any, config: FamConfig, folder: str | os.Pa
     if stored is None:
         return
     try:
-        there = FamConfig.from_dict(stored)
+        there = FamConfig.from_dict(stored).to_dict()
     except (TransformerFamError, TypeError, AttributeError) as error:
         raise CorruptFileError(
             f"{folder}/{CONFIG_FILE} has a {CONFIG_KEY} that is none ({error}); remove the key, and {FAM_FILE} says it"
         ) from error
     for name, value in config.to_dict().items():
-        if there.to_dict()[name] != value:
+        if there[name] != value:
             raise CorruptFileError(
-                f"{folder}/{CONFIG_FILE} has {there.to_dict()[name]!r} as {name} of {CONFIG_KEY}, and {FAM_FILE} "
+                f"{folder}/{CONFIG_FILE} has {there[name]!r} as {name} of {CONFIG_KEY}, and {FAM_FILE} "
                 f"{value!r}, which is what its memory was saved with; make them equal, and change a field when the "
                 f"model is loaded: load_model(folder, config_overrides={{{name!r}: ...}}), or --set {name}=..."
             )
