@@ -11,11 +11,12 @@ from training_recipes import small_recipe
 
 from transformerfam import FamConfig
 from transformerfam.errors import RecipeError, TransformerFamError
+from transformerfam.ranges import range_of
 from transformerfam.rivals import RivalConfig
-from transformerfam.training.data.sequences import load_books
-from transformerfam.training.recipe.ranges import range_of
+from transformerfam.section import Section
+from transformerfam.tasks.registry import TASKS
+from transformerfam.tasks.writing import TaskSection, load_books
 from transformerfam.training.recipe.recipe import Recipe
-from transformerfam.training.recipe.section import Section
 from transformerfam.training.recipe.sections import Stage
 from transformerfam.training.tiny import build_tiny_tokenizer
 
@@ -73,12 +74,21 @@ SECTIONS: dict[str, dict[str, Any]] = {
 }
 
 
+REQUIRED: dict[str, dict[str, Any]] = {
+    "passkey": {},
+    "named-keys": {"named_keys": [1, 2]},
+    "worded-keys": {"named_keys": [1, 2]},
+    "facts": {"facts": [1, 2]},
+}
+"""Keys without which a task's section cannot be built."""
+
+
 def sections() -> dict[str, type[Section]]:
     """Return the classes of a recipe's sections by name; those of FAM and of a rival check themselves."""
-    found: dict[str, type[Section]] = {"stage": Stage}
+    found: dict[str, type[Section]] = {"stage": Stage} | {f"data {name}": task.section for name, task in TASKS.items()}
     for name, field in Recipe.model_fields.items():
         for kind in (field.annotation, *typing.get_args(field.annotation)):
-            if isinstance(kind, type) and issubclass(kind, Section):
+            if isinstance(kind, type) and issubclass(kind, Section) and kind is not TaskSection:
                 found[name] = kind
     return found
 
@@ -93,7 +103,10 @@ FLOATS = {name for kind in sections().values() for name, field in kind.model_fie
 
 def recipe_with(section: str, name: str, value: Any) -> Any:
     sections = {key: dict(values) for key, values in SECTIONS.get(section, {}).items()}
-    if section == "stage":
+    section, _, task = section.partition(" ")
+    if task:
+        sections["data"] = REQUIRED[task] | {"task": task, name: value}
+    elif section == "stage":
         sections["schedule"] = {"curriculum": [{"filler_tokens": [1, 30], name: value}]}
     else:
         sections[section] = sections.get(section, {}) | {name: value}
@@ -109,7 +122,7 @@ def test_integer_that_torch_cannot_hold_is_refused_by_name() -> None:
 
 def test_every_number_has_its_range() -> None:
     """Catches a range that is lost with the type that has it."""
-    assert sum(map(len, RANGES.values())) == 51
+    assert sum(map(len, RANGES.values())) == 54
     assert RANGES["optimizer"]["betas"] == "at least 0 and below 1"
     assert RANGES["lora"]["lr"] == "at least 0"
 
@@ -121,7 +134,8 @@ def test_number_out_of_range_is_refused_by_name(section: str) -> None:
         for value in (*OUT_OF_RANGE[required], math.nan, math.inf, 1e39, 2**2000):
             number = float(value) if name in FLOATS and abs(value) < 2**1000 else value
             given = [number, 0.5] if name == "betas" else number
-            with pytest.raises(RecipeError, match=rf"{section if section != 'stage' else 'schedule'}\..*{name} is"):
+            where = "schedule" if section == "stage" else section.split()[0]
+            with pytest.raises(RecipeError, match=rf"{where}\..*{name} is"):
                 recipe_with(section, name, given)
 
 

@@ -62,7 +62,7 @@ MOVED = {
     "training.blocks": "training.step.blocks",
     "training.instructions": "training.data.instructions",
     "training.packed": "training.step.packed",
-    "training.ranges": "training.recipe.ranges",
+    "training.ranges": "ranges",
     "training.recipe_file": "training.recipe.toml",
     "training.scores": "training.step.scores",
     "training.sections": "training.recipe.sections",
@@ -70,9 +70,9 @@ MOVED = {
     "training.sources": "training.data.sources",
     "training.stored_filler": "training.step.stored_filler",
     "training.teacher": "training.step.teacher",
-    "training.told_rows": "training.data.told_rows",
+    "training.told_rows": "tasks.writing",
     "training.transformers_trainer": "tools.transformers_trainer",
-    "training.worded_rows": "training.data.worded_rows",
+    "training.worded_rows": "tasks.worded_keys_training",
     "unlisted": "fam.unlisted",
 }
 """Old path to new path, within the package. Names that went elsewhere are not followed."""

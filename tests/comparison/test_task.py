@@ -1,6 +1,7 @@
-"""A task of one class, and one line in the registry, is asked, reported and drawn; no other file knows its name."""
+"""A task of one file, and one line in the registry, is trained, asked, reported and drawn; no other file knows it."""
 
 import json
+import random
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -16,14 +17,18 @@ from transformerfam.comparison import report as comparison_report
 from transformerfam.comparison import run as comparison_run
 from transformerfam.comparison.accuracy import AccuracyComparison
 from transformerfam.comparison.figures import plot_comparison
-from transformerfam.comparison.load import TASKS
 from transformerfam.comparison.plan import Asking
 from transformerfam.comparison.report import cells, comparison_tables
 from transformerfam.comparison.run import ROWS_FILE
 from transformerfam.errors import RecipeError
+from transformerfam.ranges import Count, Integers
 from transformerfam.reports.rows import Row, read_rows
+from transformerfam.tasks.batch import Held
+from transformerfam.tasks.batch import Row as TrainingRow
+from transformerfam.tasks.passkey import load_filler
 from transformerfam.tasks.provenance import provenance, weights_of
-from transformerfam.training.recipe.ranges import Integers
+from transformerfam.tasks.registry import TASKS, Task
+from transformerfam.tasks.writing import TaskSection, Writer
 
 TRAINING = """
 [model]
@@ -40,8 +45,37 @@ fam_length = 2
 [schedule]
 steps = 1
 batch_size = 2
-curriculum = [{ filler_tokens = [8, 16] }]
+curriculum = [{ filler_tokens = [8, 16], data = { num_said = 3 } }]
+
+[data]
+task = "echo"
 """
+
+
+class EchoSection(TaskSection):
+    """What the toy is trained on."""
+
+    task: Literal["echo"] = "echo"
+    """Tokens, and the same tokens again."""
+    num_said: Count = 2
+    """Tokens that are said twice."""
+
+
+class EchoWriter(Writer[EchoSection]):
+    """Say some tokens, filler, and the same tokens again."""
+
+    def __init__(self, section: EchoSection, tokenizer: Any, seed: int, ask_later: float) -> None:
+        super().__init__(section, tokenizer, seed, ask_later)
+        self.filler = load_filler(tokenizer, "sentences")
+
+    def rows(
+        self, draw: random.Random, step: int, num_filler: int, section: EchoSection, carried: Sequence[Held | None]
+    ) -> tuple[list[TrainingRow], int]:
+        rows, num = [], section.num_said
+        for _ in carried:
+            ids, filler = draw.choices(range(50), k=num), self.filler.slice(draw.randrange(99), num_filler).tolist()
+            rows.append(TrainingRow(ids + filler + ids, num, None, is_told=True, held=None, num_asked_tokens=num))
+        return rows, num + num_filler
 
 
 @dataclass
@@ -115,7 +149,7 @@ class EchoComparison(AccuracyComparison):
 
 @pytest.fixture
 def path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setitem(TASKS, "echo", EchoComparison)
+    monkeypatch.setitem(TASKS, "echo", Task(EchoSection, EchoWriter, f"{__name__}:EchoComparison"))
     for module in (comparison_run, comparison_report):
         monkeypatch.setattr(module, "BYTES_LENGTHS", (8,))
     (tmp_path / "training.toml").write_text(TRAINING)

@@ -17,6 +17,7 @@ from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 from transformerfam import FamConfig, convert
 from transformerfam.errors import RecipeError, TransformerFamError
+from transformerfam.tasks.batch import Batch
 from transformerfam.tasks.next_token import evaluate_next_token
 from transformerfam.tasks.passkey import PasskeyText
 from transformerfam.tasks.passkey_evaluation import evaluate_passkey
@@ -32,7 +33,6 @@ from transformerfam.tasks.text import (
     stream_token_ids,
 )
 from transformerfam.training import trainer
-from transformerfam.training.data.sequences import Batch
 from transformerfam.training.recipe.recipe import Recipe
 from transformerfam.training.setup import build_trainee
 

@@ -161,10 +161,10 @@ def test_prompt_of_unknown_words_is_said(tmp_path: Path) -> None:
 
 def test_training_in_wordings_with_unknown_words_is_said(tmp_path: Path) -> None:
     """Catches a training in sentences that all read alike."""
-    data = {"named_keys": (1, 1), "worded": True}
+    data = {"task": "worded-keys", "named_keys": (1, 1)}
     result = Trainer(small_recipe(data=data, schedule={"steps": 1}), tmp_path / "run").run()
     assert "% of the training text's tokens are words that its tokenizer does not know" in result.message
-    plain = Trainer(small_recipe(data=data | {"worded": False}, schedule={"steps": 1}), tmp_path / "plain").run()
+    plain = Trainer(small_recipe(data=data | {"task": "named-keys"}, schedule={"steps": 1}), tmp_path / "plain").run()
     assert "does not know" not in plain.message
 
 
@@ -214,9 +214,10 @@ SAID = {
     "tasks.reading.generate_text": "say_unknown",
     "tasks.reading.read_text_stream": "known_pieces",
     "training.data.instructions._piece": "unknown_share of all pieces",
-    "training.data.sequences.load_books": "unknown_share of the book",
+    "tasks.writing.load_books": "unknown_share of the book",
     "training.setup.build_trainee": "say_unknown",
-    "training.data.worded_rows.wording_ids": "unknown_share of the training",
+    "tasks.worded_keys_training.__init__": "wording_ids, of which the training looks at the unknown share",
+    "tasks.worded_keys_training._drawn": "wording_ids",
     # The package's own texts, of which something else is looked at.
     "comparison.run._description": "BEFORE_KEY, to measure bytes",
     "cli.demo.first_page": "the text that prepare_demo has looked at",
@@ -235,10 +236,9 @@ SAID = {
     "tasks.text.stream_token_ids": "itself",
     "training.data.instructions.__init__": "what announces a repeated segment, of weight 0",
     "training.data.instructions._rendered": "_piece of what it returns",
-    "training.data.told_rows.rows": "words that FactsText has looked at",
-    "training.data.told_rows.vocabulary": "single words",
-    "training.data.worded_rows._drawn": "wording_ids",
-    "training.data.worded_rows._encode": "itself",
+    "tasks.facts_training.rows": "words that FactsText has looked at",
+    "training.data.repeated.vocabulary": "single words",
+    "tasks.worded_keys_training._encode": "itself",
 }
 
 

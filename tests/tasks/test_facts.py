@@ -123,17 +123,18 @@ def test_training_rows_of_facts() -> None:
             assert " Where " in text
     with pytest.raises(RecipeError, match=r"data.facts is \[1, 4\], required is 1 to 3"):
         build_recipe(values | {"data": {"facts": [1, 4]}})
-    with pytest.raises(RecipeError, match="both above 0"):
+    with pytest.raises(RecipeError, match="data.facts is a key of task 'facts', and the task is 'named-keys'"):
         build_recipe(values | {"data": {"facts": [1, 2], "named_keys": [1, 2]}})
 
 
 def test_training_rows_ask_several_facts() -> None:
     """Catches further questions whose answers are another story's, and answers that are not weighed."""
     tokenizer = build_tiny_tokenizer(words())
+    stage = {"filler_tokens": [0, 0], "data": {"fact_sentences": [5, 5]}}
     values: dict[str, Any] = {
         "model": SMALL_MODEL,
         "fam": {"block_size": 16, "fam_length": 2, "num_memory_segments": 0},
-        "schedule": {"steps": 2, "batch_size": 4, "curriculum": [{"filler_tokens": [0, 0], "fact_sentences": [5, 5]}]},
+        "schedule": {"steps": 2, "batch_size": 4, "curriculum": [stage]},
         "data": {"facts": [1, 2], "fact_sentences": [8, 10], "facts_asked": [3, 3]},
     }
     builder = SequenceBuilder(build_recipe(values), tokenizer)

@@ -112,15 +112,15 @@ def test_training_rows_ask_for_several_keys() -> None:
 def test_stages_tell_more_and_more_keys() -> None:
     """Catches a stage whose own number of keys is not used, and numbers that cannot be told."""
     tokenizer = build_tiny_tokenizer()
-    stages = ({"filler_tokens": [8, 32], "named_keys": [1, 1]}, {"filler_tokens": [8, 32]})
+    stages = ({"filler_tokens": [8, 32], "data": {"named_keys": [1, 1]}}, {"filler_tokens": [8, 32]})
     builder = SequenceBuilder(recipe(stages, named_keys=[4, 4]), tokenizer)
     for stage, number in ((0, 1), (1, 4)):
         text = tokenizer.decode(builder.batch(0, stage).input_ids_BT[0].tolist())
         assert text.count(" The pass key of") == number + 1
-    with pytest.raises(RecipeError, match=r"a stage of the curriculum has named_keys \[1, 17\], required is 1 to 16"):
-        recipe(({"filler_tokens": [8, 32], "named_keys": [1, 17]},))
-    with pytest.raises(RecipeError, match="a stage of the curriculum has facts and data.facts is 0; give both or none"):
-        recipe(({"filler_tokens": [8, 32], "facts": [1, 1]},))
+    with pytest.raises(RecipeError, match=r"schedule.curriculum.0: data.named_keys is \[1, 17\], required is 1 to 16"):
+        recipe(({"filler_tokens": [8, 32], "data": {"named_keys": [1, 17]}},))
+    with pytest.raises(RecipeError, match="curriculum.0: data.facts is a key of task 'facts', and the task is"):
+        recipe(({"filler_tokens": [8, 32], "data": {"facts": [1, 1]}},))
     with pytest.raises(RecipeError, match=r"data.keys_asked is \[0, 1\], required is 1 <= low"):
         recipe(keys_asked=[0, 1])
 
@@ -128,16 +128,14 @@ def test_stages_tell_more_and_more_keys() -> None:
 def test_stages_have_keys_of_their_own_length() -> None:
     """Catches a stage whose number of digits is not used, and more keys than there are of so few digits."""
     tokenizer = build_tiny_tokenizer()
-    stages = ({"filler_tokens": [8, 32], "key_digits": [1, 1]}, {"filler_tokens": [8, 32]})
+    stages = ({"filler_tokens": [8, 32], "data": {"key_digits": [1, 1]}}, {"filler_tokens": [8, 32]})
     builder = SequenceBuilder(recipe(stages, key_digits=[3, 3]), tokenizer)
     for stage, digits in ((0, 1), (1, 3)):
         assert {len(str(key)) for step in range(4) for key in builder.batch(step, stage).keys} == {digits}
-    with pytest.raises(RecipeError, match="tells 11 different keys of 1 digits, of which there are 9"):
+    with pytest.raises(RecipeError, match="tell up to 11 different keys of 1 digits, of which there are 9"):
         recipe(stages, named_keys=[1, 8], retold_keys=[0, 3])
-    with pytest.raises(RecipeError, match=r"key_digits \[0, 1\], required is 1 <= low"):
-        recipe(({"filler_tokens": [8, 32], "key_digits": [0, 1]},))
-    with pytest.raises(RecipeError, match=r"key_digits and data.named_keys is 0; set data.key_digits"):
-        recipe(stages, named_keys=[0, 0])
+    with pytest.raises(RecipeError, match=r"curriculum.0: data.key_digits is \[0, 1\], required is 1 <= low"):
+        recipe(({"filler_tokens": [8, 32], "data": {"key_digits": [0, 1]}},))
 
 
 def test_rows_ask_later_for_what_a_state_holds(tmp_path: Path) -> None:
@@ -171,9 +169,9 @@ def test_recipes_that_cannot_tell_keys_apart_are_refused() -> None:
     """Catches names beside what knows one key."""
     with pytest.raises(RecipeError, match=r"data.named_keys is \[1, 17\], required is 1 to 16"):
         recipe(named_keys=[1, 17])
-    with pytest.raises(RecipeError, match="boundary_share"):
-        recipe(boundary_share=0.1)
-    with pytest.raises(RecipeError, match="retold_keys is above 0 and data.named_keys is not"):
+    with pytest.raises(RecipeError, match="data.boundary_share is a key of task 'passkey', and the task is"):
+        recipe(task="named-keys", boundary_share=0.1)
+    with pytest.raises(RecipeError, match=r"data.named_keys is \[0, 0\], required is 1 <= low"):
         recipe(named_keys=[0, 0], retold_keys=[0, 1])
 
 

@@ -13,7 +13,7 @@ from transformerfam.fam.convert import fam_parameters
 from transformerfam.reference.fam import ReferenceWeights, fam_positions, run_reference
 from transformerfam.reference.layer import make_keys, make_queries, rotate
 from transformerfam.training.data.instructions import weighed_batch
-from transformerfam.training.recipe.sections import LossSection
+from transformerfam.training.recipe.data_sections import LossSection
 from transformerfam.training.recipe.toml import build_recipe
 from transformerfam.training.step.auxiliary import AuxiliaryLosses, auxiliary_losses
 from transformerfam.training.step.blocks import run_batch

@@ -7,8 +7,9 @@ import pytest
 from training_recipes import small_recipe, small_values
 
 from transformerfam.errors import RecipeError
+from transformerfam.files import parse_toml
 from transformerfam.training.optimizer import key_bias_at, lr_factor
-from transformerfam.training.recipe.removed import REMOVED, without_removed
+from transformerfam.training.recipe.removed import KEYS_OF_STAGES, REMOVED, in_former_keys, without_removed
 from transformerfam.training.recipe.sections import KeyBiasSection, OptimizerSection
 from transformerfam.training.recipe.toml import apply_override, build_recipe, load_recipe
 
@@ -120,6 +121,55 @@ def test_stored_recipe_of_an_earlier_version_is_read():
     values["optimizer"]["final_lr_fraction"] = 0.5
     with pytest.raises(RecipeError, match="key optimizer.final_lr_fraction of the recipe was removed"):
         build_recipe(without_removed(values))
+
+
+FORMER_DATA = {
+    "passkey_sentences": 1.0,
+    "passkey_book": 0.0,
+    "book": 0.0,
+    "books": None,
+    "key_digits": [5, 5],
+    "few_digits": 0.0,
+    "short_intro": False,
+    "boundary_share": 0.0,
+    "prefix_tokens": [0, 0],
+    "named_keys": [0, 0],
+    "keys_asked": [1, 1],
+    "retold_keys": [0, 0],
+    "keys_apart": [0, 0],
+    "worded": False,
+    "scenes": 0.0,
+    "passages": 0.0,
+    "mentions": [1, 1],
+    "other_numbers": 0.0,
+    "facts": [0, 0],
+    "facts_asked": [1, 1],
+    "fact_sentences": [4, 10],
+    "allow_unknown": False,
+    "fact_filler": "sentences",
+}
+"""The section `data` as runs stored it before it had a task."""
+
+
+@pytest.mark.parametrize("path", sorted(Path("recipes").glob("*.toml")), ids=lambda path: path.stem)
+def test_run_stored_before_data_had_a_task_is_the_same_run(path):
+    """A run that cannot be resumed, or rows that count as another recipe's, though no number of it is different."""
+    recipe = load_recipe(path)
+    stored = recipe.to_dict()
+    stored["data"] = FORMER_DATA | {name: value for name, value in stored["data"].items() if name != "task"}
+    stored["data"]["worded"] = recipe.data.task == "worded-keys"
+    for stage in stored["schedule"]["curriculum"]:
+        stage |= dict.fromkeys(KEYS_OF_STAGES) | stage.pop("data")
+    assert build_recipe(without_removed(stored)) == recipe
+
+    written = parse_toml(path.read_bytes())
+    former = in_former_keys(written)
+    assert "task" not in former.get("data", {})
+    assert not any("data" in stage for stage in former["schedule"].get("curriculum", []))
+    assert in_former_keys(former) == former
+    if "data" in former:
+        former["data"].pop("worded", None)
+    assert build_recipe({**former, "data": {**former.get("data", {}), "task": recipe.data.task}}) == recipe
 
 
 def test_missing_key_is_named():

@@ -94,7 +94,7 @@ def test_question_without_gradient_is_refused():
 def test_key_is_told_behind_a_prefix():
     """A memory that finds a key only where a text begins, or a prefix that is counted as filler."""
     builder = SequenceBuilder(small_recipe(data={"prefix_tokens": [5, 9]}, state_passing=PASSES_ALL), TOKENIZER)
-    text = builder.texts["passkey_sentences"]
+    text = builder.writer.texts["passkey_sentences"]
     places = set()
     for step in range(30):
         batch = builder.batch(step, 0, carried_keys=(None, None, 12345))
@@ -118,7 +118,7 @@ def test_questions_stand_across_a_boundary_in_their_share(share):
     stage = {"curriculum": [{"filler_tokens": [20, 150]}]}
     data = {"boundary_share": share, "prefix_tokens": [0, 9]}
     builder = SequenceBuilder(small_recipe(data=data, fam=fam, schedule=stage), TOKENIZER)
-    text = builder.texts["passkey_sentences"]
+    text = builder.writer.texts["passkey_sentences"]
     num_intro, num_answer = len(text.intro_ids(12345)), len(text.key_ids(12345))
     is_parted = []
     for step in range(200):
@@ -126,7 +126,7 @@ def test_questions_stand_across_a_boundary_in_their_share(share):
         last_asked = batch.input_ids_BT.shape[1] - 1
         is_parted.append(batch.question_start // 64 != last_asked // 64)
         assert 20 <= batch.question_start - num_intro <= 159
-    by_chance = (builder.num_question_tokens + num_answer - 1) / 64
+    by_chance = (len(text.question_ids) + num_answer - 1) / 64
     assert sum(is_parted) / 200 == pytest.approx(share + (1 - share) * by_chance, abs=0.1)
 
 
@@ -240,13 +240,13 @@ def test_short_intro_tells_the_key_without_the_sentences_in_front():
 
 def test_a_stage_has_a_prefix_of_its_own():
     """A stage whose keys stand where those of the others do."""
-    stages = [{"filler_tokens": [8, 8], "prefix_tokens": [5, 5]}, {"filler_tokens": [8, 8]}]
+    stages = [{"filler_tokens": [8, 8], "data": {"prefix_tokens": [5, 5]}}, {"filler_tokens": [8, 8]}]
     recipe = small_recipe(schedule={"steps": 9, "curriculum": stages}, data={"prefix_tokens": [9, 9]})
     builder = SequenceBuilder(recipe, TOKENIZER)
     intro = len(PasskeyText(TOKENIZER).intro_ids(12345))
     assert [builder.batch(0, stage).num_told_B[0] for stage in (0, 1)] == [5 + intro, 9 + intro]
     with pytest.raises(RecipeError, match=r"prefix_tokens is \[4, 3\]"):
-        small_recipe(schedule={"curriculum": [{"filler_tokens": [8, 8], "prefix_tokens": [4, 3]}]})
+        small_recipe(schedule={"curriculum": [{"filler_tokens": [8, 8], "data": {"prefix_tokens": [4, 3]}}]})
 
 
 def test_a_stage_repeats_random_tokens():

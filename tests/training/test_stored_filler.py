@@ -127,7 +127,7 @@ def test_key_and_question_stand_where_they_would_without_a_store():
         tail = slice(batch.question_start, None)
         assert same_BT[:, tail].all()
         assert torch.equal(batch.is_key_BT, plain.is_key_BT)
-        told = SequenceBuilder(recipe, tokenizer).texts["passkey_sentences"].intro_ids(batch.keys[0])
+        told = SequenceBuilder(recipe, tokenizer).writer.texts["passkey_sentences"].intro_ids(batch.keys[0])
         ids = batch.input_ids_BT[0].tolist()
         starts = [i for i in range(len(ids)) if ids[i : i + len(told)] == told]
         assert len(starts) == 1

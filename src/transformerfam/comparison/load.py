@@ -4,20 +4,16 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from transformerfam.comparison.facts import FactsComparison
-from transformerfam.comparison.named_keys import NamedKeysComparison
-from transformerfam.comparison.passkey import PasskeyComparison
 from transformerfam.comparison.plan import Comparison
 from transformerfam.errors import RecipeError, TransformerFamError
 from transformerfam.files import parse_toml, read_whole
+from transformerfam.tasks.registry import TASKS
 from transformerfam.training.recipe.toml import apply_override, build_section
 
-TASKS: dict[str, type[Comparison]] = {
-    "passkey": PasskeyComparison,
-    "named-keys": NamedKeysComparison,
-    "facts": FactsComparison,
-}
-"""What a comparison asks, by its key `task`; without one it asks for passkeys."""
+
+def comparisons() -> dict[str, type[Comparison]]:
+    """Return the class of every comparison by its key `task`; without one it asks for passkeys."""
+    return {name: task.comparison for name, task in TASKS.items() if task.asked_by is not None}
 
 
 def load_comparison(path: str | Path, overrides: Sequence[str] = ()) -> Comparison:
@@ -45,7 +41,7 @@ def load_comparison(path: str | Path, overrides: Sequence[str] = ()) -> Comparis
             if recipe.instructions is not None and "task" not in values:
                 raise RecipeError(
                     "the recipe trains on [instructions] and the comparison names no task, so it would be asked for "
-                    f"passkeys, which it was not trained on; set task to one of {', '.join(TASKS)}"
+                    f"passkeys, which it was not trained on; set task to one of {', '.join(comparisons())}"
                 )
     except RecipeError:
         raise
@@ -60,14 +56,14 @@ def _class_of(values: dict[str, Any]) -> type[Comparison]:
     Raises:
         RecipeError: there is no such task, or a key is one of another task alone.
     """
-    task = values.get("task", "passkey")
-    if not isinstance(task, str) or task not in TASKS:
-        raise RecipeError(f"task is {task!r}, required is one of {', '.join(TASKS)}; change it")
-    for name in values.keys() - TASKS[task].model_fields.keys():
-        others = [other for other, kind in TASKS.items() if name in kind.model_fields]
+    task, kinds = values.get("task", "passkey"), comparisons()
+    if not isinstance(task, str) or task not in kinds:
+        raise RecipeError(f"task is {task!r}, required is one of {', '.join(kinds)}; change it")
+    for name in values.keys() - kinds[task].model_fields.keys():
+        others = [other for other, kind in kinds.items() if name in kind.model_fields]
         if others:
             raise RecipeError(f"{name} is a key of task {others[0]!r}, and task is {task!r}; leave one of them out")
-    return TASKS[task]
+    return kinds[task]
 
 
 def _read_toml(path: Path) -> dict[str, Any]:

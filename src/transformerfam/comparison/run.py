@@ -20,6 +20,7 @@ from transformerfam.tasks.provenance import device_name, memory_notes, provenanc
 from transformerfam.tasks.text import encode
 from transformerfam.training.data.sources import require_same_sources, sources_of
 from transformerfam.training.random_numbers import RandomNumbers
+from transformerfam.training.recipe.removed import in_former_keys
 from transformerfam.training.run_folder import FREE_TO_CHANGE, require_same_run, save_recipe
 from transformerfam.training.setup import build_trainee
 from transformerfam.training.trainer import Trainer
@@ -56,7 +57,7 @@ def recipe_digest(comparison: Comparison, run: RunName, is_whole: bool = False) 
         run: which system, and which seed.
         is_whole: count what changes no number of a run, too, as earlier versions did.
     """
-    recipe, changes = comparison.recipe, comparison.changes.get(run.system, {})
+    recipe, changes = in_former_keys(comparison.recipe), comparison.changes.get(run.system, {})
     if not is_whole and isinstance(recipe.get("schedule"), dict):
         kept = {name: value for name, value in recipe["schedule"].items() if name not in FREE_TO_CHANGE}
         recipe = recipe | {"schedule": kept}

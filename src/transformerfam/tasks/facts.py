@@ -24,6 +24,7 @@ PEOPLE = ("Mary", "John", "Sandra", "Daniel")
 PLACES = ("kitchen", "garden", "office", "bathroom", "hallway", "bedroom")
 THINGS = ("apple", "football", "milk")
 MAX_TRIES = 1000
+MOST_SUPPORTS = 3
 
 
 @dataclass(frozen=True)
@@ -135,7 +136,7 @@ def draw_story(draw: random.Random, num_supports: int, num_sentences: int) -> St
     Raises:
         TransformerFamError: a number is out of its range, or so short a story has no such question.
     """
-    if num_supports not in (1, 2, 3) or num_sentences < num_supports:
+    if not 1 <= num_supports <= MOST_SUPPORTS or num_sentences < num_supports:
         raise TransformerFamError(
             f"num_supports is {num_supports} and num_sentences {num_sentences}, required is 1 to 3, and no fewer "
             "sentences than supports"
@@ -195,7 +196,7 @@ class FactsText:
             if unknown_id is not None and unknown_id in encode(tokenizer, f" {word}"):
                 raise TransformerFamError(
                     f"the tokenizer does not know {word!r}, required are all words of the stories; use a model that "
-                    "was trained with data.facts"
+                    'was trained with data.task = "facts"'
                 )
 
     def decode(self, ids: list[int]) -> str:

@@ -16,9 +16,9 @@ from torch.distributed.tensor import DTensor
 
 from transformerfam.errors import CorruptFileError, RecipeError, TransformerFamError
 from transformerfam.files import load_tensors, metadata_form, parse_json, read_whole, save_tensors, write_text
+from transformerfam.tasks.batch import Held
 from transformerfam.tasks.question import Question
 from transformerfam.training.checkpoint_form import REMEDY, TENSOR_NAMES, require_progress, require_tensors
-from transformerfam.training.data.told_rows import Held
 from transformerfam.training.optimizer import AverageOfWeights
 from transformerfam.training.recipe.recipe import Recipe
 from transformerfam.training.recipe.removed import without_removed

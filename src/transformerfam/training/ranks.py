@@ -23,7 +23,7 @@ from transformers import PreTrainedModel
 from transformerfam.decoder.served import decoder_layers
 from transformerfam.decoder.state import ReadingState
 from transformerfam.errors import MissingPackageError, RecipeError, UnsupportedVersionError
-from transformerfam.training.data.sequences import Batch
+from transformerfam.tasks.batch import Batch
 from transformerfam.training.recipe.recipe import Recipe
 from transformerfam.training.sharding import whole
 from transformerfam.training.state_passing import SavedFam

@@ -10,7 +10,6 @@ from transformerfam.errors import RecipeError
 from transformerfam.fam.convert import convert
 from transformerfam.fam.prompt import prefix_from_prompt, set_prompt
 from transformerfam.rivals import attach
-from transformerfam.tasks.facts import words
 from transformerfam.tasks.provenance import memory_notes
 from transformerfam.tasks.text import encode, read_text, say_unknown
 from transformerfam.training.lora import fuse_lora
@@ -70,7 +69,7 @@ def build_trainee(recipe: Recipe) -> tuple[PreTrainedModel, PreTrainedTokenizerB
 
 def _words_of(recipe: Recipe) -> list[str]:
     """Return the words that the tiny model knows beside those of the passkey text."""
-    section, known = recipe.model, list(words() if recipe.data.facts[1] else ())
+    section, known = recipe.model, list(recipe.data.words())
     if section.vocabulary_from is not None:
         known += frequent_words(read_text(section.vocabulary_from), NUM_FREQUENT_WORDS)
     return known

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import torch
 
-from transformerfam.training.data.told_rows import Held
+from transformerfam.tasks.batch import Held
 from transformerfam.training.recipe.sections import StatePassingSection
 
 

@@ -14,11 +14,12 @@ from transformerfam.decoder.memory import memory_of
 from transformerfam.errors import NonFiniteLossError, RecipeError
 from transformerfam.fam.convert import set_block_size, set_key_bias
 from transformerfam.processes import ends_noted, uninterrupted
+from transformerfam.tasks.batch import Batch
 from transformerfam.tasks.provenance import device_name, memory_notes
 from transformerfam.tasks.text import SOME_UNKNOWN, start_ids
 from transformerfam.training.checkpoint import Place, cut_log, load_checkpoint, save_checkpoint
 from transformerfam.training.data.instructions import PackedInstructions
-from transformerfam.training.data.sequences import Batch, SequenceBuilder
+from transformerfam.training.data.sequences import SequenceBuilder
 from transformerfam.training.optimizer import AverageOfWeights, build_optimizer, key_bias_at, lr_factor
 from transformerfam.training.random_numbers import RandomNumbers
 from transformerfam.training.ranks import Ranks

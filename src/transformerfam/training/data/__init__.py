@@ -1,5 +1,5 @@
-"""What is trained on: sequences of every task, drawn, mixed and put into batches.
+"""What is trained on: rows of the recipe's task put into batches, packed instructions, and the files that are read.
 
 May import: `recipe`, and what `training` may.
-One more kind of sequence: a writer here, and its choice in `sequences`.
+One more kind of sequence: a task, see `tasks`.
 """

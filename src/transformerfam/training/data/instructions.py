@@ -12,10 +12,11 @@ import torch
 
 from transformerfam.errors import RecipeError
 from transformerfam.files import parse_json, read_whole
+from transformerfam.tasks.batch import Batch
 from transformerfam.tasks.text import encode, require_known, unknown_share
-from transformerfam.training.data.sequences import Batch, draw_block_size
+from transformerfam.training.data.sequences import draw_block_size
+from transformerfam.training.recipe.data_sections import InstructionSection
 from transformerfam.training.recipe.recipe import Recipe
-from transformerfam.training.recipe.sections import InstructionSection
 
 REPEAT_PROMPT = "[repeat random segment]:"
 """What announces the repeated segment; its weight is 0."""

@@ -58,14 +58,18 @@ def require_same_sources(there: dict[str, str], recipe: Recipe, what: str) -> No
 
 
 def _files(recipe: Recipe) -> Iterator[tuple[str, Path]]:
-    texts = {"data.fact_filler": recipe.data.fact_filler, "model.vocabulary_from": recipe.model.vocabulary_from}
+    data = recipe.data
+    texts = {f"data.{key}": getattr(data, key) for key in data.text_keys}
+    texts["model.vocabulary_from"] = recipe.model.vocabulary_from
     for key, name in texts.items():
         if name not in (None, "sentences", *HELD_OUT_NOVELS):
             yield key, Path(str(name))
     for number, name in enumerate(() if recipe.instructions is None else recipe.instructions.files):
         yield f"instructions.files.{number}", Path(name)
-    folders = {"data.books": ("*.txt",), "model.base": MODEL_FILES, "model.memory": MODEL_FILES}
-    names = {"data.books": recipe.data.books, "model.base": recipe.model.base, "model.memory": recipe.model.memory}
+    folders: dict[str, tuple[str, ...]] = {f"data.{key}": ("*.txt",) for key in data.folder_keys}
+    folders |= {"model.base": MODEL_FILES, "model.memory": MODEL_FILES}
+    names = {f"data.{key}": getattr(data, key) for key in data.folder_keys}
+    names |= {"model.base": recipe.model.base, "model.memory": recipe.model.memory}
     for key, patterns in folders.items():
         folder = Path(names[key] or "")
         if names[key] and folder.is_dir():

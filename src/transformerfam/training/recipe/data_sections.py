@@ -1,110 +1,49 @@
 """The sections of a recipe that say what is read, and what is predicted."""
 
-from typing import Self
+from typing import Annotated, Any, Self
 
-from pydantic import model_validator
+from pydantic import BeforeValidator, SerializeAsAny, ValidationError, model_validator
 
-from transformerfam.training.recipe.ranges import (
-    Integer,
-    Limits,
-    LimitsFrom1,
-    Natural,
-    NotNegative,
-    Number,
-    Share,
-    Texts,
-)
-from transformerfam.training.recipe.section import Section, require
+from transformerfam.errors import RecipeError
+from transformerfam.ranges import Integer, Limits, Natural, NotNegative, Texts
+from transformerfam.section import Section, require
+from transformerfam.tasks.registry import TASKS
+from transformerfam.tasks.writing import TaskSection
+from transformerfam.training.recipe.messages import recipe_error, unknown_key
 
 
-class DataSection(Section):
-    """Shares of the kinds of sequence; they are drawn row by row and need not sum to one."""
+def build_data(values: Any) -> TaskSection:
+    """Return the section `data` of a recipe, of the class that its key `task` says.
 
-    passkey_sentences: NotNegative = 1.0
-    """Passkey in the paper's sentences."""
-    passkey_book: NotNegative = 0.0
-    """Passkey in book text."""
-    book: NotNegative = 0.0
-    """Book text alone."""
-    books: str | None = None
-    """Folder of UTF-8 `.txt` files; all are used."""
-    key_digits: LimitsFrom1 = (5, 5)
-    """Least and most digits of a key; every step draws one number. The task's keys have five. Longer ones teach more
-    per sequence, above all the place of each digit."""
-    few_digits: Share = 0.0
-    """Share of the keys that are made of two or three different digits. Looking up which digit came behind the last one
-    does not tell them, as it tells most keys of five different digits: only the place of a digit does."""
-    short_intro: bool = False
-    """Tell the key without the two sentences in front, so that a step of the same cost tells more keys: for the first
-    part of a training."""
-    boundary_share: Share = 0.0
-    """Share of the steps in which question and answer stand across the boundary of two blocks, where the filler's range
-    allows it. There FAM alone can tell the second block that a question was asked."""
-    prefix_tokens: Limits = (0, 0)
-    """Least and most tokens of filler in front of the sentences that tell the key; every step draws one number."""
-    named_keys: Limits = (0, 0)
-    """Least and most keys that a sequence tells, each by a name; every step draws one number, and the question is for
-    one of them. 0: the paper's one key without a name."""
-    keys_asked: LimitsFrom1 = (1, 1)
-    """Least and most of the named keys that a sequence asks for, one after the other, each a key to predict; every step
-    draws one number. A row counts as right when all of them are."""
-    retold_keys: Limits = (0, 0)
-    """Least and most of the names that are told a second key, which counts."""
-    keys_apart: Limits = (0, 0)
-    """Least and most tokens of filler between two keys that are told."""
-    worded: bool = False
-    """Tell the named keys, and ask for them, in the many wordings and names of `data/key_wordings.toml`, in text of
-    `books` where there are any. `book` is then the share of sequences of text alone."""
-    scenes: Number = 0.0
-    """Share of the worded keys that are told in a sentence of their own words, and not by a name."""
-    passages: Number = 0.0
-    """Share of the worded keys that stand behind words of the text they are hidden in; the last ones ask for them."""
-    mentions: LimitsFrom1 = (1, 1)
-    """Least and most times that each worded key is told; every key draws one number."""
-    other_numbers: Share = 0.0
-    """Share of the sentences that tell a worded key in front of which stands one with another number."""
-    facts: Limits = (0, 0)
-    """Least and most sentences from which the answer to a question on a hidden story follows, 1 to 3; every step draws
-    one number. 0: no stories."""
-    facts_asked: LimitsFrom1 = (1, 1)
-    """Least and most questions on a story, one after the other, each with an answer to predict; the last one has the
-    drawn number of supports, those in front of it at most as many. A row counts as right when all answers are."""
-    fact_sentences: Limits = (4, 10)
-    """Least and most sentences of a story."""
-    allow_unknown: bool = False
-    """Train on text of which the tokenizer knows next to no word, too."""
-    fact_filler: str = "sentences"
-    """What stories are hidden in: the passkey's sentences, a novel of the package, or a UTF-8 file."""
+    Without that key it is the first task that has the most of the keys which are given.
 
-    @model_validator(mode="after")
-    def _require_sources(self) -> Self:
-        require(
-            self.books is not None or self.passkey_book == self.book == 0,
-            "data.passkey_book or data.book is above 0, required is a folder of .txt files; set data.books",
+    Raises:
+        RecipeError: there is no such task, or a key is unknown, missing or wrong.
+    """
+    if isinstance(values, TaskSection):
+        return values
+    if not isinstance(values, dict):
+        raise RecipeError(f"data is {values!r}, required is a section with keys; change it")
+    keys = {name: task.section.model_fields for name, task in TASKS.items()}
+    name = values.get("task", max(TASKS, key=lambda task: len(values.keys() & keys[task].keys())))
+    if not isinstance(name, str) or name not in TASKS:
+        raise RecipeError(f"data.task is {name!r}, required is one of {', '.join(TASKS)}; change it")
+    for key in values.keys() - keys[name].keys():
+        others = [other for other in TASKS if key in keys[other]]
+        if not others:
+            raise unknown_key("data", key, keys[name] if "task" in values else set().union(*keys.values()))
+        raise RecipeError(
+            f"data.{key} is a key of task {' and '.join(map(repr, others))}, and the task is {name!r}; leave it out, "
+            "or set data.task"
         )
-        require(
-            self.named_keys[1] > 0 or self.retold_keys[1] == 0,
-            "data.retold_keys is above 0 and data.named_keys is not",
-        )
-        require(
-            self.named_keys[1] == 0 or self.facts[1] == 0,
-            "data.named_keys and data.facts are both above 0, required is one of them",
-        )
-        return self
+    kind = TASKS[name].section
+    try:
+        return kind.model_validate(values)
+    except ValidationError as error:
+        raise recipe_error(kind, values, error, "data") from error
 
-    @model_validator(mode="after")
-    def _require_worded(self) -> Self:
-        for name in ("mentions", "other_numbers", "scenes", "passages"):
-            require(
-                self.worded or getattr(self, name) == DataSection.model_fields[name].default,
-                f"data.{name} is given and data.worded is false; set data.worded, or leave it out",
-            )
-        require(
-            min(self.scenes, self.passages) >= 0 and self.scenes + self.passages <= 1,
-            f"data.scenes is {self.scenes} and data.passages {self.passages}, required are shares of 0 or more with a "
-            "sum of at most 1",
-        )
-        return self
+
+DataSection = Annotated[SerializeAsAny[TaskSection], BeforeValidator(build_data)]
 
 
 class InstructionSection(Section):

@@ -13,14 +13,15 @@ from functools import cache
 from typing import Any
 
 from transformerfam.config import FamConfig
+from transformerfam.ranges import range_in_words
+from transformerfam.tasks.registry import TASKS
 from transformerfam.training.recipe.configurations import OPEN_MEMORY
-from transformerfam.training.recipe.ranges import range_in_words
 from transformerfam.training.recipe.recipe import Recipe
 
 WIDTH = 120
 TABLES = {"curriculum": "Stage"}
 """Keys whose value is a list of tables, with the class of these."""
-TYPES = {"integer": "integer", "number": "number", "string": "text", "boolean": "true or false"}
+TYPES = {"integer": "integer", "number": "number", "string": "text", "boolean": "true or false", "object": "table"}
 BOUNDS = {"minimum": "ge", "exclusiveMinimum": "gt", "maximum": "le", "exclusiveMaximum": "lt"}
 
 UNSET = {
@@ -50,7 +51,8 @@ INTRODUCTION = """\
 A recipe is a TOML file with these sections. `fam train RECIPE --print-recipe` prints every key of one with its value
 and its meaning, as a recipe that trains the same; `--set SECTION.KEY=VALUE` changes a key. A key or a value that is not
 listed here is refused, with the nearest key that is. A key is listed as: `key` (type, range; default). None means that
-the key is left out.
+the key is left out. `data.task` says which keys the section `data` has; without it, it is the first of the tasks that
+has the most of the keys which are given.
 """
 
 
@@ -58,8 +60,8 @@ def recipe_text(recipe: Recipe) -> str:
     """Return a recipe as TOML with all its keys, each under a line of what it means; `load_recipe` reads it back."""
     lines = ["# All keys of a recipe. Those that are not given have no value."]
     for name, values in recipe.model_dump().items():
-        kind = _kind_of(_schema()["properties"][name])
-        about = _sentence(_about(name))
+        kind = type(recipe.data).__name__ if name == "data" else _kind_of(_schema()["properties"][name])
+        about = _sentence(_definition(kind)["description"] if name == "data" else _about(name))
         if values is None:
             lines += ["", f"# [{name}] is not given: {about}"]
             continue
@@ -76,6 +78,12 @@ def reference_page() -> str:
     """Return docs/recipes.md."""
     parts = [INTRODUCTION]
     for name, schema in _schema()["properties"].items():
+        if name == "data":
+            for task, parts_of_task in TASKS.items():
+                section = parts_of_task.section
+                about = str(_definition(section.__name__)["description"])
+                parts += _reference(f'[data] with task = "{task}"', about, section.__name__, {})
+            continue
         kind = _kind_of(schema)
         parts += _reference(f"[{name}]", _about(name), kind, OPEN_MEMORY if name == "fam" else {})
         if name == "schedule":
@@ -114,9 +122,11 @@ def _keys(kind: str, values: dict[str, Any], is_explained: bool = True) -> Itera
 
 
 def toml_value(value: Any) -> str:
-    """Return a number, text, flag or list as TOML."""
+    """Return a number, text, flag, list or table as TOML."""
     if isinstance(value, float) and math.isinf(value):
         return "inf" if value > 0 else "-inf"
+    if isinstance(value, dict):
+        return f"{{ {', '.join(f'{key} = {toml_value(one)}' for key, one in value.items())} }}" if value else "{}"
     if isinstance(value, list | tuple):
         return f"[{', '.join(map(toml_value, value))}]"
     return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
@@ -127,8 +137,15 @@ def _schema() -> dict[str, Any]:
     return Recipe.model_json_schema()
 
 
+@cache
+def _definitions() -> dict[str, Any]:
+    """Return the schema of every section, those of all tasks among them."""
+    tasks = (task.section for task in TASKS.values())
+    return _schema()["$defs"] | {section.__name__: section.model_json_schema() for section in tasks}
+
+
 def _definition(kind: str) -> dict[str, Any]:
-    definition: dict[str, Any] = _schema()["$defs"][kind]
+    definition: dict[str, Any] = _definitions()[kind]
     return definition
 
 
@@ -176,6 +193,8 @@ def _type(schema: dict[str, Any]) -> str:
     if "enum" in schema:
         *most, last = (f"`{toml_value(one)}`" for one in schema["enum"])
         return f"{', '.join(most)} or {last}"
+    if "const" in schema:
+        return f"`{toml_value(schema['const'])}`"
     if schema.get("type") == "array":
         items = schema.get("prefixItems") or [schema["items"]]
         if "$ref" in items[0]:

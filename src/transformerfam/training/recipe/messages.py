@@ -11,7 +11,7 @@ from pydantic_core import ErrorDetails
 
 from transformerfam.errors import RecipeError
 from transformerfam.fields import LARGEST_INTEGER
-from transformerfam.training.recipe.ranges import OUT_OF_RANGE, range_of
+from transformerfam.ranges import OUT_OF_RANGE, range_of
 from transformerfam.training.recipe.removed import REMOVED
 
 FORMS = {
@@ -32,13 +32,14 @@ MOST_IMPORTANT = ("extra_forbidden", "missing")
 Place = tuple[int | str, ...]
 
 
-def recipe_error(section: type[BaseModel], values: Any, error: ValidationError) -> RecipeError:
+def recipe_error(section: type[BaseModel], values: Any, error: ValidationError, where: str = "") -> RecipeError:
     """Return the error that names the key, its value, and what is required.
 
     Args:
         section: what was to be built.
         values: from these plain values.
         error: what pydantic found; the first error, or the first unknown key, is told.
+        where: name of the section in the recipe; empty is the recipe itself.
     """
 
     def rank(found: ErrorDetails) -> int:
@@ -48,9 +49,10 @@ def recipe_error(section: type[BaseModel], values: Any, error: ValidationError) 
     found = min(error.errors(include_url=False), key=rank)
     place, kind = found["loc"], found["type"]
     if kind == "extra_forbidden":
-        return unknown_key(_join(place[:-1]), str(place[-1]), _section_at(section, place[:-1]).model_fields)
+        known = _section_at(section, place[:-1]).model_fields
+        return unknown_key(_join(place[:-1], where), str(place[-1]), known)
     if kind == "missing" and isinstance(place[-1], str):
-        return RecipeError(f"missing key {_join(place)} in the recipe; add it")
+        return RecipeError(f"missing key {_join(place, where)} in the recipe; add it")
     if kind == "value_error":
         return RecipeError(str(found["ctx"]["error"]))
     value, required = found["input"], _required(section, found)
@@ -58,7 +60,7 @@ def recipe_error(section: type[BaseModel], values: Any, error: ValidationError) 
         place, value = place[:-1], _value_at(values, place[:-1])
         required += "" if kind == "missing" else " for each"
     value = list(value) if isinstance(value, tuple) else value
-    return RecipeError(f"{_join(place) or 'recipe'} is {value!r}, required is {required}; change it")
+    return RecipeError(f"{_join(place, where) or 'recipe'} is {value!r}, required is {required}; change it")
 
 
 def unknown_key(where: str, name: str, known: Iterable[str]) -> RecipeError:
@@ -131,5 +133,5 @@ def _value_at(values: Any, place: Place) -> Any:
     return values
 
 
-def _join(place: Place) -> str:
-    return ".".join(str(part) for part in place)
+def _join(place: Place, where: str) -> str:
+    return ".".join(str(part) for part in ((where, *place) if where else place))

@@ -8,19 +8,19 @@ from pydantic import model_validator
 from transformerfam.config import FamConfig
 from transformerfam.errors import RecipeError, TransformerFamError
 from transformerfam.rivals import rival_class
-from transformerfam.tasks.named_keys import NAMES
+from transformerfam.section import Section, require
+from transformerfam.tasks.passkey_training import PasskeySection
+from transformerfam.tasks.writing import TaskSection
 from transformerfam.training.recipe.configurations import OPEN_MEMORY, FamSection, RivalSection
-from transformerfam.training.recipe.section import Section, require
+from transformerfam.training.recipe.data_sections import DataSection, InstructionSection, LossSection, build_data
 from transformerfam.training.recipe.sections import (
-    DataSection,
-    InstructionSection,
     KeyBiasSection,
     LoraSection,
-    LossSection,
     ModelSection,
     OptimizerSection,
     ReadingSection,
     ScheduleSection,
+    Stage,
     StatePassingSection,
 )
 
@@ -39,7 +39,7 @@ class Recipe(Section):
     optimizer: OptimizerSection = OptimizerSection()
     state_passing: StatePassingSection = StatePassingSection()
     key_bias: KeyBiasSection | None = None
-    data: DataSection = DataSection()
+    data: DataSection = PasskeySection()
     instructions: InstructionSection | None = None
     loss: LossSection = LossSection()
     reading: ReadingSection = ReadingSection()
@@ -53,8 +53,7 @@ class Recipe(Section):
             self._require_curriculum,
             self._require_teacher,
             self._require_parts,
-            self._require_named,
-            self._require_worded,
+            self._require_task,
             self._require_rival,
             self._require_updates,
             self._require_auxiliary,
@@ -72,14 +71,9 @@ class Recipe(Section):
         """Refuse weights and shares that leave nothing to predict."""
         if self.instructions is not None:
             return
-        loss, data = self.loss, self.data
+        loss = self.loss
         weights = (loss.key, loss.other_tokens, loss.teacher, loss.diversity, loss.reconstruction, loss.fam_change)
         require(any(weights), "every weight of loss is 0, required is one above 0")
-        is_plain = not (data.worded or data.named_keys[1] or data.facts[1])
-        require(
-            not is_plain or any((data.passkey_sentences, data.passkey_book, data.book)),
-            "data.passkey_sentences, data.passkey_book and data.book are 0, required is one above 0",
-        )
         require(len(self.schedule.curriculum) > 0, "schedule.curriculum is empty, required is at least one stage")
 
     def _require_start(self) -> None:
@@ -146,55 +140,34 @@ class Recipe(Section):
             "which have no key to ask for; leave it out",
         )
 
-    def _require_named(self) -> None:
-        """Refuse named keys and facts beside what knows one key without a name."""
-        for name, most in (("named_keys", len(NAMES)), ("facts", 3)):
-            low, high = getattr(self.data, name)
+    def _require_task(self) -> None:
+        """Refuse stages that the task does not have, and a teacher or stored filler that its rows do not serve."""
+        for number, stage in enumerate(self.schedule.curriculum):
+            try:
+                section = self.data_of(stage)
+            except RecipeError as error:
+                raise RecipeError(f"schedule.curriculum.{number}: {error}") from error
             require(
-                high == 0 or (low >= 1 and high <= most), f"data.{name} is [{low}, {high}], required is 1 to {most}"
+                section.task == self.data.task,
+                f"schedule.curriculum.{number}.data has the key task, required is one task in all stages; leave it out",
             )
-            for stage in self.schedule.curriculum:
-                if (limits := getattr(stage, name)) is not None:
-                    require(high > 0, f"a stage of the curriculum has {name} and data.{name} is 0; give both or none")
-                    require(
-                        1 <= limits[0] <= limits[1] <= most,
-                        f"a stage of the curriculum has {name} {list(limits)}, required is 1 to {most}",
-                    )
-        for stage in self.schedule.curriculum:
-            low, high = stage.key_digits or self.data.key_digits
-            told = (stage.named_keys or self.data.named_keys)[1] + self.data.retold_keys[1]
-            require(1 <= low <= high, f"a stage of the curriculum has key_digits [{low}, {high}], required is 1 <= low")
-            require(
-                stage.key_digits is None or self.data.named_keys[1] > 0,
-                "a stage of the curriculum has key_digits and data.named_keys is 0; set data.key_digits",
-            )
-            require(
-                told <= 9 * 10 ** (low - 1),
-                f"a stage of the curriculum tells {told} different keys of {low} digits, of which there are "
-                f"{9 * 10 ** (low - 1)}; give them more digits",
-            )
-        if self.data.named_keys[1] == self.data.facts[1] == 0:
-            return
-        if self.data.worded:
-            return
+        task = self.data.task
         require(
-            self.loss.teacher == self.schedule.stored_blocks == 0
-            and self.data.boundary_share == self.data.passkey_book == self.data.book == 0,
-            "loss.teacher, schedule.stored_blocks, data.boundary_share, data.passkey_book or data.book is given beside "
-            "data.named_keys or data.facts, which have no single key; leave it out",
+            self.loss.teacher == 0 or self.data.can_be_taught,
+            f"loss.teacher is above 0 and data.task is {task!r}, which has no single key to teach; leave it out",
+        )
+        require(
+            self.schedule.stored_blocks == 0 or self.data.can_be_stored,
+            f"schedule.stored_blocks is above 0 and data.task is {task!r}, which tells more than one key; set it to 0",
         )
 
-    def _require_worded(self) -> None:
-        """Refuse worded keys without keys, and beside what they do not have."""
-        data = self.data
-        require(
-            not data.worded
-            or (
-                data.named_keys[1] > 0 and self.schedule.stored_blocks == data.boundary_share == data.passkey_book == 0
-            ),
-            "data.worded is true, required are data.named_keys above 0, and no schedule.stored_blocks, "
-            "data.boundary_share or data.passkey_book",
-        )
+    def data_of(self, stage: Stage) -> TaskSection:
+        """Return the section `data` as a stage of the curriculum changes it.
+
+        Raises:
+            RecipeError: the stage has a key that the task does not have, or a wrong value.
+        """
+        return build_data(self.data.model_dump() | stage.data)
 
     def _require_rival(self) -> None:
         """Refuse a rival beside FAM, or beside what only FAM has."""

@@ -2,6 +2,8 @@
 
 from typing import Any, NamedTuple
 
+from transformerfam.tasks.registry import TASKS
+
 
 class Removed(NamedTuple):
     """A key that is gone."""
@@ -22,9 +24,60 @@ REMOVED = {
     "instructions.prompt_weight": Removed("prompts weigh 0; leave it out", 0.0),
     "instructions.answer_weight": Removed("answers weigh 1; change repeat_weight, which is relative to it", 1.0),
     "instructions.repeat_prompt": Removed("it is always the paper's; leave it out", "[repeat random segment]:"),
+    "data.worded": Removed('set data.task = "worded-keys"', False),
     "reading.num_sink_tokens": Removed("train with fam.num_sink_tokens, or leave it out", None),
 }
 """By section and key."""
+
+
+KEYS_OF_STAGES = ("prefix_tokens", "named_keys", "key_digits", "facts", "fact_sentences")
+"""Keys that a stage of the curriculum once had itself, and has in its `data` now."""
+OFF = {"named_keys": [0, 0], "facts": [0, 0]}
+"""Values with which sections `data` that had the keys of all tasks said that a task is not theirs."""
+
+
+def with_keys_in_data(stage: dict[str, Any]) -> dict[str, Any]:
+    """Return the values of a stage with the keys of `KEYS_OF_STAGES` in its `data`; the argument stays as it is."""
+    former = {name: stage[name] for name in KEYS_OF_STAGES if stage.get(name) is not None}
+    kept = {name: value for name, value in stage.items() if name not in KEYS_OF_STAGES}
+    return kept | {"data": former | kept.get("data", {})} if former else kept
+
+
+def in_former_keys(recipe: dict[str, Any]) -> dict[str, Any]:
+    """Return plain values of a recipe as before `data` had a task and stages a `data`; the argument stays as it is.
+
+    Recipes that say the same in either way give the same, by which rows are known whose recipe was written in the
+    former one.
+    """
+    kept = dict(recipe)
+    data = kept.pop("data", {})
+    if isinstance(data, dict):
+        flag = {"worded": True} if data.get("task") == "worded-keys" else {}
+        data = {name: value for name, value in data.items() if name != "task"} | flag
+    if data:
+        kept["data"] = data
+    schedule = kept.get("schedule")
+    if isinstance(schedule, dict) and isinstance(schedule.get("curriculum"), list):
+        stages = [
+            {name: value for name, value in stage.items() if name != "data"} | stage.get("data", {})
+            for stage in schedule["curriculum"]
+        ]
+        kept["schedule"] = schedule | {"curriculum": stages}
+    return kept
+
+
+def of_one_task(data: dict[str, Any]) -> dict[str, Any]:
+    """Return a stored section `data`, which had the keys of all tasks, with those of its task; both stay as they are.
+
+    A key of another task is left out where it has the value by which that task was off, or any other that nothing read.
+    """
+    if "task" in data or not data.keys() & {"worded", *OFF}:
+        return data
+    is_on = {name: list(data.get(name, off)) != off for name, off in OFF.items()}
+    keys = "worded-keys" if data.get("worded") else "named-keys"
+    task = keys if is_on["named_keys"] else "facts" if is_on["facts"] else "passkey"
+    known = TASKS[task].section.model_fields
+    return {"task": task} | {name: value for name, value in data.items() if name in known}
 
 
 def without_removed(values: dict[str, Any]) -> dict[str, Any]:
@@ -34,6 +87,8 @@ def without_removed(values: dict[str, Any]) -> dict[str, Any]:
         values: plain values, as an earlier version wrote them; they stay as they are.
     """
     kept = {section: dict(keys) if isinstance(keys, dict) else keys for section, keys in values.items()}
+    if isinstance(kept.get("data"), dict):
+        kept["data"] = of_one_task(kept["data"])
     for dotted, removed in REMOVED.items():
         section, _, name = dotted.partition(".")
         keys = kept.get(section)

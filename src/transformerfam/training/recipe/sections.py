@@ -3,12 +3,11 @@
 A field that no recipe of the repository sets needs a reason, or goes to `removed.REMOVED`.
 """
 
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import Strict, model_validator
+from pydantic import Field, Strict, model_validator
 
-from transformerfam.training.recipe.data_sections import DataSection, InstructionSection, LossSection
-from transformerfam.training.recipe.ranges import (
+from transformerfam.ranges import (
     Count,
     Decay,
     Decays,
@@ -19,19 +18,16 @@ from transformerfam.training.recipe.ranges import (
     Natural,
     NotNegative,
     Number,
-    Pair,
     Positive,
     Share,
     Texts,
 )
-from transformerfam.training.recipe.section import Section, require
+from transformerfam.section import Section, require
+from transformerfam.training.recipe.removed import with_keys_in_data
 
 __all__ = [
-    "DataSection",
-    "InstructionSection",
     "KeyBiasSection",
     "LoraSection",
-    "LossSection",
     "ModelSection",
     "OptimizerSection",
     "ReadingSection",
@@ -143,21 +139,18 @@ class Stage(Section):
     """Steps whose keys `advance_accuracy` counts."""
     max_steps: Count | None = None
     """Go on after so many steps in any case."""
-    prefix_tokens: Limits | None = None
-    """In this stage, in place of `data.prefix_tokens`: keys that stand anywhere in a block are learned behind those
-    that stand at one place."""
-    named_keys: Pair | None = None
-    """In this stage, in place of `data.named_keys`."""
-    key_digits: Pair | None = None
-    """In this stage, in place of `data.key_digits`, of named keys: with one digit they are soonest told apart."""
-    facts: Pair | None = None
-    """In this stage, in place of `data.facts`."""
-    fact_sentences: Limits | None = None
-    """In this stage, in place of `data.fact_sentences`."""
+    data: dict[str, Any] = Field(default_factory=dict)
+    """Keys of the section `data`, with what this stage has in their place: keys that stand anywhere in a block are
+    learned behind those that stand at one place, and two names behind one."""
     repeated_tokens: LimitsFrom8 | None = None
     """In this stage sequences are random tokens, so many at least and at most, the filler, and the same tokens again,
     to be predicted. It teaches to find what followed the same tokens before, without which neither names nor facts were
     learned in a thousand steps."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _take_former_keys(cls, values: Any) -> Any:
+        return with_keys_in_data(values) if isinstance(values, dict) else values
 
 
 Stages = Annotated[tuple[Stage, ...], Strict(False)]

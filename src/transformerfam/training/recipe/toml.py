@@ -8,9 +8,9 @@ from pydantic import ValidationError
 
 from transformerfam.errors import RecipeError
 from transformerfam.files import parse_toml, read_whole
+from transformerfam.section import Section
 from transformerfam.training.recipe.messages import recipe_error
 from transformerfam.training.recipe.recipe import Recipe
-from transformerfam.training.recipe.section import Section
 
 Built = TypeVar("Built", bound=Section)
 

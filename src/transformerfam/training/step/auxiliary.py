@@ -19,8 +19,8 @@ from transformerfam.decoder.step import SteppedCache
 from transformerfam.errors import RecipeError
 from transformerfam.fam.memory import memory_of
 from transformerfam.fam.piece import Piece
+from transformerfam.training.recipe.data_sections import LossSection
 from transformerfam.training.recipe.recipe import Recipe
-from transformerfam.training.recipe.sections import LossSection
 from transformerfam.training.step.parts import StepPart
 from transformerfam.training.step.scores import StepOutput
 

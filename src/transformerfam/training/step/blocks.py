@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 from transformerfam.decoder.served import decoder_layers
 from transformerfam.decoder.state import ReadingState
 from transformerfam.errors import TransformerFamError
-from transformerfam.training.data.sequences import Batch
+from transformerfam.tasks.batch import Batch
 from transformerfam.training.step.parts import Block, StepPart
 from transformerfam.training.step.scores import Scores, StepOutput, score
 from transformerfam.training.step.teacher import Teaching

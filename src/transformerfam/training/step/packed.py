@@ -16,7 +16,7 @@ from transformerfam.decoder.step import Step, StepCache, run_decoder
 from transformerfam.fam.memory import memory_of
 from transformerfam.fam.piece import bounded
 from transformerfam.fam.state import FamState
-from transformerfam.training.data.sequences import Batch
+from transformerfam.tasks.batch import Batch
 from transformerfam.training.step.blocks import block_spans
 from transformerfam.training.step.scores import Scores, StepOutput, score
 from transformerfam.training.step.stored_filler import StoredFiller

@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 
 from transformerfam.decoder.positions import first_position
 from transformerfam.decoder.state import ReadingState
-from transformerfam.training.data.sequences import Batch
+from transformerfam.tasks.batch import Batch
 from transformerfam.training.step.scores import StepOutput
 
 

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from transformerfam.training.data.sequences import Batch
+from transformerfam.tasks.batch import Batch
 from transformerfam.training.step.teacher import Teaching, distance_to_teacher, divergence_from_teacher
 
 

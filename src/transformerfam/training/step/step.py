@@ -8,7 +8,8 @@ from transformers import PreTrainedModel
 
 from transformerfam.decoder.layouts import inverse_frequencies
 from transformerfam.decoder.state import ReadingState
-from transformerfam.training.data.sequences import Batch, SequenceBuilder
+from transformerfam.tasks.batch import Batch
+from transformerfam.training.data.sequences import SequenceBuilder
 from transformerfam.training.recipe.recipe import Recipe
 from transformerfam.training.state_passing import SavedFam, StatePassing
 from transformerfam.training.step.auxiliary import AuxiliaryLosses

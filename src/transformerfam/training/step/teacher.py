@@ -7,7 +7,7 @@ from torch import nn
 from transformers import DynamicCache
 
 from transformerfam.decoder.cache_argument import as_cache
-from transformerfam.training.data.sequences import Batch
+from transformerfam.tasks.batch import Batch
 from transformerfam.weights.models import load_base
 
 

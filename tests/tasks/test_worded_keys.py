@@ -17,7 +17,7 @@ from transformerfam.training.data.sequences import SequenceBuilder
 
 STAGES = [{"filler_tokens": [0, 40]}]
 WORDED = {
-    "worded": True,
+    "task": "worded-keys",
     "named_keys": [2, 4],
     "retold_keys": [1, 1],
     "keys_asked": [1, 3],
@@ -51,6 +51,11 @@ def builder(books, **sections):
     return SequenceBuilder(
         small_recipe(data=data, schedule={"steps": 9, "batch_size": 6, "curriculum": STAGES}, **sections), TOKENIZER
     )
+
+
+def named_builder(data):
+    schedule = {"steps": 9, "batch_size": 6, "curriculum": STAGES}
+    return SequenceBuilder(small_recipe(data={"named_keys": [2, 4], **data}, schedule=schedule), TOKENIZER)
 
 
 def answers(batch, row):
@@ -182,13 +187,20 @@ def test_bank_tells_and_asks_by_the_name():
 @pytest.mark.parametrize(
     ("data", "message"),
     [
-        ({"worded": True}, "data.worded is true, required are data.named_keys above 0"),
-        ({"mentions": [1, 2]}, "data.mentions is given and data.worded is false"),
+        ({"task": "worded-keys"}, "missing key data.named_keys in the recipe; add it"),
+        (
+            {"worded": True, "named_keys": [1, 2]},
+            'data.worded of the recipe was removed: set data.task = "worded-keys"',
+        ),
+        (
+            {"task": "named-keys", "named_keys": [1, 2], "mentions": [1, 2]},
+            "data.mentions is a key of task 'worded-keys', and",
+        ),
         (WORDED | {"mentions": [0, 2]}, r"data.mentions is \[0, 2\]"),
         (WORDED | {"other_numbers": 1.5}, "data.other_numbers is 1.5, required is 0 to 1"),
         (WORDED | {"scenes": 0.6, "passages": 0.5}, "data.scenes is 0.6 and data.passages 0.5, required are shares"),
         (WORDED | {"passages": -0.1}, "data.scenes is 0.0 and data.passages -0.1, required are shares"),
-        ({"scenes": 0.5}, "data.scenes is given and data.worded is false"),
+        ({"task": "passkey", "scenes": 0.5}, "data.scenes is a key of task 'worded-keys', and the task is 'passkey'"),
     ],
 )
 def test_recipes_that_contradict_themselves_are_refused(data, message):
@@ -210,9 +222,8 @@ def test_share_of_keys_of_few_digits_is_heard_for_named_keys_too(books, worded):
     keys = draw_keys(draw, 400, 7, 0.5)
     assert len(set(keys)) == 400
     assert 180 < sum(len(set(str(key))) <= 3 for key in keys) < 240
-    data = {"worded": worded, "few_digits": 1.0, "key_digits": [7, 7]}
-    data |= {} if worded else {"mentions": [1, 1], "other_numbers": 0.0}
-    sequences = builder(books, data=data)
+    data = {"few_digits": 1.0, "key_digits": [7, 7]}
+    sequences = builder(books, data=data) if worded else named_builder(data)
     for row in range(6):
         for said in answers(sequences.batch(3, 0), row):
             assert len(set(re.search(r"\d{7}", said)[0])) <= 3
