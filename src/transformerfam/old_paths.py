@@ -71,7 +71,6 @@ MOVED = {
     "training.stored_filler": "training.step.stored_filler",
     "training.teacher": "training.step.teacher",
     "training.told_rows": "tasks.writing",
-    "training.transformers_trainer": "tools.transformers_trainer",
     "training.worded_rows": "tasks.worded_keys_training",
     "unlisted": "fam.unlisted",
 }

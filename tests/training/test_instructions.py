@@ -1,4 +1,4 @@
-"""The paper's training on instructions: weights, packing, the repeated segment, and both trainers alike."""
+"""The paper's training on instructions: weights, packing, the repeated segment, and transformers' own loop."""
 
 import json
 from pathlib import Path
@@ -8,10 +8,10 @@ import pytest
 import torch
 from training_recipes import small_values
 from transformers import PreTrainedTokenizerFast, TrainingArguments
+from transformers_loop import MemoryTrainer
 
 from transformerfam.errors import RecipeError
 from transformerfam.tasks.text import encode
-from transformerfam.tools.transformers_trainer import MemoryTrainer
 from transformerfam.training.data.instructions import PackedInstructions, read_instructions
 from transformerfam.training.recipe.toml import build_recipe
 from transformerfam.training.tiny import build_tiny_tokenizer
@@ -124,7 +124,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("name", OPTIONS)
-def test_both_trainers_give_the_same_losses(name: str, files: tuple[str, ...], tmp_path: Path) -> None:
+def test_loop_of_transformers_gives_the_same_losses(name: str, files: tuple[str, ...], tmp_path: Path) -> None:
     """Catches a batch, a loss, a passed state or an optimizer that differs between `fam train` and transformers."""
     recipe = make_recipe(files, **OPTIONS[name])
     Trainer(recipe, tmp_path / "own").run()
@@ -157,7 +157,7 @@ def test_both_trainers_give_the_same_losses(name: str, files: tuple[str, ...], t
         assert any(row["state_passed"] for row in own)
 
 
-def test_both_trainers_begin_with_the_same_weights(files: tuple[str, ...], tmp_path: Path) -> None:
+def test_loop_of_transformers_begins_with_the_same_weights(files: tuple[str, ...], tmp_path: Path) -> None:
     """Catches first weights of LoRA that are drawn from whatever the process has drawn before."""
     recipe = make_recipe(files, lora={"rank": 2})
     arguments = TrainingArguments(str(tmp_path / "theirs"), use_cpu=True, report_to=[], remove_unused_columns=False)
@@ -223,27 +223,3 @@ def test_recipe_refuses_passkey_sections_beside_instructions(files: tuple[str, .
     del values["schedule"]["curriculum"]
     with pytest.raises(RecipeError, match="schedule.curriculum is empty"):
         build_recipe(values)
-
-
-def test_trainer_of_transformers_refuses_what_it_would_do_wrongly(files: tuple[str, ...], tmp_path: Path) -> None:
-    """Catches weights that are dropped, and processes whose gradients nobody averages."""
-    arguments = TrainingArguments(output_dir=str(tmp_path), use_cpu=True, report_to=[])
-    with pytest.raises(RecipeError, match="remove_unused_columns is True, which drops the weights"):
-        MemoryTrainer(make_recipe(files), arguments)
-
-    arguments.remove_unused_columns = False
-    for section, name in (
-        ({"key_bias": {"start_value": -4.0, "end_step": 4}}, "key_bias"),
-        ({"schedule": {"block_sizes": (16, 32)}}, "schedule.block_sizes"),
-        ({"schedule": {"accumulate": 3}}, "schedule.accumulate"),
-        ({"optimizer": {"average_decay": 0.9}}, "optimizer.average_decay"),
-    ):
-        with pytest.raises(RecipeError, match=f"the recipe has {name}, which the loop of transformers' Trainer"):
-            MemoryTrainer(make_recipe(files, **section), arguments)
-
-    class OfTwo:
-        remove_unused_columns = False
-        world_size = 2
-
-    with pytest.raises(RecipeError, match="there are 2 processes, whose gradients MemoryTrainer would not average"):
-        MemoryTrainer(make_recipe(files), OfTwo())

@@ -1,8 +1,10 @@
 """The subcommand `fam train`."""
 
 import shlex
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -27,6 +29,14 @@ def train_command(
     ] = False,
     device: DeviceOption = "cpu",
     overwrite: OverwriteOption = False,
+    report_to: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--report-to",
+            help="Tracker of transformers' Trainer that gets every number of the log, as tensorboard, mlflow or wandb; "
+            "may be given more than once.",
+        ),
+    ] = None,
     overrides: SetOption = None,
 ) -> None:
     """Train a memory by a recipe."""
@@ -36,11 +46,17 @@ def train_command(
     if print_recipe:
         typer.echo(recipe_text(loaded), nl=False)
         return
+    callbacks = _trackers(report_to) if report_to else []
     folder = output or Path("runs") / recipe.stem
     set_up_training(loaded.schedule.threads)
     trainer = Trainer(loaded, folder, resume=resume, device=find_device(device), overwrite=overwrite)
-    with training_bar(loaded.schedule.steps) as update:
-        result = trainer.run(lambda _, row: update(row))
+    with _following(trainer, callbacks) as report, training_bar(loaded.schedule.steps) as update:
+
+        def on_step(trainer: Trainer, row: dict[str, Any]) -> bool:
+            update(row)
+            return report(trainer, row)
+
+        result = trainer.run(on_step)
     if result.is_complete:
         say(result.message)
     else:
@@ -49,3 +65,21 @@ def train_command(
         more = shlex.join([str(recipe), "--resume", *place, *changes])
         say(result.message.replace("RECIPE --resume", more) + device_argument(device))
         raise typer.Exit(INTERRUPTED)
+
+
+def _trackers(names: Sequence[str]) -> list[Any]:
+    """Return trackers; what they need of transformers is imported where there are some."""
+    from transformerfam.tools.callbacks import trackers
+
+    return list(trackers(names))
+
+
+def _following(
+    trainer: Trainer, callbacks: Sequence[Any]
+) -> AbstractContextManager[Callable[[Trainer, dict[str, Any]], bool]]:
+    """Return what passes every step on to trackers."""
+    if not callbacks:
+        return nullcontext(lambda trainer, row: False)
+    from transformerfam.tools.callbacks import TrainerCallbacks
+
+    return TrainerCallbacks(trainer, callbacks)

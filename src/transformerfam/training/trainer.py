@@ -44,7 +44,7 @@ TRY_AGAIN = (
     "folder, since a run is resumed by its own recipe alone"
 )
 
-OnStep = Callable[["Trainer", dict[str, Any]], None]
+OnStep = Callable[["Trainer", dict[str, Any]], bool | None]
 
 
 class Trainer:
@@ -131,7 +131,8 @@ class Trainer:
         """Train to the end, or to Ctrl-C, SIGTERM or SIGHUP.
 
         Args:
-            on_step: called after every step with the trainer and the step's values, for progress.
+            on_step: called after every step with the trainer and the step's values, for progress; a result of True
+                stops the run, as Ctrl-C does.
 
         Raises:
             NonFiniteLossError: the loss or a gradient is not finite; nothing of that step reaches the weights.
@@ -149,8 +150,9 @@ class Trainer:
             self.devices = sorted({*self.devices, device_name(self.model.device)})
         begin, seconds_before = time.monotonic(), self.seconds
         last_save, cpu = begin, time.process_time()
+        is_ended = False
         with ends_noted() as ends, (self.folder / LOG_FILE).open("a", encoding="utf-8") as log:
-            while self.step < schedule.steps and not self.ranks.any(bool(ends)):
+            while self.step < schedule.steps and not self.ranks.any(bool(ends) or is_ended):
                 row = self._train_step()
                 now = time.monotonic()
                 self.seconds = seconds_before + now - begin
@@ -165,7 +167,7 @@ class Trainer:
                     log.write(json.dumps(row) + "\n")
                     log.flush()
                 if on_step is not None and self.ranks.is_main:
-                    on_step(self, row)
+                    is_ended = on_step(self, row) is True and self.step < schedule.steps
                 if self.ranks.any(now - last_save >= schedule.checkpoint_seconds):
                     self.save_checkpoint()
                     last_save = time.monotonic()
@@ -173,7 +175,7 @@ class Trainer:
                     break
         with uninterrupted():
             self.save_checkpoint()
-        if self.ranks.any(bool(ends)):
+        if self.ranks.any(bool(ends) or is_ended):
             text = f"stopped after step {self.step} of {schedule.steps}; go on with: fam train RECIPE --resume"
             return TrainingResult(self.folder, self.step, self.seconds, False, text)
         self.average.copy_to(self.model)

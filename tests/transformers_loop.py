@@ -1,4 +1,4 @@
-"""The paper's training in transformers' own Trainer: the same sequences, losses and passed states as `fam train`."""
+"""A judge of the training loop: a recipe with instructions in the loop of transformers' own Trainer."""
 
 from typing import Any
 
@@ -7,7 +7,6 @@ from torch import nn
 from torch.utils.data import Dataset, SequentialSampler
 from transformers import Trainer
 
-from transformerfam.errors import RecipeError
 from transformerfam.tasks.text import start_ids
 from transformerfam.training.data.instructions import PackedInstructions, weighed_batch
 from transformerfam.training.random_numbers import RandomNumbers
@@ -36,50 +35,23 @@ class PackedDataset(Dataset[dict[str, torch.Tensor]]):
 
 
 class MemoryTrainer(Trainer):
-    """transformers' Trainer on a recipe with instructions, for its callbacks, trackers and arguments.
+    """transformers' Trainer on a recipe with instructions.
 
-    A step is that of `fam train`, and so is the first model, drawn by the recipe's seed; the loop is transformers'.
-    Model, data, loss, state passing and position offset come from the recipe; optimizer, learning rates, precision,
-    logging and checkpoints from `args`. What else a recipe asks of the loop is refused by name. The saved FAM of state
-    passing is not in its checkpoints: a resumed run starts a new chain.
+    Model, data, loss, state passing and position offset come from the recipe; optimizer, learning rates and the loop
+    from `args`, whose `remove_unused_columns` has to be False.
     """
 
-    def __init__(self, recipe: Recipe, args: Any, **options: Any) -> None:
-        """Build model and data.
-
-        Args:
-            recipe: with an `instructions` section.
-            args: `TrainingArguments`; keep `remove_unused_columns` False.
-            **options: go on to the Trainer; `model` takes the place of the recipe's.
-
-        Raises:
-            RecipeError: the recipe has no instructions, or asks for what the loop of `fam train` alone does; `args`
-                would drop the weights; or there are several processes.
-        """
-        if recipe.instructions is None:
-            raise RecipeError(
-                "the recipe has no instructions section, required for transformers' Trainer; use fam train"
-            )
-        if args.remove_unused_columns:
-            raise RecipeError("args.remove_unused_columns is True, which drops the weights; set it to False")
-        if args.world_size > 1:
-            raise RecipeError(
-                f"there are {args.world_size} processes, whose gradients MemoryTrainer would not average: it reads "
-                "block after block and not through the Trainer's wrapped model; use accelerate launch with fam train"
-            )
-        _require_plain_loop(recipe)
+    def __init__(self, recipe: Recipe, args: Any) -> None:
         self.recipe = recipe
         with RandomNumbers(recipe.schedule.seed).in_force():
             model, tokenizer = build_trainee(recipe)
         self.start_ids = start_ids(tokenizer)
-        model = options.pop("model", model)
         self.auxiliary = auxiliary_losses(model, recipe)
         self.passing = StatePassing(recipe.state_passing, recipe.schedule.seed)
         self.passing.update_start(0, 0)
         num_sequences = recipe.schedule.steps * recipe.schedule.batch_size
         dataset = PackedDataset(PackedInstructions(recipe, tokenizer), num_sequences)
-        own = {"model": model, "args": args, "train_dataset": dataset, "processing_class": tokenizer}
-        super().__init__(**own | options)
+        super().__init__(model, args, train_dataset=dataset, processing_class=tokenizer)
 
     def _get_train_sampler(self, *args: Any) -> SequentialSampler:
         """Take the sequences in their order, which the recipe's seed has drawn."""
@@ -99,23 +71,3 @@ class MemoryTrainer(Trainer):
         self.passing.keep(step, output.passed_fam_LBFD, (None,) * len(batch.keys))
         self.passing.update_start(step + 1, 0)
         return (output.loss, {}) if return_outputs else output.loss
-
-
-def _require_plain_loop(recipe: Recipe) -> None:
-    """Refuse what `fam train` does between steps, and transformers' loop would leave out.
-
-    Raises:
-        RecipeError: with the first such field.
-    """
-    asked = {
-        "key_bias": recipe.key_bias is not None,
-        "schedule.block_sizes": bool(recipe.schedule.block_sizes),
-        "schedule.accumulate": recipe.schedule.accumulate > 1,
-        "optimizer.average_decay": bool(recipe.optimizer.average_decay),
-    }
-    for name, is_asked in asked.items():
-        if is_asked:
-            raise RecipeError(
-                f"the recipe has {name}, which the loop of transformers' Trainer does not do; leave it out, or use fam "
-                "train"
-            )
