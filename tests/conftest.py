@@ -6,6 +6,8 @@ import pytest
 import torch
 from tiny_models import PASSKEY_TEXT, save_passkey_model
 
+from transformerfam import comparison
+
 # One thread for each test process: two that wait for each other on a busy machine are many times slower than one.
 torch.set_num_threads(1)
 torch.set_flush_denormal(True)
@@ -25,3 +27,10 @@ def book(tmp_path: Path) -> Path:
     path = tmp_path / "book.txt"
     path.write_text(PASSKEY_TEXT, encoding="utf-8")
     return path
+
+
+@pytest.fixture
+def short_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let a comparison note the bytes that are carried after a few tokens, where it would read thousands."""
+    for module in (comparison.run, comparison.report):
+        monkeypatch.setattr(module, "BYTES_LENGTHS", (8, 24))

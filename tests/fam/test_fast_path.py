@@ -7,6 +7,7 @@ largest of all parameters); the limits leave a factor of five. A wrong key, posi
 """
 
 import itertools
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -254,15 +255,13 @@ def configurations(draw: st.DrawFn) -> FamConfig:
     )
 
 
-@settings(max_examples=100, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
-@given(
-    config=configurations(),
-    lengths=st.lists(st.integers(1, 12), min_size=1, max_size=3),
-    splits=st.lists(st.integers(1, 11), max_size=3),
-    padding_side=st.sampled_from(["left", "right"]),
-    is_saved=st.booleans(),
-)
-def test_any_configuration_matches_reference(
+def examples(test: Callable[..., None], number: int, **drawn: Any) -> Any:
+    """Return a test on so many drawn examples; the fast tests take some, the slow ones more."""
+    checks = settings(max_examples=number, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+    return checks(given(config=configurations(), padding_side=st.sampled_from(["left", "right"]), **drawn)(test))
+
+
+def check_against_reference(
     config: FamConfig, lengths: list[int], splits: list[int], padding_side: str, is_saved: bool
 ) -> None:
     """Catches choices that disturb one another, chunk edges and rows out of step: outputs and gradients."""
@@ -272,16 +271,16 @@ def test_any_configuration_matches_reference(
     assert_matches_reference(model, rows, splits=splits, padding_side=padding_side, saved_fam=saved)
 
 
-@settings(max_examples=60, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
-@given(
-    config=configurations(),
-    lengths=st.lists(st.integers(1, 17), min_size=1, max_size=3),
-    splits=st.lists(st.integers(1, 16), max_size=6),
-    padding_side=st.sampled_from(["left", "right"]),
-)
-def test_any_split_gives_same_state_and_logits_in_place(
-    config: FamConfig, lengths: list[int], splits: list[int], padding_side: str
-) -> None:
+ROWS = {
+    "lengths": st.lists(st.integers(1, 12), min_size=1, max_size=3),
+    "splits": st.lists(st.integers(1, 11), max_size=3),
+    "is_saved": st.booleans(),
+}
+test_any_configuration_matches_reference = examples(check_against_reference, 30, **ROWS)
+test_many_configurations_match_reference = pytest.mark.slow(examples(check_against_reference, 150, **ROWS))
+
+
+def check_in_place(config: FamConfig, lengths: list[int], splits: list[int], padding_side: str) -> None:
     """Catches state that is written wrongly in place: no gradients, any chunks, against each row read at once."""
     model = make_converted(config)
     width = max(lengths)
@@ -300,6 +299,14 @@ def test_any_split_gives_same_state_and_logits_in_place(
             assert_near(logits[row, mask[row]], required, LOGITS_TOLERANCE, f"logits of row {row}")
             if config.fam_length:
                 assert_near(state.fams[:, row], alone.fams[:, 0], LOGITS_TOLERANCE, f"FAM of row {row}")
+
+
+SPLITS = {
+    "lengths": st.lists(st.integers(1, 17), min_size=1, max_size=3),
+    "splits": st.lists(st.integers(1, 16), max_size=6),
+}
+test_any_split_gives_same_state_and_logits_in_place = examples(check_in_place, 20, **SPLITS)
+test_any_of_many_splits_gives_the_same_in_place = pytest.mark.slow(examples(check_in_place, 100, **SPLITS))
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,9 @@ EVERY_ROW = {"task", "figure", "threads", "torch", "transformers", "schema", "ve
 runner = CliRunner()
 
 
-@pytest.mark.parametrize("question", [overhead, efficiency, state, training_dtype])
+@pytest.mark.parametrize(
+    "question", [efficiency, *(pytest.param(one, marks=pytest.mark.slow) for one in (overhead, state, training_dtype))]
+)
 def test_rows_carry_median_spread_and_where_they_come_from(question: Any) -> None:
     """Catches a figure without its spread, or one that cannot be told from another machine's."""
     rows = list(question.run("random_8m", repeats=3, quick=True))
@@ -85,6 +87,7 @@ def test_missing_peer_says_how_to_install_it_and_the_rest_goes_on(monkeypatch: p
     assert [row["system"] for row in rows if "skipped" not in row] == ["fam", "fam without logits"]
 
 
+@pytest.mark.slow
 def test_command_writes_rows_and_report(tmp_path: Path) -> None:
     """Catches rows that are lost, and a report that does not show them."""
     output = tmp_path / "rows.jsonl"

@@ -31,7 +31,9 @@ def run(text: str, *arguments: str) -> str:
     return done.stdout
 
 
-@pytest.mark.parametrize("way", SAVED_BY)
+@pytest.mark.parametrize(
+    "way", [way if way == "save_pretrained" else pytest.param(way, marks=pytest.mark.slow) for way in SAVED_BY]
+)
 def test_memory_is_saved_and_loaded(tmp_path: Path, way: str) -> None:
     """Catches a memory that is written only where another module happens to be imported."""
     run(HEAD + SAVED_BY[way], str(tmp_path))
@@ -40,6 +42,7 @@ def test_memory_is_saved_and_loaded(tmp_path: Path, way: str) -> None:
     assert run(loaded, str(tmp_path)).split()[-1] == "3"
 
 
+@pytest.mark.slow
 def test_pickled_model_is_saved_with_its_memory_by_another_process(tmp_path: Path) -> None:
     """Catches a method that a pickle loses."""
     run(HEAD + "torch.save(model, sys.argv[1])", str(tmp_path / "model.pt"))

@@ -233,7 +233,7 @@ def test_repeated_tokens_are_words_of_stories() -> None:
     assert said <= set(words())
 
 
-def test_comparison_of_facts(tmp_path: Path) -> None:
+def test_comparison_of_facts(tmp_path: Path, short_bytes: None) -> None:
     """Catches questions of different kinds in one cell."""
     (tmp_path / "training.toml").write_text(SMALL_TRAINING + "[data]\nfacts = [1, 2]\n")
     (tmp_path / "small.toml").write_text(

@@ -244,7 +244,7 @@ def small(folder: Path) -> Comparison:
     return load_comparison(folder / "small.toml")
 
 
-def test_comparison_of_named_keys(tmp_path: Path) -> None:
+def test_comparison_of_named_keys(tmp_path: Path, short_bytes: None) -> None:
     """Catches a capacity that counts outdated keys, and questions that are asked twice after a stop."""
     comparison = small(tmp_path)
     run = RunName("fam", 0)

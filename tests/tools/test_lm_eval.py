@@ -187,6 +187,7 @@ def test_tables_of_rope_stay_as_they_are(folder: Path) -> None:
     assert {table.dtype for table in model.model.rotary_emb.buffers()} == {torch.float32}
 
 
+@pytest.mark.slow
 def test_command_line_runs_a_long_and_a_short_task(tmp_path: Path) -> None:
     """Catches a model that the harness does not find, or a prompt that is longer than anything it expects."""
     _, tokenizer = load_smollm2()

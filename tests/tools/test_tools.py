@@ -190,6 +190,7 @@ def test_pipeline_generates_what_generate_does() -> None:
     assert both[0][0]["generated_text"] == expected
 
 
+@pytest.mark.slow
 def test_quantized_base_reads_saves_and_generates() -> None:
     """Catches weights that are no plain tensors: in conversion's probes, in a state's fingerprint, in generation."""
     torchao = Path(sys.prefix) / "torchao"
