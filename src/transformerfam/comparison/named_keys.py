@@ -137,7 +137,7 @@ def _capacity_table(comparison: NamedKeysComparison, rows: Sequence[Row]) -> Tab
     caption = f"{comparison.num_keys} texts per seed, length and number of keys; bits: held at least, of "
     caption += f"{KEY_BITS:.1f} for each key"
     if comparison.num_retold:
-        caption += f"; {comparison.num_retold} names told anew, old: answered with the old key"
+        caption += f"; {comparison.num_retold} names told a second key, old: answered with the old key"
     return new_table(
         f"{comparison.name}: keys recalled of those told, {over_seeds(comparison)}",
         ["filler tokens", *(f"{num_told} told" for num_told in comparison.num_told)],

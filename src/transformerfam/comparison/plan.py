@@ -126,7 +126,7 @@ class Comparison(Section, abc.ABC):
     """What stands between telling and asking: the paper's sentences, a novel of the package, or a UTF-8 file."""
 
     seeds: Integers = (0,)
-    """Each trains every system anew, from other weights and on other data."""
+    """Each trains every system from other weights and on other data."""
 
     num_keys: Integer = 25
     """Keys per run and length, or texts; every seed has its own."""
