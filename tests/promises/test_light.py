@@ -10,7 +10,7 @@ from transformerfam.reports.rows import read_rows
 
 ROOT = Path(__file__).parents[2]
 RESULTS = sorted((ROOT / "results").glob("*.jsonl.gz"))
-MOST_BYTES, MOST_BYTES_OF_STAGES, MOST_BYTES_OF_ROWS = 20_000_000, 10_000_000, 3_000_000
+MOST_BYTES, MOST_BYTES_OF_ROWS = 25_000_000, 3_000_000
 
 
 @pytest.fixture(scope="module")
@@ -32,13 +32,8 @@ def num_bytes(paths: list[Path]) -> int:
 
 
 def test_tracked_files_stay_light(tracked: list[Path]) -> None:
-    """Catches raw rows, run logs and memories of trials that are committed, from which no commit frees a clone.
-
-    The stage of a training under way is counted apart: it leaves when what is trained from it ships.
-    """
-    stages = [path for path in tracked if path.is_relative_to(ROOT / "recipes" / "stages")]
-    assert num_bytes(tracked) - num_bytes(stages) <= MOST_BYTES
-    assert num_bytes(stages) <= MOST_BYTES_OF_STAGES
+    """Catches raw rows, run logs and memories of trials that are committed, from which no commit frees a clone."""
+    assert num_bytes(tracked) <= MOST_BYTES
 
 
 def test_rows_stay_light_and_out_of_the_documents(tracked: list[Path]) -> None:
