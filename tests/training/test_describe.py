@@ -17,6 +17,7 @@ from transformerfam.cli.app import app
 from transformerfam.comparison import load_comparison
 from transformerfam.config import FamConfig
 from transformerfam.rivals import RivalConfig
+from transformerfam.tasks.registry import TASKS
 from transformerfam.training.recipe.describe import UNSET, recipe_text, reference_page, toml_value
 from transformerfam.training.recipe.recipe import Recipe
 from transformerfam.training.recipe.toml import build_recipe, load_recipe
@@ -93,7 +94,8 @@ def test_command_prints_every_key_and_trains_nothing(tmp_path: Path, monkeypatch
 
 def test_every_key_says_what_it_means() -> None:
     """Catches a field without a string under it."""
-    for name, definition in Recipe.model_json_schema()["$defs"].items():
+    tasks = {name: task.section.model_json_schema() for name, task in TASKS.items()}
+    for name, definition in (Recipe.model_json_schema()["$defs"] | tasks).items():
         assert definition["description"], name
         for key, schema in definition["properties"].items():
             assert schema.get("description", "").rstrip().endswith((".", ")")), (name, key)
@@ -112,6 +114,7 @@ def keys(values: dict[str, Any]) -> set[str]:
     """Return the keys of a recipe's values, each with the name of its section."""
     stages = values.get("schedule", {}).get("curriculum", [])
     found = {f"{section}.{key}" for section, table in values.items() for key in table}
+    found |= {f"data.{key}" for stage in stages for key in stage.get("data", {})}
     return found | {f"schedule.curriculum.{key}" for stage in stages for key in stage}
 
 
@@ -124,7 +127,8 @@ def test_key_that_no_recipe_sets_has_a_reason() -> None:
     known = {
         f"{section}.{key}"
         for section, field in schema["properties"].items()
-        if section not in ("fam", "rival")
+        if section not in ("fam", "rival", "data")
         for key in schema["$defs"][json.dumps(field).partition("$defs/")[2].partition('"')[0]]["properties"]
     } | {f"schedule.curriculum.{key}" for key in schema["$defs"]["Stage"]["properties"]}
+    known |= {f"data.{key}" for task in TASKS.values() for key in task.section.model_fields}
     assert known - used == set(UNSET)

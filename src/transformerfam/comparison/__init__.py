@@ -5,8 +5,9 @@ trains and asks one system; `questions` says which questions belong to it; `repo
 say. What is asked, and how it is shown, is a task's: `passkey`, `named_keys` and `facts`.
 
 May import: `training`, `tasks`, `weights`, `rivals`, `reports`, and the root of the package.
-One more task: a class in a module here (of `AccuracyComparison`, where answers are right or wrong), and a line in
-`load.TASKS`. One more system: a preset in `rivals.presets` or a module in `rivals`, and its name in the file.
+One more task: a class in a module here (of `AccuracyComparison`, where answers are right or wrong), and its name in the
+task's line of `tasks.registry`. One more system: a preset in `rivals.presets` or a module in `rivals`, and its name in
+the file.
 """
 
 from transformerfam.comparison.load import load_comparison
