@@ -288,7 +288,7 @@ def test_failed_run_is_named(recipe: Path, tmp_path: Path) -> None:
     assert "2 empty" in result.output or EMPTY in result.output
 
 
-@pytest.mark.parametrize("is_killed", [False, True])
+@pytest.mark.parametrize("is_killed", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_interrupted_comparison_goes_on(recipe: Path, tmp_path: Path, is_killed: bool) -> None:
     """Catches a Ctrl-C, or a killed scheduler, that leaves processes behind or loses what they have trained."""
     folder = tmp_path / "runs"

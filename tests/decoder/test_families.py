@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import itertools
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -34,7 +35,23 @@ from transformerfam.fam.convert import fam_parameters, memory_of
 
 TOLERANCE = 1e-4
 at_hand = [case for case in ALL_CASES if is_at_hand(case)]
-every_update = pytest.mark.parametrize("options", ["default", "gated", "slots", "block"])
+DIFFERENT = ("llama", "gemma2", "gemma3_text", "olmo2", "falcon", "deepseek_v3")
+"""Families that differ the most: the fast tests go through every option with these, and through two with the others."""
+UPDATES = ("default", "block", "gated", "slots")
+
+
+def is_fast(case: str, options: str) -> bool:
+    """Say whether the fast tests read a family with these options: the paper's update, ours, or any of a few."""
+    return case in DIFFERENT or ((case in CASES or case in FAMILIES) and options in UPDATES[:2])
+
+
+every_update = pytest.mark.parametrize(
+    ("case", "options"),
+    [
+        pytest.param(case, options, marks=[] if case in CASES and is_fast(case, options) else pytest.mark.slow)
+        for case, options in itertools.product(at_hand, UPDATES)
+    ],
+)
 
 
 def assert_near(there: torch.Tensor, required: torch.Tensor, what: str, floor: float = 1e-3) -> None:
@@ -56,11 +73,11 @@ def test_without_memory_and_with_a_wide_window_it_is_the_base(case: str) -> None
 
 
 def case_and_options() -> Iterator[Any]:
-    """Yield every case with all options; of a further family, the paper's update and ours are not slow."""
+    """Yield every case with all options."""
     for case in at_hand:
         for options in OPTIONS:
-            is_fast = case in CASES or (case in FAMILIES and options in ("default", "block"))
-            yield pytest.param(case, options, marks=[pytest.mark.slow] * (not is_fast), id=f"{options}-{case}")
+            marks = [] if is_fast(case, options) else pytest.mark.slow
+            yield pytest.param(case, options, marks=marks, id=f"{options}-{case}")
 
 
 @pytest.mark.parametrize(("case", "options"), list(case_and_options()))
@@ -94,7 +111,6 @@ def test_outputs_and_gradients_match_the_algorithms(case: str, options: str) -> 
     assert_near(fam_parameters(model)[0].grad, initial.grad, "gradient of the initial FAM", floor)
 
 
-@every_case
 @every_update
 @torch.no_grad()
 def test_any_split_and_any_padding_give_the_same(case: str, options: str) -> None:
@@ -162,7 +178,6 @@ def test_conversion_keeps_weights_and_copies_read_on_their_own(case: str) -> Non
         assert torch.equal(twin(input_ids=ids).logits, expected)
 
 
-@every_case
 @every_update
 @torch.no_grad()
 def test_every_attention_back_end_gives_the_same(case: str, options: str) -> None:
@@ -183,23 +198,17 @@ def test_every_attention_back_end_gives_the_same(case: str, options: str) -> Non
         assert_near(logits, found["eager"], f"logits by {back_end}")
 
 
-GATED_AND_COMPILED = ("llama", "gemma2", "gemma3_text", "olmo2", "falcon", "deepseek_v3")
-
-
 COMPILED = [
     *((case, "default") for case in CASES),
     *((case, "default") for case in at_hand if case in FURTHER_CASES),
-    *((case, options) for case in GATED_AND_COMPILED for options in ("gated", "slots", "block")),
+    *((case, options) for case in DIFFERENT for options in ("gated", "slots", "block")),
 ]
 """Pairs of a family and a configuration; the fast tests compile some of them."""
 
 
 def is_fast_when_compiled(case: str, options: str, compile_step: Any) -> bool:
-    """Say whether a pair is compiled in the fast tests: a family in two, with the paper's update and with ours."""
-    return case in GATED_AND_COMPILED and options in (
-        "default",
-        "slots" if compile_step is compile_reading else "gated",
-    )
+    """Say whether the fast tests compile a pair: blocks in both updates, and tokens one by one in the rows' own."""
+    return case in DIFFERENT and options in (("default", "slots") if compile_step is compile_reading else ("gated",))
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig, inject_adapter_in_model
-from tiny_families import EVERY_CASE, make_tiny
+from tiny_families import ALL_CASES, is_at_hand, make_tiny
 from torch.nn.functional import cross_entropy
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
@@ -27,9 +27,14 @@ from transformerfam.training.recipe.toml import load_recipe
 
 SMALL = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4}
 FAM = FamConfig(block_size=8, fam_length=2, num_memory_segments=1)
+PLANNED = ("llama", "mixtral", "gemma2", "gemma3_text", "olmo2", "gpt_neox", "falcon", "deepseek_v3")
+"""Families that the fast tests plan."""
+at_hand = [case for case in ALL_CASES if is_at_hand(case)]
 
 
-@pytest.mark.parametrize("case", EVERY_CASE)
+@pytest.mark.parametrize(
+    "case", [case if case in PLANNED else pytest.param(case, marks=pytest.mark.slow) for case in at_hand]
+)
 def test_parameters_and_state_are_those_of_the_real_model(case: str) -> None:
     """Catches a family that is planned in another shape than it is built and converted in."""
     config = make_tiny(case).config
@@ -162,7 +167,7 @@ def test_training_memory_is_within_a_tenth_of_what_a_process_takes(num_tokens: i
 
 def test_more_devices_share_weights_gradients_and_averages() -> None:
     config = LlamaConfig(
-        vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4
+        vocab_size=640, hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=4
     )
     options = {"context_tokens": 64, "config": config, "training": "full", "training_tokens": 1e9}
     one, four = (make_plan("x", FAM, **options, gpus=n) for n in (1, 4))
@@ -182,9 +187,9 @@ def test_longer_texts_cost_their_states_alone() -> None:
     assert plans[0].bytes_reading == plans[1].bytes_reading
 
 
-def test_command_says_what_a_model_needs() -> None:
+def test_command_says_what_a_model_needs(folder: Path) -> None:
     result = CliRunner().invoke(
-        app, ["plan", "tiny", "--context", "4096", "--gpus", "2", "--tokens", "1e6", "--set", "block_size=64"]
+        app, ["plan", str(folder), "--context", "4096", "--gpus", "2", "--tokens", "1e6", "--set", "block_size=64"]
     )
     assert result.exit_code == 0, result.output
     for words in ("parameters", "state", "activations", "hours"):
