@@ -218,6 +218,10 @@ def test_comparison_runs_to_its_end_and_goes_on(recipe: Path, tmp_path: Path, mo
     assert "come from another recipe" in " ".join(changed.output.split())
 
 
+NAMED_KEYS = ('task="named-keys"', "recipe.data={named_keys=[1, 2]}")
+FACTS = ('task="facts"', "recipe.data={facts=[1, 2]}")
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -232,13 +236,14 @@ def test_comparison_runs_to_its_end_and_goes_on(recipe: Path, tmp_path: Path, mo
         (["prefix_tokens=[0, 0]"], "prefix_tokens is [0, 0], required are different ones"),
         (["max_filler_tokens={fam=1}"], "filler_lengths is [], required are one or more lengths"),
         (['systems=["fam", "fam_memory_swapped"]', "batch_size=1"], "gives each text the memory of another"),
-        (['task="named-keys"', "num_told=[0]"], "num_told is [0], required are one or more numbers of at least 1"),
-        (['task="named-keys"', "num_told=[17]"], "num_told is 17 and num_retold 0, required is 1 to 16"),
-        (['task="named-keys"', "num_retold=-1"], "num_retold is [-1], required are one or more numbers of at least 0"),
-        (['task="named-keys"', "keys_apart=[3, 1]"], "apart is [3, 1], required is 0 <= least <= most"),
-        (['task="named-keys"', "num_keys=0"], "num_texts is [0], required are one or more numbers of at least 1"),
-        (['task="facts"', "num_supports=[4]"], "num_supports is 4 and num_sentences 10, required is 1 to 3"),
-        (['task="facts"', "num_sentences=1"], "num_supports is 2 and num_sentences 1, required is 1 to 3"),
+        ([NAMED_KEYS[0]], "the recipe trains on 'passkey' (data.task), and the comparison asks for 'named-keys'"),
+        ([*NAMED_KEYS, "num_told=[0]"], "num_told is [0], required are one or more numbers of at least 1"),
+        ([*NAMED_KEYS, "num_told=[17]"], "num_told is 17 and num_retold 0, required is 1 to 16"),
+        ([*NAMED_KEYS, "num_retold=-1"], "num_retold is [-1], required are one or more numbers of at least 0"),
+        ([*NAMED_KEYS, "keys_apart=[3, 1]"], "apart is [3, 1], required is 0 <= least <= most"),
+        ([*NAMED_KEYS, "num_keys=0"], "num_texts is [0], required are one or more numbers of at least 1"),
+        ([*FACTS, "num_supports=[4]"], "num_supports is 4 and num_sentences 10, required is 1 to 3"),
+        ([*FACTS, "num_sentences=1"], "num_supports is 2 and num_sentences 1, required is 1 to 3"),
         (["--figure", "a.xyz"], "figure 'a.xyz' ends in '.xyz', required is one of .svg, .png, .pdf"),
         (["--figure", "taken.svg"], "could not write taken.svg: it is no .svg figure that this package drew"),
         (["--figure", "small.toml/a.svg"], "could not make the folder small.toml"),

@@ -43,6 +43,13 @@ def load_comparison(path: str | Path, overrides: Sequence[str] = ()) -> Comparis
                     "the recipe trains on [instructions] and the comparison names no task, so it would be asked for "
                     f"passkeys, which it was not trained on; set task to one of {', '.join(comparisons())}"
                 )
+            trained_by = (comparison.task, *comparison.also_trained_by)
+            if recipe.instructions is None and recipe.data.task not in trained_by:
+                raise RecipeError(
+                    f"the recipe trains on {recipe.data.task!r} (data.task), and the comparison asks for "
+                    f"{comparison.task!r}, which that does not teach; set data.task of the recipe to "
+                    f"{' or '.join(map(repr, trained_by))}, or task of the comparison"
+                )
     except RecipeError:
         raise
     except TransformerFamError as error:

@@ -21,6 +21,7 @@ class NamedKeysComparison(TextsComparison):
     """A comparison by how many of several keys come back."""
 
     parted_by: ClassVar[tuple[str, ...]] = ("num_told",)
+    also_trained_by: ClassVar[tuple[str, ...]] = ("worded-keys",)
 
     task: Literal["named-keys"] = "named-keys"
     """What is asked."""

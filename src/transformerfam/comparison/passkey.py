@@ -23,6 +23,7 @@ class PasskeyComparison(AccuracyComparison):
 
     parted_by: ClassVar[tuple[str, ...]] = ("prefix_tokens", "overwritten_tokens")
     has_controls: ClassVar[bool] = True
+    also_trained_by: ClassVar[tuple[str, ...]] = ("worded-keys",)
 
     task: Literal["passkey"] = "passkey"
     """What is asked."""

@@ -102,10 +102,12 @@ class Comparison(Section, abc.ABC):
     Attributes:
         parted_by: names of the keys that part the questions, each number once.
         has_controls: whether controls of the memory, as `fam_memory_swapped`, are asked beside it.
+        also_trained_by: names of further tasks whose training teaches what is asked, beside its own.
     """
 
     parted_by: ClassVar[tuple[str, ...]]
     has_controls: ClassVar[bool] = False
+    also_trained_by: ClassVar[tuple[str, ...]] = ()
 
     task: str
     """What is asked; it tells the classes apart."""
