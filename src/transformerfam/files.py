@@ -78,10 +78,17 @@ def as_path(path: Any) -> Path:
     """Return a path.
 
     Raises:
-        TransformerFamError: it is none.
+        TransformerFamError: it is none, or no file can have such a name.
     """
     if not isinstance(path, str | os.PathLike):
         raise TransformerFamError(f"the path is {path!r}, required is the name of a file")
+    try:
+        os.lstat(path)
+    except ValueError as error:  # a null byte
+        raise TransformerFamError(f"the path is {os.fspath(path)!r}, which is no name of a file ({error})") from error
+    except OSError as error:
+        if error.errno == errno.ENAMETOOLONG:
+            raise TransformerFamError(f"could not use {path}: {error.strerror}; choose a shorter name") from error
     return Path(path)
 
 

@@ -59,6 +59,22 @@ def shown(table: Any, width: int = 200) -> str:
     return captured.get()
 
 
+@pytest.mark.parametrize(
+    "changes",
+    [
+        '{"schedule.curriculum.0.filler_tokens"=[1,2]}',
+        '{"schedule.curriculum.0.data.key_digits"=[1,1]}',
+        "{schedule={steps=77,batch_size=1}}",
+        "{data={key_digits=[1,2]}}",
+        '{"data.key_digits"=[1,2]}',
+    ],
+)
+def test_other_budget_is_refused_however_it_is_written(recipe: Path, changes: str) -> None:
+    """Catches a system that is trained on easier texts than the others."""
+    with pytest.raises(RecipeError, match="so that rmt would be trained with another budget"):
+        load_comparison(recipe, [f"changes.rmt={changes}"])
+
+
 def test_every_system_gets_a_recipe_with_one_budget(recipe: Path) -> None:
     """Catches a system that is trained longer, on other data, or with what only FAM has."""
     systems = [name for name in SYSTEMS if name != "fam_memory_zeroed"]

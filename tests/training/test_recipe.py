@@ -31,6 +31,11 @@ def test_recipe_survives_json():
     assert build_recipe(recipe.to_dict()) == recipe
 
 
+def in_stage(**data):
+    """Return a schedule of one stage with keys of the section `data`."""
+    return {"schedule": {"curriculum": [{"filler_tokens": [1, 9], "data": data}]}}
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -85,6 +90,46 @@ def test_recipe_survives_json():
         ({"data": {"few_digits": 10**400}}, r"data.few_digits is 10+, required is a value of type float"),
         ({"model": {"dtype": ["bfloat16"]}}, r"model.dtype is \['bfloat16'\], required is one of float32, bfloat16"),
         ({"instructions": {"files": "a"}}, r"instructions.files is 'a', required is a list"),
+        (
+            {"data": {"facts": [1, 3], "fact_sentences": [2, 9]}},
+            "data.fact_sentences begins at 2 and data.facts ends at 3",
+        ),
+        (
+            {"data": {"facts": [1, 1]}, "schedule": {"gradient_tokens": 9}},
+            "gradient_tokens is given and data.task is 'facts'",
+        ),
+        (
+            {"data": {"named_keys": [1, 1]}, "schedule": {"gradient_tokens": 9}},
+            "gradient_tokens is given and data.task is",
+        ),
+        (
+            in_stage(short_intro=True),
+            r"curriculum\.0\.data has short_intro, which is the same in all stages; set data.short",
+        ),
+        (in_stage(books="nope"), r"curriculum\.0\.data has books, which is the same in all stages"),
+        (in_stage(task="facts"), r"curriculum\.0\.data has task, which is the same in all stages"),
+        (in_stage(allow_unknown=True), r"curriculum\.0\.data has allow_unknown, which is the same in all stages"),
+        (
+            in_stage(fact_filler="a") | {"data": {"facts": [1, 1]}},
+            r"curriculum\.0\.data has fact_filler, which is the same",
+        ),
+        (in_stage(key_digits=[0, 1]), r"schedule\.curriculum\.0: data\.key_digits is \[0, 1\]"),
+        (
+            {
+                "schedule": {
+                    "curriculum": [{"filler_tokens": [1, 9], "key_digits": [3, 4], "data": {"key_digits": [5, 5]}}]
+                }
+            },
+            "a stage of the curriculum has key_digits itself and in its data, with another value",
+        ),
+        (
+            {"schedule": {"curriculum": [{"filler_tokens": [1, 9], "key_digits": [3, 4], "data": 3}]}},
+            r"schedule\.curriculum\.0\.(data is 3, required is a section|key_digits)",
+        ),
+        ({"data": 3}, "data is 3, required is a section with keys"),
+        ({"data": {"task": "fact"}}, "data.task is 'fact', required is one of passkey, named-keys, worded-keys, facts"),
+        ({"data": {"named_kys": [1, 2]}}, "unknown key data.named_kys in the recipe; did you mean data.named_keys"),
+        ({"data": {"facts": [1, 2], "few_digits": 0.5}}, "data.few_digits is a key of .*, and the task is 'facts'"),
         ({"no_such_section": {}}, r"unknown key no_such_section in the recipe; known keys are model, schedule"),
     ],
 )
@@ -229,3 +274,18 @@ def test_learning_rate_warms_up_and_decays():
     assert lr_factor(section, 9, 20) == 1.0
     assert lr_factor(section, 15, 20) == pytest.approx(0.51)
     assert lr_factor(section, 20, 20) == pytest.approx(0.02)
+
+
+@pytest.mark.parametrize(
+    ("data", "task"),
+    [({"named_keys": [1, 2]}, "named-keys"), ({"named_keys": [1, 2], "scenes": 0.5}, "worded-keys"), ({}, "passkey")],
+)
+def test_recipe_is_the_same_whether_its_task_is_written_or_not(data, task):
+    """Rows that count as another recipe's, since a later version of the file says what the earlier left to be found."""
+    written = {
+        "data": data | {"task": task},
+        "schedule": {"curriculum": [{"data": {"task": task, "key_digits": [3, 3]}}]},
+    }
+    unwritten = {"data": data, "schedule": {"curriculum": [{"key_digits": [3, 3]}]}}
+    assert in_former_keys(written) == in_former_keys(unwritten)
+    assert small_recipe(data=data).data.task == task

@@ -142,6 +142,14 @@ def test_books_are_mixed_in_by_their_share(tmp_path):
     assert (batch.weights_BT[plain].sum(1) > 0).all()
 
 
+def test_filler_of_text_alone_is_the_text(tmp_path):
+    """Stored filler, and what is read between two steps, that no share of passkeys says the kind of."""
+    (tmp_path / "a.txt").write_text("The sky is blue.\n\nThe grass is green.")
+    data = {"passkey_sentences": 0.0, "book": 1.0, "books": str(tmp_path)}
+    builder = SequenceBuilder(small_recipe(data=data), TOKENIZER)
+    assert set(builder.filler(0, 30)[0].tolist()) <= set(builder.writer.read[0].period_T.tolist())
+
+
 def test_empty_folder_of_books_is_refused(tmp_path):
     """Training that silently goes on without books."""
     with pytest.raises(RecipeError, match=r"at least one \.txt file"):

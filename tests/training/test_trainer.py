@@ -373,3 +373,46 @@ def test_steps_read_in_the_blocks_they_draw_and_the_memory_is_kept_with_the_reci
     adapter = FamAdapter.from_pretrained(tmp_path)
     assert adapter.config.block_size == 16
     assert adapter.notes["max_training_filler_tokens"] == 46
+
+
+@pytest.mark.parametrize("error", [ConnectionError("the server is gone"), KeyboardInterrupt()])
+def test_step_is_kept_whatever_its_callback_raises(tmp_path, error):
+    """A tracker whose connection is lost, and with it all that was trained since the last checkpoint."""
+
+    def fail(trainer, row):
+        if row["step"] == 2:
+            raise error
+
+    Trainer(small_recipe(), tmp_path / "whole").run()
+    with pytest.raises(type(error)):
+        Trainer(small_recipe(), tmp_path / "run").run(fail)
+    resumed = Trainer(small_recipe(), tmp_path / "run", resume=True)
+    assert resumed.step == 3
+    assert resumed.run().is_complete
+    logs = [(tmp_path / name / "log.jsonl").read_text().splitlines() for name in ("whole", "run")]
+    assert [json.loads(line)["loss"] for line in logs[0]] == [json.loads(line)["loss"] for line in logs[1]]
+
+
+def test_trainer_that_ran_does_not_run_again(tmp_path):
+    """Two trainers that write one folder, since the first let it go."""
+    trainer = Trainer(small_recipe(), tmp_path)
+    assert not trainer.run(lambda trainer, row: True).is_complete
+    with pytest.raises(RecipeError, match="ran before; build another with resume=True"):
+        trainer.run()
+    assert Trainer(small_recipe(), tmp_path, resume=True).run().is_complete
+
+
+def test_finished_memory_stays_until_the_next_run_begins(tmp_path):
+    """A memory that --overwrite deletes before it turns out that nothing can be trained, and a folder shut for good."""
+    Trainer(small_recipe(), tmp_path).run()
+    files = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    with pytest.raises(TransformerFamError, match=r"typo\.txt"):
+        Trainer(small_recipe(data={"facts": [1, 1], "fact_filler": "typo.txt"}), tmp_path, overwrite=True)
+    Trainer(small_recipe(), tmp_path, overwrite=True)  # built, and never run
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == files
+
+    for name in ("checkpoint.safetensors", "fam.safetensors"):
+        (tmp_path / name).unlink()  # as a run leaves it that is killed before its first checkpoint
+    with pytest.raises(TransformerFamError, match=r"config\.json, which is of no run .* start over by --overwrite"):
+        Trainer(small_recipe(), tmp_path)
+    assert Trainer(small_recipe(), tmp_path, overwrite=True).run().is_complete

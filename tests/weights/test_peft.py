@@ -362,6 +362,15 @@ def test_saved_reading_names_the_weights_that_read(tmp_path: Path) -> None:
     again.save(path)
     with pytest.warns(UserWarning, match="memory weights .* .several"):  # loading does not make it of one
         FamState.load(path, model)
+    model.set_adapter("one")
+    model.read(IDS).save(path)
+    with model.disable_adapter(), pytest.warns(UserWarning, match="memory weights"):
+        FamState.load(path, model)
+    with model.disable_adapter():
+        model.read(IDS).save(path)
+        FamState.load(path, model)
+    with pytest.warns(UserWarning, match="memory weights"):
+        FamState.load(path, model)
 
     plain: Any = convert(make_tiny_llama(), CONFIG)
     state = plain.read(IDS)

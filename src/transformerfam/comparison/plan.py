@@ -3,7 +3,8 @@
 import abc
 import copy
 import difflib
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple, Self
@@ -25,6 +26,7 @@ UNTRAINED = "fam_untrained"
 SYSTEMS = (*PRESETS, *RIVAL_NAMES, UNTRAINED)
 BUDGET = ("steps", "batch_size", "accumulate", "max_seconds", "curriculum", "repeat_updates", "stored_blocks")
 """Keys of the section `schedule` that say how much a system is trained; so does all of the section `data`."""
+BUDGET_KEY = rf"data\.|schedule\.({'|'.join(BUDGET)})(\.|$)"
 
 Kind = Any
 """What parts the questions of a comparison; every task has its own."""
@@ -177,7 +179,7 @@ class Comparison(Section, abc.ABC):
         if self.allow_different_budgets:
             return self
         for system, changes in self.changes.items():
-            different = [key for key in changes if key.startswith("data.") or key.partition("schedule.")[2] in BUDGET]
+            different = [key for key in _dotted(changes) if re.match(BUDGET_KEY, key)]
             if different:
                 raise RecipeError(
                     f"changes.{system} gives {different[0]}, so that {system} would be trained with another budget "
@@ -334,6 +336,15 @@ class Comparison(Section, abc.ABC):
         if build_recipe(values | {"state_passing": {}}).has_passable_memory:
             return build_recipe(values)
         return build_recipe(values | {"state_passing": {}})
+
+
+def _dotted(values: Mapping[str, Any], front: str = "") -> Iterator[str]:
+    """Yield the dotted names of all keys, those in tables among them."""
+    for name, value in values.items():
+        if isinstance(value, dict) and value:
+            yield from _dotted(value, f"{front}{name}.")
+        else:
+            yield front + name
 
 
 def _with_seed(values: dict[str, Any], seed: int) -> dict[str, Any]:

@@ -192,6 +192,8 @@ class ModelIdentity:
                 self._kept[of_memory] = digest, now
                 return digest
         chosen = plain_names(self.model, of_memory)
+        if of_memory and _adapters_are_off(self.model):
+            chosen = {name: full_name for name, full_name in chosen.items() if ".lora_" not in full_name}
         values = WeightValues(self.model, chosen)
         parameters = {name: values.parameters[full_name] for name, full_name in chosen.items()}
         versions = tuple(
@@ -262,6 +264,14 @@ class ModelIdentity:
                 stacklevel=3,
             )
         return keys | dict.fromkeys(others, SEVERAL)
+
+
+def _adapters_are_off(model: Any) -> bool:
+    """Whether PEFT has switched all adapters off, so that the memory is read without them."""
+    if not getattr(model, "peft_config", None):
+        return False
+    layers = [module for module in model.modules() if isinstance(getattr(module, "active_adapters", None), list)]
+    return bool(layers) and all(layer.disable_adapters for layer in layers)
 
 
 def _version(parameter: torch.Tensor) -> tuple[int, int | None] | None:

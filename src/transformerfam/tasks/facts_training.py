@@ -18,6 +18,7 @@ from transformerfam.tasks.writing import Asked, Drawn, TaskSection, Writer, aske
 class FactsSection(TaskSection):
     """Stories, hidden sentence by sentence, and questions whose answers follow from some of these."""
 
+    fixed_keys: ClassVar[tuple[str, ...]] = (*TaskSection.fixed_keys, "fact_filler")
     text_keys: ClassVar[tuple[str, ...]] = ("fact_filler",)
 
     task: Literal["facts"] = "facts"
@@ -36,6 +37,12 @@ class FactsSection(TaskSection):
     def _require_supports(self) -> Self:
         low, high = self.facts
         require(high <= MOST_SUPPORTS, f"data.facts is [{low}, {high}], required is 1 to {MOST_SUPPORTS}")
+        fewest = self.fact_sentences[0]
+        require(
+            fewest >= high,
+            f"data.fact_sentences begins at {fewest} and data.facts ends at {high}, required are no fewer "
+            "sentences than an answer follows from; set data.fact_sentences higher",
+        )
         return self
 
     def words(self) -> tuple[str, ...]:

@@ -20,6 +20,8 @@ class PasskeySection(KeySection):
 
     can_be_taught: ClassVar[bool] = True
     can_be_stored: ClassVar[bool] = True
+    can_be_cut: ClassVar[bool] = True
+    fixed_keys: ClassVar[tuple[str, ...]] = (*KeySection.fixed_keys, "books", "short_intro")
     folder_keys: ClassVar[tuple[str, ...]] = ("books",)
 
     task: Literal["passkey"] = "passkey"
@@ -108,7 +110,9 @@ class PasskeyWriter(Writer[PasskeySection]):
 
     def filler_rows(self, draw: random.Random, num_rows: int, num_tokens: int) -> torch.Tensor:
         """Return filler alone, of the kinds of the recipe; see `Writer.filler_rows`."""
-        kinds = ("passkey_sentences", "passkey_book")
+        kinds: tuple[str, ...] = ("passkey_sentences", "passkey_book")
+        if not any(getattr(self.section, name) for name in kinds):
+            kinds = ("book",)
         chosen = draw.choices(kinds, [getattr(self.section, name) for name in kinds], k=num_rows)
         return torch.stack([self.texts[kind].filler.slice(draw.randrange(1 << 30), num_tokens) for kind in chosen])
 

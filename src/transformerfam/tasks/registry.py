@@ -1,6 +1,7 @@
 """All tasks by name."""
 
 import pkgutil
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
 
@@ -39,3 +40,19 @@ TASKS = {
     "facts": Task(FactsSection, FactsWriter, "transformerfam.comparison.facts:FactsComparison"),
 }
 """By the key `task` of a recipe's section `data`, and of a comparison."""
+
+
+def task_of_keys(keys: Collection[str]) -> str:
+    """Return the task of a section `data` that does not say it.
+
+    It is the one that alone has a key which is given and that it cannot do without; else the first that has the most of
+    the keys.
+    """
+
+    def rank(name: str) -> tuple[bool, int]:
+        fields = TASKS[name].section.model_fields
+        needed = [key for key, field in fields.items() if field.is_required() and key in keys]
+        is_alone = any(sum(key in task.section.model_fields for task in TASKS.values()) == 1 for key in needed)
+        return is_alone, sum(key in fields for key in keys)
+
+    return max(TASKS, key=rank)

@@ -30,6 +30,7 @@ class WordedKeysSection(SeveralKeysSection):
     """Keys told in the many wordings and names of `data/key_wordings.toml`; every row draws how many."""
 
     can_be_taught: ClassVar[bool] = True
+    fixed_keys: ClassVar[tuple[str, ...]] = (*SeveralKeysSection.fixed_keys, "books")
     folder_keys: ClassVar[tuple[str, ...]] = ("books",)
 
     task: Literal["worded-keys"] = "worded-keys"

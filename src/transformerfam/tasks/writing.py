@@ -28,12 +28,16 @@ class TaskSection(Section):
     Attributes:
         can_be_taught: whether `loss.teacher` knows what to read.
         can_be_stored: whether its rows can be written on stored filler, `schedule.stored_blocks`.
+        can_be_cut: whether `schedule.gradient_tokens` knows how long questions are with their answers.
+        fixed_keys: keys that are the same in all stages of the curriculum.
         text_keys: keys that name a text: the passkey's sentences, a novel of the package, or a file.
         folder_keys: keys that name a folder of `.txt` files.
     """
 
     can_be_taught: ClassVar[bool] = False
     can_be_stored: ClassVar[bool] = False
+    can_be_cut: ClassVar[bool] = False
+    fixed_keys: ClassVar[tuple[str, ...]] = ("task", "allow_unknown")
     text_keys: ClassVar[tuple[str, ...]] = ()
     folder_keys: ClassVar[tuple[str, ...]] = ()
 

@@ -26,7 +26,7 @@ from transformerfam.training.ranks import Ranks
 from transformerfam.training.recipe.recipe import Recipe
 from transformerfam.training.recipe.sections import Stage
 from transformerfam.training.result import TrainingResult
-from transformerfam.training.run_folder import LOG_FILE, claim_folder, release
+from transformerfam.training.run_folder import LOG_FILE, begin_run, claim_folder, release
 from transformerfam.training.setup import build_trainee
 from transformerfam.training.sharding import whole
 from transformerfam.training.state_passing import SavedFam, StatePassing, held_keys
@@ -85,6 +85,7 @@ class Trainer:
         self.ranks.require_alike(recipe.to_dict(), "recipe")
         device = device if self.ranks.accelerator is None else self.ranks.accelerator.device
         self.random_numbers = RandomNumbers(recipe.schedule.seed, device)
+        self.is_resumed, self.is_over = resume, False
         self.lock = claim_folder(self.folder, recipe, resume, self.ranks, overwrite)
         with self.random_numbers.in_force():
             self._build(recipe, device)
@@ -136,7 +137,14 @@ class Trainer:
 
         Raises:
             NonFiniteLossError: the loss or a gradient is not finite; nothing of that step reaches the weights.
+            RecipeError: it ran before, and so no longer holds its folder.
         """
+        if self.is_over:
+            raise RecipeError(
+                f"this trainer of {self.folder} ran before; build another with resume=True, which goes on from its "
+                "checkpoint"
+            )
+        self.is_over = True
         try:
             with self.random_numbers.in_force():
                 return self._run(on_step)
@@ -145,6 +153,9 @@ class Trainer:
 
     def _run(self, on_step: OnStep | None) -> TrainingResult:
         schedule = self.recipe.schedule
+        if self.ranks.is_main:
+            begin_run(self.folder, self.recipe, self.is_resumed)
+        self.ranks.wait()
         self.model.train()
         if self.step < schedule.steps:
             self.devices = sorted({*self.devices, device_name(self.model.device)})
@@ -167,7 +178,7 @@ class Trainer:
                     log.write(json.dumps(row) + "\n")
                     log.flush()
                 if on_step is not None and self.ranks.is_main:
-                    is_ended = on_step(self, row) is True and self.step < schedule.steps
+                    is_ended = self._tell(on_step, row) is True and self.step < schedule.steps
                 if self.ranks.any(now - last_save >= schedule.checkpoint_seconds):
                     self.save_checkpoint()
                     last_save = time.monotonic()
@@ -188,6 +199,16 @@ class Trainer:
         if unknown >= SOME_UNKNOWN:
             text += f"; {unknown:.1%} of the training text's tokens are words that its tokenizer does not know"
         return TrainingResult(self.folder, self.step, self.seconds, True, text)
+
+    def _tell(self, on_step: OnStep, row: dict[str, Any]) -> bool | None:
+        """Pass a step on; what it raises loses no step, unless other processes would have to save with this one."""
+        try:
+            return on_step(self, row)
+        except BaseException:
+            if self.ranks.world == 1:
+                with uninterrupted():
+                    self.save_checkpoint()
+            raise
 
     def _train_step(self) -> dict[str, Any]:
         step, recipe = self.step, self.recipe

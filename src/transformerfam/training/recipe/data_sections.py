@@ -7,7 +7,7 @@ from pydantic import BeforeValidator, SerializeAsAny, ValidationError, model_val
 from transformerfam.errors import RecipeError
 from transformerfam.ranges import Integer, Limits, Natural, NotNegative, Texts
 from transformerfam.section import Section, require
-from transformerfam.tasks.registry import TASKS
+from transformerfam.tasks.registry import TASKS, task_of_keys
 from transformerfam.tasks.writing import TaskSection
 from transformerfam.training.recipe.messages import recipe_error, unknown_key
 
@@ -15,7 +15,7 @@ from transformerfam.training.recipe.messages import recipe_error, unknown_key
 def build_data(values: Any) -> TaskSection:
     """Return the section `data` of a recipe, of the class that its key `task` says.
 
-    Without that key it is the first task that has the most of the keys which are given.
+    Without that key it is `task_of_keys`.
 
     Raises:
         RecipeError: there is no such task, or a key is unknown, missing or wrong.
@@ -25,13 +25,14 @@ def build_data(values: Any) -> TaskSection:
     if not isinstance(values, dict):
         raise RecipeError(f"data is {values!r}, required is a section with keys; change it")
     keys = {name: task.section.model_fields for name, task in TASKS.items()}
-    name = values.get("task", max(TASKS, key=lambda task: len(values.keys() & keys[task].keys())))
+    name = values.get("task", task_of_keys(values))
     if not isinstance(name, str) or name not in TASKS:
         raise RecipeError(f"data.task is {name!r}, required is one of {', '.join(TASKS)}; change it")
-    for key in values.keys() - keys[name].keys():
+    for key in (key for key in values if key not in keys[name]):
         others = [other for other in TASKS if key in keys[other]]
         if not others:
-            raise unknown_key("data", key, keys[name] if "task" in values else set().union(*keys.values()))
+            known = keys[name] if "task" in values else {key: None for fields in keys.values() for key in fields}
+            raise unknown_key("data", key, known)
         raise RecipeError(
             f"data.{key} is a key of task {' and '.join(map(repr, others))}, and the task is {name!r}; leave it out, "
             "or set data.task"

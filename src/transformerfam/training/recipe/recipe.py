@@ -143,14 +143,16 @@ class Recipe(Section):
     def _require_task(self) -> None:
         """Refuse stages that the task does not have, and a teacher or stored filler that its rows do not serve."""
         for number, stage in enumerate(self.schedule.curriculum):
+            fixed = [name for name in stage.data if name in self.data.fixed_keys]
+            if fixed and any(stage.data[name] != getattr(self.data, name) for name in fixed):
+                raise RecipeError(
+                    f"schedule.curriculum.{number}.data has {fixed[0]}, which is the same in all stages; set "
+                    f"data.{fixed[0]}, and leave it out here"
+                )
             try:
-                section = self.data_of(stage)
+                self.data_of(stage)
             except RecipeError as error:
                 raise RecipeError(f"schedule.curriculum.{number}: {error}") from error
-            require(
-                section.task == self.data.task,
-                f"schedule.curriculum.{number}.data has the key task, required is one task in all stages; leave it out",
-            )
         task = self.data.task
         require(
             self.loss.teacher == 0 or self.data.can_be_taught,
@@ -159,6 +161,11 @@ class Recipe(Section):
         require(
             self.schedule.stored_blocks == 0 or self.data.can_be_stored,
             f"schedule.stored_blocks is above 0 and data.task is {task!r}, which tells more than one key; set it to 0",
+        )
+        require(
+            self.schedule.gradient_tokens is None or self.data.can_be_cut,
+            f"schedule.gradient_tokens is given and data.task is {task!r}, whose answers may stand in front of the "
+            "last tokens of a block and would not be predicted; leave it out",
         )
 
     def data_of(self, stage: Stage) -> TaskSection:

@@ -2,7 +2,8 @@
 
 from typing import Any, NamedTuple
 
-from transformerfam.tasks.registry import TASKS
+from transformerfam.errors import RecipeError
+from transformerfam.tasks.registry import TASKS, task_of_keys
 
 
 class Removed(NamedTuple):
@@ -40,7 +41,15 @@ def with_keys_in_data(stage: dict[str, Any]) -> dict[str, Any]:
     """Return the values of a stage with the keys of `KEYS_OF_STAGES` in its `data`; the argument stays as it is."""
     former = {name: stage[name] for name in KEYS_OF_STAGES if stage.get(name) is not None}
     kept = {name: value for name, value in stage.items() if name not in KEYS_OF_STAGES}
-    return kept | {"data": former | kept.get("data", {})} if former else kept
+    data = kept.get("data", {})
+    if not former or not isinstance(data, dict):
+        return kept
+    both = [name for name in former if name in data and data[name] != former[name]]
+    if both:
+        raise RecipeError(
+            f"a stage of the curriculum has {both[0]} itself and in its data, with another value; leave the first out"
+        )
+    return kept | {"data": former | data}
 
 
 def in_former_keys(recipe: dict[str, Any]) -> dict[str, Any]:
@@ -52,16 +61,18 @@ def in_former_keys(recipe: dict[str, Any]) -> dict[str, Any]:
     kept = dict(recipe)
     data = kept.pop("data", {})
     if isinstance(data, dict):
-        flag = {"worded": True} if data.get("task") == "worded-keys" else {}
+        flag = {"worded": True} if data.get("task", task_of_keys(data)) == "worded-keys" else {}
         data = {name: value for name, value in data.items() if name != "task"} | flag
     if data:
         kept["data"] = data
     schedule = kept.get("schedule")
     if isinstance(schedule, dict) and isinstance(schedule.get("curriculum"), list):
-        stages = [
-            {name: value for name, value in stage.items() if name != "data"} | stage.get("data", {})
-            for stage in schedule["curriculum"]
-        ]
+        stages = []
+        for stage in schedule["curriculum"]:
+            if isinstance(stage, dict) and isinstance(stage.get("data", {}), dict):
+                own = {name: value for name, value in stage.get("data", {}).items() if name != "task"}
+                stage = {name: value for name, value in stage.items() if name != "data"} | own
+            stages.append(stage)
         kept["schedule"] = schedule | {"curriculum": stages}
     return kept
 
