@@ -368,3 +368,15 @@ def test_reading_that_no_load_would_take_is_not_written(system: str, tmp_path: P
     with pytest.raises(TransformerFamError, match="the reading has numbers in .* that are not finite"):
         state.save(tmp_path / "state")
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("name", "match"), [("x" * 300, "choose a shorter name"), ("a\0b", "which is no name of a file")]
+)
+def test_name_that_no_file_can_have_is_refused(name: str, match: str, tmp_path: Path) -> None:
+    """Catches Python's own errors, which no `except TransformerFamError` around a save sees."""
+    model = convert(make_tiny_llama(), FamConfig(block_size=8, fam_length=2, num_memory_segments=0))
+    with pytest.raises(TransformerFamError, match=match):
+        model.read(torch.zeros(1, 3, dtype=torch.long)).save(tmp_path / name)
+    with pytest.raises(TransformerFamError):
+        FamState.load(tmp_path / name, model)

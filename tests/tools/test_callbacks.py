@@ -76,6 +76,9 @@ def test_trackers_are_known_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     trainer = Trainer(small_recipe(), tmp_path)
     with pytest.raises(TransformerFamError, match="there is no tracker 'tensorbord': .*tensorboard"):
         TrainerCallbacks(trainer, ["tensorbord"])
+    for wrong in (3, int):
+        with pytest.raises(TransformerFamError, match="required is the name of a tracker or a TrainerCallback"):
+            TrainerCallbacks(trainer, [wrong])  # type: ignore[list-item]
 
     class Missing(TrainerCallback):
         def __init__(self) -> None:

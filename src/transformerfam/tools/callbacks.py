@@ -32,11 +32,16 @@ class TrainerCallbacks:
             callbacks: instances, classes, or names of trackers that transformers knows, as "tensorboard".
 
         Raises:
-            TransformerFamError: there is no such tracker.
+            TransformerFamError: there is no such tracker, or a callback is none of transformers' Trainer.
             MissingPackageError: its package is not installed.
         """
         built: list[Any] = [DefaultFlowCallback]  # without which CallbackHandler warns
         for callback in callbacks:
+            kind = callback if isinstance(callback, type) else type(callback)
+            if not issubclass(kind, str | TrainerCallback):
+                raise TransformerFamError(
+                    f"a callback is {callback!r}, required is the name of a tracker or a TrainerCallback"
+                )
             built += trackers([callback]) if isinstance(callback, str) else [callback]
         self.arguments = TrainingArguments(
             output_dir=str(trainer.folder), max_steps=trainer.recipe.schedule.steps, report_to=[], use_cpu=True
