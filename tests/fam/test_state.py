@@ -1,5 +1,6 @@
 """FamState: copies, controls, files, and every refusal."""
 
+import copy
 import errno
 import json
 import shutil
@@ -38,12 +39,13 @@ def saved(tmp_path: Path) -> tuple[Any, Path]:
     return model, path
 
 
-def test_fork_keeps_the_reading_as_it_is() -> None:
+@pytest.mark.parametrize("fork", [FamState.fork, copy.copy, copy.deepcopy])
+def test_fork_keeps_the_reading_as_it_is(fork: Any) -> None:
     """Catches a fork that shares tensors or counters with the reading."""
     model = converted()
     state = model.read(random_ids(21))
-    first = model.read(random_ids(30, seed=1), state.fork())
-    second = model.read(random_ids(30, seed=1), state.fork())
+    first = model.read(random_ids(30, seed=1), fork(state))
+    second = model.read(random_ids(30, seed=1), fork(state))
     assert state.num_tokens_read == 21
     assert torch.equal(first.fams, second.fams)
     assert not torch.equal(first.fams, state.fams)

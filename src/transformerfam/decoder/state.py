@@ -183,6 +183,10 @@ class ReadingState(SteppedCache, abc.ABC):
         left_out = {"identity": UnboundIdentity(self.identity_metadata()), "read_with": {}, "step": None}
         return self.__dict__ | left_out | {"_records": False, "_before": None, "is_generating": False}
 
+    def __copy__(self) -> Self:
+        """Return `fork()`: a copy that shared tensors would move this state with what it reads."""
+        return self.fork()
+
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
         twin = self.fork()
         twin.identity = copy.deepcopy(self.identity, memo)
