@@ -123,7 +123,7 @@ def test_training_rows_of_facts() -> None:
             assert " Where " in text
     with pytest.raises(RecipeError, match=r"data.facts is \[1, 4\], required is 1 to 3"):
         build_recipe(values | {"data": {"facts": [1, 4]}})
-    with pytest.raises(RecipeError, match="data.facts is a key of task 'facts', and the task is 'named-keys'"):
+    with pytest.raises(RecipeError, match="data.named_keys is a key of task .*, and the task is 'facts'"):
         build_recipe(values | {"data": {"facts": [1, 2], "named_keys": [1, 2]}})
 
 

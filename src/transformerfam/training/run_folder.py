@@ -35,7 +35,9 @@ FREE_TO_CHANGE = ("max_seconds", "checkpoint_seconds", "threads")
 def claim_folder(
     folder: Path, recipe: Recipe, resume: bool, ranks: Ranks, overwrite: bool = False
 ) -> BaseFileLock | None:
-    """Make the folder of a run and hold it; nothing in it changes before `begin_run`.
+    """Make the folder of a run, hold it, and write its recipe there, unless it may take the place of an earlier run.
+
+    That one stays as it is until `begin_run`, for what is built in between may fail.
 
     Args:
         folder: where to.
@@ -70,13 +72,17 @@ def claim_folder(
         release(lock)
         raise
     ranks.wait()
+    if ranks.is_main:
+        if resume:
+            save_recipe(folder, recipe)
+        elif not overwrite:
+            begin_run(folder, recipe)
     return lock
 
 
-def begin_run(folder: Path, recipe: Recipe, is_resumed: bool) -> None:
-    """Remove what an earlier run left, unless it continues, and write the recipe."""
-    if not is_resumed:
-        _clear(folder)
+def begin_run(folder: Path, recipe: Recipe) -> None:
+    """Remove what an earlier run left, and write the recipe."""
+    _clear(folder)
     save_recipe(folder, recipe)
 
 
@@ -179,11 +185,15 @@ def _require_free(folder: Path, overwrite: bool) -> None:
     elif CHECKPOINT_FILE in written:
         raise RecipeError(f"{folder} holds a run already, without its {RECIPE_FILE}; train into another folder")
     foreign = sorted(name for name in names if any(fnmatch(name, pattern) for pattern in WRITTEN))
-    if foreign and not (RECIPE_FILE in names and (written or overwrite)):
-        start_over = "start over by --overwrite, or " if RECIPE_FILE in names else ""
+    was_run = {RECIPE_FILE, LOCK_FILE} <= names  # and ended before its first checkpoint
+    if foreign and was_run and not (written or overwrite):
         raise TransformerFamError(
-            f"{folder} holds {foreign[0]}, which is of no run that can continue and would be lost; {start_over}train "
-            "into a new folder"
+            f"{folder} holds {foreign[0]}, which is of no run that can continue and would be lost; start over by "
+            "--overwrite, or train into a new folder"
+        )
+    if foreign and not was_run and not (written and RECIPE_FILE in names):
+        raise TransformerFamError(
+            f"{folder} holds {foreign[0]}, which is of no training run and would be lost; train into a new folder"
         )
 
 

@@ -85,7 +85,7 @@ class Trainer:
         self.ranks.require_alike(recipe.to_dict(), "recipe")
         device = device if self.ranks.accelerator is None else self.ranks.accelerator.device
         self.random_numbers = RandomNumbers(recipe.schedule.seed, device)
-        self.is_resumed, self.is_over = resume, False
+        self.takes_a_place, self.is_over = overwrite and not resume, False
         self.lock = claim_folder(self.folder, recipe, resume, self.ranks, overwrite)
         with self.random_numbers.in_force():
             self._build(recipe, device)
@@ -153,8 +153,8 @@ class Trainer:
 
     def _run(self, on_step: OnStep | None) -> TrainingResult:
         schedule = self.recipe.schedule
-        if self.ranks.is_main:
-            begin_run(self.folder, self.recipe, self.is_resumed)
+        if self.ranks.is_main and self.takes_a_place:
+            begin_run(self.folder, self.recipe)
         self.ranks.wait()
         self.model.train()
         if self.step < schedule.steps:
