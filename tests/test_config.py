@@ -11,10 +11,10 @@ from training_recipes import small_recipe
 
 from transformerfam import FamConfig
 from transformerfam.errors import RecipeError, TransformerFamError
-from transformerfam.ranges import range_of
 from transformerfam.rivals import RivalConfig
-from transformerfam.section import Section
+from transformerfam.tasks.ranges import range_of
 from transformerfam.tasks.registry import TASKS
+from transformerfam.tasks.section import Section
 from transformerfam.tasks.writing import TaskSection, load_books
 from transformerfam.training.recipe.recipe import Recipe
 from transformerfam.training.recipe.sections import Stage

@@ -62,7 +62,7 @@ MOVED = {
     "training.blocks": "training.step.blocks",
     "training.instructions": "training.data.instructions",
     "training.packed": "training.step.packed",
-    "training.ranges": "ranges",
+    "training.ranges": "tasks.ranges",
     "training.recipe_file": "training.recipe.toml",
     "training.scores": "training.step.scores",
     "training.sections": "training.recipe.sections",

@@ -21,12 +21,12 @@ from transformerfam.comparison.plan import Asking
 from transformerfam.comparison.report import cells, comparison_tables
 from transformerfam.comparison.run import ROWS_FILE
 from transformerfam.errors import RecipeError
-from transformerfam.ranges import Count, Integers
 from transformerfam.reports.rows import Row, read_rows
-from transformerfam.tasks.batch import Held
+from transformerfam.tasks.batch import Held, Written
 from transformerfam.tasks.batch import Row as TrainingRow
 from transformerfam.tasks.passkey import load_filler
 from transformerfam.tasks.provenance import provenance, weights_of
+from transformerfam.tasks.ranges import Count, Integers
 from transformerfam.tasks.registry import TASKS, Task
 from transformerfam.tasks.writing import TaskSection, Writer
 
@@ -70,12 +70,12 @@ class EchoWriter(Writer[EchoSection]):
 
     def rows(
         self, draw: random.Random, step: int, num_filler: int, section: EchoSection, carried: Sequence[Held | None]
-    ) -> tuple[list[TrainingRow], int]:
+    ) -> Written:
         rows, num = [], section.num_said
         for _ in carried:
             ids, filler = draw.choices(range(50), k=num), self.filler.slice(draw.randrange(99), num_filler).tolist()
             rows.append(TrainingRow(ids + filler + ids, num, None, is_told=True, held=None, num_asked_tokens=num))
-        return rows, num + num_filler
+        return Written(rows, num + num_filler)
 
 
 @dataclass

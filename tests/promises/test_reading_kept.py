@@ -38,7 +38,7 @@ def resumed(text):
     return command
 
 
-@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="/dev/full is of Linux")
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="only Linux has /dev/full; there it always runs")
 def test_reading_is_saved_wherever_its_output_goes(folder, book, tmp_path):
     """Would catch a reading lost to `| true`, a full disk, or closed streams."""
     broken_in, broken_out = os.pipe()

@@ -131,7 +131,7 @@ print(resident("VmHWM") - before)
 """
 
 
-@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads the peak of resident memory from /proc")
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="only Linux has /proc; there it always runs")
 @pytest.mark.slow
 @pytest.mark.parametrize("num_tokens", [1024, 3072])
 def test_training_memory_is_within_a_tenth_of_what_a_process_takes(num_tokens: int) -> None:

@@ -38,7 +38,7 @@ RECIPES: dict[str, dict[str, Any]] = {
 
 needs_sharding = pytest.mark.skipif(
     release(torch.__version__) < release(OLDEST_TORCH_THAT_SHARDS),
-    reason=f"fully_shard trains through several blocks from torch {OLDEST_TORCH_THAT_SHARDS} on",
+    reason=f"sharding needs torch {OLDEST_TORCH_THAT_SHARDS}; the mark goes when that is the oldest one supported",
 )
 MARKS = {"sharded": needs_sharding, "first": pytest.mark.slow}
 

@@ -6,11 +6,11 @@ from transformerfam.comparison.accuracy import AccuracyComparison
 from transformerfam.comparison.figures import mark_chance
 from transformerfam.comparison.plan import Asked
 from transformerfam.comparison.texts import TextsComparison
-from transformerfam.ranges import Integer, Integers
 from transformerfam.reports.figure import length_axis
 from transformerfam.reports.rows import Row
 from transformerfam.tasks.facts import PLACES
 from transformerfam.tasks.facts_evaluation import FactsEvaluation
+from transformerfam.tasks.ranges import Integer, Integers
 
 
 class FactsComparison(TextsComparison, AccuracyComparison):

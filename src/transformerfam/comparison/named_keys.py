@@ -11,10 +11,10 @@ from transformerfam.comparison.figures import line_style, name_missing
 from transformerfam.comparison.plan import Asked, RunName
 from transformerfam.comparison.report import EMPTY, current_rows, new_table, over_seeds
 from transformerfam.comparison.texts import TextsComparison
-from transformerfam.ranges import Integer, Integers, Pair
 from transformerfam.reports.figure import label_ends, new_figure, save_figure
 from transformerfam.reports.rows import Row, was_right
 from transformerfam.tasks.named_keys_evaluation import KEY_BITS, NamedKeysEvaluation
+from transformerfam.tasks.ranges import Integer, Integers, Pair
 
 
 class NamedKeysComparison(TextsComparison):

@@ -12,10 +12,10 @@ from transformerfam.comparison.figures import MAX_LINES, by_panel, plot_matrix
 from transformerfam.comparison.plan import Asked, Asking
 from transformerfam.comparison.report import Cell
 from transformerfam.errors import RecipeError
-from transformerfam.ranges import Integers
 from transformerfam.reports.rows import Row
 from transformerfam.reports.telling import Telling
 from transformerfam.tasks.passkey_evaluation import PasskeyEvaluation, finished_questions
+from transformerfam.tasks.ranges import Integers
 
 
 class PasskeyComparison(AccuracyComparison):

@@ -14,11 +14,11 @@ from rich.table import Table
 
 from transformerfam.config import FamConfig
 from transformerfam.errors import RecipeError
-from transformerfam.ranges import Integer, Integers, Texts
 from transformerfam.reports.rows import Row
 from transformerfam.rivals import PRESETS, RIVAL_NAMES, preset
-from transformerfam.section import Section
 from transformerfam.tasks.controls import control_of
+from transformerfam.tasks.ranges import Integer, Integers, Texts
+from transformerfam.tasks.section import Section
 from transformerfam.training.recipe.recipe import Recipe
 from transformerfam.training.recipe.toml import build_recipe, set_value
 

@@ -114,8 +114,7 @@ class ModelIdentity:
         """Return `weights_key` by part: of the base model, and of the memory with the adapters in force."""
         adapters = tuple(
             (tuple(module.active_adapters), module.disable_adapters, *sorted(getattr(module, "scaling", {}).items()))
-            for module in (self.model.modules() if getattr(self.model, "peft_config", None) else ())
-            if isinstance(getattr(module, "active_adapters", None), list)
+            for module in _adapter_layers(self.model)
         )
         return {
             "base_digest": self._versions(of_memory=False),
@@ -266,11 +265,16 @@ class ModelIdentity:
         return keys | dict.fromkeys(others, SEVERAL)
 
 
+def _adapter_layers(model: Any) -> list[Any]:
+    """Return the layers that PEFT has put adapters into."""
+    if not getattr(model, "peft_config", None):
+        return []
+    return [module for module in model.modules() if isinstance(getattr(module, "active_adapters", None), list)]
+
+
 def _adapters_are_off(model: Any) -> bool:
     """Whether PEFT has switched all adapters off, so that the memory is read without them."""
-    if not getattr(model, "peft_config", None):
-        return False
-    layers = [module for module in model.modules() if isinstance(getattr(module, "active_adapters", None), list)]
+    layers = _adapter_layers(model)
     return bool(layers) and all(layer.disable_adapters for layer in layers)
 
 

@@ -174,6 +174,8 @@ class ReadingState(SteppedCache, abc.ABC):
         """Return an independent copy; this one stays as it is."""
         return self.shallow_copy().map(torch.clone)
 
+    __copy__ = fork  # a copy that shared tensors would move this state with what it reads
+
     def detach(self) -> Self:
         """Cut the graph and return the state."""
         return self.map(torch.Tensor.detach)
@@ -182,10 +184,6 @@ class ReadingState(SteppedCache, abc.ABC):
         """Leave the model out of a pickle, with which the next model that continues the state is compared."""
         left_out = {"identity": UnboundIdentity(self.identity_metadata()), "read_with": {}, "step": None}
         return self.__dict__ | left_out | {"_records": False, "_before": None, "is_generating": False}
-
-    def __copy__(self) -> Self:
-        """Return `fork()`: a copy that shared tensors would move this state with what it reads."""
-        return self.fork()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
         twin = self.fork()

@@ -3,19 +3,19 @@
 import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 from transformerfam.tasks.question import Question
 
 Held = int | tuple[Question, ...]
-"""What a memory holds and is asked for: a passkey, or questions with their answers."""
+"""What a row's memory has to recall: a passkey, or questions with their answers."""
 
 
 @dataclass(frozen=True)
 class Row:
-    """One sequence before it is weighed: its tokens, and where an answer stands at its end."""
+    """One sequence before it is weighed: its tokens, and the length of the answer at its end."""
 
     ids: list[int]
     num_answer_tokens: int
@@ -29,11 +29,21 @@ class Row:
     num_told_tokens: int = 0
     """Tokens up to the end of the last thing that it tells."""
     earlier_answers: tuple[range, ...] = ()
-    """Where the answers of further questions stand, in front of the last one."""
+    """Places of the answers before the last one."""
     num_asked_tokens: int = 0
     """Tokens at the end of all questions and answers together."""
     tellings: tuple[tuple[int, ...], ...] = ()
-    """What a teacher reads in front of them: the sentences that tell each answer."""
+    """What a teacher reads before the questions: the sentences that tell each answer."""
+
+
+class Written(NamedTuple):
+    """The rows of a step, all of one length."""
+
+    rows: list[Row]
+    question_start: int
+    """Where the earliest question begins."""
+    told: slice = slice(0, 0)
+    """The tokens of every row that tell something, of tasks whose rows can be written on stored filler."""
 
 
 @dataclass(frozen=True)
@@ -63,7 +73,7 @@ class Batch:
     is_taught_BT: torch.Tensor | None = None
     """Positions of question and answer, which the teacher has at the end of its own rows."""
     is_read_T: torch.Tensor | None = None
-    """Tokens that are read; at the others stored filler stands. None is all."""
+    """Tokens that are read; the others are stored filler. None is all."""
     sources: tuple[int, ...] = ()
     """The stored block of all rows: for every block of the batch, then for every repeated update."""
 
@@ -74,7 +84,7 @@ class Batch:
         return num_rows * (length if self.is_read_T is None else int(self.is_read_T.sum()))
 
     def begun(self, start: Sequence[int], is_passed: bool) -> "Batch":
-        """Return the batch with what the tokenizer begins texts with in front of rows that begin one.
+        """Return the batch, in which rows that begin a text begin with what the tokenizer begins texts with.
 
         The teacher's do always, the batch's unless a state is passed, which they continue.
 
@@ -105,5 +115,5 @@ def _begins(rows_BT: torch.Tensor, start: Sequence[int]) -> bool:
 
 
 def _with_front(rows_BT: torch.Tensor, front: Sequence[Any]) -> torch.Tensor:
-    """Return rows with the same values in front of each."""
+    """Return rows that all begin with the same values."""
     return torch.cat((torch.tensor(front, dtype=rows_BT.dtype).expand(len(rows_BT), -1), rows_BT), dim=1)

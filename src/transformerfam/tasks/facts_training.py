@@ -1,4 +1,4 @@
-"""Facts trained: stories hidden in filler, and questions on them."""
+"""Training on facts: stories hidden in filler, and questions on them."""
 
 import random
 from collections.abc import Sequence
@@ -7,11 +7,11 @@ from typing import Any, ClassVar, Literal, Self
 
 from pydantic import model_validator
 
-from transformerfam.ranges import LimitsFrom1
-from transformerfam.section import require
-from transformerfam.tasks.batch import Held, Row
+from transformerfam.tasks.batch import Held, Written
 from transformerfam.tasks.facts import MOST_SUPPORTS, FactsText, Story, draw_story, words
 from transformerfam.tasks.question import Question
+from transformerfam.tasks.ranges import LimitsFrom1
+from transformerfam.tasks.section import require
 from transformerfam.tasks.writing import Asked, Drawn, TaskSection, Writer, asked_later, even_rows
 
 
@@ -27,7 +27,7 @@ class FactsSection(TaskSection):
     """Least and most sentences from which the answer to a question follows, 1 to 3; every step draws one number."""
     facts_asked: LimitsFrom1 = (1, 1)
     """Least and most questions on a story, one after the other, each with an answer to predict; the last one has the
-    drawn number of supports, those in front of it at most as many. A row counts as right when all answers are."""
+    drawn number of supports, the others at most as many. A row counts as right when all answers are."""
     fact_sentences: LimitsFrom1 = (4, 10)
     """Least and most sentences of a story."""
     fact_filler: str = "sentences"
@@ -62,7 +62,7 @@ class FactsWriter(Writer[FactsSection]):
 
     def rows(
         self, draw: random.Random, step: int, num_filler: int, section: FactsSection, carried: Sequence[Held | None]
-    ) -> tuple[list[Row], int]:
+    ) -> Written:
         """Write the rows of a step, with so much filler between the sentences in all; see `Writer.rows`."""
         draw = random.Random(f"{self.seed}/{step}/facts")
         num_supports, num_sentences = draw.randint(*section.facts), draw.randint(*section.fact_sentences)

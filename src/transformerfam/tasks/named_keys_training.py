@@ -1,4 +1,4 @@
-"""Named keys trained: several keys told, each by a name, and some of them asked for."""
+"""Training on named keys: several keys, each with a name, and questions for some of them."""
 
 import random
 from collections.abc import Sequence
@@ -7,11 +7,11 @@ from typing import Any, Literal, Self
 
 from pydantic import model_validator
 
-from transformerfam.ranges import Limits, LimitsFrom1
-from transformerfam.section import require
-from transformerfam.tasks.batch import Held, Row
+from transformerfam.tasks.batch import Held, Written
 from transformerfam.tasks.named_keys import NAMES, NamedKeysText, draw_named_keys
 from transformerfam.tasks.question import Question
+from transformerfam.tasks.ranges import Limits, LimitsFrom1
+from transformerfam.tasks.section import require
 from transformerfam.tasks.writing import Asked, Drawn, KeySection, Writer, asked_later, even_rows, with_filler
 
 
@@ -43,7 +43,7 @@ class SeveralKeysSection(KeySection):
 
 
 class NamedKeysSection(SeveralKeysSection):
-    """Several keys, each told by a name in one sentence; every step draws how many, and how many are asked for."""
+    """Several keys, each with a name in one sentence; every step draws their number and that of the questions."""
 
     task: Literal["named-keys"] = "named-keys"
     """Several keys, each told by a name in one sentence."""
@@ -60,8 +60,8 @@ class NamedKeysWriter(Writer[NamedKeysSection]):
 
     def rows(
         self, draw: random.Random, step: int, num_filler: int, section: NamedKeysSection, carried: Sequence[Held | None]
-    ) -> tuple[list[Row], int]:
-        """Write the rows of a step, with filler behind the last key that is told; see `Writer.rows`."""
+    ) -> Written:
+        """Write the rows of a step, with filler after the last key; see `Writer.rows`."""
         draw, text = random.Random(f"{self.seed}/{step}/named"), self.text
         num_told = draw.randint(*section.named_keys)
         num_retold = min(num_told, draw.randint(*section.retold_keys))

@@ -1,4 +1,4 @@
-"""Passkeys trained: one key told in the paper's sentences, in filler of these or of books, and asked for."""
+"""Training on passkeys: a key in the paper's sentences, its filler, and the question for it."""
 
 import random
 from collections.abc import Sequence
@@ -7,11 +7,11 @@ from typing import Any, ClassVar, Literal, Self
 import torch
 from pydantic import model_validator
 
-from transformerfam.ranges import NotNegative, Share
-from transformerfam.section import require
-from transformerfam.tasks.batch import Held, Row
+from transformerfam.tasks.batch import Held, Row, Written
 from transformerfam.tasks.named_keys import draw_key
 from transformerfam.tasks.passkey import PAPER, SHORT, PasskeyText
+from transformerfam.tasks.ranges import NotNegative, Share
+from transformerfam.tasks.section import require
 from transformerfam.tasks.writing import KeySection, Writer, load_books
 
 
@@ -31,15 +31,15 @@ class PasskeySection(KeySection):
     passkey_book: NotNegative = 0.0
     """Passkey in book text."""
     book: NotNegative = 0.0
-    """Book text alone."""
+    """Book text without a key."""
     books: str | None = None
     """Folder of UTF-8 `.txt` files; all are used."""
     short_intro: bool = False
     """Tell the key without the two sentences in front, so that a step of the same cost tells more keys: for the first
     part of a training."""
     boundary_share: Share = 0.0
-    """Share of the steps in which question and answer stand across the boundary of two blocks, where the filler's range
-    allows it. There FAM alone can tell the second block that a question was asked."""
+    """Share of the steps in which a block boundary parts question and answer, where the filler's range allows it. Only
+    FAM can then tell the second block that there was a question."""
 
     @model_validator(mode="after")
     def _require_sources(self) -> Self:
@@ -70,11 +70,11 @@ class PasskeyWriter(Writer[PasskeySection]):
 
     def rows(
         self, draw: random.Random, step: int, num_filler: int, section: PasskeySection, carried: Sequence[Held | None]
-    ) -> tuple[list[Row], int]:
+    ) -> Written:
         """Write the rows of a step; see `Writer.rows`."""
-        place, num_digits = self.told_place(step, section), self._num_digits(step, section)
+        place, num_digits = self._told_place(step, section), self._num_digits(step, section)
         rows = [self._row(draw, num_filler, section, place, num_digits, key) for key in carried]
-        return rows, len(rows[0].ids) - max(row.num_asked_tokens for row in rows)
+        return Written(rows, len(rows[0].ids) - max(row.num_asked_tokens for row in rows), place)
 
     def draw_filler(
         self, draw: random.Random, step: int, limits: tuple[int, int], section: PasskeySection, block_size: int
@@ -84,7 +84,7 @@ class PasskeyWriter(Writer[PasskeySection]):
         boundary = random.Random(f"{self.seed}/{step}/boundary")
         if section.boundary_share == 0 or boundary.random() >= section.boundary_share:
             return num_filler
-        num_told, num_asked = self.told_place(step, section).stop, self._num_asked(self._num_digits(step, section))
+        num_told, num_asked = self._told_place(step, section).stop, self._num_asked(self._num_digits(step, section))
         parting = [
             number for number in range(limits[0], limits[1] + 1) if 0 < -(num_told + number) % block_size < num_asked
         ]
@@ -94,7 +94,7 @@ class PasskeyWriter(Writer[PasskeySection]):
         """Return the tokens of the question and the longest key."""
         return self._num_asked(section.key_digits[1])
 
-    def told_place(self, step: int, section: PasskeySection) -> slice:
+    def _told_place(self, step: int, section: PasskeySection) -> slice:
         """Return the tokens of the sentences that tell the key."""
         num_prefix = random.Random(f"{self.seed}/{step}/prefix").randint(*section.prefix_tokens)
         num_intro = len(self.text.intro_ids(10 ** (self._num_digits(step, section) - 1)))
@@ -109,7 +109,7 @@ class PasskeyWriter(Writer[PasskeySection]):
         return [self.text.sequence(key, longest - length).ids for key, length in zip(keys, lengths, strict=True)]
 
     def filler_rows(self, draw: random.Random, num_rows: int, num_tokens: int) -> torch.Tensor:
-        """Return filler alone, of the kinds of the recipe; see `Writer.filler_rows`."""
+        """Return filler of the recipe's kinds; see `Writer.filler_rows`."""
         kinds: tuple[str, ...] = ("passkey_sentences", "passkey_book")
         if not any(getattr(self.section, name) for name in kinds):
             kinds = ("book",)
@@ -140,7 +140,7 @@ class PasskeyWriter(Writer[PasskeySection]):
         length = told_place.stop + num_filler + num_asked
         if kind == "book":
             return Row(text.filler.slice(start, length).tolist(), 0, None, is_told=False, held=None)
-        if later:  # filler alone, where the key would be told, and the question for the key of the step before
+        if later:  # only filler, and the question for the key of the step before
             assert isinstance(carried_key, int)
             answer_ids = text.key_ids(carried_key)
             num_asked = len(text.question_ids) + len(answer_ids)

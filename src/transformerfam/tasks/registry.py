@@ -19,8 +19,8 @@ class Task:
     Attributes:
         section: its section `data` of a recipe.
         writer: writes what is trained on.
-        asked_by: where the class of its comparison is, `module:name`; it stands above this room, and is looked up when
-            systems are compared. None: nothing is asked by this name.
+        asked_by: its comparison, `module:class`, looked up when systems are compared, since that room is above this
+            one. None: no comparison has this name.
     """
 
     section: type[TaskSection]
@@ -45,8 +45,7 @@ TASKS = {
 def task_of_keys(keys: Collection[str]) -> str:
     """Return the task of a section `data` that does not say it.
 
-    It is the one that alone has a key which is given and that it cannot do without; else the first that has the most of
-    the keys.
+    A task wins whose required key is given and belongs to no other task; else the first with the most of the keys.
     """
 
     def rank(name: str) -> tuple[bool, int]:

@@ -1,4 +1,4 @@
-"""Keys told in many wordings, anywhere in a text, once or more often, and some of them asked for."""
+"""Training on worded keys: keys in many wordings, anywhere in a text, once or more often, and questions for some."""
 
 import itertools
 import random
@@ -11,13 +11,13 @@ from typing import Any, ClassVar, Literal, Self
 from pydantic import model_validator
 
 from transformerfam.errors import RecipeError
-from transformerfam.ranges import LimitsFrom1, NotNegative, Number, Share
-from transformerfam.section import require
-from transformerfam.tasks.batch import Held, Row
+from transformerfam.tasks.batch import Held, Written
 from transformerfam.tasks.named_keys import draw_keys
 from transformerfam.tasks.named_keys_training import SeveralKeysSection
 from transformerfam.tasks.passkey import FillerStream, PasskeyText
 from transformerfam.tasks.question import Question
+from transformerfam.tasks.ranges import LimitsFrom1, NotNegative, Number, Share
+from transformerfam.tasks.section import require
 from transformerfam.tasks.text import encode
 from transformerfam.tasks.wordings import KEY, Passage, Topic, Wording, WordingBank
 from transformerfam.tasks.writing import Asked, Drawn, Writer, asked_later, even_rows, load_books, with_filler
@@ -38,15 +38,15 @@ class WordedKeysSection(SeveralKeysSection):
     books: str | None = None
     """Folder of UTF-8 `.txt` files that the keys are told in; without it they are told in the passkey's sentences."""
     book: NotNegative = 0.0
-    """Share of the sequences of text alone."""
+    """Share of the sequences of text without a key."""
     scenes: Number = 0.0
     """Share of the keys that are told in a sentence of their own words, and not by a name."""
     passages: Number = 0.0
-    """Share of the keys that stand behind words of the text they are hidden in; the last ones ask for them."""
+    """Share of the keys that follow words of the text they are hidden in; the last of these words ask for them."""
     mentions: LimitsFrom1 = (1, 1)
     """Least and most times that each key is told; every key draws one number."""
     other_numbers: Share = 0.0
-    """Share of the sentences that tell a key in front of which stands one with another number."""
+    """Share of the sentences with a key that follow a sentence with another number."""
 
     @model_validator(mode="after")
     def _require_shares(self) -> Self:
@@ -92,8 +92,8 @@ class WordedKeysWriter(Writer[WordedKeysSection]):
         num_filler: int,
         section: WordedKeysSection,
         carried: Sequence[Held | None],
-    ) -> tuple[list[Row], int]:
-        """Write the rows of a step, with filler behind the last key that is told; see `Writer.rows`."""
+    ) -> Written:
+        """Write the rows of a step, with filler after the last key; see `Writer.rows`."""
         draw = random.Random(f"{self.seed}/{step}/worded")
         later, drawn = random.Random(f"{self.seed}/{step}/later"), []
         for held in carried:

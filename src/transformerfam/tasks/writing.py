@@ -14,11 +14,11 @@ from typing import Any, ClassVar, Generic, TypeVar
 import torch
 
 from transformerfam.errors import RecipeError
-from transformerfam.ranges import Limits, LimitsFrom1, Share
-from transformerfam.section import Section
-from transformerfam.tasks.batch import Held, Row
+from transformerfam.tasks.batch import Held, Row, Written
 from transformerfam.tasks.passkey import FillerStream
 from transformerfam.tasks.question import Question
+from transformerfam.tasks.ranges import Limits, LimitsFrom1, Share
+from transformerfam.tasks.section import Section
 from transformerfam.tasks.text import encode, read_text
 
 
@@ -58,10 +58,10 @@ class KeySection(TaskSection):
     """Least and most digits of a key; every step draws one number. The task's keys have five. Longer ones teach more
     per sequence, above all the place of each digit."""
     few_digits: Share = 0.0
-    """Share of the keys that are made of two or three different digits. Looking up which digit came behind the last one
-    does not tell them, as it tells most keys of five different digits: only the place of a digit does."""
+    """Share of the keys that are made of two or three different digits. Looking up which digit followed the last one
+    is not enough for them, as it is for most keys of five different digits: the place of a digit is needed."""
     prefix_tokens: Limits = (0, 0)
-    """Least and most tokens of filler in front of the sentences that tell the key; every step draws one number."""
+    """Least and most tokens of filler before the key; every step draws one number."""
 
 
 AnySection = TypeVar("AnySection", bound=TaskSection)
@@ -97,7 +97,7 @@ class Writer(abc.ABC, Generic[AnySection]):
     @abc.abstractmethod
     def rows(
         self, draw: random.Random, step: int, num_filler: int, section: AnySection, carried: Sequence[Held | None]
-    ) -> tuple[list[Row], int]:
+    ) -> Written:
         """Write the rows of a step.
 
         Args:
@@ -106,9 +106,6 @@ class Writer(abc.ABC, Generic[AnySection]):
             num_filler: tokens of filler between telling and asking, in the longest row.
             section: of the recipe, as the stage of the curriculum changes it.
             carried: what the passed state of each row holds.
-
-        Returns:
-            The rows, and where the earliest question begins.
         """
 
     def draw_filler(
@@ -128,10 +125,6 @@ class Writer(abc.ABC, Generic[AnySection]):
     def num_asked_tokens(self, section: AnySection) -> int:
         """Return the tokens of the longest question with its answer, 0 where they differ from row to row."""
         return 0
-
-    def told_place(self, step: int, section: AnySection) -> slice:
-        """Return the tokens of every row that tell something, where rows can be written on stored filler."""
-        raise NotImplementedError(f"{type(self).__name__} writes no rows on stored filler")
 
     def teacher_rows(self, rows: Sequence[Row], step: int, limits: tuple[int, int]) -> list[list[int]]:
         """Return what the teacher reads for each of the rows, all of one length, with question and answer at the end.
@@ -157,7 +150,7 @@ class Writer(abc.ABC, Generic[AnySection]):
         return found
 
     def filler_rows(self, draw: random.Random, num_rows: int, num_tokens: int) -> torch.Tensor:
-        """Return filler alone, `(num_rows, num_tokens)`, each row from its own place."""
+        """Return filler, `(num_rows, num_tokens)`, each row from its own place."""
         return torch.stack([self.filler.slice(draw.randrange(1 << 30), num_tokens) for _ in range(num_rows)])
 
 
@@ -166,7 +159,7 @@ class Asked:
 
     Args:
         questions: what is asked; none asks nothing.
-        end_ids: what stands between an answer and the next question.
+        end_ids: what separates an answer from the next question.
     """
 
     def __init__(self, questions: Sequence[Question], end_ids: list[int]) -> None:
@@ -180,7 +173,7 @@ class Asked:
             self.ids += question.answer_ids
 
     def row(self, before: list[int], drawn: "Drawn", num_told_tokens: int) -> Row:
-        """Return the row that asks them behind a text."""
+        """Return the row that asks them after a text."""
         if not self.answers:
             return Row(before, 0, None, is_told=False, held=None)
         places = [range(len(before) + answer.start, len(before) + answer.stop) for answer in self.answers]
@@ -202,31 +195,31 @@ class Drawn:
     """One sequence before its filler is counted out."""
 
     fill: Callable[[int], tuple[list[int], int]]
-    """Gives everything in front of the questions, with so many tokens of filler, and where the last thing told ends."""
+    """Gives everything before the questions, with so many tokens of filler, and where the last thing told ends."""
     num_told: int
-    """Tokens in front of the questions without filler."""
+    """Tokens before the questions without filler."""
     asked: Asked
     key: int | None
     is_told: bool = True
 
 
 def with_filler(told: list[int], filler: FillerStream, start: int, num_filler: int) -> tuple[list[int], int]:
-    """Return what is told and so much filler behind it, and where the telling ends."""
+    """Return what is told, then so much filler, and where the telling ends."""
     return told + filler.slice(start, num_filler).tolist(), len(told)
 
 
 def asked_later(held: Held, filler: FillerStream, start: int, end_ids: list[int]) -> Drawn:
-    """Return a sequence of filler alone that asks for what the passed state holds."""
+    """Return filler with the questions that the passed state has to answer."""
     assert not isinstance(held, int), "a passkey, which has rows of its own"
     return Drawn(partial(with_filler, [], filler, start), 0, Asked(held, end_ids), None, is_told=False)
 
 
-def even_rows(drawn: Sequence[Drawn], num_filler: int) -> tuple[list[Row], int]:
-    """Return rows of one length, and where the earliest question begins; the longest sequence has `num_filler`."""
+def even_rows(drawn: Sequence[Drawn], num_filler: int) -> Written:
+    """Return rows of one length, of which the longest sequence has `num_filler`."""
     longest = max(one.num_told + len(one.asked.ids) for one in drawn)
     filled = [one.fill(num_filler + longest - one.num_told - len(one.asked.ids)) for one in drawn]
     rows = [one.asked.row(ids, one, num_told) for one, (ids, num_told) in zip(drawn, filled, strict=True)]
-    return rows, len(rows[0].ids) - max(len(one.asked.ids) for one in drawn)
+    return Written(rows, len(rows[0].ids) - max(len(one.asked.ids) for one in drawn))
 
 
 def load_books(tokenizer: Any, folder: str | Path) -> FillerStream:

@@ -4,5 +4,5 @@
 losses; `trainer` is the loop, which `checkpoint`, `ranks`, `optimizer`, `lora` and `state_passing` serve.
 
 May import: `tasks`, `weights`, `rivals`, `fam`, `decoder`, and the root of the package.
-One more key of a recipe: a field in `recipe/sections.py` and its range in `recipe/ranges.py`.
+One more key of a recipe: a field in `recipe/sections.py` and its range in `tasks/ranges.py`.
 """

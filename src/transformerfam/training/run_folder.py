@@ -37,7 +37,7 @@ def claim_folder(
 ) -> BaseFileLock | None:
     """Make the folder of a run, hold it, and write its recipe there, unless it may take the place of an earlier run.
 
-    That one stays as it is until `begin_run`, for what is built in between may fail.
+    That run is kept until `begin_run`, since the new one may fail while it is built.
 
     Args:
         folder: where to.

@@ -141,7 +141,7 @@ class Trainer:
         """
         if self.is_over:
             raise RecipeError(
-                f"this trainer of {self.folder} ran before; build another with resume=True, which goes on from its "
+                f"this trainer of {self.folder} ran before; build another with resume=True, which continues from its "
                 "checkpoint"
             )
         self.is_over = True

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from functools import cached_property
 from typing import Any
 
-from transformerfam.tasks.batch import Row
+from transformerfam.tasks.batch import Row, Written
 from transformerfam.tasks.passkey import load_filler
 from transformerfam.tasks.text import encode
 
@@ -20,7 +20,7 @@ class RepeatedRows:
     NUM_WORDS = (6, 40)
     """Least and most different tokens of a row: the fewer, the more of them must agree to find the place."""
     NUM_FREE = 4
-    """First tokens of the second time that are not predicted, since too little stands in front of them."""
+    """First tokens of the second time that are not predicted, since too little precedes them."""
 
     def __init__(self, tokenizer: Any, seed: int, known_words: Sequence[str]) -> None:
         """Tokenise the filler.
@@ -40,7 +40,7 @@ class RepeatedRows:
             return sorted({token for word in self.known_words for token in encode(self.tokenizer, f" {word}")})
         return sorted(set(range(len(self.tokenizer))) - set(self.tokenizer.all_special_ids))
 
-    def rows(self, step: int, num_filler: int, limits: tuple[int, int], num_rows: int) -> tuple[list[Row], int]:
+    def rows(self, step: int, num_filler: int, limits: tuple[int, int], num_rows: int) -> Written:
         """Write the rows of a step.
 
         Args:
@@ -50,7 +50,7 @@ class RepeatedRows:
             num_rows: how many.
 
         Returns:
-            The rows, and where the second time begins.
+            The rows, whose question is the second time.
         """
         draw = random.Random(f"{self.seed}/{step}/repeated")
         length = draw.randint(*limits)
@@ -60,4 +60,4 @@ class RepeatedRows:
             ids = draw.choices(chosen, k=length)
             filler = self.filler.slice(draw.randrange(1 << 30), num_filler).tolist()
             rows.append(Row(ids + filler + ids, length - self.NUM_FREE, None, is_told=True, held=None))
-        return rows, length + num_filler
+        return Written(rows, length + num_filler)

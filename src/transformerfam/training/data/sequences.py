@@ -86,7 +86,7 @@ class SequenceBuilder:
             stage_idx: stage of the curriculum, from 0.
             carried_keys: what the passed state of each row holds, or None where it holds nothing or no state is passed.
             stored_ids_NT: blocks of filler to write it on. Then only what tells, the question with its answer, and
-                `loss.num_other_tokens` in front of it are read.
+                `loss.num_other_tokens` before it are read.
         """
         draw = random.Random(f"{self.seed}/{step}/{stage_idx}")
         stage, section = self.schedule.curriculum[stage_idx], self.sections[stage_idx]
@@ -95,14 +95,14 @@ class SequenceBuilder:
         limits = (stage.filler_tokens[0] + longer, stage.filler_tokens[1] + longer)
         num_filler = self.writer.draw_filler(draw, step, limits, section, block_size)
         if stage.repeated_tokens is not None:
-            rows, start = self.repeated.rows(step, num_filler, stage.repeated_tokens, self.batch_size)
-            return self._weigh(rows, draw, start, None)
+            repeated = self.repeated.rows(step, num_filler, stage.repeated_tokens, self.batch_size)
+            return self._weigh(repeated.rows, draw, repeated.question_start, None)
         carried = carried_keys or [None] * self.batch_size
-        rows, start = self.writer.rows(draw, step, num_filler, section, carried)
+        rows, start, told = self.writer.rows(draw, step, num_filler, section, carried)
         is_read_T: torch.Tensor | None = None
         sources: tuple[int, ...] = ()
         if stored_ids_NT is not None:
-            length, told = len(rows[0].ids), self.writer.told_place(step, section)
+            length = len(rows[0].ids)
             is_read_T = torch.zeros(length, dtype=torch.bool)
             is_read_T[told] = True
             is_read_T[max(0, start - self.loss.num_other_tokens) :] = True

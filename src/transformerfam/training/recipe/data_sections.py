@@ -5,9 +5,9 @@ from typing import Annotated, Any, Self
 from pydantic import BeforeValidator, SerializeAsAny, ValidationError, model_validator
 
 from transformerfam.errors import RecipeError
-from transformerfam.ranges import Integer, Limits, Natural, NotNegative, Texts
-from transformerfam.section import Section, require
+from transformerfam.tasks.ranges import Integer, Limits, Natural, NotNegative, Texts
 from transformerfam.tasks.registry import TASKS, task_of_keys
+from transformerfam.tasks.section import Section, require
 from transformerfam.tasks.writing import TaskSection
 from transformerfam.training.recipe.messages import recipe_error, unknown_key
 

@@ -13,7 +13,7 @@ from functools import cache
 from typing import Any
 
 from transformerfam.config import FamConfig
-from transformerfam.ranges import range_in_words
+from transformerfam.tasks.ranges import range_in_words
 from transformerfam.tasks.registry import TASKS
 from transformerfam.training.recipe.configurations import OPEN_MEMORY
 from transformerfam.training.recipe.recipe import Recipe

@@ -11,7 +11,7 @@ from pydantic_core import ErrorDetails
 
 from transformerfam.errors import RecipeError
 from transformerfam.fields import LARGEST_INTEGER
-from transformerfam.ranges import OUT_OF_RANGE, range_of
+from transformerfam.tasks.ranges import OUT_OF_RANGE, range_of
 from transformerfam.training.recipe.removed import REMOVED
 
 FORMS = {

@@ -8,8 +8,8 @@ from pydantic import model_validator
 from transformerfam.config import FamConfig
 from transformerfam.errors import RecipeError, TransformerFamError
 from transformerfam.rivals import rival_class
-from transformerfam.section import Section, require
 from transformerfam.tasks.passkey_training import PasskeySection
+from transformerfam.tasks.section import Section, require
 from transformerfam.tasks.writing import TaskSection
 from transformerfam.training.recipe.configurations import OPEN_MEMORY, FamSection, RivalSection
 from transformerfam.training.recipe.data_sections import DataSection, InstructionSection, LossSection, build_data
@@ -164,8 +164,8 @@ class Recipe(Section):
         )
         require(
             self.schedule.gradient_tokens is None or self.data.can_be_cut,
-            f"schedule.gradient_tokens is given and data.task is {task!r}, whose answers may stand in front of the "
-            "last tokens of a block and would not be predicted; leave it out",
+            f"schedule.gradient_tokens is given and data.task is {task!r}, whose answers may precede the last "
+            "tokens of a block and would not be predicted; leave it out",
         )
 
     def data_of(self, stage: Stage) -> TaskSection:

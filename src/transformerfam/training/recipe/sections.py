@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, Strict, model_validator
 
-from transformerfam.ranges import (
+from transformerfam.tasks.ranges import (
     Count,
     Decay,
     Decays,
@@ -22,7 +22,7 @@ from transformerfam.ranges import (
     Share,
     Texts,
 )
-from transformerfam.section import Section, require
+from transformerfam.tasks.section import Section, require
 from transformerfam.training.recipe.removed import with_keys_in_data
 
 __all__ = [
@@ -140,8 +140,8 @@ class Stage(Section):
     max_steps: Count | None = None
     """Go on after so many steps in any case."""
     data: dict[str, Any] = Field(default_factory=dict)
-    """Keys of the section `data`, with what this stage has in their place: keys that stand anywhere in a block are
-    learned behind those that stand at one place, and two names behind one."""
+    """Values that replace those of the section `data` in this stage: keys anywhere in a block are learned after keys at
+    one place, and two names after one."""
     repeated_tokens: LimitsFrom8 | None = None
     """In this stage sequences are random tokens, so many at least and at most, the filler, and the same tokens again,
     to be predicted. It teaches to find what followed the same tokens before, without which neither names nor facts were

@@ -8,7 +8,7 @@ from pydantic import ValidationError
 
 from transformerfam.errors import RecipeError
 from transformerfam.files import parse_toml, read_whole
-from transformerfam.section import Section
+from transformerfam.tasks.section import Section
 from transformerfam.training.recipe.messages import recipe_error
 from transformerfam.training.recipe.recipe import Recipe
 
