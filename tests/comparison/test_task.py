@@ -24,7 +24,7 @@ from transformerfam.errors import RecipeError
 from transformerfam.reports.rows import Row, read_rows
 from transformerfam.tasks.batch import Held, Written
 from transformerfam.tasks.batch import Row as TrainingRow
-from transformerfam.tasks.passkey import load_filler
+from transformerfam.tasks.filler import load_filler
 from transformerfam.tasks.provenance import provenance, weights_of
 from transformerfam.tasks.ranges import Count, Integers
 from transformerfam.tasks.registry import TASKS, Task

@@ -210,7 +210,7 @@ SAID = {
     "tasks.named_keys.__init__": "wording_ids, which the evaluation and the training look at",
     "tasks.next_token.evaluate_next_token": "known_pieces",
     "tasks.passkey.__init__": "wording_ids, which the evaluation and the training look at",
-    "tasks.passkey.load_filler": "require_filler in evaluations and reports, unknown_share in training",
+    "tasks.filler.load_filler": "require_filler in evaluations and reports, unknown_share in training",
     "tasks.reading.generate_text": "say_unknown",
     "tasks.reading.read_text_stream": "known_pieces",
     "training.data.instructions._piece": "unknown_share of all pieces",

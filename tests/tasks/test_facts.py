@@ -12,7 +12,7 @@ from training_recipes import SMALL_TRAINING
 from transformerfam import FamConfig, convert
 from transformerfam.comparison import load_comparison, run_one
 from transformerfam.comparison.figures import plot_comparison
-from transformerfam.comparison.plan import RunName
+from transformerfam.comparison.names import RunName
 from transformerfam.comparison.report import cells, comparison_tables
 from transformerfam.comparison.run import is_finished
 from transformerfam.errors import RecipeError, TransformerFamError

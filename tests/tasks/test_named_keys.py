@@ -14,7 +14,7 @@ from transformerfam.comparison import Comparison, load_comparison, run_one
 from transformerfam.comparison import named_keys as comparison_named_keys
 from transformerfam.comparison.figures import plot_comparison
 from transformerfam.comparison.named_keys import capacities
-from transformerfam.comparison.plan import RunName
+from transformerfam.comparison.names import RunName
 from transformerfam.comparison.report import comparison_tables
 from transformerfam.comparison.run import is_finished
 from transformerfam.errors import RecipeError, TransformerFamError

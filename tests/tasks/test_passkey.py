@@ -20,7 +20,7 @@ from transformerfam.tasks import (
     evaluate_passkey,
     passkey_evaluation,
 )
-from transformerfam.tasks.passkey import load_shuffled
+from transformerfam.tasks.filler import load_shuffled
 from transformerfam.tasks.text import encode
 from transformerfam.tasks.wordings import Wording
 from transformerfam.training.tiny import build_tiny_tokenizer

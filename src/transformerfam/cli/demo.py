@@ -25,8 +25,9 @@ from transformerfam.cli.progress import tokens_bar
 from transformerfam.errors import TransformerFamError
 from transformerfam.fam.state import FamState
 from transformerfam.fields import LARGEST_INTEGER
+from transformerfam.tasks.filler import FILLER_SENTENCES, FillerStream
 from transformerfam.tasks.novels import load_novel
-from transformerfam.tasks.passkey import FILLER_SENTENCES, FIRST_KEY, LAST_KEY, FillerStream, PasskeyText
+from transformerfam.tasks.passkey import FIRST_KEY, LAST_KEY, PasskeyText
 from transformerfam.tasks.provenance import memory_notes
 from transformerfam.tasks.ragged import greedy_tokens
 from transformerfam.tasks.text import encode

@@ -1,8 +1,9 @@
 """The paper's comparison: every system trained and asked alike, on one command that can be stopped and resumed.
 
-`plan` says what a comparison is, `load` reads its file; `schedule` keeps its runs going, each in its own process; `run`
-trains and asks one system; `questions` says which questions belong to it; `report` and `figures` show what the rows
-say. What is asked, and how it is shown, is a task's: `passkey`, `named_keys` and `facts`.
+`plan` says what a comparison is, `names` what its runs are called, `load` reads its file; `schedule` keeps its runs
+going, each in its own process; `run` trains and asks one system; `questions` says which questions belong to it;
+`report` and `figures` show what the rows say. What is asked, and how it is shown, is a task's: `passkey`, `named_keys`
+and `facts`.
 
 May import: `training`, `tasks`, `weights`, `rivals`, `reports`, and the root of the package.
 One more task: a class in a module here (of `AccuracyComparison`, where answers are right or wrong), and its name in the
@@ -11,7 +12,8 @@ the file.
 """
 
 from transformerfam.comparison.load import load_comparison
-from transformerfam.comparison.plan import Comparison, RunName
+from transformerfam.comparison.names import RunName
+from transformerfam.comparison.plan import Comparison
 from transformerfam.comparison.run import run_one
 from transformerfam.comparison.schedule import run_all
 

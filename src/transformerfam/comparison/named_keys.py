@@ -8,7 +8,8 @@ from typing import Any, ClassVar, Literal, NamedTuple
 from rich.table import Table
 
 from transformerfam.comparison.figures import line_style, name_missing
-from transformerfam.comparison.plan import Asked, RunName
+from transformerfam.comparison.names import RunName
+from transformerfam.comparison.plan import Asked
 from transformerfam.comparison.report import EMPTY, current_rows, new_table, over_seeds
 from transformerfam.comparison.texts import TextsComparison
 from transformerfam.reports.figure import label_ends, new_figure, save_figure

@@ -5,13 +5,13 @@ import copy
 import difflib
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple, Self
 
 from pydantic import Field, model_validator
 from rich.table import Table
 
+from transformerfam.comparison.names import RunName, require_plain_name
 from transformerfam.config import FamConfig
 from transformerfam.errors import RecipeError
 from transformerfam.reports.rows import Row
@@ -38,29 +38,6 @@ Update = Callable[[int, int, Any], None]
 """Called with how much is done, how much there is to do, and the state."""
 
 
-@dataclass(frozen=True)
-class RunName:
-    """One training of one system."""
-
-    system: str
-    seed: int
-
-    def __str__(self) -> str:
-        return f"{self.system}-{self.seed}"
-
-    @classmethod
-    def parse(cls, text: str) -> "RunName":
-        """Read what `str` gave.
-
-        Raises:
-            RecipeError: it is no name of a run.
-        """
-        system, _, seed = text.rpartition("-")
-        if not system or not seed.isdecimal():
-            raise RecipeError(f"{text!r} is no run, required is SYSTEM-SEED, for example fam-0")
-        return cls(system, int(seed))
-
-
 class Asking(NamedTuple):
     """What a run is queried with.
 
@@ -79,19 +56,6 @@ class Asking(NamedTuple):
     answered: Sequence[Row]
     notes: Mapping[str, Any]
     update: Update
-
-
-def require_plain_name(name: str) -> None:
-    """Refuse a name that would be a folder elsewhere.
-
-    Raises:
-        RecipeError: it is empty, begins with a dot, or has a separator in it.
-    """
-    if not name or name.startswith(".") or not name.isprintable() or set(name) & set("/\\:"):
-        raise RecipeError(
-            f"the name {name!r} is no name of a folder, required is one without '/', '\\' and ':' that does not begin "
-            "with a dot"
-        )
 
 
 class Comparison(Section, abc.ABC):

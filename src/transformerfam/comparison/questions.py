@@ -6,7 +6,8 @@ from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
-from transformerfam.comparison.plan import UNTRAINED, Comparison, RunName
+from transformerfam.comparison.names import RunName
+from transformerfam.comparison.plan import UNTRAINED, Comparison
 from transformerfam.reports.rows import Row
 from transformerfam.tasks.controls import control_of
 

@@ -9,7 +9,8 @@ from typing import Any
 
 import torch
 
-from transformerfam.comparison.plan import UNTRAINED, Asking, Comparison, RunName
+from transformerfam.comparison.names import RunName
+from transformerfam.comparison.plan import UNTRAINED, Asking, Comparison
 from transformerfam.comparison.questions import Questions
 from transformerfam.errors import RecipeError
 from transformerfam.files import make_folder

@@ -17,7 +17,8 @@ from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 
-from transformerfam.comparison.plan import UNTRAINED, Comparison, RunName
+from transformerfam.comparison.names import RunName
+from transformerfam.comparison.plan import UNTRAINED, Comparison
 from transformerfam.comparison.questions import Questions
 from transformerfam.comparison.run import ROWS_FILE, is_finished, require_same_recipe, run_folder
 from transformerfam.errors import MissingPackageError, TransformerFamError

@@ -5,7 +5,7 @@ from typing import Any
 
 from transformerfam.comparison.plan import Asking, Comparison
 from transformerfam.reports.rows import Row
-from transformerfam.tasks.passkey import filler_text, text_digest
+from transformerfam.tasks.filler import filler_text, text_digest
 
 
 class TextsComparison(Comparison):

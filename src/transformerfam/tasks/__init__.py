@@ -2,15 +2,16 @@
 
 A task has a module that writes its texts (`passkey`, `named_keys`, `facts`), one that asks (`..._evaluation`), and one
 that writes what is trained on, with its section of a recipe (`..._training`); `next_token` scores. They share the texts
-(`text`, `novels`, `placed_text`), their wordings, readings in constant memory (`reading`, `ragged`), the controls, and
-where a row comes from (`provenance`).
+(`text`, `filler`, `novels`, `placed_text`), their wordings, readings in constant memory (`reading`, `ragged`), the
+controls, and where a row comes from (`provenance`).
 
 May import: `weights`, `fam`, `decoder`, `reports`, and the root of the package.
 One more task: a module each, or one for all, and a line in `registry`, which also names what compares it.
 """
 
+from transformerfam.tasks.filler import FillerStream
 from transformerfam.tasks.next_token import evaluate_next_token
-from transformerfam.tasks.passkey import FillerStream, PasskeySequence, PasskeyText, build_passkey, draw_keys
+from transformerfam.tasks.passkey import PasskeySequence, PasskeyText, build_passkey, draw_keys
 from transformerfam.tasks.passkey_evaluation import PasskeyEvaluation, evaluate_passkey
 
 __all__ = [

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from transformerfam.errors import TransformerFamError
-from transformerfam.tasks.passkey import FillerStream, load_filler
+from transformerfam.tasks.filler import FillerStream, load_filler
 from transformerfam.tasks.text import encode, start_ids
 
 PEOPLE = ("Mary", "John", "Sandra", "Daniel")

@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from transformerfam.errors import TransformerFamError
-from transformerfam.tasks.passkey import FillerStream, PasskeyText
+from transformerfam.tasks.filler import FillerStream
+from transformerfam.tasks.passkey import PasskeyText
 from transformerfam.tasks.text import encode
 
 NAMES = (

@@ -22,15 +22,8 @@ from transformerfam.fam.state import FamState
 from transformerfam.processes import uninterrupted
 from transformerfam.reports.telling import NUM_DIGITS, Telling
 from transformerfam.tasks.controls import SWAPPED, control_of
-from transformerfam.tasks.passkey import (
-    PAPER,
-    FillerStream,
-    PasskeyText,
-    draw_keys,
-    filler_text,
-    load_shuffled,
-    text_digest,
-)
+from transformerfam.tasks.filler import FillerStream, filler_text, load_shuffled, text_digest
+from transformerfam.tasks.passkey import PAPER, PasskeyText, draw_keys
 from transformerfam.tasks.placed_text import PlacedText
 from transformerfam.tasks.provenance import provenance, questions_of, weights_of
 from transformerfam.tasks.ragged import greedy_tokens, read_ragged, side_by_side

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from transformerfam.tasks.passkey import FillerStream
+from transformerfam.tasks.filler import FillerStream
 
 
 class PlacedText:

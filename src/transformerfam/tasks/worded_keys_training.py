@@ -12,9 +12,10 @@ from pydantic import model_validator
 
 from transformerfam.errors import RecipeError
 from transformerfam.tasks.batch import Held, Written
+from transformerfam.tasks.filler import FillerStream
 from transformerfam.tasks.named_keys import draw_keys
 from transformerfam.tasks.named_keys_training import SeveralKeysSection
-from transformerfam.tasks.passkey import FillerStream, PasskeyText
+from transformerfam.tasks.passkey import PasskeyText
 from transformerfam.tasks.question import Question
 from transformerfam.tasks.ranges import LimitsFrom1, NotNegative, Number, Share
 from transformerfam.tasks.section import require

@@ -15,7 +15,7 @@ import torch
 
 from transformerfam.errors import RecipeError
 from transformerfam.tasks.batch import Held, Row, Written
-from transformerfam.tasks.passkey import FillerStream
+from transformerfam.tasks.filler import FillerStream
 from transformerfam.tasks.question import Question
 from transformerfam.tasks.ranges import Limits, LimitsFrom1, Share
 from transformerfam.tasks.section import Section

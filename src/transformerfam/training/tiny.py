@@ -9,7 +9,8 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from transformerfam.decoder.memory import memory_of
-from transformerfam.tasks.passkey import AFTER_KEY, BEFORE_KEY, BETWEEN_KEYS, FILLER_SENTENCES, QUESTION
+from transformerfam.tasks.filler import FILLER_SENTENCES
+from transformerfam.tasks.passkey import AFTER_KEY, BEFORE_KEY, BETWEEN_KEYS, QUESTION
 from transformerfam.training.recipe.sections import ModelSection
 
 EMBEDDING_STD, LINEAR_STD = 1.0, 0.05

@@ -6,7 +6,7 @@ from functools import cached_property
 from typing import Any
 
 from transformerfam.tasks.batch import Row, Written
-from transformerfam.tasks.passkey import load_filler
+from transformerfam.tasks.filler import load_filler
 from transformerfam.tasks.text import encode
 
 
