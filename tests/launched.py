@@ -18,6 +18,36 @@ CONTEXT.set_forkserver_preload(["accelerate", "peft", "transformerfam.cli.app", 
 SECONDS = 280
 
 
+class Forked:
+    """What a comparison starts its runs by, in the place of `subprocess.Popen`: forked, and with little to read.
+
+    Args:
+        command: `python -m transformerfam ...`.
+        stdin: a pipe, which `communicate` closes.
+        stdout: a file, for all that is written.
+        stderr: the same.
+    """
+
+    def __init__(self, command: list[str], stdin: int, stdout: Any, stderr: Any) -> None:
+        arguments = command[command.index("transformerfam") + 1 :]
+        read, self._write = CONTEXT.Pipe(duplex=False)
+        environment = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+        paths = (stdout.name, stderr.name)
+        self._process: Any = CONTEXT.Process(target=_run, args=(paths, arguments, environment, read, os.getcwd()))
+        self._process.start()
+        read.close()
+
+    def wait(self) -> int:
+        """Wait for its end, and return its exit status."""
+        self._process.join(SECONDS)
+        assert self._process.exitcode is not None
+        return int(self._process.exitcode)
+
+    def communicate(self) -> None:
+        """Close what it reads from."""
+        self._write.close()
+
+
 class Done(NamedTuple):
     """How processes ended: the first exit status that is not 0, and what all of them wrote."""
 
@@ -40,10 +70,13 @@ def run_in_processes(folder: Path, arguments: list[str], number: int = 1) -> Don
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
         environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(number)}
+    said = [(folder / f"said-{rank}.out", folder / f"said-{rank}.err") for rank in range(number)]
     processes = []
-    for rank in range(number):
+    for rank, paths in enumerate(said):
+        for path in paths:
+            path.unlink(missing_ok=True)
         own = {"RANK": str(rank), "LOCAL_RANK": str(rank)} if number > 1 else {}
-        process: Any = CONTEXT.Process(target=_run, args=(folder / f"said-{rank}", arguments, environment | own))
+        process: Any = CONTEXT.Process(target=_run, args=(paths, arguments, environment | own))
         process.start()
         processes.append(process)
     for process in processes:
@@ -51,20 +84,29 @@ def run_in_processes(folder: Path, arguments: list[str], number: int = 1) -> Don
     statuses = [124 if process.exitcode is None else process.exitcode for process in processes]
     for process in processes:
         process.kill()
-    said = [
-        "".join((folder / f"said-{rank}.{stream}").read_text() for rank in range(number)) for stream in ("out", "err")
-    ]
-    return Done(next((status for status in statuses if status), 0), *said)
+    written = ("".join(path.read_text() for path in paths) for paths in zip(*said, strict=True))
+    return Done(next((status for status in statuses if status), 0), *written)
 
 
-def _run(said: Path, arguments: list[str], environment: dict[str, str]) -> None:
+def _run(
+    paths: tuple[str | Path, str | Path],
+    arguments: list[str],
+    environment: dict[str, str],
+    stdin: Any = None,
+    folder: str = ".",
+) -> None:
     os.environ.update(environment)
-    for number, stream in ((1, "out"), (2, "err")):
-        file = os.open(f"{said}.{stream}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-        os.dup2(file, number)
+    os.chdir(folder)
+    for number, path in enumerate(paths, start=1):
+        os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND), number)
     sys.stdout, sys.stderr = (os.fdopen(number, "w", buffering=1) for number in (1, 2))
     torch.set_num_threads(1)
     from transformerfam.cli.app import app
+    from transformerfam.comparison import report, run
 
+    if stdin is not None:
+        os.dup2(stdin.fileno(), 0)
+        sys.stdin = os.fdopen(0)
+        report.BYTES_LENGTHS = run.BYTES_LENGTHS = (8, 24)
     sys.argv = ["fam", *arguments]
     app(arguments)

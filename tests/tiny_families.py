@@ -1,5 +1,7 @@
 """A tiny random model of every served family, with what sets the family apart switched on."""
 
+import copy
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -295,9 +297,14 @@ def draw_ids(*shape: int, seed: int = 0) -> torch.Tensor:
     return torch.randint(VOCABULARY, shape, generator=torch.Generator().manual_seed(seed))
 
 
+@functools.cache
+def _layer_types(case: str) -> list[str]:
+    return getattr(make_tiny(case).config, "layer_types", None) or []
+
+
 def config_of(case: str, options: str) -> FamConfig:
     """Return a configuration; a hybrid model of the tests has one layer that would carry FAM, too few for `next`."""
-    changes, layer_types = OPTIONS[options], getattr(make_tiny(case).config, "layer_types", None) or []
+    changes, layer_types = OPTIONS[options], _layer_types(case)
     if changes.get("fam_feeds", "same") != "same" and len(set(layer_types)) > 1:
         changes = changes | {"fam_layers": (0, 2)}  # layer 1 carries the rows up
     return CONFIG.replace(**changes)
@@ -305,7 +312,13 @@ def config_of(case: str, options: str) -> FamConfig:
 
 def make_converted(case: str, config: FamConfig = CONFIG, **changes: Any) -> Any:
     """Convert a tiny model and draw its initial FAM, so that rows differ and matter."""
-    model: Any = convert(make_tiny(case, **changes), config)
+    return copy.deepcopy(_converted_once(case, config, tuple(changes.items())))
+
+
+@functools.lru_cache(maxsize=256)
+def _converted_once(case: str, config: FamConfig, changes: tuple[tuple[str, Any], ...]) -> Any:
+    """Convert a tiny model once for all tests: the checks of a conversion take longer than most of them."""
+    model: Any = convert(make_tiny(case, **dict(changes)), config)
     generator = torch.Generator().manual_seed(3)
     with torch.no_grad():
         for rows in fam_parameters(model):

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -10,16 +11,18 @@ import time
 from pathlib import Path
 from statistics import mean
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 from filelock import FileLock
+from launched import Forked
 from rich.console import Console
 from training_recipes import SMALL_COMPARISON as SMALL
 from training_recipes import SMALL_TRAINING
 from typer.testing import CliRunner
 
 from transformerfam.cli.app import app
-from transformerfam.comparison import RunName, load_comparison, run_one
+from transformerfam.comparison import RunName, load_comparison, run_one, schedule
 from transformerfam.comparison.figures import plot_comparison
 from transformerfam.comparison.passkey import PasskeyComparison
 from transformerfam.comparison.plan import SYSTEMS
@@ -215,7 +218,10 @@ def test_comparison_runs_to_its_end_and_goes_on(recipe: Path, tmp_path: Path, mo
     (tmp_path / "torch.py").write_text("raise SystemExit('this is not torch')")
     (tmp_path / "doit.cfg").write_text("[COMMAND]\nrun = no_such_module:Run\n")
     runner, folder, rows = CliRunner(), tmp_path / "runs", tmp_path / "rows.jsonl"
-    recipe.write_text(SMALL.replace('"rmt", "full"', "").replace("full = 8", ""))  # two runs, a process each
+    systems = 'systems = ["fam", "fam_memory_zeroed"]'
+    recipe.write_text(re.sub("systems = .*", systems, SMALL).replace("full = 8", ""))
+    training = tmp_path / "training.toml"
+    training.write_text(training.read_text().replace("block_size = 16", "block_size = 512"))  # it reads 16,384 tokens
     command = ["compare", str(recipe), "--output", str(folder), "--rows", str(rows)]
     figure = tmp_path / "figure.svg"
     result = runner.invoke(app, [*command, "--figure", str(figure), "--table", str(tmp_path / "table.md")])
@@ -295,8 +301,10 @@ def test_filler_of_unknown_words_is_refused_before_training(
         run_one(comparison, RunName("fam", 0), tmp_path / "runs")
 
 
-def test_failed_run_is_named(recipe: Path, tmp_path: Path) -> None:
-    """Catches a run that fails in silence while the others go on."""
+@pytest.mark.usefixtures("short_bytes")
+def test_failed_run_is_named(recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches a run that fails in silence while the others continue."""
+    monkeypatch.setattr(schedule, "subprocess", Mock(Popen=Forked))
     folder = tmp_path / "runs"
     (folder / "rmt-0").mkdir(parents=True)
     (folder / "rmt-0" / "checkpoint.safetensors").write_bytes(b"no checkpoint")
@@ -400,6 +408,7 @@ def test_ablations_are_drawn_as_a_matrix_and_tables_as_markdown(recipe: Path, tm
     ]
 
 
+@pytest.mark.usefixtures("short_bytes")
 def test_keys_are_asked_at_every_depth_and_behind_another(recipe: Path, tmp_path: Path) -> None:
     """Catches depths in one cell, a run that ends without some of them, and questions asked twice after a stop."""
     overrides = ['systems=["fam","rmt"]', "max_filler_tokens={}", "prefix_tokens=[0,9]", "overwritten_tokens=[9]"]

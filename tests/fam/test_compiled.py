@@ -50,8 +50,16 @@ def assert_reads_alike(plain: Any, compiled: Any, ids: torch.Tensor, lengths: Se
             torch.testing.assert_close(found_layer.tensors()[name], tensor, atol=1e-6, rtol=0)
 
 
+IN_BLOCKS = ("fam", "memory segments", "sinks", "static", "gated slots", "gated, with a mask")
+"""The fast tests compile these blocks, and the other configurations' tokens one by one; `make prove` compiles all."""
+
+
+def of_fast(name: str, is_fast: bool, *more: str) -> Any:
+    return pytest.param(name, *more, marks=[] if is_fast else pytest.mark.slow)
+
+
 @torch.no_grad()
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("name", [of_fast(name, name not in IN_BLOCKS or name == "gated slots") for name in CONFIGS])
 def test_compiled_tokens_match_and_are_compiled_once(name: str) -> None:
     """Catches a slot written wrongly, an empty slot that is seen, and shapes that change from block to block."""
     plain, compiled = make_pair(CONFIGS[name])
@@ -65,8 +73,8 @@ def test_compiled_tokens_match_and_are_compiled_once(name: str) -> None:
 @pytest.mark.parametrize(
     ("name", "back_end"),
     [
-        *(pytest.param(name, "fam") for name in CONFIGS),
-        *(pytest.param(name, "sdpa", marks=[] if name == "fam" else pytest.mark.slow) for name in CONFIGS),
+        *(of_fast(name, name in IN_BLOCKS, "fam") for name in CONFIGS),
+        *(of_fast(name, name == "fam", "sdpa") for name in CONFIGS),
     ],
 )
 def test_compiled_blocks_match_and_are_compiled_once(name: str, back_end: str) -> None:

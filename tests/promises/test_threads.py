@@ -1,5 +1,6 @@
 """Threads that read with one model, each into a state of its own, do not feel each other."""
 
+import itertools
 import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -42,9 +43,19 @@ def assert_threads_read_as_one(model: Any) -> None:
             torch.testing.assert_close(found, required, atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("case", ["llama", "gemma2", "gemma3_text", "olmo2", "gpt_neox", "falcon"])
-@pytest.mark.parametrize("update", ["paper", "static", "gated"])
-def test_threads_do_not_mix_their_readings(case: str, update: str) -> None:
+FAST = ("paper-llama", "paper-gemma3_text", "static-gemma2", "static-olmo2", "gated-gemma2", "gated-gemma3_text")
+
+
+@pytest.mark.parametrize(
+    ("update", "case"),
+    [
+        pytest.param(*pair, marks=[] if "-".join(pair) in FAST else pytest.mark.slow)
+        for pair in itertools.product(
+            ["paper", "static", "gated"], ["llama", "gemma2", "gemma3_text", "olmo2", "gpt_neox", "falcon"]
+        )
+    ],
+)
+def test_threads_do_not_mix_their_readings(update: str, case: str) -> None:
     """Catches what a hook leaves on the model for the next one, where another thread finds it."""
     shape = {"block_size": 4, "fam_length": 2, "num_memory_segments": 1, "fam_key_bias": 0.0}
     preset = "gated" if update == "gated" else "paper"
@@ -52,7 +63,13 @@ def test_threads_do_not_mix_their_readings(case: str, update: str) -> None:
     assert_threads_read_as_one(convert(make_tiny(case), FamConfig.preset(preset, **shape | changes)))
 
 
-@pytest.mark.parametrize("system", RIVAL_NAMES)
+@pytest.mark.parametrize(
+    "system",
+    [
+        name if name in ("armt", "gated_linear", "rmt") else pytest.param(name, marks=pytest.mark.slow)
+        for name in RIVAL_NAMES
+    ],
+)
 def test_threads_do_not_mix_rivals(system: str) -> None:
     """Catches a rival that keeps on itself what belongs to a piece."""
     assert_threads_read_as_one(attach(make_tiny("llama"), RivalConfig(system=system, block_size=4)))

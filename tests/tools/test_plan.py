@@ -244,7 +244,8 @@ def test_training_operations_are_those_that_torch_counts(training: Any, preset: 
     assert plan.flops_per_token_training + masked == pytest.approx(counted, rel=0.01)
 
 
-@pytest.mark.parametrize("training", ["full", pytest.param("lora", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("training", ["full", "lora"])
 def test_averages_of_adafactor_are_those_it_keeps(training: Any) -> None:
     """Catches a plan with other settings than a recipe's: a first moment is kept beside sums of rows and columns."""
     config = make_tiny("llama").config

@@ -123,7 +123,13 @@ OPTIONS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("name", OPTIONS)
+@pytest.mark.parametrize(
+    "name",
+    [
+        name if name in ("passing", "auxiliary losses") else pytest.param(name, marks=pytest.mark.slow)
+        for name in OPTIONS
+    ],
+)
 def test_loop_of_transformers_gives_the_same_losses(name: str, files: tuple[str, ...], tmp_path: Path) -> None:
     """Catches a batch, a loss, a passed state or an optimizer that differs between `fam train` and transformers."""
     recipe = make_recipe(files, **OPTIONS[name])

@@ -212,7 +212,9 @@ def test_prompt_of_a_memory_goes_on_as_a_prefix(tmp_path):
         Trainer(small_recipe(model=model), tmp_path / "third")
 
 
-@pytest.mark.parametrize("lora", [{"rank": 4}, {"rank": 2, "alpha": 8.0}, None])
+@pytest.mark.parametrize(
+    "lora", [{"rank": 4}, *(pytest.param(lora, marks=pytest.mark.slow) for lora in ({"rank": 2, "alpha": 8.0}, None))]
+)
 def test_memory_with_other_lora_is_refused(tmp_path, lora):
     """LoRA of the first run read into other shapes or scaled anew, or left under full training."""
     whole, first = tmp_path / "whole", tmp_path / "first"
