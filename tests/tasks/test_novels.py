@@ -1,28 +1,14 @@
-"""The novels of the package and the script that made them."""
+"""The novels of the package."""
 
 import gzip
 import importlib.resources
-import importlib.util
-from pathlib import Path
-from types import ModuleType
 
 import pytest
 
 from transformerfam.errors import TransformerFamError
+from transformerfam.sources.books import NOVELS
 from transformerfam.tasks.novels import HELD_OUT_NOVELS, load_novel
 from transformerfam.tasks.text import read_text
-
-SCRIPT = Path(__file__).parents[2] / "scripts" / "prepare_books.py"
-
-
-@pytest.fixture(scope="module")
-def prepare_books() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("prepare_books", SCRIPT)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 @pytest.mark.parametrize(("name", "title"), [("persuasion", "PERSUASION"), ("northanger_abbey", "NORTHANGER ABBEY")])
@@ -57,29 +43,6 @@ def test_novel_files_hold_no_time_stamp(name: str) -> None:
     assert gzip.compress(gzip.decompress(stored), compresslevel=9, mtime=0)[4:8] == bytes(4)
 
 
-def test_held_out_novels_are_those_of_the_script(prepare_books: ModuleType) -> None:
-    """Catches a held-out novel that the script writes to the training folder."""
-    held_out = {name for name, _, is_held_out in prepare_books.NOVELS.values() if is_held_out}
-    assert held_out == set(HELD_OUT_NOVELS)
-
-
-def test_clean_drops_title_page_end_mark_and_editors_remarks(prepare_books: ModuleType) -> None:
-    """Catches remarks of an edition that would be learned as the author's."""
-    lines = [
-        "A Novel",
-        "(1811)",
-        "",
-        "CHAPTER 1",
-        "",
-        "It began.",
-        "",
-        "",
-        "",
-        "",
-        "[At this point in the first",
-        "edition.]",
-    ]
-    text = prepare_books.clean(
-        [*lines, "", "It went on. ", "", "THE END", "", "A NOTE ON THE TEXT", "Signed"], "A Novel"
-    )
-    assert text == "A NOVEL\n\nby Jane Austen\n\n\nCHAPTER 1\n\nIt began.\n\n\nIt went on.\n"
+def test_held_out_novels_are_those_of_the_books() -> None:
+    """Catches a held-out novel among the books to train on."""
+    assert {name for name, _, is_held_out in NOVELS.values() if is_held_out} == set(HELD_OUT_NOVELS)

@@ -5,6 +5,7 @@ import typer
 from transformerfam.cli.average import average_command
 from transformerfam.cli.compare import compare_command
 from transformerfam.cli.convert import convert_command
+from transformerfam.cli.data import data_app
 from transformerfam.cli.demo import demo_command
 from transformerfam.cli.evaluate import evaluate_app
 from transformerfam.cli.generate import generate_command
@@ -25,4 +26,5 @@ app.add_typer(evaluate_app, name="evaluate", help=COMMANDS["evaluate"])
 app.command("compare")(compare_command)
 app.add_typer(report_app, name="report", help=COMMANDS["report"])
 app.command("plan")(plan_command)
+app.add_typer(data_app, name="data", help=COMMANDS["data"])
 app.command("demo")(demo_command)

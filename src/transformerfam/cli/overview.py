@@ -18,6 +18,7 @@ COMMANDS = {
     "compare": "Train and ask every system of a comparison alike; stop it at any time, and the same command goes on.",
     "report": "Tables and figures of result rows, and pictures of attention.",
     "plan": "Say what a model will need, without its weights: parameters, bytes, operations, hours.",
+    "data": "Fetch texts and questions to train on and to measure with.",
     "demo": "Hide a key on the first page of a novel, read the novel, and ask: FAM beside BSWA.",
 }
 """Every command, in the order of the list, with the first line of its help."""
