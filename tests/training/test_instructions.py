@@ -101,6 +101,43 @@ def test_sequences_are_packed_and_end_with_a_repeated_segment(files: tuple[str, 
         assert torch.equal(again.sequence(number)[0], packed.sequence(number)[0])
 
 
+def test_text_files_and_folders_are_read_whole(tmp_path: Path) -> None:
+    """Catches a text that is read line by line, and files of a folder that are left out."""
+    tokenizer, folder = build_tiny_tokenizer(), tmp_path / "texts"
+    (folder / "deep").mkdir(parents=True)
+    texts = {"b.txt": "The sky is blue.\n\nThe grass is green.\n", "deep/a.txt": "Here we go.", "deep/c.txt": " \n"}
+    for name, text in texts.items():
+        (folder / name).write_text(text)
+    (folder / "notes.md").write_text("no text of ours")
+    pieces = read_instructions(tokenizer, make_recipe((str(folder),)).instructions)
+    eos = tokenizer.eos_token or ""
+    assert [piece.ids for piece in pieces] == [encode(tokenizer, texts[name] + eos) for name in ("b.txt", "deep/a.txt")]
+    assert {weight for piece in pieces for weight in piece.weights} == {1.0}
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(RecipeError, match=r"'.*empty' holds no .txt file; name another folder"):
+        read_instructions(tokenizer, make_recipe((str(tmp_path / "empty"),)).instructions)
+
+
+def test_mixed_sequences_are_those_of_the_epoch_in_another_order(files: tuple[str, ...]) -> None:
+    """Catches sequences that are left out or read twice, and the same order in every epoch."""
+    section = {"length": 16, "repeat_tokens": 0}
+    plain, mixed = (
+        PackedInstructions(make_recipe(files, instructions=section | {"mix_sequences": mix}), build_tiny_tokenizer())
+        for mix in (False, True)
+    )
+
+    def epoch(packed: PackedInstructions, number: int) -> list[tuple[int, ...]]:
+        numbers = range(number * packed.per_epoch, (number + 1) * packed.per_epoch)
+        return [tuple(packed.sequence(number)[0].tolist()) for number in numbers]
+
+    assert plain.per_epoch > 5
+    for number in range(2):
+        assert sorted(epoch(plain, number)) == sorted(epoch(mixed, number))
+        assert epoch(plain, number) != epoch(mixed, number)
+    orders = [[epoch(plain, number).index(ids) for ids in epoch(mixed, number)] for number in range(2)]
+    assert orders[0] != orders[1]
+
+
 def test_batch_predicts_every_weighed_token(files: tuple[str, ...]) -> None:
     """Catches weights that stand at the token itself and not where it is predicted."""
     packed = PackedInstructions(make_recipe(files), build_tiny_tokenizer())

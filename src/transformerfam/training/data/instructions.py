@@ -6,6 +6,7 @@ Source: section 3.1.1 of arXiv 2404.09173.
 import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from transformerfam.training.data.sequences import draw_block_size
 from transformerfam.training.recipe.data_sections import InstructionSection
 from transformerfam.training.recipe.recipe import Recipe
 
+TEXT_SUFFIX = ".txt"
 REPEAT_PROMPT = "[repeat random segment]:"
 """What announces the repeated segment; its weight is 0."""
 
@@ -42,12 +44,18 @@ def read_instructions(tokenizer: Any, section: InstructionSection) -> list[Piece
             message names file and line.
     """
     pieces = []
-    for path in section.files:
+    for path in files_of(section):
         try:
-            lines = read_whole(path).decode().splitlines()
+            content = read_whole(path).decode()
         except (OSError, UnicodeDecodeError) as error:
-            raise RecipeError(f"instructions.files: cannot read {path!r} ({error}); give UTF-8 JSON lines") from error
-        for number, line in enumerate(lines, start=1):
+            raise RecipeError(
+                f"instructions.files: cannot read {str(path)!r} ({error}); give UTF-8 JSON lines or .txt files"
+            ) from error
+        if path.suffix == TEXT_SUFFIX:
+            if content.strip():
+                pieces.append(_piece(tokenizer, {"text": content}))
+            continue
+        for number, line in enumerate(content.splitlines(), start=1):
             if line.strip():
                 try:
                     pieces.append(_piece(tokenizer, parse_json(line)))
@@ -61,6 +69,22 @@ def read_instructions(tokenizer: Any, section: InstructionSection) -> list[Piece
             "instructions.files hold no token of a weight above 0, which those of answers and texts have; give some"
         )
     return pieces
+
+
+def files_of(section: InstructionSection) -> list[Path]:
+    """Return the files of a section, those of a folder by name.
+
+    Raises:
+        RecipeError: a folder holds no `.txt` file.
+    """
+    files: list[Path] = []
+    for name in section.files:
+        path = Path(name)
+        found = sorted(path.rglob(f"*{TEXT_SUFFIX}")) if path.is_dir() else [path]
+        if not found:
+            raise RecipeError(f"instructions.files: {name!r} holds no {TEXT_SUFFIX} file; name another folder")
+        files += found
+    return files
 
 
 def _piece(tokenizer: Any, values: dict[str, Any]) -> Piece:
@@ -130,6 +154,7 @@ class PackedInstructions:
         num_tokens = sum(len(piece.ids) for piece in self.pieces)
         self.per_epoch = max(1, num_tokens // self.num_packed)
         self._stream: tuple[int, torch.Tensor, torch.Tensor] | None = None  # epoch, tokens, weights
+        self._order: tuple[int, list[int]] | None = None  # epoch, places of its sequences
 
     def _epoch(self, number: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the stream of an epoch and its weights; the one in use is kept."""
@@ -147,6 +172,12 @@ class PackedInstructions:
         """Return the tokens and the weights of sequence `number`, each `(length,)`."""
         epoch, place = divmod(number, self.per_epoch)
         ids, weights = self._epoch(epoch)
+        if self.section.mix_sequences:
+            if self._order is None or self._order[0] != epoch:
+                places = list(range(self.per_epoch))
+                random.Random(f"{self.seed}/mixed/{epoch}").shuffle(places)
+                self._order = epoch, places
+            place = self._order[1][place]
         packed = slice(place * self.num_packed, (place + 1) * self.num_packed)
         ids, weights = ids[packed], weights[packed]
         length = self.section.repeat_tokens

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from transformerfam.errors import RecipeError
 from transformerfam.tasks.novels import HELD_OUT_NOVELS
+from transformerfam.training.data.instructions import files_of
 from transformerfam.training.recipe.recipe import Recipe
 
 MODEL_FILES = (
@@ -64,8 +65,8 @@ def _files(recipe: Recipe) -> Iterator[tuple[str, Path]]:
     for key, name in texts.items():
         if name not in (None, "sentences", *HELD_OUT_NOVELS):
             yield key, Path(str(name))
-    for number, name in enumerate(() if recipe.instructions is None else recipe.instructions.files):
-        yield f"instructions.files.{number}", Path(name)
+    for number, path in enumerate(() if recipe.instructions is None else files_of(recipe.instructions)):
+        yield f"instructions.files.{number}", path
     folders: dict[str, tuple[str, ...]] = {f"data.{key}": ("*.txt",) for key in data.folder_keys}
     folders |= {"model.base": MODEL_FILES, "model.memory": MODEL_FILES}
     names = {f"data.{key}": getattr(data, key) for key in data.folder_keys}

@@ -51,17 +51,21 @@ class InstructionSection(Section):
     """Instructions and texts, packed to sequences of one length (3.1.1), in place of passkeys."""
 
     files: Texts
-    """JSON lines, each with `messages` (the tokenizer's chat template), with `prompt` and `answer`, or with `text`."""
+    """JSON lines, each with `messages` (the tokenizer's chat template), with `prompt` and `answer`, or with `text`;
+    UTF-8 `.txt` files, each one text; and folders, for all `.txt` files in them and their folders."""
     length: Integer = 8500
     """Tokens of a packed sequence, the repeated segment included."""
     repeat_tokens: Natural = 256
     """Consecutive tokens, drawn from the sequence, that it ends with once more; 0 repeats nothing."""
     repeat_weight: NotNegative = 0.1
     """Weight of the repeated tokens; answers and plain texts weigh 1, prompts, examples and other roles 0."""
+    mix_sequences: bool = False
+    """Draw the sequences of a batch from all over the texts, as plain training does. False reads each text from its
+    beginning to its end, one sequence after the other, as a passed state needs it."""
 
     @model_validator(mode="after")
     def _require_lengths(self) -> Self:
-        require(len(self.files) > 0, "instructions.files is empty, required is at least one JSON lines file")
+        require(len(self.files) > 0, "instructions.files is empty, required is at least one file")
         require(
             self.length > 2 * self.repeat_tokens + 1,
             f"instructions.length is {self.length}, required is more than twice instructions.repeat_tokens "
