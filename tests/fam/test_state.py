@@ -15,7 +15,7 @@ import torch
 from tiny_families import make_tiny
 from tiny_llama import make_tiny_llama, random_ids, random_rows
 
-from transformerfam import FamConfig, FamState, convert, files
+from transformerfam import FamConfig, FamState, convert
 from transformerfam.config import UPDATE_PRESETS
 from transformerfam.decoder.architecture import difference
 from transformerfam.errors import CorruptFileError, StateMismatchError, TransformerFamError
@@ -299,7 +299,7 @@ def test_full_disk_leaves_the_old_file(saved: tuple[Any, Path], monkeypatch: pyt
         Path(temporary).write_bytes(b"half")
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(files, "save_file", write_half)
+    monkeypatch.setattr("transformerfam.files.tensors.save_file", write_half)
     with pytest.raises(TransformerFamError, match="No space left on device; a file that was there before is unchanged"):
         model.read(random_ids(50)).save(path)
     assert path.read_bytes() == before

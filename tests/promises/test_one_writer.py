@@ -16,16 +16,17 @@ from tiny_llama import make_tiny_llama
 from training_recipes import SMALLEST_TRAINING as RECIPE
 from training_recipes import small_recipe
 
-from transformerfam import FamConfig, convert, files
+from transformerfam import FamConfig, convert, processes
 from transformerfam.errors import CorruptFileError, TransformerFamError
-from transformerfam.files import load_tensors, save_tensors
+from transformerfam.files import load_tensors, locks, save_tensors
+from transformerfam.files import tensors as tensor_files
 from transformerfam.reports.rows import RowFile, read_rows
 from transformerfam.training.trainer import Trainer
 from transformerfam.versions import require_peft
 from transformerfam.weights import adapter
 from transformerfam.weights.adapter import FamAdapter, inject_lora
 
-PROCESSES = Path(files.__file__).with_name("processes.py")
+PROCESSES = Path(processes.__file__)
 HOLDER = """
 import sys, filelock
 lock = filelock.FileLock(sys.argv[1])
@@ -46,7 +47,7 @@ def held_elsewhere(path):
 
 def test_second_training_in_a_folder_is_refused_until_the_first_is_dead(tmp_path, monkeypatch):
     """Would catch two runs that write one log and one checkpoint, and a lock that a crash leaves behind."""
-    monkeypatch.setattr(files, "LOCK_SECONDS", 0.0)
+    monkeypatch.setattr(locks, "LOCK_SECONDS", 0.0)
     recipe = tmp_path / "r.toml"
     recipe.write_text(RECIPE)
     output = tmp_path / "run"
@@ -69,7 +70,7 @@ def test_trainer_lets_go_of_its_folder_at_its_end(tmp_path):
 
 def test_second_writer_of_rows_is_refused(tmp_path, monkeypatch):
     """Would catch every question asked twice and counted twice."""
-    monkeypatch.setattr(files, "LOCK_SECONDS", 0.0)
+    monkeypatch.setattr(locks, "LOCK_SECONDS", 0.0)
     path = tmp_path / "rows.jsonl"
     with RowFile(path) as rows:
         with pytest.raises(TransformerFamError, match="rows.jsonl is written by another process; wait for its end"):
@@ -100,14 +101,14 @@ def test_tensors_are_read_beside_their_writer(tmp_path, monkeypatch):
     def save(number):
         save_tensors(path, {"a": torch.full((number,), number)}, {"kind": "t", "format_version": 1, "n": number})
 
-    plain = files.load
+    plain = tensor_files.load
 
     def slow(content):
         save(3)
         return plain(content)
 
     save(2)
-    monkeypatch.setattr(files, "load", slow)
+    monkeypatch.setattr(tensor_files, "load", slow)
     tensors, metadata = load_tensors(path, "t", 1)
     assert (metadata["n"], tensors["a"].tolist()) == (2, [2, 2])
 

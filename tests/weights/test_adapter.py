@@ -137,7 +137,7 @@ def test_full_disk_between_two_files_leaves_an_old_adapter_whole(
     def fail(*args: Any, **kwargs: Any) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("transformerfam.files.save_file", fail)
+    monkeypatch.setattr("transformerfam.files.tensors.save_file", fail)
     with pytest.raises(TransformerFamError, match="No space left on device"):
         FamAdapter.from_model(model).save_pretrained(tmp_path)
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before

@@ -21,7 +21,7 @@ from transformerfam.cli.progress import tokens_bar
 from transformerfam.errors import TransformerFamError
 from transformerfam.fam.state import FamState
 from transformerfam.fields import LARGEST_INTEGER
-from transformerfam.files import require_target
+from transformerfam.files.tensors import require_target
 from transformerfam.processes import INTERRUPTED, uninterrupted
 from transformerfam.tasks.reading import count_tokens, read_text_stream, save_somewhere
 from transformerfam.tasks.text import STANDARD_INPUT, is_read_once, list_files, stream_text

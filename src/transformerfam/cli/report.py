@@ -12,7 +12,7 @@ from transformerfam.cli.options import ModelOption
 from transformerfam.cli.output import say
 from transformerfam.errors import TransformerFamError
 from transformerfam.fields import LARGEST_INTEGER, whole_numbers
-from transformerfam.files import make_folder
+from transformerfam.files.writing import make_folder
 from transformerfam.reports.figure import require_figure
 from transformerfam.reports.next_token import next_token_table
 from transformerfam.reports.passkey import passkey_table, plot_passkey

@@ -6,7 +6,7 @@ from typing import Any
 
 from transformerfam.comparison.plan import Comparison
 from transformerfam.errors import RecipeError, TransformerFamError
-from transformerfam.files import parse_toml, read_whole
+from transformerfam.files.reading import parse_toml, read_whole
 from transformerfam.tasks.registry import TASKS
 from transformerfam.training.recipe.toml import apply_override, build_section
 

@@ -13,7 +13,7 @@ from transformerfam.comparison.names import RunName
 from transformerfam.comparison.plan import UNTRAINED, Asking, Comparison
 from transformerfam.comparison.questions import Questions
 from transformerfam.errors import RecipeError
-from transformerfam.files import make_folder
+from transformerfam.files.writing import make_folder
 from transformerfam.reports.rows import Row, RowFile, require_same_weights
 from transformerfam.rivals import RIVAL_NAMES
 from transformerfam.tasks.passkey import BEFORE_KEY

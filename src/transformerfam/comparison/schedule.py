@@ -22,7 +22,7 @@ from transformerfam.comparison.plan import UNTRAINED, Comparison
 from transformerfam.comparison.questions import Questions
 from transformerfam.comparison.run import ROWS_FILE, is_finished, require_same_recipe, run_folder
 from transformerfam.errors import MissingPackageError, TransformerFamError
-from transformerfam.files import make_folder
+from transformerfam.files.writing import make_folder
 from transformerfam.processes import INTERRUPTED
 from transformerfam.reports.rows import RowFile, fields_of_rows, read_rows
 from transformerfam.training.checkpoint import last_log_row

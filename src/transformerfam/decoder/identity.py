@@ -13,7 +13,7 @@ from transformerfam.config import FamConfig
 from transformerfam.decoder.architecture import describe_architecture, difference
 from transformerfam.decoder.parameters import WeightValues, is_memory_parameter, plain_names
 from transformerfam.errors import StateMismatchError, TransformerFamError
-from transformerfam.files import digest_tensors
+from transformerfam.files.tensors import digest_tensors
 
 NUM_PAST = 32
 """Former weights of which an identity remembers digests."""

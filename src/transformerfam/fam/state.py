@@ -17,7 +17,7 @@ from transformerfam.decoder.identity import ModelIdentity
 from transformerfam.decoder.state import ReadingState, require_several, take_stored
 from transformerfam.errors import CorruptFileError, StateMismatchError, TransformerFamError
 from transformerfam.fam.layer import FamLayer
-from transformerfam.files import load_tensors, metadata_form, refuse_to_write, require_finite, save_tensors
+from transformerfam.files.tensors import load_tensors, metadata_form, refuse_to_write, require_finite, save_tensors
 
 STATE_FORMAT_VERSION = 1
 

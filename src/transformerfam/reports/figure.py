@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from transformerfam.errors import MissingPackageError, TransformerFamError
-from transformerfam.files import make_folder, require_regular, require_writable, write_bytes
+from transformerfam.files.writing import make_folder, require_regular, require_writable, write_bytes
 
 MARK = "transformerfam"
 MARKS = {

@@ -6,7 +6,7 @@ from pathlib import Path
 from rich.table import Table
 
 from transformerfam.errors import TransformerFamError
-from transformerfam.files import require_regular, require_writable, write_text
+from transformerfam.files.writing import require_regular, require_writable, write_text
 
 TABLES = "tables"
 

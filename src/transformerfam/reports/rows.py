@@ -10,7 +10,9 @@ from types import TracebackType
 from typing import Any
 
 from transformerfam.errors import CorruptFileError, StateMismatchError, TransformerFamError
-from transformerfam.files import hold_file, parse_json, read_whole, require_regular, required_form
+from transformerfam.files.locks import hold_file
+from transformerfam.files.reading import parse_json, read_whole, required_form
+from transformerfam.files.writing import require_regular
 from transformerfam.processes import process_share, uninterrupted
 
 Row = dict[str, Any]

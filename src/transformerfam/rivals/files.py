@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 
 from transformerfam.decoder.memory import memory_of
 from transformerfam.errors import StateMismatchError, TransformerFamError
-from transformerfam.files import load_tensors, metadata_form, require_finite, save_tensors
+from transformerfam.files.tensors import load_tensors, metadata_form, require_finite, save_tensors
 from transformerfam.rivals.attach import attach
 from transformerfam.rivals.config import RivalConfig
 from transformerfam.rivals.rival import RivalModel

@@ -14,7 +14,7 @@ from transformerfam.decoder.identity import ModelIdentity
 from transformerfam.decoder.slot import memory_in
 from transformerfam.decoder.state import ReadingState, require_several, take_stored
 from transformerfam.errors import StateMismatchError, TransformerFamError
-from transformerfam.files import load_tensors, metadata_form, refuse_to_write, require_finite, save_tensors
+from transformerfam.files.tensors import load_tensors, metadata_form, refuse_to_write, require_finite, save_tensors
 from transformerfam.rivals.config import RivalConfig
 from transformerfam.rivals.lanes import Lane
 

@@ -16,7 +16,7 @@ from pathlib import Path, PurePosixPath
 from typing import IO, Literal
 
 from transformerfam.errors import CorruptFileError, MissingPackageError, TransformerFamError
-from transformerfam.files import make_folder, replacing
+from transformerfam.files.writing import make_folder, replacing
 
 AR_MAGIC = b"!<arch>\n"
 AR_HEADER_BYTES = 60

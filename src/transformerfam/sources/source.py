@@ -12,7 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from transformerfam.errors import CorruptFileError, TransformerFamError
-from transformerfam.files import hold, make_folder, parse_json, required_form, write_text
+from transformerfam.files.locks import hold
+from transformerfam.files.reading import parse_json, required_form
+from transformerfam.files.writing import make_folder, write_text
 from transformerfam.sources.package import Package, fetch, sha256_of, unpack
 
 FORMAT = 1

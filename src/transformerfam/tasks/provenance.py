@@ -16,7 +16,7 @@ import torch
 
 from transformerfam.decoder.memory import memory_of
 from transformerfam.errors import CorruptFileError
-from transformerfam.files import parse_json, read_whole
+from transformerfam.files.reading import parse_json, read_whole
 from transformerfam.reports.rows import ROW_SCHEMA
 from transformerfam.rivals.files import RIVAL_FILE, notes_of_rival
 from transformerfam.weights.adapter import FAM_FILE, FamAdapter

@@ -12,7 +12,7 @@ import torch
 from transformerfam.decoder.generation import read_last_tokens
 from transformerfam.errors import ReadInterrupted, TransformerFamError
 from transformerfam.fam.state import FamState
-from transformerfam.files import require_target
+from transformerfam.files.tensors import require_target
 from transformerfam.tasks.ragged import greedy_tokens
 from transformerfam.tasks.text import (
     encode,

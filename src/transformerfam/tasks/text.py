@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from transformerfam.errors import TransformerFamError
-from transformerfam.files import refuse_endless
+from transformerfam.files.reading import refuse_endless
 from transformerfam.tasks.novels import HELD_OUT_NOVELS, open_novel
 
 READ_BYTES = 1 << 16

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import ClassVar, Protocol
 
 from transformerfam.errors import TransformerFamError
-from transformerfam.files import parse_toml, read_whole
+from transformerfam.files.reading import parse_toml, read_whole
 
 KEY = "{key}"
 

@@ -15,7 +15,9 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 from transformerfam.errors import CorruptFileError, RecipeError, TransformerFamError
-from transformerfam.files import load_tensors, metadata_form, parse_json, read_whole, save_tensors, write_text
+from transformerfam.files.reading import parse_json, read_whole
+from transformerfam.files.tensors import load_tensors, metadata_form, save_tensors
+from transformerfam.files.writing import write_text
 from transformerfam.tasks.batch import Held
 from transformerfam.tasks.question import Question
 from transformerfam.training.checkpoint_form import REMEDY, TENSOR_NAMES, require_progress, require_tensors

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from transformerfam.errors import CorruptFileError
-from transformerfam.files import require_finite
+from transformerfam.files.tensors import require_finite
 
 REMEDY = "resume from a whole copy of it, or start over by --overwrite"
 COUNTS = ("step", "stage_idx", "steps_in_stage", "num_tokens")

@@ -8,7 +8,9 @@ from pathlib import Path
 from filelock import BaseFileLock
 
 from transformerfam.errors import CorruptFileError, RecipeError, TransformerFamError
-from transformerfam.files import hold, is_ours, make_folder, require_regular, write_text
+from transformerfam.files.locks import hold
+from transformerfam.files.tensors import is_ours
+from transformerfam.files.writing import make_folder, require_regular, write_text
 from transformerfam.rivals.files import RIVAL_FILE
 from transformerfam.training.checkpoint import RECIPE_FILE, SOURCES, recipe_of_run, sources_of_run
 from transformerfam.training.data.sources import require_same_sources, sources_of

@@ -26,18 +26,16 @@ from transformerfam.errors import CorruptFileError, StateMismatchError, Transfor
 from transformerfam.fam.convert import convert, memory_of
 from transformerfam.fam.memory import FamMemory, FamModel
 from transformerfam.fam.state import FamState
-from transformerfam.files import (
+from transformerfam.files.reading import read_whole, required_form
+from transformerfam.files.tensors import (
     digest_tensors,
     is_ours,
     load_tensors,
-    make_folder,
     metadata_form,
-    read_whole,
-    replacing,
     require_finite,
-    required_form,
     save_tensors,
 )
+from transformerfam.files.writing import make_folder, replacing
 from transformerfam.versions import require_peft
 from transformerfam.weights.peft_adapters import (
     LORA_CONFIG_FILE,

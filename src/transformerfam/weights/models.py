@@ -18,12 +18,9 @@ from transformerfam.decoder.slot import memory_in
 from transformerfam.errors import CorruptFileError, TransformerFamError
 from transformerfam.fam.convert import convert
 from transformerfam.fam.memory import FamMemory, FamModel
-from transformerfam.files import (
-    is_ours,
-    parse_json,
-    read_whole,
-    share_rights,
-)
+from transformerfam.files.reading import parse_json, read_whole
+from transformerfam.files.tensors import is_ours
+from transformerfam.files.writing import share_rights
 from transformerfam.rivals import RIVAL_NAMES
 from transformerfam.rivals.files import RIVAL_FILE, TrainedRival, save_rival
 from transformerfam.weights.adapter import CHECKPOINT_FILE, CONFIG_FILE, FAM_FILE, FamAdapter

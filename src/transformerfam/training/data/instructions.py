@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from transformerfam.errors import RecipeError
-from transformerfam.files import parse_json, read_whole
+from transformerfam.files.reading import parse_json, read_whole
 from transformerfam.tasks.batch import Batch
 from transformerfam.tasks.text import encode, require_known, unknown_share
 from transformerfam.training.data.sequences import draw_block_size

@@ -7,7 +7,7 @@ from typing import Any, TypeVar
 from pydantic import ValidationError
 
 from transformerfam.errors import RecipeError
-from transformerfam.files import parse_toml, read_whole
+from transformerfam.files.reading import parse_toml, read_whole
 from transformerfam.tasks.section import Section
 from transformerfam.training.recipe.messages import recipe_error
 from transformerfam.training.recipe.recipe import Recipe
