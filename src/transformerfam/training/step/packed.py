@@ -14,7 +14,7 @@ from transformerfam.config import FamConfig
 from transformerfam.decoder.positions import Turner, fam_offsets, first_position, query_shift
 from transformerfam.decoder.step import Step, StepCache, run_decoder
 from transformerfam.fam.memory import memory_of
-from transformerfam.fam.piece import bounded
+from transformerfam.fam.rows import bounded
 from transformerfam.fam.state import FamState
 from transformerfam.tasks.batch import Batch
 from transformerfam.training.step.blocks import block_spans
