@@ -18,7 +18,8 @@ from transformerfam.errors import RecipeError, TransformerFamError
 from transformerfam.tasks.next_token import evaluate_next_token
 from transformerfam.tasks.passkey_evaluation import PasskeyEvaluation
 from transformerfam.tasks.reading import read_text_stream
-from transformerfam.tasks.text import encode, known_pieces
+from transformerfam.tasks.text import encode
+from transformerfam.tasks.unknown_words import known_pieces
 from transformerfam.tasks.wordings import Wording
 from transformerfam.training.setup import build_trainee
 from transformerfam.training.trainer import Trainer

@@ -1,25 +1,14 @@
-"""The passkey task: the paper's text, and one reading per key that is asked at every length."""
+"""The passkey task: the paper's text, its keys and its fillers."""
 
-import collections
 import re
 
 import pytest
-import tiny_models
 import torch
-from handed_over import handed_over
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from transformerfam.errors import TransformerFamError
-from transformerfam.tasks import (
-    FillerStream,
-    PasskeyEvaluation,
-    PasskeyText,
-    build_passkey,
-    draw_keys,
-    evaluate_passkey,
-    passkey_evaluation,
-)
+from transformerfam.tasks import FillerStream, PasskeyText, build_passkey, draw_keys
 from transformerfam.tasks.filler import load_shuffled
 from transformerfam.tasks.text import encode
 from transformerfam.tasks.wordings import Wording
@@ -36,19 +25,6 @@ PAPERS_TEXT = (
 @pytest.fixture(scope="module")
 def tokenizer():
     return build_tiny_tokenizer()
-
-
-@pytest.fixture(scope="module")
-def model():
-    return tiny_models.make_passkey_model()[0]
-
-
-def evaluate(model, tokenizer, **changes):
-    options = {"filler_lengths": [3, 40], "num_keys": 3, "seed": 5, "batch_size": 2} | changes
-    return list(evaluate_passkey(model, tokenizer, **options))
-
-
-# The text
 
 
 def test_text_is_the_papers_word_for_word(tokenizer):
@@ -150,267 +126,6 @@ def test_number_of_keys_out_of_range_is_refused(num_keys):
         draw_keys(num_keys, seed=0)
 
 
-# The evaluation
-
-
-def test_row_has_every_promised_field(model, tokenizer):
-    """Would catch a renamed field, on which reports and other people's scripts rely."""
-    row = evaluate(model, tokenizer, model_name="m", max_training_filler_tokens=512)[0]
-    assert set(row) == {
-        *(
-            "task",
-            "system",
-            "model",
-            "seed",
-            "weights",
-            "config",
-            "questions",
-            "schema",
-            "version",
-            "git_commit",
-            "machine",
-        ),
-        *("filler_tokens", "num_blocks", "key", "answer", "correct", "max_training_filler_tokens"),
-        *("jitter", "filler", "prefix_tokens", "placing", "num_digits", "num_mentions", "wording"),
-    }
-    assert (row["task"], row["system"], row["model"], row["seed"]) == ("passkey", "fam", "m", 5)
-    assert (row["filler_tokens"], row["filler"], row["max_training_filler_tokens"]) == (3, "sentences", 512)
-    assert re.search(r"\d+ cores", row["machine"])
-
-
-def test_every_key_is_asked_at_every_length_once(model, tokenizer):
-    """Would catch a batch whose last, shorter part is dropped."""
-    rows = evaluate(model, tokenizer)
-    assert sorted((row["key"], row["filler_tokens"]) for row in rows) == sorted(
-        (key, length) for key in draw_keys(3, 5) for length in (3, 40)
-    )
-
-
-def answer_alone(model, tokenizer, ids, num_tokens):
-    """Read a text in one piece, and say the likeliest tokens one by one."""
-    said = []
-    with torch.no_grad():
-        for _ in range(num_tokens):
-            said.append(int(model(torch.tensor([ids + said])).logits[0, -1].argmax()))
-    return tokenizer.decode(said).strip()
-
-
-def test_forked_batched_reading_answers_as_each_text_read_alone(model, tokenizer):
-    """Would catch a question that spoils the reading it was forked from, a wrong jitter, or rows that mix."""
-    text = PasskeyText(tokenizer)
-    for row in evaluate(model, tokenizer, prefix_tokens=5):
-        prefix = text.filler.slice(-5, 5).tolist()
-        sequence = text.sequence(row["key"], row["filler_tokens"] + row["jitter"])
-        ids = prefix + sequence.intro_ids + sequence.filler_ids + sequence.question_ids
-        assert row["answer"] == answer_alone(model, tokenizer, ids, len(sequence.answer_ids))
-        num_read = 5 + len(sequence.intro_ids) + len(sequence.filler_ids)
-        assert row["num_blocks"] == num_read // tiny_models.BLOCK_SIZE
-
-
-def test_another_key_is_told_in_front_of_the_prefix(model, tokenizer):
-    """Would catch an old key that is not told, stands behind the new one, or counts as right."""
-    text = PasskeyText(tokenizer)
-    rows = evaluate(model, tokenizer, prefix_tokens=5, overwritten=True)
-    assert len({row["old_key"] for row in rows} | {row["key"] for row in rows}) == 2 * len(draw_keys(3, 5))
-    for row in rows:
-        before = text.intro_ids(row["old_key"]) + text.filler.slice(-5, 5).tolist()
-        sequence = text.sequence(row["key"], row["filler_tokens"] + row["jitter"])
-        ids = before + sequence.intro_ids + sequence.filler_ids + sequence.question_ids
-        assert row["answer"] == answer_alone(model, tokenizer, ids, len(sequence.answer_ids))
-        assert not row["is_outdated"]
-    options = PasskeyEvaluation(filler_lengths=[3, 40], num_keys=3, seed=5, prefix_tokens=5)
-    assert passkey_evaluation.finished_questions(rows, options) == frozenset()
-
-
-def test_an_old_key_is_told_from_a_wrong_one(tokenizer, monkeypatch):
-    """Would catch an answer with the old key that is counted as any wrong one."""
-    model = tiny_models.make_passkey_model()[0]
-    text = PasskeyText(tokenizer)
-    keys = draw_keys(6, 5)
-    answers = [text.key_ids(key) for key in (keys[3], keys[1], keys[3])]  # the first one's old key, the second's own
-    monkeypatch.setattr(passkey_evaluation, "greedy_tokens", lambda *_: torch.tensor(answers))
-    rows = evaluate(model, tokenizer, batch_size=3, filler_lengths=[0], overwritten=True)
-    assert [(row["correct"], row["is_outdated"]) for row in rows] == [(False, True), (True, False), (False, False)]
-
-
-def test_answer_is_right_only_if_the_whole_key_is(tokenizer, monkeypatch):
-    """Would catch an accuracy over digits reported as one over keys."""
-    model = tiny_models.make_passkey_model()[0]
-    text = PasskeyText(tokenizer)
-    answers = [text.key_ids(key) for key in draw_keys(3, 5)]
-    answers[1] = answers[1][:-1] + [answers[1][-1] ^ 1]
-    monkeypatch.setattr(passkey_evaluation, "greedy_tokens", lambda *_: torch.tensor(answers))
-    rows = evaluate(model, tokenizer, batch_size=3, filler_lengths=[0])
-    assert [row["correct"] for row in rows] == [True, False, True]
-
-
-def test_jitter_spreads_questions_over_every_phase_of_a_block():
-    """Would catch a question that stands at one phase only, where a model that fails at another looks solved."""
-    options = PasskeyEvaluation(filler_lengths=[64], num_keys=16)
-    assert sorted(options.jitters(64, 16)) == list(range(16))
-    few = PasskeyEvaluation(filler_lengths=[64], num_keys=5)
-    phases = collections.Counter(j for length in range(64, 6400, 64) for j in few.jitters(length, 16))
-    assert set(phases) == set(range(16))
-    assert max(few.jitters(64, 16)) < 16
-
-
-def test_jitter_can_be_switched_off(model, tokenizer):
-    """Would catch lengths that are never exact."""
-    assert {row["jitter"] for row in evaluate(model, tokenizer, jitter=False)} == {0}
-
-
-def test_zeroed_memory_is_asked_on_a_fork_of_its_own(model, tokenizer):
-    """Would catch the control spoiling the measured system, or the other way round."""
-    alone = evaluate(model, tokenizer)
-    both = evaluate(model, tokenizer, systems=("fam_memory_zeroed", "fam"))
-    assert [row for row in both if row["system"] == "fam"] == alone
-    zeroed = [row["answer"] for row in both if row["system"] == "fam_memory_zeroed"]
-    assert len(zeroed) == len(alone)
-    assert zeroed != [row["answer"] for row in alone]
-
-
-def test_finished_questions_are_left_out_and_the_rest_is_the_same(model, tokenizer):
-    """Would catch a resumed run that asks twice or gives other answers than one that ran through."""
-    rows = evaluate(model, tokenizer)
-    options = PasskeyEvaluation(filler_lengths=[3, 40], num_keys=3, seed=5, batch_size=2)
-    options.finished = passkey_evaluation.finished_questions(rows[:4], options)
-    key = lambda row: (row["key"], row["filler_tokens"])  # noqa: E731
-    assert sorted(rows[:4] + list(options.rows(model, tokenizer)), key=key) == sorted(rows, key=key)
-
-
-@pytest.mark.parametrize(
-    "change",
-    [
-        *({"seed": 6}, {"model": "other"}, {"filler": "a.txt"}, {"prefix_tokens": 9}),
-        *({"placing": "uniform"}, {"num_digits": 6}, {"num_mentions": 2}, {"wording": "other"}),
-    ],
-)
-def test_rows_of_another_run_do_not_count_as_finished(model, tokenizer, change):
-    """Would catch a run that is skipped because another one with the same keys stands in the file."""
-    rows = [row | change for row in evaluate(model, tokenizer)]
-    options = PasskeyEvaluation(filler_lengths=[3, 40], num_keys=3, seed=5)
-    assert passkey_evaluation.finished_questions(rows, options) == frozenset()
-
-
-def test_book_filler_starts_at_another_place_for_each_key(tmp_path, model, tokenizer):
-    """Would catch all keys hidden in the same page."""
-    book = tmp_path / "book.txt"
-    book.write_text("The sky is blue. Here we go again. There and back. " * 20, encoding="utf-8")
-    rows = evaluate(model, tokenizer, filler=book)
-    assert {row["filler"] for row in rows} == {"book.txt"}
-    seen = []
-    read = model.read
-    try:
-        model.read = lambda ids, *rest, **options: seen.append(ids) or read(ids, *rest, **options)
-        evaluate(model, tokenizer, filler=book, filler_lengths=[40])
-    finally:
-        model.read = read
-    assert not torch.equal(seen[1][0], seen[1][1])
-
-
-def test_filler_is_handed_over_in_pieces_whatever_the_length(model, tokenizer):
-    """Would catch memory that grows with the length: a million tokens of 20 keys must never stand side by side."""
-    states = []
-    progress = lambda done, total, state: states.append((done, total, state.num_bytes))  # noqa: E731
-    with handed_over(model) as given:
-        evaluate(model, tokenizer, filler_lengths=[500], progress=progress)
-    assert max(ids.shape[1] for ids, _ in given) <= tiny_models.BLOCK_SIZE
-    assert states[-1][:2] == (1500, 1500)
-    assert len({size for _, _, size in states[:10]}) == 1
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"filler_lengths": []}, r"filler_lengths is \[\], required are one or more"),
-        ({"filler_lengths": [-1]}, r"filler_lengths is \[-1\].*at least 0"),
-        ({"batch_size": 0}, "batch_size is 0, required is at least 1"),
-        ({"systems": ()}, "systems is empty"),
-        ({"num_keys": 0}, "num_keys is 0"),
-        ({"prefix_tokens": -1}, "prefix_tokens is -1"),
-    ],
-)
-def test_options_out_of_range_are_refused(model, tokenizer, options, message):
-    """Would catch a run of hours that fails at its end, or does nothing."""
-    with pytest.raises(TransformerFamError, match=message):
-        evaluate(model, tokenizer, **options)
-
-
-# Keys anywhere, mentioned several times, in other words
-
-
-def text_of_row(tokenizer, row, start):
-    """Return the tokens in front of a row's answer, told once at its place."""
-    text = PasskeyText(tokenizer)
-    place = row["prefix_tokens"]
-    ids = text.filler.slice(start, place).tolist() + text.intro_ids(row["key"])
-    rest = row["filler_tokens"] - place + row["jitter"]
-    return ids + text.filler.slice(start + place, rest).tolist() + text.question_ids
-
-
-def test_uniform_keys_stand_in_every_part_of_the_text_and_beyond_the_window(model, tokenizer):
-    """Would catch depths that leave out a part of the text, or a key that the question still sees."""
-    rows = evaluate(model, tokenizer, filler_lengths=[200, 400], num_keys=8, prefix_tokens="uniform")
-    window = tiny_models.BLOCK_SIZE * (model.fam_config.num_memory_segments + 1)
-    for length in (200, 400):
-        places = sorted(row["prefix_tokens"] for row in rows if row["filler_tokens"] == length)
-        free = length - window
-        assert [int(8 * (place + 0.99) / free) for place in places] == list(range(8))
-        assert max(places) <= length - window
-    assert {row["placing"] for row in rows} == {"uniform"}
-    for row in rows[:6]:
-        ids = text_of_row(tokenizer, row, 0)
-        assert row["answer"] == answer_alone(model, tokenizer, ids, len(PasskeyText(tokenizer).key_ids(row["key"])))
-
-
-def test_a_key_is_told_as_often_as_asked_for(model, tokenizer):
-    """Would catch mentions that are dropped, stand behind the last place, or are not spread."""
-    intro = PasskeyText(tokenizer).intro_ids(draw_keys(1, 5)[0])
-    for prefix, places in ((90, [30, 60, 90]), ("uniform", None)):
-        options = {"num_mentions": 3, "filler_lengths": [300], "num_keys": 1, "prefix_tokens": prefix}
-        with handed_over(model) as given:
-            row = evaluate(model, tokenizer, **options)[0]
-        ids = [token for ids_1T, _ in given for token in ids_1T[0].tolist()]
-        starts = [i for i in range(len(ids)) if ids[i : i + len(intro)] == intro]
-        told = [start - number * len(intro) for number, start in enumerate(starts)]
-        assert len(told) == 3 == row["num_mentions"]
-        assert told[-1] == row["prefix_tokens"]
-        if places is None:
-            window = tiny_models.BLOCK_SIZE * (model.fam_config.num_memory_segments + 1)
-            third = (300 - window) / 3
-            assert [int(place // third) for place in told] == [0, 1, 2]
-        else:
-            assert told == places
-
-
-def test_keys_have_as_many_digits_as_asked_for(model, tokenizer):
-    """Would catch keys of five digits whatever is asked, and digits of an answer that are not read to the end."""
-    for digits in (3, 8):
-        rows = evaluate(model, tokenizer, num_digits=digits, filler_lengths=[3])
-        assert {len(str(row["key"])) for row in rows} == {row["num_digits"] for row in rows} == {digits}
-        assert {row["key"] for row in rows} == set(draw_keys(3, 5, digits))
-    assert len(set(draw_keys(900, 0, 3))) == 900
-
-
-WORDING = Wording("The sky is{key}. Remember {key}!", " What is the sky?", " Sky is {key} green", "sky")
-
-
-@pytest.mark.filterwarnings("ignore:.* of the wording sky's tokens are words that the tokenizer does not know")
-def test_another_wording_tells_asks_and_counts_its_own_key(model, tokenizer):
-    """Would catch pieces of the paper's wording left in, and a key that is tokenised otherwise than it stands."""
-    text = PasskeyText(tokenizer, wording=WORDING)
-    assert text.intro_ids(123) == [
-        token for part in ("The sky is", "123", ". Remember", " 123", "!") for token in encode(tokenizer, part)
-    ]
-    assert text.question_ids == encode(tokenizer, " What is the sky? Sky is")
-    rows = evaluate(model, tokenizer, wording=WORDING, filler_lengths=[40])
-    assert {row["wording"] for row in rows} == {"sky"}
-    row = rows[0]
-    sequence = text.sequence(row["key"], row["filler_tokens"] + row["jitter"])
-    ids = sequence.intro_ids + sequence.filler_ids + sequence.question_ids
-    assert row["answer"] == answer_alone(model, tokenizer, ids, len(sequence.answer_ids))
-
-
 def test_wording_is_read_from_a_file(tmp_path):
     """Would catch a wording without its key, which no reader could answer."""
     path = tmp_path / "mine.toml"
@@ -434,49 +149,6 @@ def test_wording_is_read_from_a_file(tmp_path):
         Wording.load(tmp_path / "nowhere.toml")
 
 
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"num_mentions": 0}, "num_mentions is 0, required is at least 1"),
-        ({"num_digits": 0}, "num_digits is 0, required is 1 to 9"),
-        ({"num_digits": 1, "num_keys": 10}, "num_keys is 10, required is 1 to 9, the keys of 1 digits"),
-        ({"prefix_tokens": "anywhere"}, "prefix_tokens is 'anywhere'"),
-        ({"prefix_tokens": "uniform"}, "a text of 3 tokens has no place for a key"),
-        ({"systems": ("fam_memory_swapped",), "batch_size": 1}, "gives each text the memory of another"),
-    ],
-)
-def test_tellings_that_cannot_be_are_refused(model, tokenizer, options, message):
-    """Would catch a run that tells nothing, or a control that is the system itself."""
-    with pytest.raises(TransformerFamError, match=message):
-        evaluate(model, tokenizer, **options)
-
-
-class Killed(BaseException):
-    """As a kill, which nothing that runs can note."""
-
-
-def test_a_killed_reading_goes_on_from_its_checkpoint(tmp_path, model, tokenizer):
-    """Would catch hours of reading lost by a kill, other answers after it, or a checkpoint of other keys taken up."""
-    options = {"filler_lengths": [600], "checkpoint": tmp_path / "rows.jsonl", "checkpoint_seconds": 0.0, "num_keys": 2}
-    whole = evaluate(model, tokenizer, filler_lengths=[600], num_keys=2)
-
-    def kill():
-        if len(killed) == 30:
-            raise Killed
-
-    with handed_over(model, kill) as killed, pytest.raises(Killed):
-        evaluate(model, tokenizer, **options)
-    assert len(list(tmp_path.glob("*.reading.safetensors"))) == 1
-    num_before = sum(ids.shape[1] for ids, _ in killed[:29])
-    assert evaluate(model, tokenizer, **options, seed=6) == evaluate(
-        model, tokenizer, filler_lengths=[600], num_keys=2, seed=6
-    )
-    with handed_over(model) as given:
-        assert evaluate(model, tokenizer, **options) == whole
-    assert sum(ids.shape[1] for ids, _ in given) < 640 - num_before + 150
-    assert list(tmp_path.glob("*.reading.safetensors")) == []
-
-
 def test_text_that_repeats_comes_in_another_order(tmp_path, tokenizer):
     """Would catch a million tokens of one chapter read again and again, word for word."""
     words = ["The sky is blue.", "Here we go again.", "There and back.", "The sun is yellow. The grass is green."]
@@ -491,30 +163,6 @@ def test_text_that_repeats_comes_in_another_order(tmp_path, tokenizer):
     assert not torch.equal(stream.slice(2 * n, n), again)
     assert torch.equal(torch.cat((stream.slice(5, n), stream.slice(n + 5, n))), stream.slice(5, 2 * n))
     assert torch.equal(stream.rows(torch.tensor([2, n + 2]), n)[1], stream.slice(n + 2, n))
-
-
-def test_memory_of_another_text_and_of_none_answer_as_such_readings_would(model, tokenizer):
-    """Would catch controls that change nothing, or more than the memory."""
-    systems = ("fam", "fam_memory_swapped", "fam_memory_initial")
-    rows = evaluate(model, tokenizer, filler_lengths=[40], num_keys=2, systems=systems, jitter=False)
-    assert [row["system"] for row in rows] == [system for system in systems for _ in range(2)]
-    answers = {system: [row["answer"] for row in rows if row["system"] == system] for system in systems}
-    text = PasskeyText(tokenizer)
-    for row in rows[:2]:
-        sequence = text.sequence(row["key"], 40)
-        read = sequence.intro_ids + sequence.filler_ids
-        state = model.read(torch.tensor([read]))
-        begun = model.init_state(1)
-        fill = state.block_fill[0]
-        assert fill > 0
-        model.read(torch.tensor([read[-fill:]]), begun)  # the same block behind the initial FAM
-        initial = state.fork().initial_memory()
-        for layer, other in zip(initial.layers, begun.layers, strict=True):
-            fam = slice(layer.sections.fam, layer.sections.block)
-            assert torch.allclose(layer.keys[..., fam, :], other.keys[..., fam, :], atol=1e-5)
-            assert torch.allclose(layer.values[..., fam, :], other.values[..., fam, :], atol=1e-5)
-        assert torch.equal(initial.fams, begun.fams)
-    assert answers["fam_memory_swapped"] != answers["fam"]
 
 
 def test_paragraphs_are_found_by_their_empty_lines(tmp_path):

@@ -11,7 +11,8 @@ from transformerfam.cli.output import say
 from transformerfam.config import UPDATE_PRESETS, FamConfig
 from transformerfam.fam.prompt import set_prompt
 from transformerfam.rivals.presets import NUM_SINK_TOKENS
-from transformerfam.tasks.text import encode_rest, encode_start, say_unknown
+from transformerfam.tasks.text import encode_rest, encode_start
+from transformerfam.tasks.unknown_words import say_unknown
 from transformerfam.training.recipe.toml import parse_overrides
 from transformerfam.weights.adapter import require_own_folder
 from transformerfam.weights.models import save_model

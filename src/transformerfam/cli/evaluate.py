@@ -23,7 +23,8 @@ from transformerfam.reports.telling import NUM_DIGITS
 from transformerfam.tasks.controls import control_of
 from transformerfam.tasks.next_token import evaluate_next_token
 from transformerfam.tasks.passkey import PAPER
-from transformerfam.tasks.passkey_evaluation import MAX_MENTIONS, PasskeyEvaluation, finished_questions
+from transformerfam.tasks.passkey_evaluation import PasskeyEvaluation, finished_questions
+from transformerfam.tasks.passkey_questions import MAX_MENTIONS
 from transformerfam.tasks.provenance import memory_notes, weights_of
 from transformerfam.tasks.text import STANDARD_INPUT
 from transformerfam.tasks.wordings import Wording

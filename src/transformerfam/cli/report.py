@@ -19,7 +19,7 @@ from transformerfam.reports.passkey import passkey_table, plot_passkey
 from transformerfam.reports.rows import RowFile, fields_of_rows, read_rows
 from transformerfam.tasks.passkey import PasskeyText
 from transformerfam.tasks.provenance import provenance, weights_of
-from transformerfam.tasks.text import require_filler, require_wording
+from transformerfam.tasks.unknown_words import require_filler, require_wording
 from transformerfam.tools.attention_pictures import (
     FILM_SUFFIXES,
     memory_rows,

@@ -1,9 +1,10 @@
 """Tasks: what a model reads, what it is asked, and how the answers become rows.
 
-A task has a module that writes its texts (`passkey`, `named_keys`, `facts`), one that asks (`..._evaluation`), and one
-that writes what is trained on, with its section of a recipe (`..._training`); `next_token` scores. They share the texts
-(`text`, `filler`, `novels`, `placed_text`), their wordings, readings in constant memory (`reading`, `ragged`), the
-controls, and where a row comes from (`provenance`).
+A task has a module that writes its texts (`passkey`, `named_keys`, `facts`), one that asks (`..._evaluation`; passkeys
+also have `passkey_questions` and `passkey_reading`), and one that writes what is trained on, with its section of a
+recipe (`..._training`); `next_token` scores. They share the texts (`text`, `unknown_words`, `filler`, `novels`,
+`placed_text`), their wordings, readings in constant memory (`reading`, `ragged`), the controls, and where a row comes
+from (`provenance`).
 
 May import: `weights`, `fam`, `decoder`, `reports`, and the root of the package.
 One more task: a module each, or one for all, and a line in `registry`, which also names what compares it.

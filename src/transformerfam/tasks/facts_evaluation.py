@@ -10,8 +10,8 @@ import torch
 from transformerfam.tasks.facts import FactsText, HiddenStory, Story, draw_story
 from transformerfam.tasks.provenance import questions_of, weights_of
 from transformerfam.tasks.ragged import greedy_tokens, padded, read_ragged
-from transformerfam.tasks.text import require_filler
 from transformerfam.tasks.texts_evaluation import TextsEvaluation
+from transformerfam.tasks.unknown_words import require_filler
 
 TASK = "facts"
 

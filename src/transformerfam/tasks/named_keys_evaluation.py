@@ -16,8 +16,8 @@ from transformerfam.tasks.named_keys import NamedKeys, NamedKeysText, draw_named
 from transformerfam.tasks.passkey import FIRST_KEY, LAST_KEY
 from transformerfam.tasks.provenance import questions_of, weights_of
 from transformerfam.tasks.ragged import greedy_tokens, padded, read_ragged
-from transformerfam.tasks.text import require_filler, require_wording
 from transformerfam.tasks.texts_evaluation import TextsEvaluation
+from transformerfam.tasks.unknown_words import require_filler, require_wording
 
 TASK = "named-keys"
 KEY_BITS = math.log2(LAST_KEY + 1 - FIRST_KEY)

@@ -11,7 +11,8 @@ from torch.nn import functional as F
 from transformerfam.decoder.state import ReadingState
 from transformerfam.errors import TransformerFamError
 from transformerfam.tasks.provenance import provenance, weights_of
-from transformerfam.tasks.text import known_pieces, stream_text, stream_token_ids
+from transformerfam.tasks.text import stream_text, stream_token_ids
+from transformerfam.tasks.unknown_words import known_pieces
 
 PIECE_TOKENS = 256
 """Tokens whose logits are held at once; with 49,152 words they take 50 MB."""

@@ -14,16 +14,8 @@ from transformerfam.errors import ReadInterrupted, TransformerFamError
 from transformerfam.fam.state import FamState
 from transformerfam.files.tensors import require_target
 from transformerfam.tasks.ragged import greedy_tokens
-from transformerfam.tasks.text import (
-    encode,
-    encode_rest,
-    encode_start,
-    end_ids,
-    known_pieces,
-    say_unknown,
-    stream_text,
-    stream_token_ids,
-)
+from transformerfam.tasks.text import encode, encode_rest, encode_start, end_ids, stream_text, stream_token_ids
+from transformerfam.tasks.unknown_words import known_pieces, say_unknown
 
 
 def read_text_stream(

@@ -22,7 +22,8 @@ from transformerfam.config import FAM_DTYPES, FamConfig
 from transformerfam.decoder.memory import hold_weights_in
 from transformerfam.errors import TransformerFamError
 from transformerfam.fam.state import FamState
-from transformerfam.tasks.text import SOME_UNKNOWN, end_ids, unknown_share
+from transformerfam.tasks.text import end_ids
+from transformerfam.tasks.unknown_words import SOME_UNKNOWN, unknown_share
 from transformerfam.weights.models import find_device, load_model
 from transformerfam.weights.peft_adapters import base_of, load_peft_folder
 from transformerfam.weights.pretrained import load_pretrained

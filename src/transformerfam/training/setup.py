@@ -11,7 +11,8 @@ from transformerfam.fam.convert import convert
 from transformerfam.fam.prompt import prefix_from_prompt, set_prompt
 from transformerfam.rivals import attach
 from transformerfam.tasks.provenance import memory_notes
-from transformerfam.tasks.text import encode, read_text, say_unknown
+from transformerfam.tasks.text import encode, read_text
+from transformerfam.tasks.unknown_words import say_unknown
 from transformerfam.training.lora import fuse_lora
 from transformerfam.training.recipe.recipe import Recipe
 from transformerfam.training.tiny import build_tiny_model, build_tiny_tokenizer, draw_prompt, frequent_words

@@ -16,7 +16,8 @@ from transformerfam.fam.convert import set_block_size, set_key_bias
 from transformerfam.processes import ends_noted, uninterrupted
 from transformerfam.tasks.batch import Batch
 from transformerfam.tasks.provenance import device_name, memory_notes
-from transformerfam.tasks.text import SOME_UNKNOWN, start_ids
+from transformerfam.tasks.text import start_ids
+from transformerfam.tasks.unknown_words import SOME_UNKNOWN
 from transformerfam.training.checkpoint import Place, cut_log, load_checkpoint, save_checkpoint
 from transformerfam.training.data.instructions import PackedInstructions
 from transformerfam.training.data.sequences import SequenceBuilder

@@ -14,7 +14,8 @@ import torch
 from transformerfam.errors import RecipeError
 from transformerfam.files.reading import parse_json, read_whole
 from transformerfam.tasks.batch import Batch
-from transformerfam.tasks.text import encode, require_known, unknown_share
+from transformerfam.tasks.text import encode
+from transformerfam.tasks.unknown_words import require_known, unknown_share
 from transformerfam.training.data.sequences import draw_block_size
 from transformerfam.training.recipe.data_sections import InstructionSection
 from transformerfam.training.recipe.recipe import Recipe

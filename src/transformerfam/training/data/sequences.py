@@ -14,7 +14,7 @@ import torch
 from transformerfam.errors import RecipeError
 from transformerfam.tasks.batch import Batch, Held, Row
 from transformerfam.tasks.registry import TASKS
-from transformerfam.tasks.text import require_known, unknown_share
+from transformerfam.tasks.unknown_words import require_known, unknown_share
 from transformerfam.training.data.repeated import RepeatedRows
 from transformerfam.training.recipe.recipe import Recipe
 
