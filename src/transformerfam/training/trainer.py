@@ -3,7 +3,6 @@
 import copy
 import json
 import time
-from collections import deque
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,14 +18,14 @@ from transformerfam.tasks.provenance import device_name, memory_notes
 from transformerfam.tasks.text import start_ids
 from transformerfam.tasks.unknown_words import SOME_UNKNOWN
 from transformerfam.training.checkpoint import Place, cut_log, load_checkpoint, save_checkpoint
+from transformerfam.training.curriculum import Curriculum
 from transformerfam.training.data.instructions import PackedInstructions
 from transformerfam.training.data.sequences import SequenceBuilder
 from transformerfam.training.optimizer import AverageOfWeights, build_optimizer, key_bias_at, lr_factor
 from transformerfam.training.random_numbers import RandomNumbers
 from transformerfam.training.ranks import Ranks
 from transformerfam.training.recipe.recipe import Recipe
-from transformerfam.training.recipe.sections import Stage
-from transformerfam.training.result import TrainingResult
+from transformerfam.training.result import TrainingResult, save_trained
 from transformerfam.training.run_folder import LOG_FILE, begin_run, claim_folder, release
 from transformerfam.training.setup import build_trainee
 from transformerfam.training.sharding import whole
@@ -37,8 +36,7 @@ from transformerfam.training.step.scores import StepOutput
 from transformerfam.training.step.step import read_on, start_state
 from transformerfam.training.step.stored_filler import StoredFiller, keep_filler
 from transformerfam.training.step.teacher import Teacher
-from transformerfam.weights.adapter import FamAdapter
-from transformerfam.weights.models import BASE_NOTE, save_model
+from transformerfam.weights.models import BASE_NOTE
 
 TRY_AGAIN = (
     "lower optimizer.lr, optimizer.clip_norm or the weights of loss, or set fam.fam_norm_bound, and train into another "
@@ -71,8 +69,8 @@ class Trainer:
         Args:
             recipe: what to train.
             folder: where to; made if need be.
-            resume: go on from the folder's checkpoint.
-            device: where model and teacher stand; a run may go on on another device.
+            resume: continue from the folder's checkpoint.
+            device: where model and teacher are; a run may resume on another device.
             overwrite: start over in the place of a run that is there.
 
         Raises:
@@ -94,7 +92,7 @@ class Trainer:
             self._restore()
 
     def _build(self, recipe: Recipe, device: torch.device | str) -> None:
-        """Build everything that a step needs, as it is in front of the first one."""
+        """Build everything that a step needs, as it is before the first one."""
         self.model, self.tokenizer = build_trainee(recipe)
         self.start_ids = start_ids(self.tokenizer)
         if self.start_ids and recipe.schedule.stored_blocks:
@@ -118,16 +116,11 @@ class Trainer:
         self.passing = StatePassing(recipe.state_passing, recipe.schedule.seed)
         self.stored: StoredFiller | None = None
         self.step = 0
-        self.stage_idx = 0
-        self.steps_in_stage = 0
-        self.stages = recipe.schedule.curriculum or (Stage(filler_tokens=(0, 0)),)
-        self.accuracies: deque[float] = deque(maxlen=self.stages[0].window)
+        self.curriculum = Curriculum(recipe.schedule.curriculum)
         self.seconds = 0.0
         self.cpu_seconds = 0.0
         self.num_tokens = 0
         self.devices: list[str] = []  # that steps were taken on
-
-    # The loop
 
     def run(self, on_step: OnStep | None = None) -> TrainingResult:
         """Train to the end, or to Ctrl-C, SIGTERM or SIGHUP.
@@ -223,7 +216,8 @@ class Trainer:
         for group in self.optimizer.param_groups:
             group["lr"] = group["base_lr"] * factor
         stored_ids_NT = None if self.stored is None else self.stored.ids_NT
-        batch = self.sequences.batch(step, self.stage_idx, None if saved is None else saved.keys, stored_ids_NT)
+        passed_keys = None if saved is None else saved.keys
+        batch = self.sequences.batch(step, self.curriculum.stage_idx, passed_keys, stored_ids_NT)
         batch = batch.begun(self.start_ids, is_passed=saved is not None)
         own = self.ranks.own_batch(batch)
         lesson = None if self.teacher is None else self.teacher.read(own)
@@ -251,44 +245,24 @@ class Trainer:
         self.passing.keep(step, self.ranks.passed_fam(output.passed_fam_LBFD, recipe.state_passing.rows), held)
         self._read_between(step)
         row = self._describe(output, batch, float(grad_norm), saved is not None)
-        self._advance(row["key_accuracy"])
-        return row
-
-    def _advance(self, key_accuracy: float | None) -> None:
-        """Count the step, and go on to the next stage of the curriculum when it is due."""
         self.step += 1
-        self.steps_in_stage += 1
-        if key_accuracy is not None:
-            self.accuracies.append(key_accuracy)
-        stages = self.stages
-        stage = stages[self.stage_idx]
-        is_solved = (
-            stage.advance_accuracy is not None
-            and len(self.accuracies) == self.accuracies.maxlen
-            and sum(self.accuracies) / len(self.accuracies) >= stage.advance_accuracy
-        )
-        is_last = self.stage_idx == len(stages) - 1
-        if not is_last and (is_solved or (stage.max_steps is not None and self.steps_in_stage >= stage.max_steps)):
-            self.stage_idx += 1
-            self.steps_in_stage = 0
-            self.accuracies = deque(maxlen=stages[self.stage_idx].window)
-        self.passing.update_start(self.step, self.stage_idx)
+        self.curriculum.advance(row["key_accuracy"])
+        self.passing.update_start(self.step, self.curriculum.stage_idx)
+        return row
 
     def _describe(self, output: StepOutput, batch: Batch, grad_norm: float, is_passed: bool) -> dict[str, Any]:
         self.num_tokens += batch.num_tokens
-        fam = output.passed_fam_LBFD
-        norm = None if fam is None else float(fam.float().pow(2).mean(-1).sqrt().mean((1, 2)).max())
         asks_B = batch.is_key_BT.any(dim=1)
         return {
             "step": self.step,
-            "stage": self.stage_idx,
+            "stage": self.curriculum.stage_idx,
             "state_passed": is_passed,
             "loss": output.loss.item(),
             "key_loss": output.key_loss.item() if bool(asks_B.any()) else None,
-            "key_accuracy": _share(output.is_right_B[asks_B]),
-            "key_accuracy_asked_later": _share(output.is_right_B[asks_B & ~batch.is_told_B]),
+            "key_accuracy": output.accuracy_of(asks_B),
+            "key_accuracy_asked_later": output.accuracy_of(asks_B & ~batch.is_told_B),
             "grad_norm": grad_norm,
-            "fam_norm": norm,
+            "fam_norm": output.fam_norm,
             "teacher_loss": output.teacher_loss.item(),
             "fam_change": output.fam_change.item(),
             "block_size": memory_of(self.model).config.block_size,
@@ -317,15 +291,11 @@ class Trainer:
             f"loss is {loss.item()} at step {self.step}; hidden states are first not finite in {place}; {TRY_AGAIN}"
         )
 
-    # Checkpoints, results
-
     def save_checkpoint(self) -> None:
         """Write everything that the next step depends on."""
         progress = {
             "step": self.step,
-            "stage_idx": self.stage_idx,
-            "steps_in_stage": self.steps_in_stage,
-            "accuracies": list(self.accuracies),
+            **self.curriculum.to_dict(),
             "seconds": self.seconds,
             "cpu_seconds": self.cpu_seconds,
             "num_tokens": self.num_tokens,
@@ -344,16 +314,14 @@ class Trainer:
 
     def _restore(self) -> None:
         parts = (self.folder, self.model, self.optimizer, self.average, self.passing)
-        progress, random_state, self.stored = load_checkpoint(*parts, num_stages=len(self.stages))
+        progress, random_state, self.stored = load_checkpoint(*parts, num_stages=len(self.curriculum.stages))
         self.random_numbers.go_on_from(random_state)
         self.passing.saved = self.ranks.own_saved(self.passing.saved)
-        self.step, self.stage_idx = progress["step"], progress["stage_idx"]
-        self.steps_in_stage = progress["steps_in_stage"]
-        window = self.stages[self.stage_idx].window
-        self.accuracies = deque(progress["accuracies"], maxlen=window)
+        self.step = progress["step"]
+        self.curriculum.restore(progress)
         self.seconds, self.cpu_seconds = progress["seconds"], progress["cpu_seconds"]
         self.num_tokens = progress["num_tokens"]
-        self.devices = progress.get("devices", [])  # checkpoints of before have none
+        self.devices = progress.get("devices", [])  # checkpoints of earlier versions have none
         if self.ranks.is_main:
             cut_log(self.folder / LOG_FILE, self.step)
 
@@ -366,11 +334,6 @@ class Trainer:
         if self.ranks.is_sharded:  # this model holds a share of its weights alone
             self.model, _ = build_trainee(self.recipe)
             self.model.load_state_dict(trained, strict=False)
-        if self.recipe.key_bias is not None:
-            set_key_bias(self.model, 0.0)
-        self.model.eval()
-        if self.recipe.schedule.block_sizes:
-            set_block_size(self.model, self.recipe.fam.block_size)
         longest_before = (self.started_from or {}).get("max_training_filler_tokens", 0)
         notes = {
             BASE_NOTE: self.recipe.model.base,
@@ -383,13 +346,4 @@ class Trainer:
             "max_training_filler_tokens": max(self.recipe.max_filler_tokens, longest_before),
             "started_from": self.started_from,
         }
-        if self.recipe.lora is None:
-            save_model(self.model, self.tokenizer, self.folder, notes, self.recipe.reading_config)
-        else:
-            adapter = FamAdapter.from_model(self.model, notes=notes)
-            adapter.config = self.recipe.reading_config
-            adapter.save_pretrained(self.folder, dtype=torch.float16)
-
-
-def _share(is_right_N: torch.Tensor) -> float | None:
-    return is_right_N.float().mean().item() if is_right_N.numel() else None
+        save_trained(self.model, self.tokenizer, self.folder, self.recipe, notes)

@@ -30,6 +30,17 @@ class StepOutput:
     """Mean change of the FAM, relative to its length, over the updates that `FamChange` looks at, detached; 0
     where there is none."""
 
+    @property
+    def fam_norm(self) -> float | None:
+        """Root mean square of the passed FAM's rows, the largest of all layers; None where there is none."""
+        fam_LBFD = self.passed_fam_LBFD
+        return None if fam_LBFD is None else float(fam_LBFD.float().pow(2).mean(-1).sqrt().mean((1, 2)).max())
+
+    def accuracy_of(self, is_counted_B: torch.Tensor) -> float | None:
+        """Return the share of the counted rows whose key is right; None where no row counts."""
+        is_right_N = self.is_right_B[is_counted_B]
+        return is_right_N.float().mean().item() if is_right_N.numel() else None
+
 
 @dataclass
 class Scores:
