@@ -9,7 +9,7 @@ from transformerfam.cli.options import OR_OVERWRITE, OverwriteOption, SetOption
 from transformerfam.cli.output import say
 from transformerfam.training.averaging import average_memories
 from transformerfam.training.recipe.toml import parse_overrides
-from transformerfam.weights.adapter import require_own_folder
+from transformerfam.weights.folders import require_own_folder
 
 
 def average_command(

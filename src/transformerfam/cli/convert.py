@@ -14,7 +14,7 @@ from transformerfam.rivals.presets import NUM_SINK_TOKENS
 from transformerfam.tasks.text import encode_rest, encode_start
 from transformerfam.tasks.unknown_words import say_unknown
 from transformerfam.training.recipe.toml import parse_overrides
-from transformerfam.weights.adapter import require_own_folder
+from transformerfam.weights.folders import require_own_folder
 from transformerfam.weights.models import save_model
 
 PROMPT_TEXT = (

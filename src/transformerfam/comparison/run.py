@@ -25,7 +25,7 @@ from transformerfam.training.recipe.removed import in_former_keys
 from transformerfam.training.run_folder import FREE_TO_CHANGE, require_same_run, save_recipe
 from transformerfam.training.setup import build_trainee
 from transformerfam.training.trainer import Trainer
-from transformerfam.weights.adapter import CHECKPOINT_FILE
+from transformerfam.weights.folders import CHECKPOINT_FILE
 from transformerfam.weights.models import load_model
 
 ROWS_FILE = "rows.jsonl"

@@ -1,8 +1,9 @@
 """The systems that TransformerFAM is compared with, each right, small and tested.
 
-Every rival is one module of the same shape: what it puts in front of and behind a segment, what it does to a layer, and
+Every rival is one module of the same shape: what it puts before and after a segment, what it does to a layer, and
 what it carries. `attach(model, RivalConfig(system=...))` gives it to any model that `convert` serves; the model then
-reads, trains, generates and is asked like a converted one. Those rivals that are choices of `FamConfig` are `presets`.
+reads, trains, generates and is asked like a converted one. Those rivals that are choices of `FamConfig` are `presets`;
+`start` begins a reading, `files` saves and loads.
 
 May import: `fam`, `decoder`, and the root of the package.
 One more rival: a module of that shape, its name and fields in `config`, its equations in `tests/rival_reference.py`.

@@ -2,9 +2,9 @@
 
 A piece is a run of tokens of one segment. Its rows are
 
-    [rows in front, if it begins a segment | tokens | rows behind, if it completes one]
+    [rows in front, if it begins a segment | tokens | rows after them, if it completes one]
 
-and each sees what stands in front of it in the segment. A row's position is its place there.
+and each sees what is before it in the segment. A row's position is its place there.
 """
 
 from collections.abc import Callable, Sequence
@@ -16,73 +16,17 @@ from torch.nn.functional import rms_norm
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import MoeModelOutputWithPast
 
-from transformerfam.decoder.arguments import require_integer, saved_flags
 from transformerfam.decoder.layouts import LayerLayout
-from transformerfam.decoder.memory import Memory, memory_of
+from transformerfam.decoder.memory import Memory
 from transformerfam.decoder.model import ModelWithMemory
 from transformerfam.decoder.step import Step, StepCache, run_decoder
-from transformerfam.decoder.structure import require_layers
 from transformerfam.errors import StateMismatchError, TransformerFamError
 from transformerfam.rivals.config import RivalConfig
 from transformerfam.rivals.lanes import Lane
 from transformerfam.rivals.masks import segment_mask
 from transformerfam.rivals.mixing import Mixture
+from transformerfam.rivals.start import init_state
 from transformerfam.rivals.state import RivalState
-
-
-def init_state(
-    self: PreTrainedModel,
-    batch_size: int = 1,
-    carried: torch.Tensor | None = None,
-    position_offset: int = 0,
-    is_saved: Any = None,
-) -> RivalState:
-    """Start a reading with a rival.
-
-    Args:
-        self: the model.
-        batch_size: number of sequences.
-        carried: memory to start from, `(1, batch_size, 1, N)`, as `state.carried` gives it; None: the rival's own.
-        position_offset: not felt, since positions begin anew in every segment.
-        is_saved: per sequence, whether it starts from `carried`; the others start as the rival does. None: all do.
-
-    Returns:
-        A state of `batch_size` sequences that have read nothing.
-
-    Raises:
-        TransformerFamError: a number is no integer in range, or `carried` or `is_saved` has another shape.
-    """
-    batch_size = require_integer("batch_size", batch_size, least=1)
-    require_integer("position_offset", position_offset, least=0)
-    rival: Any = memory_of(self)
-    require_layers(self, len(rival.layouts))
-    saved = saved_flags(is_saved, batch_size, carried is not None)
-    lanes = []
-    for is_from_saved in (False, True):
-        rows = [row for row, flag in enumerate(saved) if flag == is_from_saved]
-        if not rows:
-            continue
-        lane = Lane(rows, rival.initial_memory(len(rows)))
-        if is_from_saved:
-            assert carried is not None
-            lane.memory = _unflattened(lane.memory, carried, batch_size, rows)
-            lane.num_remembered = rival.config.num_memory_segments
-        lanes.append(lane)
-    return RivalState(lanes, rival.config, rival.identity, rival.has_memory)
-
-
-def _unflattened(
-    like: dict[str, torch.Tensor], carried_1B1N: torch.Tensor, batch_size: int, rows: list[int]
-) -> dict[str, torch.Tensor]:
-    """Return rows of `state.carried` as named tensors of the shapes of `like`."""
-    sizes = [like[name][0].numel() for name in sorted(like)]
-    if tuple(carried_1B1N.shape) != (1, batch_size, 1, sum(sizes)):
-        raise StateMismatchError(
-            f"the memory to start from has shape {tuple(carried_1B1N.shape)}, required is (1, batch, 1, numbers) "
-            f"{(1, batch_size, 1, sum(sizes))}; save it from a state of the same model and configuration"
-        )
-    parts = carried_1B1N[0, rows, 0].split(sizes, dim=1)
-    return {name: part.view_as(like[name]) for name, part in zip(sorted(like), parts, strict=True)}
 
 
 class Rival(Memory):
@@ -93,8 +37,8 @@ class Rival(Memory):
         mixes: whether it changes what an attention gives, in front of its last matrix.
         is_endless: whether a segment never ends.
         has_memory: whether its memory has a fixed size.
-        names_of_rows: names of the parameters that stand among the tokens as rows.
-        memory_rows_see_each_other: whether rows in front, or behind, see all of their kind.
+        names_of_rows: names of the parameters that are rows among the tokens.
+        memory_rows_see_each_other: whether rows in front, or after the tokens, see all of their kind.
         hidden_size: width of the layers.
     """
 
@@ -128,7 +72,7 @@ class Rival(Memory):
         """Make the parameters."""
 
     def linear(self, num_inputs: int, num_outputs: int) -> nn.Linear:
-        """Return a matrix drawn as the model's own were, from a generator of the rival's own."""
+        """Return a matrix drawn as the model's own were, from the rival's own generator."""
         matrix = nn.Linear(num_inputs, num_outputs, bias=False)
         nn.init.normal_(matrix.weight, std=self._std, generator=self._draw)
         return matrix
@@ -139,7 +83,7 @@ class Rival(Memory):
 
     @property
     def learned_rows(self) -> list[nn.Parameter]:
-        """The parameters that stand among the tokens as rows."""
+        """The parameters that are rows among the tokens."""
         return [parameter for name, parameter in self.named_parameters() if name in self.names_of_rows]
 
     def require_own(self, state: RivalState) -> None:
@@ -165,7 +109,7 @@ class Rival(Memory):
                 "leave it out, or set it False in the model's configuration"
             )
         lanes: list[Lane] = []
-        parts: list[list[torch.Tensor]] = []  # of every lane: hidden states behind the last norm, then those of layers
+        parts: list[list[torch.Tensor]] = []  # of every lane: hidden states after the last norm, then those of layers
         for lane in state.lanes:
             by_count: dict[int, list[int]] = {}
             for i, row in enumerate(lane.rows):
@@ -193,7 +137,7 @@ class Rival(Memory):
         """Send one piece of a lane through the layers, and move it on.
 
         Returns:
-            Hidden states of the tokens `(B, T, D)`: those behind the last norm, then those of every layer if asked for.
+            Hidden states of the tokens `(B, T, D)`: those after the last norm, then those of every layer if asked for.
         """
         piece = RivalPiece(self, lane, tokens_BTD.shape[1])
         cache = StepCache(range(len(self.layouts)), piece)
@@ -209,11 +153,11 @@ class Rival(Memory):
         return {}
 
     def rows_in_front(self, lane: Lane) -> torch.Tensor | None:
-        """Return embeddings `(B, n, D)` that stand in front of a segment."""
+        """Return embeddings `(B, n, D)` that come before a segment."""
         return None
 
     def rows_behind(self, lane: Lane) -> torch.Tensor | None:
-        """Return embeddings `(B, n, D)` that stand behind a segment."""
+        """Return embeddings `(B, n, D)` that come after a segment."""
         return None
 
     def enter_layer(self, piece: "RivalPiece", layer_idx: int, hidden_BTD: torch.Tensor) -> torch.Tensor:
@@ -229,18 +173,18 @@ class Rival(Memory):
     def after_attention(
         self, piece: "RivalPiece", layer_idx: int, output_BTD: torch.Tensor, factor: float
     ) -> torch.Tensor:
-        """Return what is added, times `factor`, to the residual behind attention."""
+        """Return what is added, times `factor`, to the residual after attention."""
         return output_BTD
 
     def leave_layer(self, piece: "RivalPiece", layer_idx: int, hidden_BTD: torch.Tensor) -> None:
         """Note a layer's output."""
 
     def end_segment(self, piece: "RivalPiece", hidden_BTD: torch.Tensor) -> dict[str, torch.Tensor]:
-        """Return the memory behind a segment, or those parts of it that change there.
+        """Return the memory after a segment, or those parts of it that change there.
 
         Args:
             piece: the piece that completed it, with the keys and values of the whole segment.
-            hidden_BTD: all of its rows behind the last norm.
+            hidden_BTD: all of its rows after the last norm.
         """
         return {}
 
@@ -250,11 +194,11 @@ class RivalPiece(Step):
 
     Args:
         rival: what is done to it.
-        lane: where it goes on; it is moved on by `advance`.
+        lane: where it continues; `advance` moves it on.
         num_tokens: tokens that every sequence adds.
 
     Attributes:
-        keys: of every layer `(B, G, S, K)`: the segment up to the end of this piece, without rows behind it.
+        keys: of every layer `(B, G, S, K)`: the segment up to the end of this piece, without rows after it.
         values: likewise.
         own: of every layer, keys and values of this piece's rows.
         entered: of every layer, its input; kept where a rival asks for it.
@@ -281,7 +225,7 @@ class RivalPiece(Step):
 
     @property
     def tokens(self) -> slice:
-        """Where the tokens stand among the rows."""
+        """Where the tokens are among the rows."""
         return slice(self.num_front, self.num_front + self.num_tokens)
 
     def rows(self, tokens_BTD: torch.Tensor) -> torch.Tensor:
@@ -310,7 +254,7 @@ class RivalPiece(Step):
         return self.rival.enter_layer(self, layer, hidden_BTD)
 
     def attend(self, layer: int, key_BGTK: torch.Tensor, value_BGTK: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Note the keys and values of the rows, and return all that stand in the segment so far."""
+        """Note the keys and values of the rows, and return all that are in the segment so far."""
         self.own.append((key_BGTK, value_BGTK))
         if self.lane.keys:
             key = torch.cat((self.lane.keys[layer].to(key_BGTK.dtype), key_BGTK), dim=2)
@@ -336,7 +280,7 @@ class RivalPiece(Step):
         return rms_norm(entered_BTD, entered_BTD.shape[-1:])
 
     def unturned(self, layer: int, rows_BHTK: torch.Tensor, start: int) -> torch.Tensor:
-        """Return queries or keys that stand from place `start` on as they were before RoPE."""
+        """Return queries or keys from place `start` on as they were before RoPE."""
         distances = range(-start, -start - rows_BHTK.shape[2], -1)
         return self.rival.layouts[layer].turner.turn(rows_BHTK, rows_BHTK, distances)[0]
 
@@ -350,7 +294,7 @@ class RivalPiece(Step):
         """Move the lane on.
 
         Args:
-            hidden_BTD: all rows behind the last norm.
+            hidden_BTD: all rows after the last norm.
         """
         lane = self.lane
         if self.completes:

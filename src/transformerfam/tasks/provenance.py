@@ -19,7 +19,8 @@ from transformerfam.errors import CorruptFileError
 from transformerfam.files.reading import parse_json, read_whole
 from transformerfam.reports.rows import ROW_SCHEMA
 from transformerfam.rivals.files import RIVAL_FILE, notes_of_rival
-from transformerfam.weights.adapter import FAM_FILE, FamAdapter
+from transformerfam.weights.adapter import FamAdapter
+from transformerfam.weights.folders import FAM_FILE
 from transformerfam.weights.models import BSWA_FOLDER, NAMED_MODELS
 
 UNKNOWN = "unknown"

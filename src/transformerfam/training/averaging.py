@@ -13,7 +13,8 @@ import torch
 
 from transformerfam.decoder.architecture import difference
 from transformerfam.errors import StateMismatchError, TransformerFamError
-from transformerfam.weights.adapter import CONFIG_FILE, FamAdapter
+from transformerfam.weights.adapter import FamAdapter
+from transformerfam.weights.folders import CONFIG_FILE
 from transformerfam.weights.models import BASE_NOTE
 
 UNLIKE = {"base_model_name_or_path", "inference_mode", "revision", "peft_version"}

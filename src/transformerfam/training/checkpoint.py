@@ -28,7 +28,7 @@ from transformerfam.training.recipe.toml import build_recipe
 from transformerfam.training.sharding import shared_like
 from transformerfam.training.state_passing import SavedFam, StatePassing
 from transformerfam.training.step.stored_filler import StoredFiller
-from transformerfam.weights.adapter import CHECKPOINT_FILE
+from transformerfam.weights.folders import CHECKPOINT_FILE
 
 RECIPE_FILE = "recipe.json"
 SOURCES = "sources"

@@ -16,7 +16,7 @@ from transformerfam.training.checkpoint import RECIPE_FILE, SOURCES, recipe_of_r
 from transformerfam.training.data.sources import require_same_sources, sources_of
 from transformerfam.training.ranks import Ranks
 from transformerfam.training.recipe.recipe import Recipe
-from transformerfam.weights.adapter import CHECKPOINT_FILE, CONFIG_FILE, FAM_FILE
+from transformerfam.weights.folders import CHECKPOINT_FILE, CONFIG_FILE, FAM_FILE
 from transformerfam.weights.peft_adapters import LORA_CONFIG_FILE, LORA_FILE
 
 LOG_FILE = "log.jsonl"

@@ -1,7 +1,7 @@
 """The adapter: what training adds to a model, in one folder.
 
 `fam.safetensors` holds the prompt or prefix, the configuration, the identity of the base model, and optionally a saved
-FAM; LoRA stands beside it in PEFT's own files, so that PEFT loads it too.
+FAM; LoRA is next to it in PEFT's own files, so that PEFT loads it too.
 """
 
 import contextlib
@@ -37,6 +37,7 @@ from transformerfam.files.tensors import (
 )
 from transformerfam.files.writing import make_folder, replacing
 from transformerfam.versions import require_peft
+from transformerfam.weights.folders import FAM_FILE
 from transformerfam.weights.peft_adapters import (
     LORA_CONFIG_FILE,
     LORA_FILE,
@@ -51,46 +52,11 @@ from transformerfam.weights.peft_adapters import (
 )
 
 ADAPTER_FORMAT_VERSION = 1
-FAM_FILE = "fam.safetensors"
 ALWAYS_COMPARED = ("class", "model_type", "vocab_size", "hidden_size", "num_hidden_layers")
 """Of an architecture, what every version has stored; the rest is compared where it was."""
 
 SETTLE_SECONDS = 1.0
 """How long two files that do not fit together are read again: another process may be writing the second."""
-
-CONFIG_FILE = "config.json"
-CHECKPOINT_FILE = "checkpoint.safetensors"
-RUN_FILES = {"recipe.json", CHECKPOINT_FILE}
-"""What a folder holds beside its memory where a run of training made it."""
-
-
-def require_own_folder(folder: str | os.PathLike[str], is_model: bool, overwrite: bool, remedy: str = "") -> None:
-    """Refuse a folder that would lose something to a memory, or to a model with its memory.
-
-    Args:
-        folder: where to; there may be none yet.
-        is_model: whether the weights of the base model go there, too.
-        overwrite: take the place of what this package wrote there, if it is of the same kind.
-        remedy: how a user asks for that, for the message.
-
-    Raises:
-        TransformerFamError: the folder holds something else, or the same and it is not to be overwritten.
-    """
-    folder = Path(folder)
-    if not folder.exists():
-        return
-    if not folder.is_dir():
-        raise TransformerFamError(f"could not write to {folder}: it is a file, required is a folder; choose another")
-    names = {path.name for path in folder.iterdir()}
-    kind = "a model with its memory" if is_model else "a memory"
-    is_same = is_ours(folder / FAM_FILE, "adapter") and (CONFIG_FILE in names) == is_model and not names & RUN_FILES
-    if names and not is_same:
-        raise TransformerFamError(
-            f"could not write {kind} to {folder}: it holds other files, for example {min(names)}; choose a new or "
-            "empty folder"
-        )
-    if names and not overwrite:
-        raise TransformerFamError(f"{folder} holds {kind} already; {remedy}choose another folder")
 
 
 @dataclasses.dataclass

@@ -8,7 +8,7 @@ from transformers import AutoModelForCausalLM
 
 from transformerfam.errors import TransformerFamError
 from transformerfam.fam.memory import FamModel
-from transformerfam.weights.adapter import CONFIG_FILE
+from transformerfam.weights.folders import CONFIG_FILE
 from transformerfam.weights.models import NAMED_MODELS, load_model
 from transformerfam.weights.pretrained import load_with_memory
 

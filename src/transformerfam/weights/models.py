@@ -23,7 +23,8 @@ from transformerfam.files.tensors import is_ours
 from transformerfam.files.writing import share_rights
 from transformerfam.rivals import RIVAL_NAMES
 from transformerfam.rivals.files import RIVAL_FILE, TrainedRival, save_rival
-from transformerfam.weights.adapter import CHECKPOINT_FILE, CONFIG_FILE, FAM_FILE, FamAdapter
+from transformerfam.weights.adapter import FamAdapter
+from transformerfam.weights.folders import CHECKPOINT_FILE, CONFIG_FILE, FAM_FILE
 from transformerfam.weights.peft_adapters import LORA_CONFIG_FILE, has_adapters, load_peft_folder
 from transformerfam.weights.pretrained import (
     load_pretrained,

@@ -26,7 +26,8 @@ from transformerfam.errors import CorruptFileError, MissingPackageError, Transfo
 from transformerfam.fam.convert import memory_of
 from transformerfam.files.reading import parse_json, read_whole, refuse_endless
 from transformerfam.files.writing import share_rights
-from transformerfam.weights.adapter import CONFIG_FILE, FAM_FILE, FamAdapter
+from transformerfam.weights.adapter import FamAdapter
+from transformerfam.weights.folders import CONFIG_FILE, FAM_FILE
 from transformerfam.weights.peft_adapters import LORA_CONFIG_FILE, has_adapters
 
 CONFIG_KEY = "fam_config"
