@@ -32,7 +32,8 @@ from transformerfam.tasks.provenance import memory_notes
 from transformerfam.tasks.ragged import greedy_tokens
 from transformerfam.tasks.text import encode
 from transformerfam.tools.costs import full_cache_bytes
-from transformerfam.weights.models import System, load_base, load_model
+from transformerfam.weights.memories import System
+from transformerfam.weights.models import load_base, load_model
 
 NOVEL = "persuasion"
 SYSTEMS: tuple[System, ...] = ("fam", "bswa")

@@ -15,7 +15,8 @@ from transformerfam.comparison.names import RunName, require_plain_name
 from transformerfam.config import FamConfig
 from transformerfam.errors import RecipeError
 from transformerfam.reports.rows import Row
-from transformerfam.rivals import PRESETS, RIVAL_NAMES, preset
+from transformerfam.rivals import PRESETS, RIVAL_NAMES
+from transformerfam.rivals.presets import sections_of
 from transformerfam.tasks.controls import control_of
 from transformerfam.tasks.ranges import Integer, Integers, Texts
 from transformerfam.tasks.section import Section
@@ -91,7 +92,7 @@ class Comparison(Section, abc.ABC):
     """Lengths at which every run is asked."""
 
     filler: str = "sentences"
-    """What stands between telling and asking: the paper's sentences, a novel of the package, or a UTF-8 file."""
+    """What is between a key and its question: the paper's sentences, a novel of the package, or a UTF-8 file."""
 
     seeds: Integers = (0,)
     """Each trains every system from other weights and on other data."""
@@ -286,14 +287,8 @@ class Comparison(Section, abc.ABC):
         fam = FamConfig.from_dict({"fam_key_bias": 0.0} | values.get("fam", {}))
         system = self.system_of(run.system)
         system = "fam" if system == UNTRAINED else system
-        if system in RIVAL_NAMES:
-            values["fam"] = {"block_size": fam.block_size, "fam_length": 0, "num_memory_segments": 0}
-            rival = {"system": system, "block_size": fam.block_size}
-            values["rival"] = rival | ({"num_memory_tokens": fam.fam_length} if fam.fam_length else {})
-            values = {name: v for name, v in values.items() if name not in ("key_bias", "reading")}
-        else:
-            chosen = preset(system, fam).to_dict()
-            values["fam"] = {name: value for name, value in chosen.items() if value is not None}
+        values |= sections_of(system, fam)
+        values = {name: section for name, section in values.items() if section is not None}
         _with_seed(values, run.seed)
         for key, value in self.changes.get(run.system, {}).items():
             set_value(values, key, value)

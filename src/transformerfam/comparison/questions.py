@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from transformerfam.comparison.names import RunName
-from transformerfam.comparison.plan import UNTRAINED, Comparison
+from transformerfam.comparison.plan import Comparison
 from transformerfam.reports.rows import Row
+from transformerfam.rivals import PRESETS
 from transformerfam.tasks.controls import control_of
 
 
@@ -95,5 +96,5 @@ class Questions:
         control = control_of(system)
         name = system if control is None else control[0]
         recipe = self.comparison.recipe_of(RunName(name, self.comparison.seeds[0]))
-        is_trained_fam = recipe.rival is None and self.comparison.system_of(name) != UNTRAINED
+        is_trained_fam = self.comparison.system_of(name) in PRESETS
         return (recipe.reading_config if is_trained_fam else recipe.fam).block_size

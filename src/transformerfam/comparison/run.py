@@ -15,7 +15,7 @@ from transformerfam.comparison.questions import Questions
 from transformerfam.errors import RecipeError
 from transformerfam.files.writing import make_folder
 from transformerfam.reports.rows import Row, RowFile, require_same_weights
-from transformerfam.rivals import RIVAL_NAMES
+from transformerfam.rivals import PRESETS
 from transformerfam.tasks.passkey import BEFORE_KEY
 from transformerfam.tasks.provenance import device_name, memory_notes, provenance, weights_of
 from transformerfam.tasks.text import encode
@@ -37,7 +37,7 @@ Progress = Callable[[str, int, int], None]
 
 
 def run_folder(folder: Path, run: RunName) -> Path:
-    """Return where a run stands in the folder of its comparison."""
+    """Return where a run is in the folder of its comparison."""
     return folder / str(run)
 
 
@@ -102,12 +102,12 @@ def run_one(
         run: which system, and which seed.
         folder: of the comparison; the run gets a folder in it, with the trained model, the log and `rows.jsonl`.
         progress: called with what is being done, how much of it is, and how much there is to do.
-        device: where it trains and is asked; a run may go on on another device.
+        device: where it trains and is asked; a run may resume on another device.
 
     Raises:
         RecipeError: what is there was made by another recipe; all but time and threads must agree.
         TransformerFamError: a question cannot be asked; nothing is trained.
-        KeyboardInterrupt: Ctrl-C; the same call goes on.
+        KeyboardInterrupt: Ctrl-C; the same call resumes.
     """
     questions = Questions(comparison)
     questions.require_askable()
@@ -123,7 +123,7 @@ def run_one(
         notes: dict[str, Any] = {}
     else:
         _train(questions, recipe, own, progress, device)
-        loaded = system if system in RIVAL_NAMES else "fam"
+        loaded = "fam" if system in PRESETS else system
         model, tokenizer = load_model(own, loaded)
         notes = memory_notes(own, loaded)
     model.to(device).eval()
@@ -144,7 +144,7 @@ def run_one(
 def _train(
     questions: Questions, recipe: Any, folder: Path, progress: Progress | None, device: torch.device | str
 ) -> None:
-    """Train in the run's folder, or go on there."""
+    """Train in the run's folder, or resume there."""
 
     def update(trainer: Trainer, row: dict[str, Any]) -> None:
         if progress is not None:

@@ -1,10 +1,11 @@
-"""The rivals that are choices of `FamConfig`, by name."""
+"""The rivals that are choices of `FamConfig`, by name, and the sections of a recipe that train any system."""
 
 import difflib
 from typing import Any
 
 from transformerfam.config import PLAIN_UPDATE, UPDATE_PRESETS, FamConfig
 from transformerfam.errors import TransformerFamError
+from transformerfam.rivals.config import RIVAL_NAMES
 
 NUM_SINK_TOKENS = 4
 """First tokens that StreamingLLM keeps."""
@@ -40,3 +41,25 @@ def preset(name: str, config: FamConfig) -> FamConfig:
     if changes.get("window") == "block_size":
         changes = changes | {"window": config.block_size}
     return config.replace(**changes)
+
+
+def sections_of(system: str, fam: FamConfig) -> dict[str, dict[str, Any] | None]:
+    """Return the sections of a recipe that train a system in the place of FAM.
+
+    Args:
+        system: one of `PRESETS` or of `RIVAL_NAMES`.
+        fam: the recipe's FAM.
+
+    Returns:
+        Plain values by section; None where a section is FAM's alone, and is left out.
+
+    Raises:
+        TransformerFamError: there is no such system.
+    """
+    if system not in RIVAL_NAMES:
+        chosen = preset(system, fam).to_dict()
+        return {"fam": {name: value for name, value in chosen.items() if value is not None}}
+    plain = {"block_size": fam.block_size, "fam_length": 0, "num_memory_segments": 0}
+    rival = {"system": system, "block_size": fam.block_size}
+    rival |= {"num_memory_tokens": fam.fam_length} if fam.fam_length else {}
+    return {"fam": plain, "rival": rival, "key_bias": None, "reading": None}

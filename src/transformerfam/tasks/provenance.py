@@ -18,9 +18,7 @@ from transformerfam.decoder.memory import memory_of
 from transformerfam.errors import CorruptFileError
 from transformerfam.files.reading import parse_json, read_whole
 from transformerfam.reports.rows import ROW_SCHEMA
-from transformerfam.rivals.files import RIVAL_FILE, notes_of_rival
-from transformerfam.weights.adapter import FamAdapter
-from transformerfam.weights.folders import FAM_FILE
+from transformerfam.weights.memories import KINDS
 from transformerfam.weights.models import BSWA_FOLDER, NAMED_MODELS
 
 UNKNOWN = "unknown"
@@ -113,11 +111,11 @@ def device_name(device: torch.device) -> str:
 
 
 def memory_notes(name_or_folder: str | Path, system: str = "fam") -> dict[str, Any]:
-    """Return what is known of a trained memory: the notes of its training, and the card of its measurements.
+    """Return how a trained memory came about: the notes of its training, and the card of its measurements.
 
     Args:
         name_or_folder: as for `load_model`.
-        system: "bswa" gives the notes of the rival trained alike, where there is one.
+        system: "bswa" returns the notes of the rival trained alike, where there is one.
 
     Raises:
         CorruptFileError: the adapter or the card cannot be read.
@@ -130,9 +128,10 @@ def memory_notes(name_or_folder: str | Path, system: str = "fam") -> dict[str, A
         return {}
     if system == "bswa":
         folder = folder / BSWA_FOLDER
-    notes = FamAdapter.from_pretrained(folder).notes if (folder / FAM_FILE).is_file() else {}
-    if (folder / RIVAL_FILE).is_file():
-        notes = notes_of_rival(folder)
+    notes: dict[str, Any] = {}
+    for kind in KINDS:
+        if (folder / kind.file).is_file():
+            notes = kind.notes(folder)
     card = folder / CARD_FILE
     if card.is_file():
         try:

@@ -11,23 +11,23 @@ from transformerfam.errors import CorruptFileError, RecipeError, TransformerFamE
 from transformerfam.files.locks import hold
 from transformerfam.files.tensors import is_ours
 from transformerfam.files.writing import make_folder, require_regular, write_text
-from transformerfam.rivals.files import RIVAL_FILE
 from transformerfam.training.checkpoint import RECIPE_FILE, SOURCES, recipe_of_run, sources_of_run
 from transformerfam.training.data.sources import require_same_sources, sources_of
 from transformerfam.training.ranks import Ranks
 from transformerfam.training.recipe.recipe import Recipe
-from transformerfam.weights.folders import CHECKPOINT_FILE, CONFIG_FILE, FAM_FILE
+from transformerfam.weights.folders import CHECKPOINT_FILE, CONFIG_FILE
+from transformerfam.weights.memories import MEMORY_FILES
 from transformerfam.weights.peft_adapters import LORA_CONFIG_FILE, LORA_FILE
 
 LOG_FILE = "log.jsonl"
 LOCK_FILE = "run.lock"
 WRITTEN = (
-    *(LOG_FILE, "checkpoint*.safetensors", FAM_FILE, RIVAL_FILE, "adapter_*", "*config.json", "model*.safetensors*"),
+    *(LOG_FILE, "checkpoint*.safetensors", *MEMORY_FILES, "adapter_*", "*config.json", "model*.safetensors*"),
     *("pytorch_model*", "tokenizer*", "special_tokens_map.json", "vocab*", "merges.txt", "chat_template*"),
 )
 """Files that a run, or the model at its end, takes the place of."""
 
-KINDS = {CHECKPOINT_FILE: "checkpoint", FAM_FILE: "adapter", RIVAL_FILE: "rival"}
+KINDS = {CHECKPOINT_FILE: "checkpoint"} | MEMORY_FILES
 """Files of which one at least is in the folder of a run that has got anywhere, and what is in each."""
 
 FREE_TO_CHANGE = ("max_seconds", "checkpoint_seconds", "threads")
@@ -105,7 +105,7 @@ def require_same_run(folder: Path, recipe: Recipe, may_differ: tuple[str, ...] =
 
     Args:
         folder: of the run.
-        recipe: to go on by.
+        recipe: to continue by.
         may_differ: fields of the schedule that need not agree.
 
     Raises:
@@ -201,7 +201,7 @@ def _require_free(folder: Path, overwrite: bool) -> None:
 
 def _clear(folder: Path) -> None:
     """Remove what an earlier run left: one that was killed before its first checkpoint, or is to be overwritten."""
-    for name in (LOG_FILE, CHECKPOINT_FILE, FAM_FILE, RIVAL_FILE, CONFIG_FILE, LORA_FILE, LORA_CONFIG_FILE):
+    for name in (LOG_FILE, CHECKPOINT_FILE, *MEMORY_FILES, CONFIG_FILE, LORA_FILE, LORA_CONFIG_FILE):
         (folder / name).unlink(missing_ok=True)
     for path in folder.glob("checkpoint-*-of-*.safetensors"):
         path.unlink()

@@ -7,9 +7,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformerfam.config import FamConfig
 from transformerfam.decoder.memory import hold_weights_in
 from transformerfam.errors import RecipeError
-from transformerfam.fam.convert import convert
 from transformerfam.fam.prompt import prefix_from_prompt, set_prompt
-from transformerfam.rivals import attach
 from transformerfam.tasks.provenance import memory_notes
 from transformerfam.tasks.text import encode, read_text
 from transformerfam.tasks.unknown_words import say_unknown
@@ -17,6 +15,7 @@ from transformerfam.training.lora import fuse_lora
 from transformerfam.training.recipe.recipe import Recipe
 from transformerfam.training.tiny import build_tiny_model, build_tiny_tokenizer, draw_prompt, frequent_words
 from transformerfam.versions import require_peft
+from transformerfam.weights.memories import give_memory
 from transformerfam.weights.models import BASE_NOTE, load_base, load_model
 from transformerfam.weights.peft_adapters import inject_lora
 
@@ -41,11 +40,11 @@ def build_trainee(recipe: Recipe) -> tuple[PreTrainedModel, PreTrainedTokenizerB
     elif section.base == "tiny-random":
         tokenizer = build_tiny_tokenizer(_words_of(recipe))
         model = build_tiny_model(section, len(tokenizer))
-        _give_memory(model, recipe)
+        give_memory(model, recipe.memory_config)
         draw_prompt(model, section.seed)
     else:
         model, tokenizer = load_base(section.base)
-        _give_memory(model, recipe)
+        give_memory(model, recipe.memory_config)
     if section.prompt_text is not None:
         ids = encode(tokenizer, section.prompt_text)
         set_prompt(model, ids)
@@ -69,23 +68,15 @@ def build_trainee(recipe: Recipe) -> tuple[PreTrainedModel, PreTrainedTokenizerB
 
 
 def _words_of(recipe: Recipe) -> list[str]:
-    """Return the words that the tiny model knows beside those of the passkey text."""
+    """Return the words that the tiny model knows besides those of the passkey text."""
     section, known = recipe.model, list(recipe.data.words())
     if section.vocabulary_from is not None:
         known += frequent_words(read_text(section.vocabulary_from), NUM_FREQUENT_WORDS)
     return known
 
 
-def _give_memory(model: PreTrainedModel, recipe: Recipe) -> None:
-    """Convert the base, or give it the rival of the recipe."""
-    if recipe.rival is None:
-        convert(model, recipe.fam)
-    else:
-        attach(model, recipe.rival)
-
-
 def _load_memory(memory: str, config: FamConfig) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Load the memory to start from into the recipe's configuration; a prompt may go on as a prefix."""
+    """Load the memory to start from into the recipe's configuration; a prompt may continue as a prefix."""
     overrides = config.to_dict()
     del overrides["fam_init"]
     model, tokenizer = load_model(memory, config_overrides=overrides, merge=False)

@@ -5,7 +5,7 @@ import importlib.resources
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal, get_args, overload
+from typing import Any, overload
 
 import torch
 from safetensors import SafetensorError
@@ -17,14 +17,13 @@ from transformerfam.decoder.model import ModelWithMemory
 from transformerfam.decoder.slot import memory_in
 from transformerfam.errors import CorruptFileError, TransformerFamError
 from transformerfam.fam.convert import convert
-from transformerfam.fam.memory import FamMemory, FamModel
+from transformerfam.fam.memory import FamModel
 from transformerfam.files.reading import parse_json, read_whole
 from transformerfam.files.tensors import is_ours
 from transformerfam.files.writing import share_rights
-from transformerfam.rivals import RIVAL_NAMES
-from transformerfam.rivals.files import RIVAL_FILE, TrainedRival, save_rival
 from transformerfam.weights.adapter import FamAdapter
 from transformerfam.weights.folders import CHECKPOINT_FILE, CONFIG_FILE, FAM_FILE
+from transformerfam.weights.memories import KINDS, MEMORY_FILES, System, kind_of, kind_to_load
 from transformerfam.weights.peft_adapters import LORA_CONFIG_FILE, has_adapters, load_peft_folder
 from transformerfam.weights.pretrained import (
     load_pretrained,
@@ -43,8 +42,7 @@ __all__ = [
     "save_model",
 ]
 
-System = Literal["fam", "bswa", "fam_untrained"]
-SYSTEMS = (*get_args(System), *RIVAL_NAMES)
+SYSTEMS = tuple(system for kind in KINDS for system in kind.systems)
 NAMED_MODELS = ("tiny", "smollm2")
 BSWA_FOLDER = "bswa"
 GATED = "fam_gated"
@@ -110,7 +108,7 @@ def load_model(
             PEFT wrote for such a model, or any model that transformers loads (without a trained memory).
         system: "fam" is the trained memory; "bswa" the rival without memory: the one trained alike where the folder
             has it (sub-folder `bswa`), else the base weights with `fam_length` 0; "fam_untrained" the base weights
-            with a memory that nobody trained; the name of a rival is what `save_rival` wrote.
+            with a memory that nobody trained; the name of a rival is the one that was trained in the folder.
         config_overrides: fields of `FamConfig` to change.
         merge: add LoRA to the weights, which is faster, unless it acts on FAM rows alone; False keeps it apart for
             further training.
@@ -127,8 +125,11 @@ def load_model(
     folder = _find_folder(name_or_folder)
     if (folder / LORA_CONFIG_FILE).is_file() and not (folder / FAM_FILE).is_file():
         return _load_peft(folder, system, config_overrides, merge)
-    if system in RIVAL_NAMES or (folder / RIVAL_FILE).is_file():
-        return _load_rival(folder, system, config_overrides)
+    kind = kind_to_load(folder, system)
+    if kind.read is not None:
+        give = kind.read(folder, system)
+        other_model, tokenizer = load_base(folder, folder=folder)
+        return give(other_model, config_overrides).eval(), tokenizer
     if system == "bswa" and (folder / BSWA_FOLDER / FAM_FILE).is_file():
         folder, system = folder / BSWA_FOLDER, "fam"
     adapter = FamAdapter.from_pretrained(folder) if (folder / FAM_FILE).is_file() else None
@@ -197,7 +198,7 @@ def save_model(
     notes: Mapping[str, Any] | None = None,
     config: FamConfig | None = None,
 ) -> None:
-    """Write a model with a memory so that `load_model(folder)` gives it back: base weights, tokenizer and memory.
+    """Write a model with a memory so that `load_model(folder)` returns it: base weights, tokenizer and memory.
 
     transformers' `from_pretrained` loads a converted one, too (see `pretrained`). For a memory with LoRA use
     `FamAdapter.save_pretrained`.
@@ -217,17 +218,13 @@ def save_model(
         raise TransformerFamError(
             "the model has LoRA; save it with FamAdapter.from_model(model).save_pretrained(folder)"
         )
-    memory = memory_of(model)
-    if not isinstance(memory, FamMemory):
-        _save_base(model, tokenizer, folder)
-        save_rival(model, folder, notes)
-        return
-    own = memory.config
-    set_configuration(model, config or own)
+    own = memory_of(model).config
+    kind = kind_of(own)
+    set_configuration(model, config if isinstance(config, kind.config) else own)
     try:
-        adapter = FamAdapter.from_model(model, notes=dict(notes or {}))
+        write = kind.take(model, dict(notes or {}))
         _save_base(model, tokenizer, folder)
-        adapter.save_pretrained(folder)
+        write(Path(folder))
     finally:
         set_configuration(model, own)
 
@@ -236,7 +233,7 @@ def _save_base(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folde
     """Write the base weights and the tokenizer, without the parameters of the memory."""
     here, memory = Path(folder), memory_in(model.get_decoder())
     back_end, own_back_end = model.config._attn_implementation, memory.base_back_end
-    own = {FAM_FILE: "adapter", RIVAL_FILE: "rival", CHECKPOINT_FILE: "checkpoint"}  # a run may have been killed
+    own = MEMORY_FILES | {CHECKPOINT_FILE: "checkpoint"}  # a run may have been killed
     if (here / CONFIG_FILE).exists() and not any(is_ours(here / n, kind) for n, kind in own.items()):
         raise TransformerFamError(
             f"could not write the model to {folder}: it holds a model that is not of this package, whose weights would "
@@ -255,14 +252,6 @@ def _save_base(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folde
     finally:
         if own_back_end is not None:
             model.set_attn_implementation(back_end)
-
-
-def _load_rival(
-    folder: Path, system: str, overrides: Mapping[str, Any] | None
-) -> tuple[ModelWithMemory[Any], PreTrainedTokenizerBase]:
-    trained = TrainedRival.read(folder, system)
-    model, tokenizer = load_base(folder, folder=folder)
-    return trained.attach(model, overrides).eval(), tokenizer
 
 
 def load_base(

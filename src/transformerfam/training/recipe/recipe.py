@@ -7,7 +7,7 @@ from pydantic import model_validator
 
 from transformerfam.config import FamConfig
 from transformerfam.errors import RecipeError, TransformerFamError
-from transformerfam.rivals import rival_class
+from transformerfam.rivals import RivalConfig, rival_class
 from transformerfam.tasks.passkey_training import PasskeySection
 from transformerfam.tasks.section import Section, require
 from transformerfam.tasks.writing import TaskSection
@@ -198,6 +198,11 @@ class Recipe(Section):
             "schedule.gradient_tokens or loss.fam_change is given beside rival, and they know the FAM alone; leave it "
             "out",
         )
+
+    @property
+    def memory_config(self) -> FamConfig | RivalConfig:
+        """The configuration of the memory that is trained."""
+        return self.fam if self.rival is None else self.rival
 
     @property
     def has_passable_memory(self) -> bool:
