@@ -140,7 +140,7 @@ class Piece(FamRows):
             fam_key, fam_value = key_BGTK[:, :, rows], value_BGTK[:, :, rows]
             if self.num_rows > config.fam_length:
                 return fam_key, fam_value
-            # The rows stand where the update will stand.
+            # The rows are where the update will be.
             return layer.turner.turn(fam_key, fam_value, -self.query_shift)
         if self.updates and not config.takes_block:
             rows = slice(0, config.fam_length)
@@ -220,7 +220,7 @@ class Piece(FamRows):
         moves: list[tuple[slice, slice, int, bool | torch.Tensor]] = []  # source, target, distance, sequences
         if sinks and 0 in self.state.num_blocks_per_row:
             first = [d and n == 0 for d, n in zip(self.completes, self.state.num_blocks_per_row, strict=True)]
-            distance = -sections.older_fams  # to just in front of the memory segments
+            distance = -sections.older_fams  # to just before the memory segments
             moves.append((slice(sections.block, sections.block + sinks), slice(0, sinks), distance, self._flags(first)))
         kept = min(size, layer.plan.num_memory_tokens)  # of this block
         parts = [(sections.older_fams - sections.memory, sections.memory, kept, sections.num_slots - kept)]

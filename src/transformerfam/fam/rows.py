@@ -174,7 +174,7 @@ class FamRows(Step):
     def _mean_of_block(self, layer: FamLayer, weights_BHFT: torch.Tensor) -> torch.Tensor:
         """Return the mean of the block's keys and values, `(B, F, W)`, by the weights of each row and head.
 
-        Keys are turned to where no position is, and their means to where the FAM stands, as `FamLayer.slots` has them.
+        Keys are turned to where no position is, and their means to where the FAM is, as `FamLayer.slots` has them.
         """
         assert layer.fam is not None
         num_keys, start = weights_BHFT.shape[-1], first_position(self.config)

@@ -27,7 +27,7 @@ def digest_tensors(tensors: Mapping[str, torch.Tensor], salt: str = "") -> str:
 
     Args:
         tensors: by their names; each is looked up when its turn comes, and let go of.
-        salt: text that is digested in front of them.
+        salt: text that is digested before them.
     """
     digest = hashlib.sha256(salt.encode())
     plain: dict[str, tuple[str, str | None]] = {}

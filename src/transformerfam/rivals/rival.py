@@ -34,7 +34,7 @@ class Rival(Memory):
 
     Attributes:
         config: the configuration in force.
-        mixes: whether it changes what an attention gives, in front of its last matrix.
+        mixes: whether it changes what an attention gives, before its last matrix.
         is_endless: whether a segment never ends.
         has_memory: whether its memory has a fixed size.
         names_of_rows: names of the parameters that are rows among the tokens.
@@ -167,7 +167,7 @@ class Rival(Memory):
     def mix(
         self, piece: "RivalPiece", layer_idx: int, query_BHTK: torch.Tensor, output_BTHK: torch.Tensor
     ) -> torch.Tensor:
-        """Return what the attention gives, in front of its last matrix."""
+        """Return what the attention gives, before its last matrix."""
         return output_BTHK
 
     def after_attention(

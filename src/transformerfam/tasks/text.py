@@ -136,13 +136,13 @@ def read_pieces(file: IO[bytes], num_bytes: int = READ_BYTES) -> Iterator[bytes]
 
 
 def decode_utf8(pieces: Iterable[bytes], name: str) -> Iterator[str]:
-    """Decode pieces of UTF-8 that may cut a character anywhere; all in front of a wrong byte is yielded.
+    """Decode pieces of UTF-8 that may cut a character anywhere; all that precedes a wrong byte is yielded.
 
     Args:
         pieces: bytes, in order.
         name: where they come from, for the error.
 
-    A byte order mark in front is no part of the text.
+    A byte order mark at the beginning is not part of the text.
 
     Raises:
         TransformerFamError: the bytes are not UTF-8; the message gives the position of the first wrong byte.
@@ -227,7 +227,7 @@ def encode(tokenizer: Any, text: str) -> list[int]:
 
 
 def start_ids(tokenizer: Any) -> list[int]:
-    """Return the special tokens that the tokenizer begins a text with, in front of the text's own; often none.
+    """Return the special tokens that the tokenizer begins a text with, before the text's own; often none.
 
     A text begins with them, a continuation of what was read does not.
     """

@@ -98,7 +98,7 @@ class FamAdapter:
             notes: free JSON values.
 
         Raises:
-            TransformerFamError: the model is not converted, its LoRA was merged and can no longer be told apart, or
+            TransformerFamError: the model is not converted, its LoRA was merged and can no longer be separated, or
                 several adapters are in force at once.
         """
         model = base_of(model)
