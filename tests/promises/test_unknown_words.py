@@ -223,6 +223,7 @@ SAID = {
     "comparison.run._description": "BEFORE_KEY, to measure bytes",
     "cli.demo.first_page": "the text that prepare_demo has looked at",
     "cli.progress.write": "a character encoding",
+    "sources.source._write": "a character encoding",
     "tools.lm_eval.apply_chat_template": "tok_encode of what it returns",
     "tasks.facts.encode": "words that __init__ has looked at",
     "tasks.facts.hide": "words that __init__ has looked at",
