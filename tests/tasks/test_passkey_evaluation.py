@@ -11,6 +11,8 @@ from passkeys import answer_alone, evaluate
 
 from transformerfam.errors import TransformerFamError
 from transformerfam.tasks import PasskeyEvaluation, PasskeyText, draw_keys, passkey_evaluation, passkey_reading
+from transformerfam.tasks.controls import CONTROLS
+from transformerfam.tasks.ragged import greedy_tokens
 from transformerfam.training.tiny import build_tiny_tokenizer
 
 
@@ -129,6 +131,32 @@ def test_zeroed_memory_is_asked_on_a_fork_of_its_own(model, tokenizer):
     zeroed = [row["answer"] for row in both if row["system"] == "fam_memory_zeroed"]
     assert len(zeroed) == len(alone)
     assert zeroed != [row["answer"] for row in alone]
+
+
+@pytest.mark.parametrize("control", CONTROLS)
+def test_control_is_asked_of_the_same_reading_with_its_memory_changed(control, model, tokenizer, monkeypatch):
+    """Would catch a control that is asked of no reading at all, whose answers are as wrong as they should be."""
+    asked = []
+
+    def noted(model, ids_BT, state, *arguments):
+        asked.append(state.fork())
+        return greedy_tokens(model, ids_BT, state, *arguments)
+
+    monkeypatch.setattr("transformerfam.tasks.passkey_reading.greedy_tokens", noted)
+    evaluate(model, tokenizer, systems=("fam", f"fam{control}"), filler_lengths=[40], num_keys=2)
+    plain, changed = asked
+    assert changed.row_lengths == plain.row_lengths
+    assert changed.histories == plain.histories
+    expected = {
+        "_memory_zeroed": torch.zeros_like(plain.fams),
+        "_memory_swapped": plain.fams.roll(1, dims=1),
+        "_memory_initial": model.init_state(2).fams,
+    }
+    assert torch.equal(changed.fams, expected[control])
+    assert not torch.equal(changed.fams, plain.fams)
+    for layer, other in zip(plain.layers, changed.layers, strict=True):
+        block = slice(layer.sections.block, None)
+        assert torch.equal(layer.keys[..., block, :], other.keys[..., block, :])
 
 
 def test_finished_questions_are_left_out_and_the_rest_is_the_same(model, tokenizer):

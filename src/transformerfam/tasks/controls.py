@@ -4,17 +4,18 @@ A control is called by the system whose memory is changed: `fam_memory_zeroed`, 
 """
 
 from collections.abc import Callable
+from operator import methodcaller
 
 from transformerfam.decoder.state import ReadingState
 
 ZEROED, SWAPPED, INITIAL = "_memory_zeroed", "_memory_swapped", "_memory_initial"
 CONTROLS: dict[str, Callable[[ReadingState], ReadingState]] = {
-    ZEROED: ReadingState.zero_memory,
-    SWAPPED: ReadingState.swap_memory,
-    INITIAL: ReadingState.initial_memory,
+    ZEROED: methodcaller("zero_memory"),
+    SWAPPED: methodcaller("swap_memory"),
+    INITIAL: methodcaller("initial_memory"),
 }
-"""By the end of a name, what is done to the memory in front of a question: zeros, which are foreign to a model; the
-memory of another text; the memory of one who has read nothing."""
+"""By the end of a name, what is done to the memory before a question: zeros, which are foreign to a model; the memory of
+another text; the memory of one who has read nothing. The method is the state's: every memory has its own."""
 
 
 def control_of(name: str) -> tuple[str, Callable[[ReadingState], ReadingState]] | None:
