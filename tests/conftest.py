@@ -1,6 +1,7 @@
 """What all tests share."""
 
 import gc
+import random
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,13 @@ torch.set_flush_denormal(True)
 # Thousands of small models and graphs: looking for cycles at Python's own pace takes a sixth of the tests' time.
 gc.freeze()
 gc.set_threshold(50_000, 20, 20)
+
+
+@pytest.fixture(autouse=True)
+def _same_draws() -> None:
+    """Let a test draw the same numbers alone and after others."""
+    torch.manual_seed(0)
+    random.seed(0)
 
 
 @pytest.fixture(scope="module")

@@ -39,6 +39,7 @@ def places(folder, tmp_path):
     (tmp_path / "r.toml").write_text(RECIPE)
     (tmp_path / "bare.jsonl").write_text('{"task": "passkey"}\n')
     (tmp_path / "next.jsonl").write_text('{"task": "next-token", "model": 1, "first_token": "x"}\n')
+    (tmp_path / "q.jsonl").write_text('{"text": "The sun is yellow.", "question": "Who?", "answers": []}\n')
     (tmp_path / "deep").write_text("a = " + "[" * 5000)
     (tmp_path / "deep.jsonl").write_text("[" * 5000 + "\n")
     (tmp_path / "run").mkdir()
@@ -46,7 +47,14 @@ def places(folder, tmp_path):
         os.mkfifo(tmp_path / name)
     (tmp_path / "link").symlink_to(tmp_path / "fifo")
     names = {"book": "book.txt", "recipe": "r.toml", "bare": "bare.jsonl", "next": "next.jsonl", "fifo": "fifo"}
-    names |= {"deep": "deep", "deep_rows": "deep.jsonl", "run": "run", "figure": "fifo.svg", "link": "link"}
+    names |= {
+        "questions": "q.jsonl",
+        "deep": "deep",
+        "deep_rows": "deep.jsonl",
+        "run": "run",
+        "figure": "fifo.svg",
+        "link": "link",
+    }
     return {name: tmp_path / file for name, file in names.items()} | {"tmp": tmp_path, "folder": folder}
 
 
@@ -260,6 +268,7 @@ COMMANDS = {
     ("generate",): ("Who?", "--model", "{folder}", "--state", "{tmp}/s"),
     ("demo",): ("--model", "{folder}"),
     ("evaluate", "passkey"): ("--filler-tokens", "9", "--model", "{folder}", "--output", "{tmp}/o"),
+    ("evaluate", "answers"): ("{questions}", "--model", "{folder}", "--output", "{tmp}/o"),
     ("evaluate", "next-token"): ("{book}", "--model", "{folder}"),
     ("report", "attention"): ("--model", "{folder}", "--output", "{tmp}/pictures"),
 }

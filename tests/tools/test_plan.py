@@ -165,6 +165,7 @@ def test_training_memory_is_within_a_tenth_of_what_a_process_takes(num_tokens: i
     assert plan.bytes_training == pytest.approx(int(done.stdout.split()[-1]), rel=0.1)
 
 
+@pytest.mark.slow
 def test_more_devices_share_weights_gradients_and_averages() -> None:
     config = LlamaConfig(
         vocab_size=640, hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=4
@@ -177,6 +178,7 @@ def test_more_devices_share_weights_gradients_and_averages() -> None:
     assert one.hours == pytest.approx(4 * (four.hours or 0))
 
 
+@pytest.mark.slow
 def test_longer_texts_cost_their_states_alone() -> None:
     config = LlamaConfig(
         vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=4

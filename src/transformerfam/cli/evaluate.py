@@ -9,6 +9,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from transformerfam.cli.evaluate_answers import evaluate_answers_command
 from transformerfam.cli.loading import load, named_with, systems_by_model
 from transformerfam.cli.options import DeviceOption, DtypeOption, ModelOption, SetOption, SystemOption
 from transformerfam.cli.output import say
@@ -32,6 +33,7 @@ from transformerfam.training.recipe.toml import parse_overrides
 from transformerfam.weights.models import name_in_rows
 
 evaluate_app = typer.Typer(no_args_is_help=True)
+evaluate_app.command("answers")(evaluate_answers_command)
 
 RowsOption = Annotated[Path, typer.Option("--output", help="JSON lines; finished questions in it are not asked again.")]
 FillerTokensOption = Annotated[str, typer.Option("--filler-tokens", help="Tokens of filler: N or N,N,...")]

@@ -79,9 +79,9 @@ def named_with(model: str, overrides: list[str] | None, dtype: str | None) -> st
 
 @contextlib.contextmanager
 def warnings_said() -> Iterator[None]:
-    """Print every warning of the body as a line."""
+    """Print every warning of the body as a line, the same one once."""
     with warnings.catch_warnings(record=True) as noted:
         warnings.simplefilter("always", UserWarning)
         yield
-    for warning in noted:
-        say(str(warning.message))
+    for message in dict.fromkeys(str(warning.message) for warning in noted):
+        say(message)

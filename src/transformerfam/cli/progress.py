@@ -101,6 +101,23 @@ def tokens_bar(description: str) -> Iterator[Callable[[int, int | None, "Reading
 
 
 @contextlib.contextmanager
+def questions_bar(num_questions: int, description: str) -> Iterator[Callable[[float], None]]:
+    """Show a bar of questions on standard error and yield the function that moves it.
+
+    Args:
+        num_questions: questions to be asked, those of earlier runs included.
+        description: text in front of the bar.
+
+    Yields:
+        A function of the questions done.
+    """
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("questions ETA"))
+    with Progress(*columns, TimeRemainingColumn(), console=screen(), disable=process_share()[0] > 0) as progress:
+        task = progress.add_task(description, total=num_questions)
+        yield lambda done: progress.update(task, completed=done)
+
+
+@contextlib.contextmanager
 def training_bar(num_steps: int) -> Iterator[Callable[[Mapping[str, Any]], None]]:
     """Show a bar of training steps on standard error and yield the function that moves it.
 

@@ -13,6 +13,7 @@ from transformerfam.cli.output import say
 from transformerfam.errors import TransformerFamError
 from transformerfam.fields import LARGEST_INTEGER, whole_numbers
 from transformerfam.files.writing import make_folder
+from transformerfam.reports.answers import answers_table
 from transformerfam.reports.figure import require_figure
 from transformerfam.reports.next_token import next_token_table
 from transformerfam.reports.passkey import passkey_table, plot_passkey
@@ -61,11 +62,12 @@ def report_rows(
         require_figure(figure)
     loaded = read_rows(rows)
     with fields_of_rows():
-        tables = [table for table in (passkey_table(loaded), next_token_table(loaded)) if table is not None]
+        found = (passkey_table(loaded), next_token_table(loaded), answers_table(loaded))
+        tables = [table for table in found if table is not None]
     if not tables:
         raise TransformerFamError(
             f"the {len(rows)} files hold {len(loaded)} rows and none is of a task that is reported; required are rows "
-            "of passkey or next-token"
+            "of passkey, next-token or answers"
         )
     for table in tables:
         Console().print(table)

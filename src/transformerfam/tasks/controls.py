@@ -14,8 +14,8 @@ CONTROLS: dict[str, Callable[[ReadingState], ReadingState]] = {
     SWAPPED: methodcaller("swap_memory"),
     INITIAL: methodcaller("initial_memory"),
 }
-"""By the end of a name, what is done to the memory before a question: zeros, which are foreign to a model; the memory of
-another text; the memory of one who has read nothing. The method is the state's: every memory has its own."""
+"""By the end of a name, what is done to the memory before a question: zeros, which are foreign to a model; the memory
+of another text; the memory of one who has read nothing. The method is the state's: every memory has its own."""
 
 
 def control_of(name: str) -> tuple[str, Callable[[ReadingState], ReadingState]] | None:

@@ -1,0 +1,118 @@
+"""The subcommand `fam evaluate answers`: your own questions, asked of what was read."""
+
+from functools import partial
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+from transformerfam.cli.loading import load, named_with, systems_by_model, warnings_said
+from transformerfam.cli.options import DeviceOption, DtypeOption, ModelOption, SetOption, SystemOption
+from transformerfam.cli.output import say
+from transformerfam.cli.progress import questions_bar
+from transformerfam.fields import LARGEST_INTEGER, whole_numbers
+from transformerfam.processes import INTERRUPTED
+from transformerfam.reports.answers import answers_table
+from transformerfam.reports.rows import RowFile, fields_of_rows, read_rows, require_same_weights
+from transformerfam.rivals import RivalConfig, attach
+from transformerfam.tasks.answers import QuestionFile
+from transformerfam.tasks.answers_evaluation import (
+    BM25,
+    FULL_CONTEXT,
+    QUESTION_ALONE,
+    TEMPLATE,
+    AnswersEvaluation,
+    finished_questions,
+)
+from transformerfam.tasks.provenance import weights_of
+from transformerfam.training.recipe.toml import parse_overrides
+from transformerfam.weights.models import find_device, load_base, name_in_rows
+
+FULL_BLOCK = 512
+"""Tokens that full attention reads at a time."""
+
+
+def evaluate_answers_command(
+    questions: Annotated[
+        Path, typer.Argument(help="JSON lines: text or file, question, answers; id, choices and group if you like.")
+    ],
+    output: Annotated[Path, typer.Option("--output", help="JSON lines; finished questions in it are not asked again.")],
+    model: ModelOption = "tiny",
+    system: SystemOption = None,
+    filler: Annotated[
+        str, typer.Option("--filler", help="What texts are hidden in: sentences, a novel of the package, or a file.")
+    ] = "persuasion",
+    filler_tokens: Annotated[str, typer.Option("--filler-tokens", help="Tokens of filler: N or N,N,...")] = "0",
+    max_new_tokens: Annotated[
+        int, typer.Option("--max-new-tokens", min=1, max=LARGEST_INTEGER, help="Tokens of an answer at most.")
+    ] = 32,
+    template: Annotated[
+        str, typer.Option("--template", help="What a question looks like, with {question} in it; \\n is a new line.")
+    ] = TEMPLATE.replace("\n", "\\n"),
+    chat: Annotated[bool, typer.Option("--chat", help="Ask in the tokenizer's chat template.")] = False,
+    allow_unknown: Annotated[
+        bool, typer.Option("--allow-unknown", help="Read texts of words that the tokenizer does not know, too.")
+    ] = False,
+    batch_size: Annotated[
+        int, typer.Option("--batch-size", min=1, max=LARGEST_INTEGER, help="Texts that are read side by side.")
+    ] = 4,
+    seed: Annotated[int, typer.Option("--seed", min=0, max=LARGEST_INTEGER, help="Seed of places in filler.")] = 0,
+    device: DeviceOption = "cpu",
+    dtype: DtypeOption = None,
+    overrides: SetOption = None,
+) -> None:
+    """Ask your own questions of texts that were read, beside controls; a killed run continues where it was.
+
+    --system also takes question_alone (no text), full_context (all of it in sight) and bm25 (what is retrieved into the
+    window), besides fam, bswa and controls.
+    """
+    model_name = named_with(model, overrides, dtype)
+    evaluation_of = partial(
+        AnswersEvaluation,
+        questions=QuestionFile(questions),
+        filler=filler,
+        filler_lengths=whole_numbers(filler_tokens, "--filler-tokens"),
+        max_new_tokens=max_new_tokens,
+        template=template.replace("\\n", "\n"),
+        chat=chat,
+        allow_unknown=allow_unknown,
+        batch_size=batch_size,
+        seed=seed,
+        model_name=model_name,
+    )
+    own = (QUESTION_ALONE, BM25)  # of the model with its memory
+    groups: dict[str, list[str]] = {}
+    for loaded, names in systems_by_model(system).items():
+        groups.setdefault("fam" if loaded in own else loaded, []).extend(names)
+    with RowFile(output) as rows:
+        for loaded, names in groups.items():
+            evaluation_of(systems=names)  # refused before anything is loaded
+            if loaded == FULL_CONTEXT:
+                loaded_model, tokenizer = load_base(model)
+                attach(loaded_model.to(find_device(device)), RivalConfig(system="full", block_size=FULL_BLOCK))
+            else:
+                loaded_model, tokenizer = load(model, loaded, parse_overrides(overrides), device, dtype)
+            systems = [name if name in (*own, FULL_CONTEXT) else name_in_rows(name, loaded_model) for name in names]
+            require_same_weights(rows.rows, model_name, systems, **weights_of(loaded_model))
+            evaluation = evaluation_of(systems=systems)
+            with questions_bar(evaluation.num_questions, f"answers, {', '.join(systems)}") as update:
+                evaluation.progress = update
+                _append(rows, evaluation, loaded_model, tokenizer)
+    with fields_of_rows():
+        table = answers_table(read_rows([output]))
+    if table is not None:
+        Console().print(table)
+
+
+def _append(rows: RowFile, evaluation: AnswersEvaluation, model: Any, tokenizer: Any) -> None:
+    """Ask what the rows do not answer yet; Ctrl-C ends the command, and they keep what was answered."""
+    with fields_of_rows():
+        evaluation.finished = finished_questions(rows.rows, evaluation, tokenizer)
+    try:
+        with warnings_said():
+            for row in evaluation.rows(model, tokenizer):
+                rows.append(row)
+    except KeyboardInterrupt as interrupt:
+        say(f"interrupted; {rows.path} keeps {len(rows.rows)} rows; run the same command again to continue")
+        raise typer.Exit(INTERRUPTED) from interrupt

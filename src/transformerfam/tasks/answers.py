@@ -1,0 +1,180 @@
+"""Questions of one's own, in a JSON lines file: a text, a question, and the answers that count."""
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from transformerfam.errors import CorruptFileError, TransformerFamError
+from transformerfam.files.reading import parse_json
+from transformerfam.files.writing import require_regular
+from transformerfam.tasks.text import read_text
+
+KEYS = ("id", "text", "file", "passages", "question", "answers", "choices", "group")
+FORM = 'required is {"text" or "file": ..., "question": ..., "answers": [...]}, optional are id, choices and group'
+
+
+@dataclass(frozen=True, kw_only=True)
+class Item:
+    """One question."""
+
+    name: str
+    """Its `id`, or "line N"."""
+    text: str | None
+    """What it is asked about; None where `file` has it."""
+    file: Path | None
+    question: str
+    answers: tuple[str, ...]
+    """Those that count; none: the text does not say."""
+    choices: tuple[str, ...] = ()
+    """Those to choose from, by likelihood; without them the model answers in its own words."""
+    group: str = ""
+
+    @property
+    def source(self) -> str:
+        """What tells its text from another: questions on one text are asked of one reading."""
+        return f"file {self.file}" if self.text is None else hashlib.sha256(self.text.encode()).hexdigest()
+
+    def whole_text(self) -> str:
+        """Return the text.
+
+        Raises:
+            TransformerFamError: its file cannot be read, is not UTF-8, or the text is empty.
+        """
+        text = read_text(str(self.file)) if self.text is None else self.text
+        if not text.strip():
+            raise TransformerFamError(f"{self.name}: its text is empty, required is one to ask about; give another")
+        return text
+
+
+class QuestionFile:
+    """The items of a file, each read when it is needed: the file may be larger than memory.
+
+    Args:
+        path: JSON lines.
+
+    Raises:
+        TransformerFamError: the file cannot be read.
+        CorruptFileError: a line is no item; the message has its number, what is wrong, and what to write.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        self.digest = hashlib.sha256()
+        self._texts: dict[
+            str, list[tuple[int, int]]
+        ] = {}  # by source: where the lines of its items begin, their numbers
+        names: dict[str, int] = {}
+        for start, number, line in self._lines():
+            self.digest.update(line)
+            if not line.strip():
+                continue
+            item = self._item(line, number)
+            if item.name in names:
+                raise CorruptFileError(
+                    f"{self.path}, line {number}: its id is {item.name!r}, as in line {names[item.name]}; give each "
+                    "item its own"
+                )
+            names[item.name] = number
+            self._texts.setdefault(item.source, []).append((start, number))
+        if not names:
+            raise CorruptFileError(f"{self.path} holds no item; {FORM}, one a line")
+
+    def __len__(self) -> int:
+        """Return the number of items."""
+        return sum(map(len, self._texts.values()))
+
+    def texts(self) -> list[list[tuple[int, int]]]:
+        """Return where the items of each text are, for `items`."""
+        return list(self._texts.values())
+
+    def items(self, places: Sequence[tuple[int, int]]) -> list[Item]:
+        """Read items again.
+
+        Args:
+            places: of `texts`.
+
+        Raises:
+            CorruptFileError: the file has changed.
+        """
+        with self._open() as file:
+            lines = [(file.seek(start), file.readline())[1] for start, _ in places]
+        return [self._item(line, number) for line, (_, number) in zip(lines, places, strict=True)]
+
+    def _open(self) -> Any:
+        require_regular(self.path)
+        try:
+            return self.path.open("rb")
+        except OSError as error:
+            raise TransformerFamError(f"cannot read {str(self.path)!r}: {error.strerror}") from error
+
+    def _lines(self) -> Iterator[tuple[int, int, bytes]]:
+        with self._open() as file:
+            start = 0
+            for number, line in enumerate(file, start=1):
+                yield start, number, line
+                start += len(line)
+
+    def _item(self, line: bytes, number: int) -> Item:
+        def wrong(what: str) -> CorruptFileError:
+            return CorruptFileError(f"{self.path}, line {number}: {what}; {FORM}")
+
+        try:
+            values = parse_json(line)
+        except UnicodeDecodeError as error:
+            raise wrong(f"it is not UTF-8 ({error.reason} at byte {error.start})") from error
+        except ValueError as error:
+            raise wrong(f"it is no JSON ({error})") from error
+        if not isinstance(values, dict):
+            raise wrong(f"it is {type(values).__name__}, not an object")
+        if unknown := sorted(values.keys() - set(KEYS)):
+            raise wrong(f"unknown key {unknown[0]!r}")
+        return self._checked(values, number, wrong)
+
+    def _checked(self, values: Mapping[str, Any], number: int, wrong: Any) -> Item:
+        def words(name: str, value: Any) -> str:
+            if not isinstance(value, str) or not value.strip():
+                raise wrong(f"{name} is {json.dumps(value)[:60]}, not a text with a word")
+            return value
+
+        def several(name: str) -> tuple[str, ...]:
+            value = values.get(name, [])
+            if not isinstance(value, list):
+                raise wrong(f"{name} is {json.dumps(value)[:60]}, not a list")
+            return tuple(words(f"one of {name}", one) for one in value)
+
+        if "answers" not in values:
+            raise wrong("it has no answers; [] says that the text does not have the answer")
+        given = [name for name in ("text", "file", "passages") if name in values]
+        if len(given) != 1:
+            raise wrong(f"it has {' and '.join(given) or 'neither text nor file'}, not one of them")
+        text = words("text", values["text"]) if "text" in values else None
+        if "passages" in values:
+            text = _joined(values["passages"], wrong)
+        answers, choices = several("answers"), several("choices")
+        if choices and not set(answers) <= set(choices):
+            raise wrong(f"answers are {list(answers)}, not among choices")
+        if choices and (len(choices) < 2 or len(set(choices)) < len(choices) or not answers):
+            raise wrong(f"choices are {list(choices)}, not two or more different ones with an answer among them")
+        return Item(
+            name=words("id", values["id"]) if "id" in values else f"line {number}",
+            text=text,
+            file=self.path.parent / words("file", values["file"]) if "file" in values else None,
+            question=words("question", values.get("question")),
+            answers=answers,
+            choices=choices,
+            group=words("group", values["group"]) if "group" in values else "",
+        )
+
+
+def _joined(passages: Any, wrong: Any) -> str:
+    """Return passages as one text, as `fam data fetch questions` writes them."""
+    try:
+        text = "\n\n".join(f"{passage['title']}\n{passage['text']}" for passage in passages)
+    except (TypeError, KeyError) as error:
+        raise wrong(f'passages are not a list of {{"title": ..., "text": ...}} ({error})') from error
+    if not text.strip():
+        raise wrong("passages are empty")
+    return text
