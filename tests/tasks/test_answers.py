@@ -247,7 +247,7 @@ def test_command_asks_reports_and_resumes(path: Path, folder: Path, tmp_path: Pa
     again = read_rows([output])
     assert said(again) == said(rows)
     assert again[:7] == rows[:7]
-    assert "Questions answered" in runner.invoke(app, ["report", str(output)]).output
+    assert "questions: words" in runner.invoke(app, ["report", str(output)]).output
     one = written(tmp_path / "one.jsonl", ITEMS[:2])
     command[2] = str(one)
     assert "asks about one text, and a swapped memory is that of another" in done(

@@ -13,7 +13,7 @@ from transformerfam.cli.output import say
 from transformerfam.cli.progress import questions_bar
 from transformerfam.fields import LARGEST_INTEGER, whole_numbers
 from transformerfam.processes import INTERRUPTED
-from transformerfam.reports.answers import answers_table
+from transformerfam.reports.answers import answers_tables
 from transformerfam.reports.rows import RowFile, fields_of_rows, read_rows, require_same_weights
 from transformerfam.rivals import RivalConfig, attach
 from transformerfam.tasks.answers import QuestionFile
@@ -100,8 +100,8 @@ def evaluate_answers_command(
                 evaluation.progress = update
                 _append(rows, evaluation, loaded_model, tokenizer)
     with fields_of_rows():
-        table = answers_table(read_rows([output]))
-    if table is not None:
+        tables = answers_tables(read_rows([output]))
+    for table in tables:
         Console().print(table)
 
 

@@ -13,7 +13,7 @@ from transformerfam.cli.output import say
 from transformerfam.errors import TransformerFamError
 from transformerfam.fields import LARGEST_INTEGER, whole_numbers
 from transformerfam.files.writing import make_folder
-from transformerfam.reports.answers import answers_table
+from transformerfam.reports.answers import answers_tables
 from transformerfam.reports.figure import require_figure
 from transformerfam.reports.next_token import next_token_table
 from transformerfam.reports.passkey import passkey_table, plot_passkey
@@ -62,7 +62,7 @@ def report_rows(
         require_figure(figure)
     loaded = read_rows(rows)
     with fields_of_rows():
-        found = (passkey_table(loaded), next_token_table(loaded), answers_table(loaded))
+        found = (passkey_table(loaded), next_token_table(loaded), *answers_tables(loaded))
         tables = [table for table in found if table is not None]
     if not tables:
         raise TransformerFamError(

@@ -1,4 +1,4 @@
-"""Questions answered, by system and group: means with bootstrap intervals."""
+"""Questions answered, by group and system: means, with bootstrap 95 % intervals of F1 and of right choices."""
 
 from collections.abc import Iterable, Sequence
 from random import Random
@@ -9,37 +9,48 @@ from rich.table import Table
 from transformerfam.reports.rows import Row, mixed_commits, require_alike
 
 NUM_RESAMPLES = 1000
+WITH_INTERVAL = ("f1", "correct")
 SHARES = {"exact_match": "exact match", "f1": "F1", "contains": "contained", "correct": "right choice"}
 
 
-def answers_table(rows: Iterable[Row]) -> Table | None:
-    """Return the scores of every system, group and length of filler; None without rows of questions.
+def answers_tables(rows: Iterable[Row]) -> list[Table]:
+    """Return a table of every group of questions and length of filler, with a line for every system.
 
     "wrong" is the share of unanswerable questions that were answered all the same.
 
     Raises:
         StateMismatchError: rows of one model and system are of different weights or configurations.
     """
-    rows = [row for row in rows if row["task"] == "answers"]
-    if not rows:
-        return None
     known: dict[tuple[str, str], Row] = {}
-    cells: dict[tuple[str, int, str, str], list[Row]] = {}
+    groups: dict[tuple[str, int], dict[tuple[str, str], list[Row]]] = {}
     for row in rows:
-        require_alike(row, known.setdefault((str(row["model"]), row["system"]), {}))
-        cells.setdefault((row["group"], row["filler_tokens"], row["model"], row["system"]), []).append(row)
-    shown = [name for name in SHARES if any(name in row for row in rows)]
-    has_unanswerable = any(not row["wanted"] for row in rows)
-    table = Table(title="Questions answered, with bootstrap 95 % intervals", caption=mixed_commits(rows) or None)
-    for name in ("group", "filler tokens", "model", "system"):
-        table.add_column(name, justify="right" if name == "filler tokens" else "left")
-    for name in ("questions", *(SHARES[name] for name in shown), *(["wrong"] if has_unanswerable else [])):
-        table.add_column(name, justify="right")
-    for (group, length, model, system), of_cell in sorted(cells.items(), key=lambda cell: cell[0][:2]):
-        values = [interval([float(row[name]) for row in of_cell if name in row]) for name in shown]
-        if has_unanswerable:
-            values.append(interval([float(not row["abstained"]) for row in of_cell if not row["wanted"]]))
-        table.add_row(group or "-", f"{length:,}", model, system, f"{len(of_cell):,}", *values)
+        if row["task"] != "answers":
+            continue
+        series = (str(row["model"]), row["system"])
+        require_alike(row, known.setdefault(series, {}))
+        groups.setdefault((row["group"], row["filler_tokens"]), {}).setdefault(series, []).append(row)
+    return [_table(*group, groups[group]) for group in sorted(groups)]
+
+
+def _table(group: str, filler_tokens: int, cells: dict[tuple[str, str], list[Row]]) -> Table:
+    rows = [row for of_cell in cells.values() for row in of_cell]
+    shown = [name for name in SHARES if any(name in row for row in rows if row["wanted"])]
+    several = len({model for model, _ in cells}) > 1
+    named = [f"questions: {group}" if group else "questions", f"{filler_tokens:,} tokens of filler"]
+    table = Table(title=", ".join(named), caption=mixed_commits(rows) or None)
+    table.add_column("system")
+    columns = [SHARES[name] for name in shown]
+    for name in ("asked", *columns, *(["wrong"] if any(not row["wanted"] for row in rows) else [])):
+        table.add_column(name, justify="right", no_wrap=True)
+    for (model, system), of_cell in cells.items():
+        values = []
+        for name in shown:
+            found = [float(row[name]) for row in of_cell if name in row]
+            values.append(interval(found) if name in WITH_INTERVAL else f"{mean(found):.2f}" if found else "-")
+        unanswerable = [float(not row["abstained"]) for row in of_cell if not row["wanted"]]
+        if table.columns[-1].header == "wrong":
+            values.append(f"{mean(unanswerable):.2f}" if unanswerable else "-")
+        table.add_row(f"{model}, {system}" if several else system, f"{len(of_cell):,}", *values)
     return table
 
 
