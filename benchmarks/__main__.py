@@ -22,7 +22,7 @@ QUESTIONS = {  # by cost: seconds first, then minutes, then an hour
     "state": "save, load and fork",
     "overhead": "FAM over BSWA",
     "efficiency": "reading over the machine's matrix products",
-    "decode": "decoding behind long texts, beside full caches and llama.cpp",
+    "decode": "decoding after long texts, beside full caches and llama.cpp",
     "training": "training on long texts, beside transformers' Trainer",
     "training_dtype": "LoRA with frozen weights in bfloat16, beside float32",
     "time_to_memory": "from the plain model to keys recalled",

@@ -1,4 +1,4 @@
-"""How fast is decoding behind a long text? Tokens per second after 1k, 32k and 256k tokens were read."""
+"""How fast is decoding after a long text? Tokens per second after 1k, 32k and 256k tokens were read."""
 
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -58,7 +58,7 @@ def with_torchao_int8_weights(model: Any) -> Any:
 
 
 def fam_step(reader: nn.Module, state: FamState, new_ids: torch.Tensor) -> Step:
-    """Return what decodes `NUM_NEW` tokens behind a reading."""
+    """Return what decodes `NUM_NEW` tokens after a reading."""
 
     def step() -> None:
         for token in new_ids.split(1, dim=1):
@@ -68,7 +68,7 @@ def fam_step(reader: nn.Module, state: FamState, new_ids: torch.Tensor) -> Step:
 
 
 def full_step(base: nn.Module, ids: torch.Tensor, new_ids: torch.Tensor) -> Step:
-    """Return what decodes behind a text in transformers' full cache."""
+    """Return what decodes after a text in transformers' full cache."""
     cache = DynamicCache(config=base.config)
     base(input_ids=ids, past_key_values=cache, logits_to_keep=1)
 
@@ -80,7 +80,7 @@ def full_step(base: nn.Module, ids: torch.Tensor, new_ids: torch.Tensor) -> Step
 
 
 def llama_cpp_step(name: str, ids: torch.Tensor, new_ids: torch.Tensor) -> Step:
-    """Return what decodes behind a text in llama.cpp's full cache; the name, one of `LLAMA_CPP`, says how."""
+    """Return what decodes after a text in llama.cpp's full cache; the name, one of `LLAMA_CPP`, says how."""
     from benchmarks.llama_cpp import LlamaCpp
 
     reader = LlamaCpp(ids.shape[1] + 64 * NUM_NEW, is_int8="int8" in name, uses_flash_attention="flash" in name)
@@ -97,7 +97,7 @@ def llama_cpp_step(name: str, ids: torch.Tensor, new_ids: torch.Tensor) -> Step:
 def run(
     model: str = "smollm2", repeats: int = 7, quick: bool = False, lengths: Sequence[int] = LENGTHS
 ) -> Iterator[Row]:
-    """Decode behind texts of growing length with every system in turn; of llama.cpp's settings the best goes on."""
+    """Decode after texts of growing length with every system in turn; of llama.cpp's settings the best goes on."""
     fields = {"block_size": BLOCK_SIZE, "fam_length": FAM_LENGTH, "num_memory_segments": 0}
     own = [name for name in OWN if "int8" not in name or PLACEMENT.is_cpu]
     readers = {name: converted(model, is_shared="int8" not in name, **fields) for name in own}

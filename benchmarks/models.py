@@ -70,7 +70,7 @@ def converted(name: str, is_shared: bool = True, **fields: Any) -> Any:
 
 
 def next_block(name: str, **fields: Any) -> tuple[Any, Callable[[], Any]]:
-    """Return a converted copy, and what reads one more block with it behind full memory segments."""
+    """Return a converted copy, and what reads one more block with it after full memory segments."""
     reader = converted(name, **fields)
     size = reader.fam_config.block_size
     state = reader.read(random_tokens(name, (reader.fam_config.num_memory_segments + 1) * size))

@@ -1,4 +1,4 @@
-"""How long until there is a memory? From the plain model to one that recalls keys behind 512 tokens of filler."""
+"""How long until there is a memory? From the plain model to one that recalls keys after 512 tokens of filler."""
 
 import shutil
 import time

@@ -106,7 +106,7 @@ def some_ids() -> torch.Tensor:
 
 
 def passed(model: Any) -> dict[str, torch.Tensor]:
-    """Return logits, gradients of every parameter, and what is read token by token behind a state."""
+    """Return logits, gradients of every parameter, and what is read token by token after a state."""
     ids = some_ids()
     output = model(ids)
     output.logits.float().log_softmax(-1).gather(-1, ids[..., None]).sum().backward()

@@ -52,7 +52,7 @@ class ReadInterrupted(KeyboardInterrupt):
     """
 
     def __init__(self, state: Any, num_tokens_done: int, of_iterator: bool = False) -> None:
-        rest = "an iterator of the ids behind them" if of_iterator else f"input_ids[..., {num_tokens_done}:]"
+        rest = "an iterator of the ids after them" if of_iterator else f"input_ids[..., {num_tokens_done}:]"
         super().__init__(
             f"interrupted after {num_tokens_done} tokens; go on with model.read({rest}, state) and the `state` of this "
             "exception"

@@ -84,7 +84,7 @@ def uninterrupted(and_forgotten: bool = False) -> Iterator[None]:
     """Let Ctrl-C, and whatever else has a handler, wait until the body is done: it is done whole or not begun.
 
     Args:
-        and_forgotten: drop what came meanwhile, where the process ends behind the body all the same.
+        and_forgotten: drop what came meanwhile, where the process ends after the body all the same.
     """
     caught: list[tuple[int, FrameType | None]] = []
     before = {n: handler for n in END_SIGNALS if callable(handler := signal.getsignal(n))}

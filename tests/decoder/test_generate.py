@@ -340,7 +340,7 @@ def test_state_whose_input_is_refused_has_its_rows(model: Any) -> None:
     """Catches a reading that a wrong call has turned into as many as it asked for beams."""
     text = random_ids(2, 12)
     state = model.read(text)
-    with pytest.raises(StateMismatchError, match="required is at least one token behind them"):
+    with pytest.raises(StateMismatchError, match="required is at least one token after them"):
         model.generate(text, past_key_values=state, num_beams=3, **GREEDY)
     assert state.batch_size == 2
     assert not state.is_left_by_beams

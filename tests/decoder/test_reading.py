@@ -146,7 +146,7 @@ def test_interrupt_says_how_much_of_an_iterator_is_read(model: Any) -> None:
         yield ids[:, :21]
         raise KeyboardInterrupt
 
-    message = r"after 16 tokens; go on with model.read\(an iterator of the ids behind them, state\)"
+    message = r"after 16 tokens; go on with model.read\(an iterator of the ids after them, state\)"
     with pytest.raises(ReadInterrupted, match=message) as caught:
         model.read(interrupted())
     error = caught.value

@@ -70,7 +70,7 @@ def test_accuracy_counts_whole_keys_by_length_and_keeps_series_apart():
         ("tiny", "fam", "sentences", (9, True, False, 5, 1, "paper")),
     ]
     labels = [series.label(curves) for series in curves if series.filler == "sentences" and series.system == "fam"]
-    places = ["0 behind the start"] * 4 + ["anywhere behind the start", "9 behind the start", "9 behind another key"]
+    places = ["0 after the start"] * 4 + ["anywhere after the start", "9 after the start", "9 after another key"]
     ways = ["5 digits, told 1 times, worded paper"] * 7
     ways[1:4] = [
         *("5 digits, told 1 times, worded w", "5 digits, told 2 times, worded paper"),

@@ -58,7 +58,7 @@ class Demo:
     intro_ids: list[int]
     """The sentences that tell the key."""
     rest: FillerStream
-    """Text behind the key."""
+    """Text after the key."""
     question_ids: list[int]
     answer_ids: list[int]
     num_tokens: int
@@ -67,7 +67,7 @@ class Demo:
     def introduction(self) -> str:
         """Say what will happen."""
         return (
-            f"seed {self.seed}: the key {self.key} stands on the first page of {self.book}, behind "
+            f"seed {self.seed}: the key {self.key} stands on the first page of {self.book}, after "
             f"{len(self.page_ids)} tokens; {self.num_tokens:,} tokens are read, then comes the question"
         )
 

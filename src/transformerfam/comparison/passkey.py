@@ -1,4 +1,4 @@
-"""Passkeys compared: one key, told at the start, deeper, or behind another one."""
+"""Passkeys compared: one key, told at the start, deeper, or after another one."""
 
 import itertools
 from collections.abc import Iterable, Mapping, Sequence
@@ -105,8 +105,8 @@ class PasskeyComparison(AccuracyComparison):
         """Return what is right, by how keys are told."""
         if len(self.kinds) == 1:
             return "passkeys recalled"
-        behind = "another key" if kind.is_overwritten else "the start"
-        return f"passkeys recalled, told {kind.prefix_tokens:,} tokens behind {behind}"
+        before = "another key" if kind.is_overwritten else "the start"
+        return f"passkeys recalled, told {kind.prefix_tokens:,} tokens after {before}"
 
     def plot(self, rows: Sequence[Row], path: str | Path) -> None:
         """Draw one panel for each way of telling; of one way alone many variants are a matrix."""

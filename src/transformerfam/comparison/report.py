@@ -178,7 +178,7 @@ def new_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]],
 
 
 def _lines_of_name(name: str) -> list[str]:
-    """Part a name that would leave the numbers no room, behind an underscore."""
+    """Part a name that would leave the numbers no room, after an underscore."""
     if len(name) <= LONGEST_NAME or "_" not in name[:LONGEST_NAME]:
         return [name]
     place = name.rindex("_", 0, LONGEST_NAME) + 1

@@ -85,8 +85,8 @@ class Family:
         attention: a layer's attention.
         output_projection: the last matrix of an attention.
         entries: the submodules of a layer that are given its input, beside the residual, from the configuration.
-        branch: the submodule of a layer whose output is added to the residual behind attention: attention itself, or a
-            norm behind it.
+        branch: the submodule of a layer whose output is added to the residual after attention: attention itself, or a
+            norm after it.
         branch_factor: what that output is multiplied with before it is added, from the configuration.
         behind: the submodule of a layer that is given the sum; with a parallel residual nothing is.
         is_parallel: whether attention and feed-forward are added to one residual, from the configuration.
@@ -135,20 +135,20 @@ FAMILIES = {
     "gemma2": Family(
         name="Gemma 2",
         **SEQUENCES["Gemma 2"],
-        special="soft caps (attention back end eager); norms behind attention and feed-forward; every other layer "
+        special="soft caps (attention back end eager); norms after attention and feed-forward; every other layer "
         "slides and keeps its window",
     ),
     "gemma3_text": Family(
         name="Gemma 3 (text)",
         **SEQUENCES["Gemma 2"],
-        special="norms behind attention and feed-forward; five of six layers slide, with a RoPE of their own, and keep "
+        special="norms after attention and feed-forward; five of six layers slide, with a RoPE of their own, and keep "
         "their window",
     ),
     "phi3": Family(name="Phi-3", special="one matrix for queries, keys and values; RoPE of type longrope is refused"),
     "olmo2": Family(
         name="OLMo 2",
         **SEQUENCES["OLMo 2"],
-        special="norms behind attention and feed-forward alone; norms on queries and keys",
+        special="norms after attention and feed-forward alone; norms on queries and keys",
     ),
     "smollm3": Family(name="SmolLM3", special="every fourth layer has no RoPE"),
     "granite": Family(
@@ -207,7 +207,7 @@ FAMILIES = {
     "gemma4_text": Family(
         name="Gemma 4 (text)",
         **SEQUENCES["Gemma 2"],
-        special="norms behind attention and feed-forward; five of six layers slide, with their own heads and RoPE, and "
+        special="norms after attention and feed-forward; five of six layers slide, with their own heads and RoPE, and "
         "keep their window; members with embeddings per layer (E2B, E4B) are refused",
         refuses=_gemma4_reason,
     ),
@@ -225,26 +225,26 @@ FAMILIES = {
     "olmo3": Family(
         name="OLMo 3",
         **SEQUENCES["OLMo 2"],
-        special="norms behind attention and feed-forward alone; norms on queries and keys; three of four layers slide "
+        special="norms after attention and feed-forward alone; norms on queries and keys; three of four layers slide "
         "and keep their window",
     ),
     "olmoe": Family(name="OLMoE", special="mixture of experts; norms on queries and keys"),
     "flex_olmo": Family(
         name="FlexOlmo",
         **SEQUENCES["OLMo 2"],
-        special="norms behind attention and feed-forward alone; norms on queries and keys; mixture of experts",
+        special="norms after attention and feed-forward alone; norms on queries and keys; mixture of experts",
     ),
     "exaone4": Family(
         name="EXAONE 4.0",
         **SEQUENCES["OLMo 2"],
-        special="norms behind attention and feed-forward alone; norms on queries and keys; where some layers slide, "
+        special="norms after attention and feed-forward alone; norms on queries and keys; where some layers slide, "
         "the others have no RoPE",
     ),
     "glm": Family(name="GLM-4", special="interleaved RoPE on a part of every head"),
     "glm4": Family(
         name="GLM-4-0414",
         branch="post_self_attn_layernorm",
-        special="norms in front of and behind attention and feed-forward; interleaved RoPE on a part of every head",
+        special="norms in front of and after attention and feed-forward; interleaved RoPE on a part of every head",
     ),
     "glm4_moe": Family(
         name="GLM-4.5 (MoE)",
@@ -304,9 +304,9 @@ FAMILIES = {
         name="HyperCLOVA X",
         branch="post_norm1",
         branch_factor=residual_multiplier,
-        special="optionally norms behind attention and feed-forward; factors as Granite's",
+        special="optionally norms after attention and feed-forward; factors as Granite's",
     ),
-    "nanochat": Family(name="nanochat", special="norms without weights, on queries and keys behind RoPE; squared ReLU"),
+    "nanochat": Family(name="nanochat", special="norms without weights, on queries and keys after RoPE; squared ReLU"),
     "persimmon": Family(
         name="Persimmon",
         output_projection="dense",
@@ -336,9 +336,9 @@ FAMILIES = {
 NOT_SERVED = {
     "gemma3n_text": "its layers pass four streams of hidden states on, and are given embeddings of the token ids; the "
     "rows of a FAM are one stream, and have no ids",
-    "hunyuan_v1_dense": "its keys go through a norm with weights behind RoPE, so that no rotation takes kept keys to "
+    "hunyuan_v1_dense": "its keys go through a norm with weights after RoPE, so that no rotation takes kept keys to "
     "another position",
-    "hunyuan_v1_moe": "its keys go through a norm with weights behind RoPE, so that no rotation takes kept keys to "
+    "hunyuan_v1_moe": "its keys go through a norm with weights after RoPE, so that no rotation takes kept keys to "
     "another position",
 }
 """Families that were looked at and cannot be served, by `model_type`, with the reason."""

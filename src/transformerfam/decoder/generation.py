@@ -110,7 +110,7 @@ def prepare_cache_for_generation(
     batch_size: int,
     max_cache_length: int,
 ) -> None:
-    """Give `generate` a state where the caller gave none, and let it begin behind what the state has read."""
+    """Give `generate` a state where the caller gave none, and let it begin after what the state has read."""
     if getattr(generation_config, "is_assistant", False):
         raise TransformerFamError(
             "assistant_model has a memory, required is one without: tokens that it drafts and that are not accepted "
@@ -201,7 +201,7 @@ def _has_history(state: ReadingState, rows: list[list[int]]) -> bool:
         begins = len(row) >= num_read and history_of(row[:num_read]) == history
         if begins and len(row) == num_read:
             raise StateMismatchError(
-                f"the input is the {num_read} tokens that the state has read, required is at least one token behind "
+                f"the input is the {num_read} tokens that the state has read, required is at least one token after "
                 "them; give what follows, or the whole text with it"
             )
         found.add(begins)
@@ -244,7 +244,7 @@ class _NotingCriteria(StoppingCriteriaList):
 
 
 def get_stopping_criteria(self: Any, *args: Any, **kwargs: Any) -> StoppingCriteriaList:
-    """Return the class's own criteria; where `generate` pads behind an end, they note which rows have ended."""
+    """Return the class's own criteria; where `generate` pads after an end, they note which rows have ended."""
     criteria: StoppingCriteriaList = type(self)._get_stopping_criteria(self, *args, **kwargs)
     call = _CALL.get()
     if call.state is None or call.has_beams or call.state.batch_size == 1:  # where an end is the end of all
@@ -255,7 +255,7 @@ def get_stopping_criteria(self: Any, *args: Any, **kwargs: Any) -> StoppingCrite
 
 
 def prepare_inputs_for_generation(self: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
-    """Return the class's own inputs of a step, in which what was read and the padding behind ended rows are masked."""
+    """Return the class's own inputs of a step, in which what was read and the padding after ended rows are masked."""
     inputs: dict[str, Any] = type(self).prepare_inputs_for_generation(self, *args, **kwargs)
     call = _CALL.get(None)
     if call is None or not isinstance(inputs.get(CACHE_NAME), ReadingState):

@@ -86,7 +86,7 @@ class Memory(nn.Module, abc.ABC):
         Args:
             decoder: whose layers they are.
             state: in front of the piece.
-            tokens_BTD: embeddings of its tokens; behind a sequence's count is padding.
+            tokens_BTD: embeddings of its tokens; after a sequence's count is padding.
             counts: tokens of every sequence, at most what its block still takes.
             kwargs: further arguments of the model's forward.
         """

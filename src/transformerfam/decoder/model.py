@@ -155,4 +155,4 @@ class ModelWithMemory(Protocol[State]):
         """Take tensors by name."""
 
     def register_forward_hook(self, *args: Any, **kwargs: Any) -> Any:
-        """Have a function called behind every forward."""
+        """Have a function called after every forward."""

@@ -125,7 +125,7 @@ def read_in_pieces(
     num_before = state.num_tokens_read
     state.note_input(inputs_BTD, valid, ids)
     lengths = [length] * batch_size if valid is None else valid.sum(1).tolist()
-    if valid is not None:  # move padding behind the tokens
+    if valid is not None:  # move padding after the tokens
         order = torch.argsort(~valid, dim=1, stable=True)
         inputs_BTD = inputs_BTD.take_along_dim(order[..., None], dim=1)
     done = [0] * batch_size
@@ -226,7 +226,7 @@ def take_over(state: ReadingState, identity: ModelIdentity, num_tokens: int) -> 
 
 
 def _slice_rows(inputs_BTD: torch.Tensor, starts: list[int], counts: list[int]) -> torch.Tensor:
-    """Return each sequence's next tokens, `(B, max(counts), D)`; what lies behind a sequence's count is padding."""
+    """Return each sequence's next tokens, `(B, max(counts), D)`; what lies after a sequence's count is padding."""
     longest = max(counts)
     if len(set(starts)) == 1:
         return inputs_BTD[:, starts[0] : starts[0] + longest]

@@ -24,7 +24,7 @@ def first_position(config: FamConfig) -> int:
 
 
 def warn_beyond_trained(model_config: Any, num_positions: int) -> None:
-    """Warn of positions behind those that a model was trained on, where RoPE's angles are new to it."""
+    """Warn of positions after those that a model was trained on, where RoPE's angles are new to it."""
     trained = getattr(model_config, "max_position_embeddings", None)
     if trained is not None and num_positions > trained:
         warnings.warn(
@@ -45,7 +45,7 @@ def warn_beyond_trained(model_config: Any, num_positions: int) -> None:
 
 
 def warn_text_beyond_trained(model_config: Any, num_positions: int, why: str) -> None:
-    """Warn of a text that has come to positions behind those that a model was trained on.
+    """Warn of a text that has come to positions after those that a model was trained on.
 
     Args:
         model_config: of the model.

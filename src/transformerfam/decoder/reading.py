@@ -114,7 +114,7 @@ def _checked_pieces(model: PreTrainedModel, pieces: Iterable[Any]) -> Iterator[P
 def _blocks(pieces: Iterable[Piece], state: ReadingState) -> Iterator[Piece]:
     """Yield what is read at once: what fills the state's block, or ends at padding, where any chunk is right.
 
-    Where `pieces` ends with an error, what is held back comes first and the error behind it.
+    Where `pieces` ends with an error, what is held back comes first and the error after it.
     """
     held: list[torch.Tensor] = []
     num_held = 0

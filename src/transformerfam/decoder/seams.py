@@ -149,7 +149,7 @@ class LayerSeam:
         return args, kwargs | {"output_attentions": True}
 
     def after_attention(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
-        """Hand weights and output to the piece, or note what goes on to the norm behind attention."""
+        """Hand weights and output to the piece, or note what goes on to the norm after attention."""
         found = self._find(kwargs)
         if found is None:
             return output

@@ -53,7 +53,7 @@ class Step(abc.ABC):
         return
 
     def after_attention(self, layer: Any, output_BTD: torch.Tensor, factor: float) -> torch.Tensor:
-        """Return what is added to the residual behind attention."""
+        """Return what is added to the residual after attention."""
         return output_BTD
 
     def leave_layer(self, layer: Any, hidden_BTD: torch.Tensor) -> None:
@@ -64,7 +64,7 @@ class Step(abc.ABC):
         """Move on what the piece belongs to, once it is through.
 
         Args:
-            hidden_BTD: all rows behind the last norm.
+            hidden_BTD: all rows after the last norm.
         """
         return
 

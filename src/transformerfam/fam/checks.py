@@ -250,7 +250,7 @@ def _check_rows(model: PreTrainedModel, ids: torch.Tensor) -> None:
 
 
 def _check_first_residual(model: PreTrainedModel, ids: torch.Tensor, every_layer: bool) -> None:
-    """In the first update, what goes on behind attention must be the attention branch alone.
+    """In the first update, what goes on after attention must be the attention branch alone.
 
     Where the feed-forward layer is added to the same residual, the layer's output must be the two branches alone. In
     the update of a saved FAM the branches must be the same, and the residual be there once.

@@ -1,7 +1,7 @@
 """Pieces that are as nearly all others, each as one compiled graph of static shapes through all layers.
 
 While it decodes, nearly every token stands inside its block: it writes one slot of every layer's buffer and sees the
-rest through a mask. While it reads, nearly every piece is a whole block behind full memory segments. Both have the
+rest through a mask. While it reads, nearly every piece is a whole block after full memory segments. Both have the
 shapes of any other of their kind, so torch.compile makes one graph of each, and the Python of some hundred calls per
 layer is gone. Every other piece goes the ordinary way.
 """
@@ -123,7 +123,7 @@ class CompiledToken(CompiledStep):
 
 
 class CompiledBlock(CompiledStep):
-    """A whole block behind full memory segments."""
+    """A whole block after full memory segments."""
 
     def serves(self, piece: Piece) -> bool:
         """Whether every sequence reads a whole block, too, and has read as many as are in sight at most."""
@@ -207,7 +207,7 @@ def compile_reading(model: PreTrainedModel, batch_size: int = 1, **options: Any)
 
 
 def _add(model: PreTrainedModel, step: CompiledStep, num_tokens: int, num_before: int) -> None:
-    """Take a step into use behind the first pieces of a reading that it does not serve, and let it compile now."""
+    """Take a step into use after the first pieces of a reading that it does not serve, and let it compile now."""
     memory, reader = memory_of(model), cast(Any, model)
     state = reader.init_state(step.batch_size)
     piece = torch.zeros(step.batch_size, num_tokens, dtype=torch.long)

@@ -167,7 +167,7 @@ class FamLayer(CacheLayerMixin):
     def slots(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the FAM as the keys and values `(B, G, F, K)` that it is with `fam_feeds="slots"`.
 
-        They stand where the FAM stands behind a block, as if the next block's first token were at position 0.
+        They stand where the FAM stands after a block, as if the next block's first token were at position 0.
         """
         assert self.fam is not None
         widths = [tensor.shape[1] * tensor.shape[3] for tensor in (self.keys, self.values)]

@@ -39,7 +39,7 @@ class ReferenceResult:
     logits: Tensor
     """Next-token logits, (T, V)."""
     hidden: Tensor
-    """Hidden states behind the final norm, (T, D)."""
+    """Hidden states after the final norm, (T, D)."""
     fams: list[Tensor]
     """FAM of all layers, (L, F, D) each: the initial one, then one per complete block; zeros where a layer has none.
     With `fam_feeds="slots"` (L, F, 2 G K): every head's key, not rotated, then every head's value."""

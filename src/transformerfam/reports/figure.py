@@ -206,7 +206,7 @@ def short_length(num_tokens: float) -> str:
 def label_ends(
     axes: Any, lines: Sequence[tuple[Any, str]], limits: tuple[float, float] = (0.0, 1.0), font_size: float = 9
 ) -> None:
-    """Name lines to the right of the last point of all, each name behind a sample of its line.
+    """Name lines to the right of the last point of all, each name after a sample of its line.
 
     Labels are moved apart where lines end together, in the order in which the lines came there; a line that ends below
     the limits has its label at the lower one.

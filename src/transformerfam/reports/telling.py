@@ -36,8 +36,8 @@ class Telling(NamedTuple):
         others = list(others)
         parts = []
         if len({other[:3] for other in others}) > 1:
-            behind = "another key" if self.is_overwritten else "the start"
-            parts.append(f"anywhere behind {behind}" if self.is_uniform else f"{self.prefix_tokens:,} behind {behind}")
+            before = "another key" if self.is_overwritten else "the start"
+            parts.append(f"anywhere after {before}" if self.is_uniform else f"{self.prefix_tokens:,} after {before}")
         for name, shown in (
             ("num_digits", f"{self.num_digits} digits"),
             ("num_mentions", f"told {self.num_mentions} times"),

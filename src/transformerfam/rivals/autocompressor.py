@@ -1,7 +1,7 @@
-"""AutoCompressor: RMT whose memory is that of all segments, one behind the other.
+"""AutoCompressor: RMT whose memory is that of all segments, one after the other.
 
 A segment is read as [summaries of all segments before | tokens | summary tokens]. What the summary tokens, the same
-learned ones for every segment, are behind the last layer is that segment's summary.
+learned ones for every segment, are after the last layer is that segment's summary.
 
 Source: Chevalier, Wettig, Ajith, Chen: Adapting Language Models to Compress Contexts (2023), sections 3.1 and 3.2.
 """
@@ -38,7 +38,7 @@ class AutoCompressor(Rival):
         return self.summary.expand(len(lane.rows), -1, -1)
 
     def end_segment(self, piece: RivalPiece, hidden_BTD: torch.Tensor) -> dict[str, torch.Tensor]:
-        """Put the segment's summary behind those before it."""
+        """Put the segment's summary after those before it."""
         summaries = piece.lane.memory["summaries"]
         return {"summaries": torch.cat((summaries, hidden_BTD[:, -piece.num_behind :]), dim=1)}
 

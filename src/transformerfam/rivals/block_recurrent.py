@@ -6,7 +6,7 @@
 e are the tokens of a segment in front of the layer, s the state in front of the segment; K_e and V_e are the layer's
 own keys and values, which both directions share, and g = sigmoid(b) is a fixed gate. This is the configuration
 "fixed, skip", the best in its paper: the state has no feed-forward layer. State vectors have learned identities, added
-behind their norm, and positions matter among tokens alone.
+after their norm, and positions matter among tokens alone.
 
 Source: Hutchins, Schlag, Wu, Dyer, Neyshabur: Block-Recurrent Transformers (2022), section 3; C.1 of arXiv 2404.09173.
 """

@@ -39,7 +39,7 @@ def gated_linear_attention(
         state_BGKV: what was there before.
 
     Returns:
-        What every token reads `(B, G, R, T, V)`, and the state behind the last.
+        What every token reads `(B, G, R, T, V)`, and the state after the last.
 
     Source: section 4.2, the chunkwise form; the decays of a chunk are kept as differences, which never overflow.
     """

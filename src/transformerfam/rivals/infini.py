@@ -3,7 +3,7 @@
     A_mem = s(Q) M / (s(Q) z),   A = g A_mem + (1 - g) A_dot,   s = ELU + 1
     M <- M + s(K)^T (V - s(K) M / (s(K) z)),   z <- z + sum s(K)
 
-M and z are written behind a segment with its own keys and values, and read with the queries of later ones, all without
+M and z are written after a segment with its own keys and values, and read with the queries of later ones, all without
 positions; g is one gate per head. Without the delta rule V is written as it is.
 
 Source: Munkhdalai, Faruqui, Gopal: Leave No Context Behind (2024), section 2.1; C.1 of arXiv 2404.09173.

@@ -13,7 +13,7 @@ class Lane:
     Attributes:
         rows: which sequences of the batch they are.
         memory: what outlives the segment, by name, `(B, ...)` each.
-        scratch: what is collected during the segment and forgotten behind it, by name.
+        scratch: what is collected during the segment and forgotten after it, by name.
         keys: of every layer `(B, G, S, K)`, the segment so far with the rows in front of it; empty before its first.
         values: likewise.
         fill: tokens in the segment.

@@ -161,7 +161,7 @@ class HiddenStory:
     """A story in a long text.
 
     Attributes:
-        ids_T: the text, up to the last filler behind the story.
+        ids_T: the text, up to the last filler after the story.
         question_ids: what follows it.
         answer_ids: what has to follow then.
         support_distances: of every support, tokens from its end to the question.
@@ -212,7 +212,7 @@ class FactsText:
 
         Args:
             story: what is told.
-            num_filler: tokens of filler, in front of, between and behind the sentences.
+            num_filler: tokens of filler, in front of, between and after the sentences.
             draw: source of the places, and of where the filler begins.
         """
         start = draw.randrange(1 << 30)

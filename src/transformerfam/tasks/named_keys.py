@@ -110,7 +110,7 @@ def draw_named_keys(
     Args:
         draw: source of chance.
         num_told: names, the first so many of `NAMES` in any order.
-        num_retold: names that are told a second key, behind all others, and in another order.
+        num_retold: names that are told a second key, after all others, and in another order.
         apart: least and most tokens of filler in front of a telling; the first has none.
         digits: of a key.
         few_digits: as for `draw_key`.

@@ -1,4 +1,4 @@
-"""Named keys measured: how many of several keys come back, by their number, their order and the filler behind them."""
+"""Named keys measured: how many of several keys come back, by their number, their order and the filler after them."""
 
 import math
 import random
@@ -26,7 +26,7 @@ KEY_BITS = math.log2(LAST_KEY + 1 - FIRST_KEY)
 
 @dataclass(kw_only=True)
 class NamedKeysEvaluation(TextsEvaluation):
-    """Tell several keys by their names, and ask for each of them behind filler of several lengths.
+    """Tell several keys by their names, and ask for each of them after filler of several lengths.
 
     The filler is what stands between the last key that is told and the question.
 

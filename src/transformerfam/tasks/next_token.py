@@ -103,7 +103,7 @@ class _Score:
 
 @torch.no_grad()
 def _score_piece(model: Any, ids_T: Tensor, state: ReadingState, before_V: Tensor | None) -> tuple[_Score, Tensor]:
-    """Feed one piece; `before_V` are the logits in front of it. Return its score and the logits behind it."""
+    """Feed one piece; `before_V` are the logits in front of it. Return its score and the logits after it."""
     logits_TV = model(input_ids=ids_T[None], past_key_values=state).logits[0].float()
     targets_T = ids_T
     predicted_TV = logits_TV[:-1]
@@ -137,7 +137,7 @@ def rechunk(
         limit: tokens at most, all together; None is all.
         multiple: also end a piece at every multiple of so many tokens.
 
-    Where `pieces` ends with an error, what is held back comes first and the error behind it.
+    Where `pieces` ends with an error, what is held back comes first and the error after it.
     """
     buffer: list[int] = []
     num_done = 0

@@ -113,7 +113,7 @@ class PasskeyText:
         return lead_ids, by_digit
 
     def _number_ids(self, key: int, lead: str) -> list[int]:
-        """Return the tokens of a key behind `lead`, a space or nothing."""
+        """Return the tokens of a key after `lead`, a space or nothing."""
         if lead != " " or self._digit_ids is None:
             return encode(self._tokenizer, f"{lead}{key}")
         lead_ids, by_digit = self._digit_ids

@@ -1,4 +1,4 @@
-"""Texts of different lengths read side by side, and the likeliest tokens behind them."""
+"""Texts of different lengths read side by side, and the likeliest tokens after them."""
 
 from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Any

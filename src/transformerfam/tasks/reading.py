@@ -82,7 +82,7 @@ def read_text_stream(
 
 
 def _behind(pieces: Iterable[list[int]], num_tokens: int) -> Iterator[list[int]]:
-    """Yield the ids behind so many.
+    """Yield the ids after so many.
 
     Raises:
         TransformerFamError: there are none.
@@ -128,7 +128,7 @@ def save_somewhere(state: FamState, path: Path, overwrite: bool = False) -> tupl
 
 
 def count_tokens(path: str | Path, tokenizer: Any, begins: bool = True) -> int:
-    """Return the number of tokens in a UTF-8 file, or in all files of a folder, read from the beginning or behind more.
+    """Return the number of tokens in a UTF-8 file, or in all files of a folder, read from the beginning or after more.
 
     Raises:
         TransformerFamError: a file cannot be read, or is not UTF-8.

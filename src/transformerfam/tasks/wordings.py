@@ -121,7 +121,7 @@ class Scene:
 
 @dataclass(frozen=True)
 class Passage:
-    """Words of a book with a key behind them, which their last words ask for."""
+    """Words of a book with a key after them, which their last words ask for."""
 
     bank: "WordingBank"
     name: str
@@ -129,7 +129,7 @@ class Passage:
     """Fewest words that ask for it."""
 
     def wording(self, draw: random.Random, is_change: bool = False) -> Wording:
-        """Return a wording that tells the key behind all words, and asks behind some of them."""
+        """Return a wording that tells the key after all words, and asks after some of them."""
         words = self.name.split(" ")
         asked = " ".join(words[draw.randint(0, len(words) - self.MIN_WORDS) :])
         change = self.bank.draw_change(draw, is_change)
@@ -160,7 +160,7 @@ class WordingBank:
     scene_changes: list[str]
     """What precedes a scene or a passage that replaces a key."""
     passage_intros: list[str]
-    """What tells a key behind a `{passage}`."""
+    """What tells a key after a `{passage}`."""
     passage_questions: list[list[str]]
     """Pairs of a question and an answer with a `{passage}`."""
 

@@ -41,7 +41,7 @@ class BlockRecord:
         to_memory: mean share of their attention that tokens give to memory segments and sinks.
         to_fam: to FAMs.
         to_block: to their own block.
-        fam_norm: root mean square of the FAM's rows behind the block, mean over rows; None without FAM.
+        fam_norm: root mean square of the FAM's rows after the block, mean over rows; None without FAM.
         fam_change: length of what the block changed in the FAM over the FAM's length, mean over rows.
         to_block_of_rows: share of each FAM row's attention that fell on the block, mean over heads: by how much a gated
             row was rewritten (but for the first update). Empty without FAM.

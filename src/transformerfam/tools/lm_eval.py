@@ -209,7 +209,7 @@ class FamLM(TemplateLM):
         return results
 
     def _score(self, state: FamState, last: int, targets: Sequence[list[int]]) -> list[tuple[float, bool]]:
-        """Return the log-probability of each continuation behind `last`, and whether it is the likeliest.
+        """Return the log-probability of each continuation after `last`, and whether it is the likeliest.
 
         Raises:
             TransformerFamError: a continuation has no tokens.
@@ -309,7 +309,7 @@ def _require_as_given(model: Any, arguments: Mapping[str, Any]) -> None:
 
 
 class _StopTexts(StoppingCriteria):
-    """Stop when the text behind the context holds one of some texts.
+    """Stop when the text after the context holds one of some texts.
 
     transformers' own criterion also looks at the context, and stops where a text begins there.
     """

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 import torch
 
 FORKED = ("cuda", "xpu")
-"""Devices whose random numbers are put back behind a run; of others there is none, or no way to ask for one of them."""
+"""Devices whose random numbers are put back after a run; of others there is none, or no way to ask for one of them."""
 
 
 class RandomNumbers:
@@ -39,7 +39,7 @@ class RandomNumbers:
 
     @contextlib.contextmanager
     def in_force(self) -> Iterator[None]:
-        """Draw from these numbers in the body, and from the process's again behind it."""
+        """Draw from these numbers in the body, and from the process's again after it."""
         kind = self.device.type
         devices = [self.device] if kind in FORKED else []
         with torch.random.fork_rng(devices, device_type=kind if devices else "cuda"):

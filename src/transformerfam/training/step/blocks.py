@@ -188,7 +188,7 @@ def find_non_finite(model: PreTrainedModel, batch: Batch, state: ReadingState) -
     finally:
         for handle in handles:
             handle.remove()
-    return "the language-model head, behind the last layer"
+    return "the language-model head, after the last layer"
 
 
 def find_non_finite_gradient(model: nn.Module) -> str:

@@ -190,7 +190,7 @@ def update_by_stored(
         sources: the stored blocks, in their order, the same for all sequences.
 
     Returns:
-        Every layer's FAM behind them.
+        Every layer's FAM after them.
     """
     none = torch.zeros(0, dtype=torch.long)
     has_residual_B = torch.zeros(len(fams[0]), dtype=torch.bool)
@@ -211,7 +211,7 @@ def _run_block(
     """Send a block through the layers.
 
     Returns:
-        Every layer's FAM behind it, and the tokens' hidden states `(B, R, D)`: the last, or with a teacher those of the
+        Every layer's FAM after it, and the tokens' hidden states `(B, R, D)`: the last, or with a teacher those of the
         embedding and of every layer.
     """
     decoder = model.get_decoder()

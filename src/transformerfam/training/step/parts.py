@@ -60,7 +60,7 @@ class StepPart:
 
         Args:
             before: the state in front of the block.
-            after: the state behind it.
+            after: the state after it.
             hidden_BTD: last hidden states of the block.
             note: what `note` gave.
         """
@@ -99,7 +99,7 @@ class GradientCut(StepPart):
 
 
 class RepeatedUpdates(StepPart):
-    """Update the FAM further behind every whole block in front of the question.
+    """Update the FAM further after every whole block in front of the question.
 
     By blocks that rows without a key of their own have just read; see `_update_again`.
     """

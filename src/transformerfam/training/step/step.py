@@ -130,7 +130,7 @@ def read_on(
         stored: stored filler; None reads the blocks themselves.
 
     Returns:
-        The FAM behind them.
+        The FAM after them.
     """
     if stored is not None:
         sources = sequences.sources(step, "between", len(stored.ids_NT), num_blocks)

@@ -91,7 +91,7 @@ class Teacher:
         return Lesson(lesson_LBQD, batch.is_taught_BT, *rest)
 
     def _cache_behind(self, ids_T: torch.Tensor, num_rows: int) -> DynamicCache:
-        """Return the cache of so many rows behind tokens that they all begin with, read once and kept for later."""
+        """Return the cache of so many rows after tokens that they all begin with, read once and kept for later."""
         if self._common_ids_T is None or not torch.equal(ids_T, self._common_ids_T):
             read = DynamicCache(config=self.model.config)
             if len(ids_T):
