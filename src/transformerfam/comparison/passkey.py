@@ -6,14 +6,16 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal, Self
 
 from pydantic import model_validator
+from rich.table import Table
 
 from transformerfam.comparison.accuracy import AccuracyComparison
 from transformerfam.comparison.figures import MAX_LINES, by_panel, plot_matrix
 from transformerfam.comparison.plan import Asked, Asking
-from transformerfam.comparison.report import Cell
+from transformerfam.comparison.report import Cell, current_rows
 from transformerfam.errors import RecipeError
 from transformerfam.reports.rows import Row
 from transformerfam.reports.telling import Telling
+from transformerfam.tasks.controls import SWAPPED
 from transformerfam.tasks.passkey_evaluation import PasskeyEvaluation, finished_questions
 from transformerfam.tasks.ranges import Integers
 
@@ -100,6 +102,27 @@ class PasskeyComparison(AccuracyComparison):
         )
         evaluation.finished = finished_questions(asking.answered, evaluation)
         return evaluation
+
+    def tables(self, rows: Sequence[Row]) -> list[Table]:
+        """Return a table for each way of telling; with a swapped memory, what it says of the other text is under it."""
+        found = super().tables(rows)
+        for kind, table in zip(self.kinds, found, strict=True):
+            own = [row for row in current_rows(self, rows) if row["task"] == self.task and self.kind_of(row) == kind]
+            for system in (name for name in self.systems if name.endswith(SWAPPED)):
+                answered = [row for row in own if row["system"] == system]
+                if answered:
+                    of_other = sum(self._key_of_memory(row) == row["answer"] for row in answered)
+                    table.caption = f"{table.caption}; {system} says the other text's key {of_other:,} of "
+                    table.caption += f"{len(answered):,} times"
+        return found
+
+    def _key_of_memory(self, row: Row) -> str:
+        """Return the key of the text whose memory a row's text was given: the one before it in its batch."""
+        keys = [str(key) for key in self.evaluation(row["seed"]).keys]
+        idx = keys.index(str(row["key"]))
+        first = idx - idx % self.batch_size
+        batch = keys[first : first + self.batch_size]
+        return batch[idx - first - 1]
 
     def title_of(self, kind: Telling) -> str:
         """Return what is right, by how keys are told."""
