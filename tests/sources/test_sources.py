@@ -4,6 +4,7 @@ import dataclasses
 import io
 import itertools
 import json
+import os
 import tarfile
 import zipfile
 from collections.abc import Mapping
@@ -184,6 +185,28 @@ def test_package_that_cannot_be_downloaded_names_its_file(
     assert not [path for path in (tmp_path / "packages").iterdir() if path.name == own.file]
 
 
+def test_client_is_given_places_that_hold_in_its_own_folder(
+    own: Package, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Catches a folder by a relative path, which the client would look for below itself."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "links").mkdir()
+    wheel = tmp_path / "links" / own.file
+    named = {"notes-1.dist-info/METADATA": b"Metadata-Version: 2.1\nName: notes\nVersion: 1\n"}
+    kind = b"Wheel-Version: 1.0\nGenerator: tests\nRoot-Is-Purelib: true\nTag: py3-none-any\n"
+    write_wheel(wheel, FILES | named | {"notes-1.dist-info/WHEEL": kind, "notes-1.dist-info/RECORD": b""})
+    own = package_at(wheel)
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path / "links"))
+    (tmp_path / "data" / "packages" / ".notes-killed").mkdir(parents=True)
+    prepared = fetch_source(source_of(own), Path("data"))
+    assert len(prepared.files) == 2
+    assert [path.name for path in (tmp_path / "data" / "packages").iterdir()] == [own.file]
+    os.mkfifo(tmp_path / "fifo")
+    with pytest.raises(TransformerFamError, match="cannot read '.*fifo': it is a named pipe"):
+        sha256_of(tmp_path / "fifo")
+
+
 def test_fetch_that_ends_early_leaves_nothing_half_written(own: Package, tmp_path: Path) -> None:
     """Catches a full disk, or a kill, after which half a source is taken for the whole."""
     cache, given = tmp_path / "cache", {"notes": tmp_path / own.file}
@@ -277,7 +300,12 @@ def test_choices_and_short_tasks_name_the_right_answer() -> None:
     """Catches an answer that is off by one, and the head of a table that is asked as a question."""
     row = {"question": "q", "answer_a": "w", "answer_b": "x", "answer_c": "y", "answer_d": "z", "topic": "law"}
     head = dict(zip(row, row, strict=True)) | {"correct_answer": "answer"}
-    (item,) = short.mmlu([row | {"correct_answer": "C"}, head])
+    twice = row | {"answer_b": "w", "correct_answer": "C"}
+    (item,) = short.mmlu([row | {"correct_answer": "C"}, head, twice])
+    cases = [{"id": f"t{idx}", "question": "q", "choices": list("abcd"), "expected_index": 0} for idx in range(20)]
+    asked = list(short.truthfulqa(cases))
+    assert {item["answers"][0] for item in asked} == {"a"}
+    assert len({item["choices"].index("a") for item in asked}) > 2
     assert (item["choices"], item["answers"], item["group"]) == (["w", "x", "y", "z"], ["y"], "mmlu, law")
     (ending,) = short.hellaswag([{"id": "h", "ctx": "He", "endings": ["a", "b"], "expected_index": 1}])
     assert ending["answers"] == ["b"]

@@ -6,11 +6,12 @@ from typing import Any
 
 import pytest
 import torch
+from rich.console import Console
 from typer.testing import CliRunner
 
 from transformerfam.cli.app import app
 from transformerfam.errors import CorruptFileError, TransformerFamError
-from transformerfam.reports.answers import interval
+from transformerfam.reports.answers import answers_tables, interval
 from transformerfam.reports.rows import read_rows
 from transformerfam.tasks.answer_scores import score_answer
 from transformerfam.tasks.answers import QuestionFile
@@ -33,6 +34,7 @@ ITEMS: list[dict[str, Any]] = [
     {"text": SUN, "question": "What is the pass key?", "answers": []},
 ]
 TEMPLATE = " {question} It is"
+WIDER = {"block_size": 32}
 
 
 @pytest.fixture
@@ -48,7 +50,7 @@ def written(path: Path, items: list[Any]) -> Path:
 
 
 def rows_of(path: Path, folder: Path, **options: Any) -> list[dict[str, Any]]:
-    model, tokenizer = load_model(folder)
+    model, tokenizer = load_model(folder, config_overrides=WIDER)
     fields = {"template": TEMPLATE, "max_new_tokens": 3} | options
     return list(AnswersEvaluation(questions=QuestionFile(path), **fields).rows(model, tokenizer))
 
@@ -61,8 +63,8 @@ def test_questions_on_one_text_stand_together(path: Path) -> None:
     """Catches a text that is read for every question, and a file that is looked for where the command was run."""
     questions = QuestionFile(path)
     found = [[item.name for item in questions.items(places)] for places in questions.texts()]
-    assert found == [["grass", "line 2"], ["line 3"], ["line 4"]]
-    (of_file,) = questions.items(questions.texts()[1])
+    assert found == [["grass", "line 2"], ["line 3", "line 4"]]  # the text of the file is that of line 4
+    of_file = questions.items(questions.texts()[1])[0]
     assert of_file.whole_text() == SUN
     assert len(questions) == 4
 
@@ -73,7 +75,8 @@ def test_questions_on_one_text_stand_together(path: Path) -> None:
         ("no json", "line 2: it is no JSON"),
         ("[1]", "line 2: it is list, not an object"),
         ({"question": "Q"}, r"line 2: it has no answers; \[\] says that the text does not have the answer"),
-        ({"question": "Q", "answers": ["a"]}, "line 2: it has neither text nor file, not one of them"),
+        ({"text": "\ud800", "question": "Q", "answers": []}, "line 2: text has half a surrogate pair at 0"),
+        ({"text": "t", "question": "Q", "answers": [], "group": "\udfff"}, "line 2: group has half a surrogate pair"),
         ({"text": "t", "file": "f", "question": "Q", "answers": []}, "line 2: it has text and file, not one of them"),
         ({"text": " ", "question": "Q", "answers": []}, r'line 2: text is " ", not a text with a word'),
         ({"text": "t", "answers": []}, "line 2: question is null"),
@@ -122,6 +125,15 @@ def test_file_without_items_or_text_is_refused(tmp_path: Path) -> None:
         ("It is not mentioned in the text.", ["1066"], 0.0, 0.0, False, True),
         ("It is not mentioned in the text.", [], 1.0, 1.0, True, True),
         ("", [], 1.0, 1.0, True, True),
+        ("The text doesn\u2019t say.", [], 1.0, 1.0, True, True),
+        ("I'm not sure about that.", [], 1.0, 1.0, True, True),
+        ("N/A", [], 1.0, 1.0, True, True),
+        ("None.", [], 1.0, 1.0, True, True),
+        ("Paris. It was not stated elsewhere.", [], 0.0, 0.0, False, False),
+        ("The unknown soldier", ["Unknown Soldier"], 1.0, 1.0, True, False),
+        ("It is C++.", ["C"], 0.0, 0.5, False, False),
+        ("-5", ["5"], 1.0, 1.0, False, False),
+        ("about 3 14", ["3.14"], 0.0, 0.0, False, False),
         ("1066", [], 0.0, 0.0, False, False),
     ],
 )
@@ -137,7 +149,7 @@ def test_answers_are_scored_as_squad_does(
 def test_every_text_is_read_once_and_asked_of_by_all(path: Path, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Catches a reading for every question, one that the question before has changed, and texts that mix in a batch."""
     systems = ("fam", "fam_memory_swapped", "fam_memory_initial", QUESTION_ALONE)
-    model, tokenizer = load_model(folder)
+    model, tokenizer = load_model(folder, config_overrides=WIDER)
     evaluation = AnswersEvaluation(
         questions=QuestionFile(path), systems=systems, template=TEMPLATE, max_new_tokens=3, batch_size=3
     )
@@ -174,7 +186,7 @@ def test_every_text_is_read_once_and_asked_of_by_all(path: Path, folder: Path, m
 def test_likeliest_choice_is_taken(path: Path, folder: Path) -> None:
     """Catches the likelihood of another token, padding that counts, and long choices that always lose."""
     (row,) = [row for row in rows_of(path, folder) if row.get("num_choices")]
-    model, tokenizer = load_model(folder)
+    model, tokenizer = load_model(folder, config_overrides=WIDER)
     scores = {}
     for choice in ITEMS[2]["choices"]:
         context = tokenizer(SUN + TEMPLATE.replace("{question}", "What is yellow?")).input_ids
@@ -194,7 +206,7 @@ def test_texts_are_hidden_in_filler_at_their_own_places(path: Path, folder: Path
     depths = {(row["item"], row["filler_tokens"]): row["depth"] for row in rows}
     assert {depths[name, 0] for name in ("grass", "line 3", "line 4")} == {None}
     assert depths["grass", 100] == depths["line 2", 100]
-    assert len({depths[name, length] for name in ("grass", "line 3", "line 4") for length in (100, 200)}) > 3
+    assert len({depths[name, length] for name in ("grass", "line 3") for length in (100, 200)}) == 4
     assert all(0 <= depth <= 1 for depth in depths.values() if depth is not None)
     lengths = {row["filler_tokens"]: row["context_tokens"] for row in rows if row["item"] == "grass"}
     assert lengths[100] == lengths[0] + 100
@@ -210,6 +222,8 @@ def test_what_matches_the_question_is_retrieved(folder: Path) -> None:
     assert found.count("The") > 1
     assert 64 < len(retrieve(tokenizer, ids, "What is the pass key?", 128)) <= 128
     assert "pass key" in tokenizer.decode(retrieve(tokenizer, ids, "What is the pass key?", 10))
+    two = torch.tensor(tokenizer("Here we go. There and back again. " * 5 + "The sky is blue.").input_ids)
+    assert "blue" in tokenizer.decode(retrieve(tokenizer, two, "Which is blue?", len(two) // 2 + 1))
     assert retrieve(tokenizer, ids, "What is the pass key?", 0).numel() == 0
 
 
@@ -230,7 +244,7 @@ def test_command_asks_reports_and_resumes(path: Path, folder: Path, tmp_path: Pa
     output, runner = tmp_path / "rows.jsonl", CliRunner()
     systems = "fam,fam_memory_zeroed,fam_memory_swapped,question_alone,full_context,bm25"
     command = ["evaluate", "answers", str(path), "--model", str(folder), "--output", str(output)]
-    command += ["--template", "\\n {question} It is", "--max-new-tokens", "3"]
+    command += ["--template", "\\n {question} It is", "--max-new-tokens", "3", "--set", "block_size=32"]
 
     def done(*more: str, code: int = 0) -> str:
         result = runner.invoke(app, [*command, *more], env={"COLUMNS": "250"})
@@ -241,19 +255,114 @@ def test_command_asks_reports_and_resumes(path: Path, folder: Path, tmp_path: Pa
     rows = read_rows([output])
     assert len(rows) == 4 * 6
     assert {row["system"] for row in rows} == set(systems.split(","))
-    assert all(name in text for name in ("exact match", "F1", "contained", "right choice", "wrong", "words"))
+    assert all(name in text for name in ("exact", "F1", "contains", "right", "wrong", "words"))
     output.write_text("".join(output.read_text().splitlines(keepends=True)[:7]))
     done("--system", systems)
     again = read_rows([output])
     assert said(again) == said(rows)
     assert again[:7] == rows[:7]
-    assert "questions: words" in runner.invoke(app, ["report", str(output)]).output
+    assert "words, 0 tokens of filler" in runner.invoke(app, ["report", str(output)]).output
     one = written(tmp_path / "one.jsonl", ITEMS[:2])
     command[2] = str(one)
     assert "asks about one text, and a swapped memory is that of another" in done(
         "--system", "fam_memory_swapped", code=2
     )
     assert "required is {question} in it" in done("--template", "no place", code=2)
+    assert "there is no system 'bwsa' to load; did you mean bswa" in done("--system", "fam,bwsa", code=2)
+    assert "--dtype is 'banana'" in done("--system", "full_context", "--dtype", "banana", code=2)
+    assert "nonsense" in done("--system", "full_context", "--set", "nonsense=3", code=2)
+
+
+@pytest.mark.parametrize("system", ["question_alone", "bm25", "full_context", "bswa"])
+def test_control_of_what_has_no_memory_is_refused(system: str, path: Path) -> None:
+    """Catches rows under a control's name that are those of something else."""
+    with pytest.raises(TransformerFamError, match=f"changes a memory, and {system} has none"):
+        AnswersEvaluation(questions=QuestionFile(path), systems=(f"{system}_memory_zeroed",))
+
+
+def test_swapped_memory_is_that_of_one_text_whatever_the_batch(tmp_path: Path, folder: Path) -> None:
+    """Catches a control whose answers depend on how many texts are read side by side."""
+    sentences = [
+        "The grass is green.",
+        "The sky is blue.",
+        "The sun is yellow.",
+        "Here we go.",
+        "There and back again.",
+    ]
+    items = [
+        {"text": " ".join(sentences[number:] + sentences[:number]) * 3, "question": "What is green?", "answers": ["x"]}
+        for number in range(5)
+    ]
+    path, systems = written(tmp_path / "q.jsonl", items), ("fam", "fam_memory_swapped")
+    found = [said(rows_of(path, folder, systems=systems, batch_size=size)) for size in (1, 2, 3, 4, 5)]
+    assert all(one == found[0] for one in found)
+    model, tokenizer = load_model(folder, config_overrides=WIDER)
+    evaluation = AnswersEvaluation(questions=QuestionFile(path), systems=systems)
+    ids = [torch.tensor(tokenizer(item["text"]).input_ids) for item in items[:3]]
+    state = evaluation._read(model, ids, 0)
+    swapped = evaluation._changed("fam_memory_swapped", state)
+    assert torch.equal(swapped.fams, state.fams[:, [1, 0, 1]])
+    assert swapped.row_lengths == state.row_lengths
+
+
+def test_text_of_a_file_counts_and_not_its_path(
+    path: Path, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Catches answers that are kept when a text has changed, and places in filler that depend on where one works."""
+    _, tokenizer = load_model(folder, config_overrides=WIDER)
+    options = {"template": TEMPLATE, "max_new_tokens": 3, "filler": "sentences", "filler_lengths": [64]}
+    rows = rows_of(path, folder, **options)
+    monkeypatch.chdir(tmp_path)
+    assert [row["depth"] for row in rows_of(Path(path.name), folder, **options)] == [row["depth"] for row in rows]
+    (tmp_path / "sun.txt").write_text(GRASS * 4)
+    evaluation = AnswersEvaluation(questions=QuestionFile(path), **options)
+    assert not finished_questions(rows, evaluation, tokenizer)
+    (tmp_path / "persuasion").write_text(SUN)  # as a novel of the package is called
+    local = QuestionFile(written(tmp_path / "p.jsonl", [{"file": "persuasion", "question": "Q", "answers": []}]))
+    assert local.items(local.texts()[0])[0].whole_text() == SUN
+
+
+def test_longer_texts_are_added_to_the_same_rows(path: Path, folder: Path, tmp_path: Path) -> None:
+    """Catches finished questions that are asked again, and rows that cannot be reported, once filler is given."""
+    output, runner = tmp_path / "rows.jsonl", CliRunner()
+    command = ["evaluate", "answers", str(path), "--model", str(folder), "--output", str(output)]
+    command += ["--filler", "sentences", "--max-new-tokens", "2", "--allow-unknown"]
+    assert runner.invoke(app, command).exit_code == 0
+    rows = read_rows([output])
+    result = runner.invoke(app, [*command, "--filler-tokens", "0,64"])
+    assert result.exit_code == 0, result.output
+    assert read_rows([output])[:4] == rows
+    assert len(read_rows([output])) == 8
+    assert runner.invoke(app, [*command, "--template", "{question}"]).exit_code == 0
+    assert runner.invoke(app, ["report", str(output)]).exit_code == 0
+
+
+def test_table_names_every_system_on_a_terminal_of_80_columns(tmp_path: Path) -> None:
+    """Catches names that are cut, or a group that is read as markup."""
+    systems = ["fam_gated_memory_swapped", "question_alone"]
+    rows = [
+        {"task": "answers", "model": "m", "system": system, "group": "[red]x[/blue]", "filler_tokens": 0, "file": "q"}
+        | {"questions": "d", "wanted": ["a"] * number, "exact_match": 1.0, "f1": 0.5, "contains": True}
+        | {"abstained": False}
+        for system in systems
+        for number in range(2)
+    ]
+    console = Console(width=80)
+    with console.capture() as captured:
+        for table in answers_tables(rows):
+            console.print(table)
+    assert all(name in captured.get() for name in [*systems, "[red]x[/blue]", "0.50 [0.50, 0.50]", "wrong"])
+    assert "\u2026" not in captured.get()
+
+
+def test_items_without_a_text_are_asked_alone(tmp_path: Path, folder: Path) -> None:
+    """Catches short tasks that are refused, or asked after another item's text."""
+    items = [{"question": "What is green?", "answers": ["x"]}, ITEMS[0], {"question": "What is blue?", "answers": []}]
+    path = written(tmp_path / "q.jsonl", items)
+    found = said(rows_of(path, folder, systems=("fam", QUESTION_ALONE), batch_size=1))
+    for name in ("line 1", "line 3"):
+        assert found["fam", name, 0] == found[QUESTION_ALONE, name, 0]
+    assert said(rows_of(path, folder, systems=("fam", QUESTION_ALONE), batch_size=4)) == found
 
 
 def test_rows_of_other_questions_are_not_taken_for_these(path: Path, folder: Path) -> None:

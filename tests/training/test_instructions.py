@@ -114,8 +114,32 @@ def test_text_files_and_folders_are_read_whole(tmp_path: Path) -> None:
     assert [piece.ids for piece in pieces] == [encode(tokenizer, texts[name] + eos) for name in ("b.txt", "deep/a.txt")]
     assert {weight for piece in pieces for weight in piece.weights} == {1.0}
     (tmp_path / "empty").mkdir()
+    with pytest.raises(RecipeError, match=r"'.*empty' holds no file, required is at least one UTF-8 text"):
+        read_instructions(tokenizer, make_recipe((str(tmp_path / "empty"),)).instructions)
+    (tmp_path / "empty" / "a.md").write_text("no text of ours")
     with pytest.raises(RecipeError, match=r"'.*empty' holds no .txt file; name another folder"):
         read_instructions(tokenizer, make_recipe((str(tmp_path / "empty"),)).instructions)
+
+
+def test_texts_of_folders_are_read_once_and_as_they_are(tmp_path: Path) -> None:
+    """Catches hidden files and byte order marks that are trained on, texts that count twice, and links left out."""
+    tokenizer, folder, other = build_tiny_tokenizer(), tmp_path / "texts", tmp_path / "other"
+    (folder / "dir.txt").mkdir(parents=True)
+    other.mkdir()
+    (other / "c.txt").write_text("The sky is blue.")
+    (folder / "link").symlink_to(other)
+    (folder / "a.TXT").write_bytes("\ufeffThe grass is green.".encode())
+    (folder / ".hidden.txt").write_text("The sun is yellow.")
+    pieces = read_instructions(tokenizer, make_recipe((str(folder),)).instructions)
+    texts = ("The grass is green.", "The sky is blue.")
+    assert [piece.ids for piece in pieces] == [encode(tokenizer, text + tokenizer.eos_token) for text in texts]
+    with pytest.raises(RecipeError, match=r"c.txt is named 2 times, required is once"):
+        read_instructions(tokenizer, make_recipe((str(folder), str(other))).instructions)
+    with pytest.raises(RecipeError, match="instructions.files: the path is empty"):
+        read_instructions(tokenizer, make_recipe(("",)).instructions)
+    lines = tmp_path / "lines.jsonl"
+    lines.write_bytes(b"\xef\xbb\xbf" + json.dumps({"text": "Here\u2028we go."}, ensure_ascii=False).encode())
+    assert len(read_instructions(tokenizer, make_recipe((str(lines),)).instructions)) == 1
 
 
 def test_mixed_sequences_are_those_of_the_epoch_in_another_order(files: tuple[str, ...]) -> None:

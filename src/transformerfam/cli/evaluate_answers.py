@@ -7,11 +7,12 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-from transformerfam.cli.loading import load, named_with, systems_by_model, warnings_said
+from transformerfam.cli.loading import load, load_plain, named_with, systems_by_model, warnings_said
 from transformerfam.cli.options import DeviceOption, DtypeOption, ModelOption, SetOption, SystemOption
 from transformerfam.cli.output import say
 from transformerfam.cli.progress import questions_bar
-from transformerfam.fields import LARGEST_INTEGER, whole_numbers
+from transformerfam.config import FamConfig
+from transformerfam.fields import LARGEST_INTEGER, values_to_fields, whole_numbers
 from transformerfam.processes import INTERRUPTED
 from transformerfam.reports.answers import answers_tables
 from transformerfam.reports.rows import RowFile, fields_of_rows, read_rows, require_same_weights
@@ -27,7 +28,7 @@ from transformerfam.tasks.answers_evaluation import (
 )
 from transformerfam.tasks.provenance import weights_of
 from transformerfam.training.recipe.toml import parse_overrides
-from transformerfam.weights.models import find_device, load_base, name_in_rows
+from transformerfam.weights.models import SYSTEMS, name_in_rows, require_system
 
 FULL_BLOCK = 512
 """Tokens that full attention reads at a time."""
@@ -84,13 +85,16 @@ def evaluate_answers_command(
     own = (QUESTION_ALONE, BM25)  # of the model with its memory
     groups: dict[str, list[str]] = {}
     for loaded, names in systems_by_model(system).items():
+        require_system(loaded, (*SYSTEMS, *own, FULL_CONTEXT))
         groups.setdefault("fam" if loaded in own else loaded, []).extend(names)
+    for names in groups.values():
+        evaluation_of(systems=names)  # refused before anything is loaded
+    values_to_fields(FamConfig, parse_overrides(overrides))  # which full_context does not look at
     with RowFile(output) as rows:
         for loaded, names in groups.items():
-            evaluation_of(systems=names)  # refused before anything is loaded
             if loaded == FULL_CONTEXT:
-                loaded_model, tokenizer = load_base(model)
-                attach(loaded_model.to(find_device(device)), RivalConfig(system="full", block_size=FULL_BLOCK))
+                loaded_model, tokenizer = load_plain(model, device, dtype)
+                attach(loaded_model, RivalConfig(system="full", block_size=FULL_BLOCK))
             else:
                 loaded_model, tokenizer = load(model, loaded, parse_overrides(overrides), device, dtype)
             systems = [name if name in (*own, FULL_CONTEXT) else name_in_rows(name, loaded_model) for name in names]

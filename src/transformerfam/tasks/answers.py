@@ -8,12 +8,13 @@ from pathlib import Path
 from typing import Any
 
 from transformerfam.errors import CorruptFileError, TransformerFamError
-from transformerfam.files.reading import parse_json
-from transformerfam.files.writing import require_regular
+from transformerfam.files.reading import parse_json, refuse_endless
 from transformerfam.tasks.text import read_text
 
 KEYS = ("id", "text", "file", "passages", "question", "answers", "choices", "group")
 FORM = 'required is {"text" or "file": ..., "question": ..., "answers": [...]}, optional are id, choices and group'
+NO_TEXT = ""
+"""The source of items that are asked without a text."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,8 +24,10 @@ class Item:
     name: str
     """Its `id`, or "line N"."""
     text: str | None
-    """What it is asked about; None where `file` has it."""
+    """What it is asked about; None where `file` has it, empty where it is asked without a text."""
     file: Path | None
+    source: str
+    """Digest of the text: questions on one text are asked of one reading."""
     question: str
     answers: tuple[str, ...]
     """Those that count; none: the text does not say."""
@@ -32,17 +35,14 @@ class Item:
     """Those to choose from, by likelihood; without them the model answers in its own words."""
     group: str = ""
 
-    @property
-    def source(self) -> str:
-        """What tells its text from another: questions on one text are asked of one reading."""
-        return f"file {self.file}" if self.text is None else hashlib.sha256(self.text.encode()).hexdigest()
-
     def whole_text(self) -> str:
         """Return the text.
 
         Raises:
             TransformerFamError: its file cannot be read, is not UTF-8, or the text is empty.
         """
+        if self.source == NO_TEXT:
+            return ""
         text = read_text(str(self.file)) if self.text is None else self.text
         if not text.strip():
             raise TransformerFamError(f"{self.name}: its text is empty, required is one to ask about; give another")
@@ -62,10 +62,10 @@ class QuestionFile:
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
-        self.digest = hashlib.sha256()
-        self._texts: dict[
-            str, list[tuple[int, int]]
-        ] = {}  # by source: where the lines of its items begin, their numbers
+        self.digest = hashlib.sha256()  # of the lines and of the files that they name
+        self.has_free_answers = False
+        self._files: dict[Path, str] = {}  # digests
+        self._texts: dict[str, list[tuple[int, int]]] = {}  # by source: where its items begin, and their line numbers
         names: dict[str, int] = {}
         for start, number, line in self._lines():
             self.digest.update(line)
@@ -78,6 +78,8 @@ class QuestionFile:
                     "item its own"
                 )
             names[item.name] = number
+            self.digest.update(item.source.encode())
+            self.has_free_answers |= not item.choices
             self._texts.setdefault(item.source, []).append((start, number))
         if not names:
             raise CorruptFileError(f"{self.path} holds no item; {FORM}, one a line")
@@ -104,11 +106,22 @@ class QuestionFile:
         return [self._item(line, number) for line, (_, number) in zip(lines, places, strict=True)]
 
     def _open(self) -> Any:
-        require_regular(self.path)
         try:
+            refuse_endless(self.path)
             return self.path.open("rb")
         except OSError as error:
             raise TransformerFamError(f"cannot read {str(self.path)!r}: {error.strerror}") from error
+
+    def _source_of_file(self, path: Path) -> str:
+        """Return the digest of a text's file, which is read once."""
+        if path not in self._files:
+            try:
+                refuse_endless(path)
+                with path.open("rb") as file:
+                    self._files[path] = hashlib.file_digest(file, "sha256").hexdigest()
+            except OSError as error:
+                raise TransformerFamError(f"cannot read {str(path)!r}: {error.strerror}") from error
+        return self._files[path]
 
     def _lines(self) -> Iterator[tuple[int, int, bytes]]:
         with self._open() as file:
@@ -137,6 +150,10 @@ class QuestionFile:
         def words(name: str, value: Any) -> str:
             if not isinstance(value, str) or not value.strip():
                 raise wrong(f"{name} is {json.dumps(value)[:60]}, not a text with a word")
+            try:
+                value.encode()
+            except UnicodeEncodeError as error:
+                raise wrong(f"{name} has half a surrogate pair at {error.start}") from error
             return value
 
         def several(name: str) -> tuple[str, ...]:
@@ -148,11 +165,14 @@ class QuestionFile:
         if "answers" not in values:
             raise wrong("it has no answers; [] says that the text does not have the answer")
         given = [name for name in ("text", "file", "passages") if name in values]
-        if len(given) != 1:
-            raise wrong(f"it has {' and '.join(given) or 'neither text nor file'}, not one of them")
+        if len(given) > 1:
+            raise wrong(f"it has {' and '.join(given)}, not one of them")
         text = words("text", values["text"]) if "text" in values else None
+        file = (self.path.parent / words("file", values["file"])).absolute() if "file" in values else None
         if "passages" in values:
-            text = _joined(values["passages"], wrong)
+            text = words("passages", _joined(values["passages"], wrong))
+        if not given:
+            text = ""
         answers, choices = several("answers"), several("choices")
         if choices and not set(answers) <= set(choices):
             raise wrong(f"answers are {list(answers)}, not among choices")
@@ -161,12 +181,17 @@ class QuestionFile:
         return Item(
             name=words("id", values["id"]) if "id" in values else f"line {number}",
             text=text,
-            file=self.path.parent / words("file", values["file"]) if "file" in values else None,
+            file=file,
+            source=self._source_of_file(file) if file is not None else _digest(text) if text else NO_TEXT,
             question=words("question", values.get("question")),
             answers=answers,
             choices=choices,
             group=words("group", values["group"]) if "group" in values else "",
         )
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def _joined(passages: Any, wrong: Any) -> str:

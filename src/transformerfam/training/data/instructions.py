@@ -4,6 +4,7 @@ Source: section 3.1.1 of arXiv 2404.09173.
 """
 
 import random
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,10 +12,10 @@ from typing import Any
 
 import torch
 
-from transformerfam.errors import RecipeError
+from transformerfam.errors import RecipeError, TransformerFamError
 from transformerfam.files.reading import parse_json, read_whole
 from transformerfam.tasks.batch import Batch
-from transformerfam.tasks.text import encode
+from transformerfam.tasks.text import encode, list_files
 from transformerfam.tasks.unknown_words import require_known, unknown_share
 from transformerfam.training.data.sequences import draw_block_size
 from transformerfam.training.recipe.data_sections import InstructionSection
@@ -47,16 +48,16 @@ def read_instructions(tokenizer: Any, section: InstructionSection) -> list[Piece
     pieces = []
     for path in files_of(section):
         try:
-            content = read_whole(path).decode()
+            content = read_whole(path).decode("utf-8-sig")
         except (OSError, UnicodeDecodeError) as error:
             raise RecipeError(
                 f"instructions.files: cannot read {str(path)!r} ({error}); give UTF-8 JSON lines or .txt files"
             ) from error
-        if path.suffix == TEXT_SUFFIX:
+        if path.suffix.lower() == TEXT_SUFFIX:
             if content.strip():
                 pieces.append(_piece(tokenizer, {"text": content}))
             continue
-        for number, line in enumerate(content.splitlines(), start=1):
+        for number, line in enumerate(content.split("\n"), start=1):
             if line.strip():
                 try:
                     pieces.append(_piece(tokenizer, parse_json(line)))
@@ -73,18 +74,25 @@ def read_instructions(tokenizer: Any, section: InstructionSection) -> list[Piece
 
 
 def files_of(section: InstructionSection) -> list[Path]:
-    """Return the files of a section, those of a folder by name.
+    """Return the files of a section, those of a folder by name, without hidden ones.
 
     Raises:
-        RecipeError: a folder holds no `.txt` file.
+        RecipeError: a folder holds no `.txt` file, or a file is named twice.
     """
     files: list[Path] = []
     for name in section.files:
-        path = Path(name)
-        found = sorted(path.rglob(f"*{TEXT_SUFFIX}")) if path.is_dir() else [path]
-        if not found:
-            raise RecipeError(f"instructions.files: {name!r} holds no {TEXT_SUFFIX} file; name another folder")
+        found = [Path(name)]
+        if not name or Path(name).is_dir():
+            try:
+                found = [path for path in map(Path, list_files(name)) if path.suffix.lower() == TEXT_SUFFIX]
+            except TransformerFamError as error:
+                raise RecipeError(f"instructions.files: {error}") from error
+            if not found:
+                raise RecipeError(f"instructions.files: {name!r} holds no {TEXT_SUFFIX} file; name another folder")
         files += found
+    for path, number in Counter(path.resolve() for path in files).items():
+        if number > 1:
+            raise RecipeError(f"instructions.files: {path} is named {number} times, required is once; leave one out")
     return files
 
 

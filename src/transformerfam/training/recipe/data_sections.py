@@ -61,7 +61,7 @@ class InstructionSection(Section):
     """Weight of the repeated tokens; answers and plain texts weigh 1, prompts, examples and other roles 0."""
     mix_sequences: bool = False
     """Draw the sequences of a batch from all over the texts, as plain training does. False reads each text from its
-    beginning to its end, one sequence after the other, as a passed state needs it."""
+    beginning to its end, one sequence after the other, so that a passed state continues its text."""
 
     @model_validator(mode="after")
     def _require_lengths(self) -> Self:
