@@ -400,7 +400,7 @@ LOOKED_AT: dict[str, tuple[str, str, dict[str, Any], str]] = {
         "HunYuanDenseV1Config",
         "HunYuanDenseV1ForCausalLM",
         {"head_dim": 8, "pad_token_id": 0},
-        "HunYuanDenseV1ForCausalLM is not served: its keys go through a norm with weights behind RoPE",
+        "HunYuanDenseV1ForCausalLM is not served: its keys go through a norm with weights after RoPE",
     ),
     "Gemma 3n": (
         "Gemma3nTextConfig",
