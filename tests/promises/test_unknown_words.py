@@ -214,7 +214,7 @@ SAID = {
     "tasks.answers_evaluation._asked": "say_unknown",
     "tasks.answers_evaluation._question_ids": "_asked looks at the question",
     "tasks.answers_evaluation._fresh": "counts the tokens of the choices",
-    "tasks.answers_evaluation._likeliest": "_asked looks at the choices",
+    "tasks.likelihood.likeliest": "_asked looks at the choices",
     "tasks.passkey.__init__": "wording_ids, which the evaluation and the training look at",
     "tasks.filler.load_filler": "require_filler in evaluations and reports, unknown_share in training",
     "tasks.reading.generate_text": "say_unknown",

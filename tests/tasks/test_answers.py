@@ -21,8 +21,8 @@ from transformerfam.tasks.answers_evaluation import (
     AnswersEvaluation,
     finished_questions,
     kv_bytes_per_token,
-    retrieve,
 )
+from transformerfam.tasks.retrieval import retrieve
 from transformerfam.weights.models import load_model
 
 GRASS = "The grass is green. The sky is blue."

@@ -30,6 +30,8 @@ from transformerfam.tasks.provenance import weights_of
 from transformerfam.training.recipe.toml import parse_overrides
 from transformerfam.weights.models import SYSTEMS, name_in_rows, require_system
 
+OWN = (QUESTION_ALONE, BM25)
+"""Systems that the model with its memory answers for."""
 FULL_BLOCK = 512
 """Tokens that full attention reads at a time."""
 
@@ -82,22 +84,14 @@ def evaluate_answers_command(
         seed=seed,
         model_name=model_name,
     )
-    own = (QUESTION_ALONE, BM25)  # of the model with its memory
-    groups: dict[str, list[str]] = {}
-    for loaded, names in systems_by_model(system).items():
-        require_system(loaded, (*SYSTEMS, *own, FULL_CONTEXT))
-        groups.setdefault("fam" if loaded in own else loaded, []).extend(names)
+    groups = _systems_by_model(system)
     for names in groups.values():
         evaluation_of(systems=names)  # refused before anything is loaded
     values_to_fields(FamConfig, parse_overrides(overrides))  # which full_context does not look at
     with RowFile(output) as rows:
         for loaded, names in groups.items():
-            if loaded == FULL_CONTEXT:
-                loaded_model, tokenizer = load_plain(model, device, dtype)
-                attach(loaded_model, RivalConfig(system="full", block_size=FULL_BLOCK))
-            else:
-                loaded_model, tokenizer = load(model, loaded, parse_overrides(overrides), device, dtype)
-            systems = [name if name in (*own, FULL_CONTEXT) else name_in_rows(name, loaded_model) for name in names]
+            loaded_model, tokenizer = _load(model, loaded, overrides, device, dtype)
+            systems = [name if name in (*OWN, FULL_CONTEXT) else name_in_rows(name, loaded_model) for name in names]
             require_same_weights(rows.rows, model_name, systems, **weights_of(loaded_model))
             evaluation = evaluation_of(systems=systems)
             with questions_bar(evaluation.num_questions, f"answers, {', '.join(systems)}") as update:
@@ -107,6 +101,23 @@ def evaluate_answers_command(
         tables = answers_tables(read_rows([output]))
     for table in tables:
         Console().print(table)
+
+
+def _systems_by_model(system: str | None) -> dict[str, list[str]]:
+    """Group the names of systems by what is loaded for them."""
+    groups: dict[str, list[str]] = {}
+    for loaded, names in systems_by_model(system).items():
+        require_system(loaded, (*SYSTEMS, *OWN, FULL_CONTEXT))
+        groups.setdefault("fam" if loaded in OWN else loaded, []).extend(names)
+    return groups
+
+
+def _load(model: str, system: str, overrides: list[str] | None, device: str, dtype: str | None) -> tuple[Any, Any]:
+    """Load what answers for a system: the model with its memory, or the base model with all of the text in sight."""
+    if system != FULL_CONTEXT:
+        return load(model, system, parse_overrides(overrides), device, dtype)
+    plain, tokenizer = load_plain(model, device, dtype)
+    return attach(plain, RivalConfig(system="full", block_size=FULL_BLOCK)), tokenizer
 
 
 def _append(rows: RowFile, evaluation: AnswersEvaluation, model: Any, tokenizer: Any) -> None:

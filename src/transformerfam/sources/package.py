@@ -58,7 +58,7 @@ def fetch(package: Package, folder: Path, given: Path | None = None) -> Path:
     if path.is_file() and sha256_of(path) == package.sha256:
         return path
     make_folder(folder)
-    for left in folder.glob(f".{package.name}-*"):  # by a process that was killed; a source has packages of its own
+    for left in folder.glob(f".{package.name}-*"):  # by a process that was killed; each source has its own packages
         shutil.rmtree(left)
     with tempfile.TemporaryDirectory(dir=folder, prefix=f".{package.name}-") as temporary:
         if given is None:

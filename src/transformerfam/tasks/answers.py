@@ -89,8 +89,8 @@ class QuestionFile:
         return sum(map(len, self._texts.values()))
 
     def texts(self) -> list[list[tuple[int, int]]]:
-        """Return where the items of each text are, for `items`."""
-        return list(self._texts.values())
+        """Return where the items of each text are, for `items`; those without a text are the last."""
+        return [self._texts[source] for source in sorted(self._texts, key=lambda source: source == NO_TEXT)]
 
     def items(self, places: Sequence[tuple[int, int]]) -> list[Item]:
         """Read items again.

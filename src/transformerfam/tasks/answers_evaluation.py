@@ -1,9 +1,7 @@
 """Questions answered from what was read: each text is read once, and every question on it asked of a copy."""
 
 import itertools
-import math
 import random
-import re
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -13,13 +11,15 @@ from torch import Tensor
 
 from transformerfam.decoder.memory import memory_of
 from transformerfam.decoder.state import ReadingState
-from transformerfam.errors import MissingPackageError, TransformerFamError
+from transformerfam.errors import TransformerFamError
 from transformerfam.tasks.answer_scores import score_answer, squad_metric
-from transformerfam.tasks.answers import NO_TEXT, Item, QuestionFile
+from transformerfam.tasks.answers import Item, QuestionFile
 from transformerfam.tasks.controls import SWAPPED, control_of
 from transformerfam.tasks.filler import FillerStream, load_filler
+from transformerfam.tasks.likelihood import likeliest
 from transformerfam.tasks.provenance import provenance, questions_of, weights_of
-from transformerfam.tasks.ragged import greedy_tokens, padded, side_by_side
+from transformerfam.tasks.ragged import greedy_tokens, side_by_side
+from transformerfam.tasks.retrieval import bm25_index, retrieve
 from transformerfam.tasks.text import encode_rest, encode_start, end_ids, start_ids
 from transformerfam.tasks.unknown_words import require_filler, require_known, say_unknown, unknown_share
 
@@ -29,8 +29,6 @@ QUESTION_ALONE, FULL_CONTEXT, BM25 = "question_alone", "full_context", "bm25"
 fit the window."""
 WITHOUT_MEMORY = (QUESTION_ALONE, FULL_CONTEXT, BM25, "bswa")
 TEMPLATE = "\n\nQuestion: {question}\nAnswer:"
-PASSAGE_TOKENS = 64
-"""Of what is retrieved."""
 READ_TOKENS = 4096
 """Of every row at once, from a text that is in memory."""
 
@@ -81,7 +79,7 @@ class AnswersEvaluation:
                 raise TransformerFamError(
                     f"system {name!r} changes a memory, and {control[0]} has none; take a control of another system"
                 )
-        if len(self._texts()) < 2 and self._swaps:
+        if len(self.questions.texts()) < 2 and self._swaps:
             raise TransformerFamError(
                 f"{self.questions.path} asks about one text, and a swapped memory is that of another; give two texts"
             )
@@ -89,10 +87,6 @@ class AnswersEvaluation:
     @property
     def _swaps(self) -> bool:
         return any(name.endswith(SWAPPED) for name in self.systems)
-
-    def _texts(self) -> list[list[tuple[int, int]]]:
-        """Return where the items of every text are; those without a text are the last."""
-        return sorted(self.questions.texts(), key=lambda places: self.questions.items(places[:1])[0].source == NO_TEXT)
 
     @property
     def num_questions(self) -> int:
@@ -149,7 +143,7 @@ class AnswersEvaluation:
         Those are the first and the second, the third and the fourth, whatever the size of a batch; a last one that is
         left takes the memory of the one before it.
         """
-        texts = self._texts()
+        texts = self.questions.texts()
         size = self.batch_size + self.batch_size % 2 if self._swaps else self.batch_size
         starts = list(range(0, len(texts), size))
         if self._swaps and len(texts) - starts[-1] == 1:
@@ -218,9 +212,8 @@ class AnswersEvaluation:
             return control[1](state.fork())
         last = state.batch_size - 1
         pairs = [(row, row ^ 1 if row ^ 1 <= last else row - 1) for row in range(last + 1)]
-        swapped = control[1](
-            state.select([row for pair in pairs for row in reversed(pair)])
-        )  # each takes the one before
+        # Each row takes the memory of the one before it: its partner.
+        swapped = control[1](state.select([row for pair in pairs for row in reversed(pair)]))
         return swapped.select([2 * row + 1 for row in range(last + 1)])
 
     def fields_of_questions(self, filler: FillerStream | None, length: int) -> dict[str, str]:
@@ -303,7 +296,7 @@ class AnswersEvaluation:
         question = self._question_ids(tokenizer, item, begins=state.num_tokens_read == 0)
         say_unknown(tokenizer, encode_rest(tokenizer, " ".join((item.question, *item.choices))), "a question")
         if item.choices:
-            chosen = item.choices[self._likeliest(model, tokenizer, question, item.choices, state)]
+            chosen = item.choices[likeliest(model, tokenizer, question, item.choices, state)]
             right = chosen in item.answers
             return {"answer": chosen, "num_choices": len(item.choices), "correct": right}
         ends = end_ids(tokenizer, model.generation_config.eos_token_id)
@@ -312,74 +305,6 @@ class AnswersEvaluation:
         if not self.chat:
             answer = answer.partition("\n")[0].strip()
         return {"answer": answer, **score_answer(answer, item.answers)}
-
-    def _likeliest(
-        self, model: Any, tokenizer: Any, question: list[int], choices: Sequence[str], state: ReadingState
-    ) -> int:
-        """Return the choice with the highest likelihood per byte, as in `acc_norm` of the harness."""
-        endings = [encode_rest(tokenizer, f" {choice}") for choice in choices]
-        ids_BT, mask_BT = padded([torch.tensor([*question, *ending]) for ending in endings])
-        device = next(model.parameters()).device
-        longest = max(map(len, endings))
-        output = model(
-            input_ids=ids_BT.to(device),
-            attention_mask=mask_BT.to(device),
-            past_key_values=state.select([0] * len(choices)),
-            logits_to_keep=longest + 1,
-        )
-        log_BTV = output.logits[:, :-1].float().log_softmax(-1).cpu()
-        scores = []
-        for row, (ending, choice) in enumerate(zip(endings, choices, strict=True)):
-            of_ending = log_BTV[row, -len(ending) :].gather(1, torch.tensor(ending)[:, None])
-            scores.append(float(of_ending.sum()) / len(choice.encode()))
-        if not all(map(math.isfinite, scores)):
-            raise TransformerFamError(f"the likelihoods of {list(choices)} are {scores}, required are finite ones")
-        return max(range(len(scores)), key=scores.__getitem__)
-
-
-def retrieve(tokenizer: Any, ids: Tensor, question: str, num_tokens: int) -> Tensor:
-    """Return the passages of a text that match a question best by BM25, in the text's order.
-
-    Args:
-        tokenizer: a Hugging Face tokenizer.
-        ids: the text, `(T,)`.
-        question: what is looked for.
-        num_tokens: of all passages together, at most.
-
-    Raises:
-        MissingPackageError: rank-bm25 is not installed.
-    """
-    index = bm25_index()
-    if num_tokens < 1 or not len(ids):
-        return ids[:0]
-    passages = list(ids.split(min(PASSAGE_TOKENS, num_tokens)))
-    words = [_words(str(tokenizer.decode(passage))) for passage in passages]
-    scores = index(words).get_scores(_words(question)).tolist() if any(words) else [0.0] * len(words)
-    chosen, left = [], num_tokens
-    for idx in sorted(range(len(passages)), key=lambda idx: -scores[idx]):
-        if len(passages[idx]) <= left:
-            chosen.append(idx)
-            left -= len(passages[idx])
-    return torch.cat([passages[idx] for idx in sorted(chosen)])
-
-
-def _words(text: str) -> list[str]:
-    return re.findall(r"\w+", text.lower())
-
-
-def bm25_index() -> Any:
-    """Return rank-bm25's index; BM25+ is the form whose weights stay above 0 where most passages have a word.
-
-    Raises:
-        MissingPackageError: it is not installed.
-    """
-    try:
-        from rank_bm25 import BM25Plus
-    except ImportError as error:
-        raise MissingPackageError(
-            'rank-bm25 is needed for system bm25; pip install "transformerfam[answers]"'
-        ) from error
-    return BM25Plus
 
 
 def kv_bytes_per_token(model: Any) -> int:
