@@ -13,17 +13,6 @@ from transformerfam.errors import TransformerFamError
 from transformerfam.tasks import PasskeyEvaluation, PasskeyText, draw_keys, passkey_evaluation, passkey_reading
 from transformerfam.tasks.controls import CONTROLS
 from transformerfam.tasks.ragged import greedy_tokens
-from transformerfam.training.tiny import build_tiny_tokenizer
-
-
-@pytest.fixture(scope="module")
-def tokenizer():
-    return build_tiny_tokenizer()
-
-
-@pytest.fixture(scope="module")
-def model():
-    return tiny_models.make_passkey_model()[0]
 
 
 def test_row_has_every_promised_field(model, tokenizer):

@@ -9,17 +9,6 @@ from transformerfam.errors import TransformerFamError
 from transformerfam.tasks import PasskeyText, draw_keys
 from transformerfam.tasks.text import encode
 from transformerfam.tasks.wordings import Wording
-from transformerfam.training.tiny import build_tiny_tokenizer
-
-
-@pytest.fixture(scope="module")
-def tokenizer():
-    return build_tiny_tokenizer()
-
-
-@pytest.fixture(scope="module")
-def model():
-    return tiny_models.make_passkey_model()[0]
 
 
 def text_of_row(tokenizer, row, start):
