@@ -270,10 +270,11 @@ COMMANDS = {
     ("evaluate", "passkey"): ("--filler-tokens", "9", "--model", "{folder}", "--output", "{tmp}/o"),
     ("evaluate", "answers"): ("{questions}", "--model", "{folder}", "--output", "{tmp}/o"),
     ("evaluate", "next-token"): ("{book}", "--model", "{folder}"),
+    ("evaluate", "documents"): ("{book}", "--model", "{folder}", "--output", "{tmp}/o"),
     ("report", "attention"): ("--model", "{folder}", "--output", "{tmp}/pictures"),
 }
 """Commands with an option that is a number, each with what else it needs."""
-SEVERAL = {"--filler-tokens": "9", "--prefix-tokens": "9", "--layers": "0", "--heads": "0"}
+SEVERAL = {"--filler-tokens": "9", "--prefix-tokens": "9", "--places": "9", "--layers": "0", "--heads": "0"}
 """Options that are read as numbers, with commas between them."""
 
 

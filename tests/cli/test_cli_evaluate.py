@@ -45,7 +45,7 @@ def test_passkey_stopped_by_ctrl_c_keeps_its_rows_and_says_so(folder, tmp_path, 
     with monkeypatch.context() as patch:
         patch.setattr(RowFile, "append", impatient)
         text = run_passkey(folder, output, status=130)
-    assert "keeps 3 rows; run the same command again to go on" in text
+    assert "keeps 3 rows; run the same command again to continue" in text
     assert len(read_rows([output])) == 3
     run_passkey(folder, output)
     assert len(read_rows([output])) == 4

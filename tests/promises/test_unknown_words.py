@@ -210,6 +210,7 @@ SAID = {
     "tasks.facts.__init__": "refuses where a word of the stories is unknown",
     "tasks.named_keys.__init__": "wording_ids, which the evaluation and the training look at",
     "tasks.next_token.evaluate_next_token": "known_pieces",
+    "tasks.documents.__init__": "require_known in read_documents",
     "tasks.answers_evaluation._encoded": "require_known",
     "tasks.answers_evaluation._asked": "say_unknown",
     "tasks.answers_evaluation._question_ids": "_asked looks at the question",

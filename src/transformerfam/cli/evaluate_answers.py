@@ -2,21 +2,19 @@
 
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 from rich.console import Console
 
-from transformerfam.cli.loading import load, load_plain, named_with, systems_by_model, warnings_said
+from transformerfam.cli.appending import append_rows
+from transformerfam.cli.loading import load_system, named_with, systems_by_model, warnings_said
 from transformerfam.cli.options import DeviceOption, DtypeOption, ModelOption, SetOption, SystemOption
-from transformerfam.cli.output import say
 from transformerfam.cli.progress import questions_bar
 from transformerfam.config import FamConfig
 from transformerfam.fields import LARGEST_INTEGER, values_to_fields, whole_numbers
-from transformerfam.processes import INTERRUPTED
 from transformerfam.reports.answers import answers_tables
 from transformerfam.reports.rows import RowFile, fields_of_rows, read_rows, require_same_weights
-from transformerfam.rivals import RivalConfig, attach
 from transformerfam.tasks.answers import QuestionFile
 from transformerfam.tasks.answers_evaluation import (
     BM25,
@@ -32,8 +30,6 @@ from transformerfam.weights.models import SYSTEMS, name_in_rows, require_system
 
 OWN = (QUESTION_ALONE, BM25)
 """Systems that the model with its memory answers for."""
-FULL_BLOCK = 512
-"""Tokens that full attention reads at a time."""
 
 
 def evaluate_answers_command(
@@ -90,13 +86,16 @@ def evaluate_answers_command(
     values_to_fields(FamConfig, parse_overrides(overrides))  # which full_context does not look at
     with RowFile(output) as rows:
         for loaded, names in groups.items():
-            loaded_model, tokenizer = _load(model, loaded, overrides, device, dtype)
+            loaded_model, tokenizer = load_system(model, loaded, overrides, device, dtype)
             systems = [name if name in (*OWN, FULL_CONTEXT) else name_in_rows(name, loaded_model) for name in names]
             require_same_weights(rows.rows, model_name, systems, **weights_of(loaded_model))
             evaluation = evaluation_of(systems=systems)
             with questions_bar(evaluation.num_questions, f"answers, {', '.join(systems)}") as update:
                 evaluation.progress = update
-                _append(rows, evaluation, loaded_model, tokenizer)
+                with fields_of_rows():
+                    evaluation.finished = finished_questions(rows.rows, evaluation, tokenizer)
+                with warnings_said():
+                    append_rows(rows, evaluation.rows(loaded_model, tokenizer))
     with fields_of_rows():
         tables = answers_tables(read_rows([output]))
     for table in tables:
@@ -110,24 +109,3 @@ def _systems_by_model(system: str | None) -> dict[str, list[str]]:
         require_system(loaded, (*SYSTEMS, *OWN, FULL_CONTEXT))
         groups.setdefault("fam" if loaded in OWN else loaded, []).extend(names)
     return groups
-
-
-def _load(model: str, system: str, overrides: list[str] | None, device: str, dtype: str | None) -> tuple[Any, Any]:
-    """Load what answers for a system: the model with its memory, or the base model with all of the text in sight."""
-    if system != FULL_CONTEXT:
-        return load(model, system, parse_overrides(overrides), device, dtype)
-    plain, tokenizer = load_plain(model, device, dtype)
-    return attach(plain, RivalConfig(system="full", block_size=FULL_BLOCK)), tokenizer
-
-
-def _append(rows: RowFile, evaluation: AnswersEvaluation, model: Any, tokenizer: Any) -> None:
-    """Ask what the rows do not answer yet; Ctrl-C ends the command, and they keep what was answered."""
-    with fields_of_rows():
-        evaluation.finished = finished_questions(rows.rows, evaluation, tokenizer)
-    try:
-        with warnings_said():
-            for row in evaluation.rows(model, tokenizer):
-                rows.append(row)
-    except KeyboardInterrupt as interrupt:
-        say(f"interrupted; {rows.path} keeps {len(rows.rows)} rows; run the same command again to continue")
-        raise typer.Exit(INTERRUPTED) from interrupt

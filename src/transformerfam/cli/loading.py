@@ -14,9 +14,14 @@ from transformerfam.config import FAM_DTYPES, FamConfig
 from transformerfam.decoder.memory import hold_weights_in
 from transformerfam.errors import TransformerFamError
 from transformerfam.processes import own_device
+from transformerfam.rivals import RivalConfig, attach
+from transformerfam.tasks.answers_evaluation import FULL_CONTEXT
 from transformerfam.tasks.controls import control_of
 from transformerfam.training.recipe.toml import parse_overrides
 from transformerfam.weights.models import GATED, find_device, load_base, load_model
+
+FULL_BLOCK = 512
+"""Tokens that full attention reads at a time."""
 
 
 def load(
@@ -54,6 +59,16 @@ def load_plain(model: str, device: str = "cpu", dtype: str | None = None) -> tup
     _require_dtype(dtype)
     loaded, tokenizer = load_base(model)
     return loaded.to(place, None if dtype is None else getattr(torch, dtype)), tokenizer
+
+
+def load_system(
+    model: str, system: str, overrides: list[str] | None, device: str, dtype: str | None
+) -> tuple[Any, Any]:
+    """Load what answers for a system: the model with its memory, or the base model with all of the text in sight."""
+    if system != FULL_CONTEXT:
+        return load(model, system, parse_overrides(overrides), device, dtype)
+    plain, tokenizer = load_plain(model, device, dtype)
+    return attach(plain, RivalConfig(system="full", block_size=FULL_BLOCK)), tokenizer
 
 
 def _require_dtype(dtype: str | None) -> None:

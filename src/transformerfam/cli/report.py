@@ -15,6 +15,7 @@ from transformerfam.fields import LARGEST_INTEGER, whole_numbers
 from transformerfam.files.writing import make_folder
 from transformerfam.reports.answers import answers_tables
 from transformerfam.reports.figure import require_figure
+from transformerfam.reports.losses import documents_tables
 from transformerfam.reports.next_token import next_token_table
 from transformerfam.reports.passkey import passkey_table, plot_passkey
 from transformerfam.reports.rows import RowFile, fields_of_rows, read_rows
@@ -62,12 +63,17 @@ def report_rows(
         require_figure(figure)
     loaded = read_rows(rows)
     with fields_of_rows():
-        found = (passkey_table(loaded), next_token_table(loaded), *answers_tables(loaded))
+        found = (
+            passkey_table(loaded),
+            next_token_table(loaded),
+            *documents_tables(loaded),
+            *answers_tables(loaded),
+        )
         tables = [table for table in found if table is not None]
     if not tables:
         raise TransformerFamError(
             f"the {len(rows)} files hold {len(loaded)} rows and none is of a task that is reported; required are rows "
-            "of passkey, next-token or answers"
+            "of passkey, next-token, documents or answers"
         )
     for table in tables:
         Console().print(table)

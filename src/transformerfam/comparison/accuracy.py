@@ -7,13 +7,14 @@ from typing import Any
 from rich.table import Table
 
 from transformerfam.comparison.figures import draw_shares
-from transformerfam.comparison.plan import Comparison, Kind
-from transformerfam.comparison.report import Cell, accuracy_table, cells
+from transformerfam.comparison.filler import FillerComparison
+from transformerfam.comparison.plan import Kind
+from transformerfam.comparison.report import Cell, cells, new_table, over_seeds
 from transformerfam.reports.figure import length_axis
 from transformerfam.reports.rows import Row
 
 
-class AccuracyComparison(Comparison):
+class AccuracyComparison(FillerComparison):
     """A comparison by the share of right answers."""
 
     def title_of(self, kind: Kind) -> str:
@@ -35,3 +36,16 @@ class AccuracyComparison(Comparison):
     def panels(self, rows: Sequence[Row]) -> Mapping[str, Mapping[str, Mapping[int, Cell]]]:
         """Return the cells of every panel, by its title."""
         return {self.title_of(kind): cells(self, rows, kind) for kind in self.kinds}
+
+
+def accuracy_table(comparison: FillerComparison, rows: Sequence[Row], kind: Kind, what: str) -> Table:
+    """Return the shares of right answers to questions of one kind, by system and length; `what` is in the title."""
+    return new_table(
+        f"{comparison.name}: {what}, {over_seeds(comparison)}",
+        [f"{length:,}" for length in comparison.filler_tokens],
+        (
+            [system, *(str(by_length.get(length, "-")) for length in comparison.filler_tokens)]
+            for system, by_length in cells(comparison, rows, kind).items()
+        ),
+        f"{comparison.num_keys} questions per seed and length; lengths in tokens of filler",
+    )

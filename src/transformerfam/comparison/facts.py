@@ -49,7 +49,7 @@ class FactsComparison(TextsComparison, AccuracyComparison):
         """Return the questions of one number of supports; see `Comparison.asked`."""
         return {(number,): {"num_sentences": self.num_sentences} for number in range(self.num_keys)}
 
-    def require_askable(self, kind: int, seed: int, length: int) -> None:
+    def require_question(self, kind: int, seed: int, length: int) -> None:
         """Draw the stories, which refuses what no story can have."""
         evaluation = self.evaluation(seed)
         for number in range(self.num_keys):

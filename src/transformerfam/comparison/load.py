@@ -7,13 +7,8 @@ from typing import Any
 from transformerfam.comparison.plan import Comparison
 from transformerfam.errors import RecipeError, TransformerFamError
 from transformerfam.files.reading import parse_toml, read_whole
-from transformerfam.tasks.registry import TASKS
+from transformerfam.tasks.registry import ON_TEXTS, comparison_classes
 from transformerfam.training.recipe.toml import apply_override, build_section
-
-
-def comparisons() -> dict[str, type[Comparison]]:
-    """Return the class of every comparison by its key `task`; without one it asks for passkeys."""
-    return {name: task.comparison for name, task in TASKS.items() if task.asked_by is not None}
 
 
 def load_comparison(path: str | Path, overrides: Sequence[str] = ()) -> Comparison:
@@ -41,7 +36,12 @@ def load_comparison(path: str | Path, overrides: Sequence[str] = ()) -> Comparis
             if recipe.instructions is not None and "task" not in values:
                 raise RecipeError(
                     "the recipe trains on [instructions] and the comparison names no task, so it would be asked for "
-                    f"passkeys, which it was not trained on; set task to one of {', '.join(comparisons())}"
+                    f"passkeys, which it was not trained on; set task to one of {', '.join(comparison_classes())}"
+                )
+            if recipe.instructions is None and comparison.task in ON_TEXTS:
+                raise RecipeError(
+                    f"task is {comparison.task!r}, which predicts texts, and the recipe trains on {recipe.data.task!r} "
+                    "(data.task); give the recipe a section [instructions] with files"
                 )
             trained_by = (comparison.task, *comparison.also_trained_by)
             if recipe.instructions is None and recipe.data.task not in trained_by:
@@ -63,7 +63,7 @@ def _class_of(values: dict[str, Any]) -> type[Comparison]:
     Raises:
         RecipeError: there is no such task, or a key is one of another task alone.
     """
-    task, kinds = values.get("task", "passkey"), comparisons()
+    task, kinds = values.get("task", "passkey"), comparison_classes()
     if not isinstance(task, str) or task not in kinds:
         raise RecipeError(f"task is {task!r}, required is one of {', '.join(kinds)}; change it")
     for name in values.keys() - kinds[task].model_fields.keys():

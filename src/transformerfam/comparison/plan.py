@@ -67,11 +67,13 @@ class Comparison(Section, abc.ABC):
     Source: sections 3.2 and 4 of arXiv 2404.09173.
 
     Attributes:
+        lengths_key: name of the key that has the lengths.
         parted_by: names of the keys that part the questions, each number once.
         has_controls: whether controls of the memory, as `fam_memory_swapped`, are asked beside it.
         also_trained_by: names of further tasks whose training teaches what is asked, beside its own.
     """
 
+    lengths_key: ClassVar[str]
     parted_by: ClassVar[tuple[str, ...]]
     has_controls: ClassVar[bool] = False
     also_trained_by: ClassVar[tuple[str, ...]] = ()
@@ -88,23 +90,11 @@ class Comparison(Section, abc.ABC):
     systems: Texts
     """Of `PRESETS`, of the rivals, `fam_untrained`, and of `variants`; and of controls, as `fam_memory_swapped`."""
 
-    filler_tokens: Integers
-    """Lengths at which every run is asked."""
-
-    filler: str = "sentences"
-    """What is between a key and its question: the paper's sentences, a novel of the package, or a UTF-8 file."""
-
     seeds: Integers = (0,)
     """Each trains every system from other weights and on other data."""
 
-    num_keys: Integer = 25
-    """Keys per run and length, or texts; every seed has its own."""
-
     batch_size: Integer = 25
-    """Keys that are read side by side."""
-
-    max_filler_tokens: dict[str, Integer] = Field(default_factory=dict)
-    """Systems that are asked up to this length alone, full attention for example."""
+    """Texts that are read side by side."""
 
     changes: dict[str, dict[str, Any]] = Field(default_factory=dict)
     """Of each system, what differs in its recipe: `section.key` and a value."""
@@ -119,15 +109,14 @@ class Comparison(Section, abc.ABC):
     def _require_systems(self) -> Self:
         for name in (self.name, *self.systems, *self.variants):
             require_plain_name(name)
-        for name in (*self.trained, *self.max_filler_tokens, *self.changes):
+        for name in (*self.trained, *self.of_systems):
             self.system_of(name)
-        for names in (self.max_filler_tokens, self.changes):
-            for name in names:
-                if name not in self.systems:
-                    raise RecipeError(f"{name} is not among systems ({', '.join(self.systems)}); add it there")
-        if not self.systems or not self.seeds or not self.filler_tokens:
-            raise RecipeError("systems, seeds or filler_tokens is empty, at least one of each is required")
-        for name in ("systems", "seeds", "filler_tokens", *self.parted_by):
+        for name in self.of_systems:
+            if name not in self.systems:
+                raise RecipeError(f"{name} is not among systems ({', '.join(self.systems)}); add it there")
+        if not self.systems or not self.seeds or not self.lengths:
+            raise RecipeError(f"systems, seeds or {self.lengths_key} is empty, at least one of each is required")
+        for name in ("systems", "seeds", self.lengths_key, *self.parted_by):
             values = getattr(self, name)
             if len(set(values)) < len(values):
                 raise RecipeError(f"{name} is {list(values)}, required are different ones; name each once")
@@ -177,6 +166,24 @@ class Comparison(Section, abc.ABC):
 
     @property
     @abc.abstractmethod
+    def lengths(self) -> Sequence[int]:
+        """Lengths at which every run is queried, in tokens."""
+
+    @abc.abstractmethod
+    def length_of(self, row: Row) -> int:
+        """Return the length of a row's question."""
+
+    @abc.abstractmethod
+    def lengths_of(self, system: str) -> list[int]:
+        """Return the lengths at which a system is queried."""
+
+    @property
+    def of_systems(self) -> list[str]:
+        """The systems that a key names beside `systems`."""
+        return list(self.changes)
+
+    @property
+    @abc.abstractmethod
     def kinds(self) -> Sequence[Kind]:
         """What parts the questions."""
 
@@ -187,18 +194,6 @@ class Comparison(Section, abc.ABC):
     @abc.abstractmethod
     def question_of(self, row: Row) -> tuple[int | None, ...]:
         """Return what tells questions of one kind and length apart; None where an earlier version did not say it."""
-
-    @abc.abstractmethod
-    def evaluation(self, seed: int, **options: Any) -> Any:
-        """Return what asks the questions of a seed.
-
-        Args:
-            seed: of the questions.
-            **options: fields of the evaluation, in place of the comparison's.
-
-        Raises:
-            TransformerFamError: a number is out of its range.
-        """
 
     @abc.abstractmethod
     def asked(self, kind: Kind, seed: int, length: int, block_size: int) -> Asked:
@@ -214,13 +209,13 @@ class Comparison(Section, abc.ABC):
             TransformerFamError: a number is out of its range.
         """
 
-    def require_askable(self, kind: Kind, seed: int, length: int) -> None:
-        """Refuse numbers that no question can have, before anything is trained.
+    @abc.abstractmethod
+    def require_askable(self) -> None:
+        """Refuse numbers and texts that no question can have, before anything is trained.
 
         Raises:
-            TransformerFamError: names the number.
+            TransformerFamError: a number is out of its range, or a text cannot be read.
         """
-        self.asked(kind, seed, length, block_size=1)
 
     @abc.abstractmethod
     def questions_digest(self) -> str:
@@ -247,29 +242,27 @@ class Comparison(Section, abc.ABC):
         """
 
     @property
+    def fields(self) -> Mapping[str, Any]:
+        """What every answer has, where it has that field."""
+        return {}
+
+    @property
+    @abc.abstractmethod
     def num_questions(self) -> int:
         """Questions that a run is asked at every length."""
-        return self.num_keys * len(self.kinds)
 
-    def common_options(self, seed: int) -> dict[str, Any]:
-        """Return the options that all evaluations have."""
-        return {
-            "filler_lengths": self.filler_tokens,
-            "seed": seed,
-            "batch_size": self.batch_size,
-            "model_name": self.name,
-            "filler": self.filler,
-        }
+    @abc.abstractmethod
+    def require_tokens(self, tokenizer: Any) -> None:
+        """Check that a tokenizer has tokens for what is asked, and knows enough of the texts.
+
+        Raises:
+            TransformerFamError: it has not, or does not.
+        """
 
     def rows_of(self, run: RunName) -> list[str]:
         """Return the systems that a run's rows are of."""
         controls = [name for name in self.systems if (control_of(name) or ("",))[0] == run.system]
         return [run.system, *controls]
-
-    def lengths_of(self, system: str) -> list[int]:
-        """Return the lengths at which a system is asked."""
-        limit = self.max_filler_tokens.get(system)
-        return [length for length in self.filler_tokens if limit is None or length <= limit]
 
     def recipe_of(self, run: RunName) -> Recipe:
         """Return the recipe of a run.

@@ -1,10 +1,7 @@
 """What a comparison asks, question by question, and which rows answer it."""
 
-import warnings
 from collections.abc import Iterable
 from functools import cache, cached_property
-from pathlib import Path
-from typing import Any
 
 from transformerfam.comparison.names import RunName
 from transformerfam.comparison.plan import Comparison
@@ -29,27 +26,8 @@ class Questions:
         Raises:
             TransformerFamError: a number is out of its range, or the filler cannot be read.
         """
-        comparison = self.comparison
         _ = self._questions
-        for run in comparison.runs:
-            for system in comparison.rows_of(run):
-                lengths = comparison.lengths_of(system)
-                more = {"systems": comparison.rows_of(run)} if comparison.has_controls else {}
-                comparison.evaluation(run.seed, filler_lengths=lengths, **more)
-        for seed in comparison.seeds:
-            for kind in comparison.kinds:
-                for length in comparison.filler_tokens:
-                    comparison.require_askable(kind, seed, length)
-
-    def require_readable(self, tokenizer: Any) -> None:
-        """Check that a tokenizer has tokens for what is asked, and knows enough of the filler.
-
-        Raises:
-            TransformerFamError: it has not, or does not.
-        """
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", UserWarning)  # what it does not know is said when it is asked
-            self.comparison.evaluation(self.comparison.seeds[0]).text(tokenizer)
+        self.comparison.require_askable()
 
     def answers(self, rows: Iterable[Row]) -> list[Row]:
         """Return the rows that answer the comparison's questions."""
@@ -61,7 +39,7 @@ class Questions:
         own = (row for row in rows if row.get("seed") == run.seed and row.get("system") in systems)
         return len(
             {
-                (row["system"], row["filler_tokens"], comparison.kind_of(row), comparison.question_of(row))
+                (row["system"], comparison.length_of(row), comparison.kind_of(row), comparison.question_of(row))
                 for row in self.answers(own)
             }
         )
@@ -75,12 +53,13 @@ class Questions:
         comparison = self.comparison
         if row["task"] != comparison.task or row["model"] != comparison.name:
             return False
-        system, seed, length, kind = row["system"], row["seed"], row["filler_tokens"], comparison.kind_of(row)
+        system, seed, length, kind = row["system"], row["seed"], comparison.length_of(row), comparison.kind_of(row)
         is_asked = system in comparison.systems and seed in comparison.seeds
         if not is_asked or length not in comparison.lengths_of(system) or kind not in comparison.kinds:
             return False
-        name = Path(comparison.filler).name
-        if row.get("filler", name) != name or ("questions" in row and row["questions"] != self._questions):
+        if any(row.get(field, value) != value for field, value in comparison.fields.items()):
+            return False
+        if "questions" in row and row["questions"] != self._questions:
             return False
         asked, own = self._asked(kind, seed, length, self._block_size(system)), comparison.question_of(row)
         if None in own:

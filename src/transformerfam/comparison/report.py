@@ -78,7 +78,7 @@ def cells(comparison: Comparison, rows: Iterable[Row], kind: Kind = None) -> dic
     answers: dict[tuple[str, int, int], list[bool]] = {}
     for row in own:
         if row["task"] == comparison.task and comparison.kind_of(row) == kind:
-            key = (row["system"], row["filler_tokens"], row["seed"])
+            key = (row["system"], comparison.length_of(row), row["seed"])
             answers.setdefault(key, []).append(was_right(row))
     found: dict[str, dict[int, Cell]] = {}
     for system in comparison.systems:
@@ -112,19 +112,6 @@ def comparison_tables(comparison: Comparison, rows: Sequence[Row]) -> list[Table
     if commits := mixed_commits(current_rows(comparison, rows)):
         tables[-1].caption = f"{tables[-1].caption}; {commits}"
     return [*tables, *_systems_tables(comparison, rows)]
-
-
-def accuracy_table(comparison: Comparison, rows: Sequence[Row], kind: Kind, what: str) -> Table:
-    """Return the shares of right answers to questions of one kind, by system and length; `what` is in the title."""
-    return new_table(
-        f"{comparison.name}: {what}, {over_seeds(comparison)}",
-        [f"{length:,}" for length in comparison.filler_tokens],
-        (
-            [system, *(str(by_length.get(length, "-")) for length in comparison.filler_tokens)]
-            for system, by_length in cells(comparison, rows, kind).items()
-        ),
-        f"{comparison.num_keys} questions per seed and length; lengths in tokens of filler",
-    )
 
 
 def _systems_tables(comparison: Comparison, rows: Sequence[Row]) -> list[Table]:

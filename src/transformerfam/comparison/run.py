@@ -151,7 +151,7 @@ def _train(
             progress("train", row["step"] + 1, recipe.schedule.steps)
 
     trainer = Trainer(recipe, folder, resume=(folder / CHECKPOINT_FILE).exists(), device=device)
-    questions.require_readable(trainer.tokenizer)
+    questions.comparison.require_tokens(trainer.tokenizer)
     if not trainer.run(update).is_complete:
         raise KeyboardInterrupt
 

@@ -3,12 +3,13 @@
 from collections.abc import Iterable
 from typing import Any
 
-from transformerfam.comparison.plan import Asking, Comparison
+from transformerfam.comparison.filler import FillerComparison
+from transformerfam.comparison.plan import Asking
 from transformerfam.reports.rows import Row
 from transformerfam.tasks.filler import filler_text, text_digest
 
 
-class TextsComparison(Comparison):
+class TextsComparison(FillerComparison):
     """A comparison whose evaluation is a `TextsEvaluation`: its rows are asked all, and those that are new are kept."""
 
     def common_options(self, seed: int) -> dict[str, Any]:

@@ -41,6 +41,15 @@ TASKS = {
 }
 """By the key `task` of a recipe's section `data`, and of a comparison."""
 
+ON_TEXTS = {"documents": "transformerfam.comparison.documents:DocumentsComparison"}
+"""Comparisons, `module:class`, of systems that are trained by a recipe's section `instructions`."""
+
+
+def comparison_classes() -> dict[str, Any]:
+    """Return the class of every comparison by its key `task`."""
+    of_tasks = {name: task.comparison for name, task in TASKS.items() if task.asked_by is not None}
+    return of_tasks | {name: pkgutil.resolve_name(place) for name, place in ON_TEXTS.items()}
+
 
 def task_of_keys(keys: Collection[str]) -> str:
     """Return the task of a section `data` that does not say it.
