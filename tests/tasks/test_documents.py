@@ -17,7 +17,7 @@ from transformerfam.cli.app import app
 from transformerfam.errors import TransformerFamError
 from transformerfam.reports.losses import FAR, LOSS, columns_of, difference, documents_tables, mean_loss
 from transformerfam.reports.rows import read_rows
-from transformerfam.tasks import document_losses
+from transformerfam.tasks import document_losses, next_token
 from transformerfam.tasks.document_losses import DocumentLosses, finished_parts
 from transformerfam.tasks.documents import names_in, read_documents
 
@@ -83,7 +83,7 @@ def test_documents_are_spread_over_all_long_files_from_starts_of_lines(tmp_path:
 def test_losses_are_those_of_one_pass_parted_by_place_block_and_name(pair: Any, book: Path, monkeypatch: Any) -> None:
     """Catches a token at the seam of two pieces or parts that is lost or counted twice, and shifted masks."""
     model, tokenizer = pair
-    monkeypatch.setattr(document_losses, "PIECE_TOKENS", 7)
+    monkeypatch.setattr(next_token, "PIECE_TOKENS", 7)
     monkeypatch.setattr(document_losses, "BLOCK_START", 3)
     size = tiny_models.BLOCK_SIZE
     losses = DocumentLosses(

@@ -9,13 +9,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from transformerfam.decoder.memory import memory_of
 from transformerfam.decoder.state import ReadingState
 from transformerfam.errors import TransformerFamError
 from transformerfam.tasks.documents import Document, digest_of_texts, read_documents
-from transformerfam.tasks.next_token import PIECE_TOKENS
+from transformerfam.tasks.next_token import token_losses
 from transformerfam.tasks.provenance import provenance, questions_of, weights_of
 
 TASK = "documents"
@@ -121,27 +120,15 @@ class DocumentLosses:
                         **provenance(),
                     }
 
-    @torch.no_grad()
     def _read(
         self, model: Any, documents: Sequence[Document], first: int, num_documents: int
     ) -> tuple[Tensor, Tensor, ReadingState]:
-        """Return the loss of every token but the first, in nats, and whether it was the likeliest; (B, T - 1)."""
-        device = next(model.parameters()).device
-        ids_BT = torch.stack([document.ids_T for document in documents]).to(device)
-        state: ReadingState = model.init_state(len(documents))
-        losses, rights, before_BV = [], [], None
-        for piece_BT in ids_BT.split(PIECE_TOKENS, dim=1):
-            logits_BTV = model(input_ids=piece_BT, past_key_values=state).logits.float()
-            predicted_BTV, targets_BT = logits_BTV[:, :-1], piece_BT[:, 1:]
-            if before_BV is not None:
-                predicted_BTV, targets_BT = torch.cat([before_BV[:, None], predicted_BTV], dim=1), piece_BT
-            losses.append(F.cross_entropy(predicted_BTV.transpose(1, 2), targets_BT, reduction="none").cpu())
-            rights.append((predicted_BTV.argmax(dim=-1) == targets_BT).cpu())
-            before_BV = logits_BTV[:, -1].clone()
+        def update(state: ReadingState) -> None:
             if self.progress is not None:
                 done = first * self.document_tokens + len(documents) * state.num_tokens_read
                 self.progress(done, num_documents * self.document_tokens, state)
-        return torch.cat(losses, dim=1), torch.cat(rights, dim=1), state
+
+        return token_losses(model, torch.stack([document.ids_T for document in documents]), update)
 
     def _measured(
         self, model: Any, document: Document, loss_T: Tensor, is_right_T: Tensor, begin: int, end: int

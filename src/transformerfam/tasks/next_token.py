@@ -102,28 +102,63 @@ class _Score:
 
 
 @torch.no_grad()
-def _score_piece(model: Any, ids_T: Tensor, state: ReadingState, before_V: Tensor | None) -> tuple[_Score, Tensor]:
-    """Feed one piece; `before_V` are the logits in front of it. Return its score and the logits after it."""
-    logits_TV = model(input_ids=ids_T[None], past_key_values=state).logits[0].float()
-    targets_T = ids_T
-    predicted_TV = logits_TV[:-1]
-    if before_V is None:
-        targets_T = ids_T[1:]
-    else:
-        predicted_TV = torch.cat([before_V[None], predicted_TV])
-    loss_sum = F.cross_entropy(predicted_TV, targets_T, reduction="sum").item() if len(targets_T) else 0.0
-    num_correct = int((predicted_TV.argmax(dim=-1) == targets_T).sum())
-    return _Score(len(ids_T), len(targets_T), loss_sum, num_correct), logits_TV[-1].clone()
+def score_piece(
+    model: Any, ids_BT: Tensor, state: ReadingState, before_BV: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Read one piece, and score the prediction of each of its tokens.
+
+    Args:
+        model: a model with a memory.
+        ids_BT: the piece.
+        state: what was read before; it advances.
+        before_BV: logits after the token in front of the piece; None where there is none, and the first token is not
+            predicted.
+
+    Returns:
+        The losses in nats and whether each token was the likeliest, both `(B, T)`, or `(B, T - 1)` without `before_BV`;
+        and the logits after the piece, `(B, V)`.
+    """
+    logits_BTV = model(input_ids=ids_BT, past_key_values=state).logits.float()
+    predicted_BTV, targets_BT = logits_BTV[:, :-1], ids_BT[:, 1:]
+    if before_BV is not None:
+        predicted_BTV, targets_BT = torch.cat([before_BV[:, None], predicted_BTV], dim=1), ids_BT
+    loss_BT = F.cross_entropy(predicted_BTV.flatten(0, 1), targets_BT.flatten(), reduction="none").view_as(targets_BT)
+    return loss_BT, predicted_BTV.argmax(dim=-1) == targets_BT, logits_BTV[:, -1].clone()
+
+
+def token_losses(
+    model: Any, ids_BT: Tensor, update: Callable[[ReadingState], None] | None = None
+) -> tuple[Tensor, Tensor, ReadingState]:
+    """Read texts of one length side by side, in pieces, and score the prediction of every token but the first.
+
+    Args:
+        model: a model with a memory.
+        ids_BT: the texts.
+        update: called after every piece with the state.
+
+    Returns:
+        The losses in nats and whether each token was the likeliest, both `(B, T - 1)` and on the CPU; and the state.
+    """
+    with torch.no_grad():
+        state: ReadingState = model.init_state(len(ids_BT))
+    scores, before_BV = [], None
+    for piece_BT in ids_BT.to(next(model.parameters()).device).split(PIECE_TOKENS, dim=1):
+        loss_BT, is_right_BT, before_BV = score_piece(model, piece_BT, state, before_BV)
+        scores.append((loss_BT.cpu(), is_right_BT.cpu()))
+        if update is not None:
+            update(state)
+    losses, rights = zip(*scores, strict=True)
+    return torch.cat(losses, dim=1), torch.cat(rights, dim=1), state
 
 
 def _scores(model: Any, pieces: Iterable[list[int]]) -> Iterator[tuple[_Score, ReadingState]]:
     with torch.no_grad():
         state = model.init_state()
     device = next(model.parameters()).device
-    before_V = None
+    before_BV = None
     for ids in pieces:
-        score, before_V = _score_piece(model, torch.tensor(ids, device=device), state, before_V)
-        yield score, state
+        loss_BT, is_right_BT, before_BV = score_piece(model, torch.tensor([ids], device=device), state, before_BV)
+        yield _Score(len(ids), loss_BT.numel(), loss_BT.sum().item(), int(is_right_BT.sum())), state
 
 
 def rechunk(
