@@ -71,6 +71,7 @@ SECTIONS: dict[str, dict[str, Any]] = {
     "lora": {"lora": {}, "model": {"base": "smollm2"}},
     "key_bias": {"key_bias": {"start_value": -8.0, "end_step": 4}},
     "instructions": {"instructions": {"files": ["a"], "length": 600}, "schedule": {"curriculum": []}},
+    "evaluation": {"evaluation": {"every": 2, "questions": "a"}},
 }
 
 
@@ -122,7 +123,7 @@ def test_integer_that_torch_cannot_hold_is_refused_by_name() -> None:
 
 def test_every_number_has_its_range() -> None:
     """Catches a range that is lost with the type that has it."""
-    assert sum(map(len, RANGES.values())) == 54
+    assert sum(map(len, RANGES.values())) == 56
     assert RANGES["optimizer"]["betas"] == "at least 0 and below 1"
     assert RANGES["lora"]["lr"] == "at least 0"
 

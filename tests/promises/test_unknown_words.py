@@ -57,7 +57,7 @@ def test_training_on_unknown_words_is_refused_or_said(tmp_path: Path) -> None:
 def test_instructions_with_unknown_words_are_refused(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_text(f'{{"text": "{MANUAL}"}}\n' * 20)
     sections = {"instructions": {"files": [str(tmp_path / "a.jsonl")], "length": 600}, "schedule": {"curriculum": []}}
-    with pytest.raises(TransformerFamError, match="tokens of the instructions are words"):
+    with pytest.raises(TransformerFamError, match="tokens of instructions.files are words"):
         Trainer(small_recipe(**sections), tmp_path / "run")
 
 

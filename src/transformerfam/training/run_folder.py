@@ -15,14 +15,22 @@ from transformerfam.training.checkpoint import RECIPE_FILE, SOURCES, recipe_of_r
 from transformerfam.training.data.sources import require_same_sources, sources_of
 from transformerfam.training.ranks import Ranks
 from transformerfam.training.recipe.recipe import Recipe
-from transformerfam.weights.folders import CHECKPOINT_FILE, CONFIG_FILE
+from transformerfam.weights.folders import BEST_FILE, BEST_KIND, CHECKPOINT_FILE, CONFIG_FILE
 from transformerfam.weights.memories import MEMORY_FILES
 from transformerfam.weights.peft_adapters import LORA_CONFIG_FILE, LORA_FILE
 
 LOG_FILE = "log.jsonl"
 LOCK_FILE = "run.lock"
 WRITTEN = (
-    *(LOG_FILE, "checkpoint*.safetensors", *MEMORY_FILES, "adapter_*", "*config.json", "model*.safetensors*"),
+    *(
+        LOG_FILE,
+        "checkpoint*.safetensors",
+        BEST_FILE,
+        *MEMORY_FILES,
+        "adapter_*",
+        "*config.json",
+        "model*.safetensors*",
+    ),
     *("pytorch_model*", "tokenizer*", "special_tokens_map.json", "vocab*", "merges.txt", "chat_template*"),
 )
 """Files that a run, or the model at its end, takes the place of."""
@@ -183,7 +191,7 @@ def _require_free(folder: Path, overwrite: bool) -> None:
                 f"{folder} holds a run already; continue it by --resume, start over by --overwrite, or train into "
                 "another folder"
             )
-        names -= {LOG_FILE}
+        names -= {LOG_FILE, *([BEST_FILE] if is_ours(folder / BEST_FILE, BEST_KIND) else [])}
     elif CHECKPOINT_FILE in written:
         raise RecipeError(f"{folder} holds a run already, without its {RECIPE_FILE}; train into another folder")
     foreign = sorted(name for name in names if any(fnmatch(name, pattern) for pattern in WRITTEN))
@@ -201,7 +209,7 @@ def _require_free(folder: Path, overwrite: bool) -> None:
 
 def _clear(folder: Path) -> None:
     """Remove what an earlier run left: one that was killed before its first checkpoint, or is to be overwritten."""
-    for name in (LOG_FILE, CHECKPOINT_FILE, *MEMORY_FILES, CONFIG_FILE, LORA_FILE, LORA_CONFIG_FILE):
+    for name in (LOG_FILE, CHECKPOINT_FILE, BEST_FILE, *MEMORY_FILES, CONFIG_FILE, LORA_FILE, LORA_CONFIG_FILE):
         (folder / name).unlink(missing_ok=True)
     for path in folder.glob("checkpoint-*-of-*.safetensors"):
         path.unlink()

@@ -31,17 +31,12 @@ from transformerfam.training.setup import build_trainee
 from transformerfam.training.sharding import whole
 from transformerfam.training.state_passing import SavedFam, StatePassing, held_keys
 from transformerfam.training.step.auxiliary import auxiliary_losses
-from transformerfam.training.step.blocks import find_non_finite, find_non_finite_gradient
-from transformerfam.training.step.scores import StepOutput
+from transformerfam.training.step.blocks import TRY_AGAIN, find_non_finite, find_non_finite_gradient
 from transformerfam.training.step.step import read_on, start_state
 from transformerfam.training.step.stored_filler import StoredFiller, keep_filler
 from transformerfam.training.step.teacher import Teacher
+from transformerfam.training.validation import Validation
 from transformerfam.weights.models import BASE_NOTE
-
-TRY_AGAIN = (
-    "lower optimizer.lr, optimizer.clip_norm or the weights of loss, or set fam.fam_norm_bound, and train into another "
-    "folder, since a run is resumed by its own recipe alone"
-)
 
 OnStep = Callable[["Trainer", dict[str, Any]], bool | None]
 
@@ -111,6 +106,7 @@ class Trainer:
         self.sequences: Any = (SequenceBuilder if recipe.instructions is None else PackedInstructions)(
             recipe, self.tokenizer
         )
+        self.validation = Validation(recipe, self.tokenizer)
         self.optimizer = build_optimizer(self.model, recipe)
         self.average = AverageOfWeights(self.model, recipe.optimizer.average_decay)
         self.passing = StatePassing(recipe.state_passing, recipe.schedule.seed)
@@ -158,7 +154,7 @@ class Trainer:
         is_ended = False
         with ends_noted() as ends, (self.folder / LOG_FILE).open("a", encoding="utf-8") as log:
             while self.step < schedule.steps and not self.ranks.any(bool(ends) or is_ended):
-                row = self._train_step()
+                row = self._train_step() | self._validate()
                 now = time.monotonic()
                 self.seconds = seconds_before + now - begin
                 self.cpu_seconds += time.process_time() - cpu
@@ -183,7 +179,8 @@ class Trainer:
         if self.ranks.any(bool(ends) or is_ended):
             text = f"stopped after step {self.step} of {schedule.steps}; go on with: fam train RECIPE --resume"
             return TrainingResult(self.folder, self.step, self.seconds, False, text)
-        self.average.copy_to(self.model)
+        if not self.validation.load_best(self.folder, self.model):
+            self.average.copy_to(self.model)
         trained = {name: whole(p.detach()) for name, p in self.model.named_parameters() if p.requires_grad}
         if self.ranks.is_main:
             with uninterrupted():
@@ -244,33 +241,33 @@ class Trainer:
         held = held_keys(saved, batch.held, is_held_B.tolist())
         self.passing.keep(step, self.ranks.passed_fam(output.passed_fam_LBFD, recipe.state_passing.rows), held)
         self._read_between(step)
-        row = self._describe(output, batch, float(grad_norm), saved is not None)
-        self.step += 1
-        self.curriculum.advance(row["key_accuracy"])
-        self.passing.update_start(self.step, self.curriculum.stage_idx)
-        return row
-
-    def _describe(self, output: StepOutput, batch: Batch, grad_norm: float, is_passed: bool) -> dict[str, Any]:
         self.num_tokens += batch.num_tokens
-        asks_B = batch.is_key_BT.any(dim=1)
-        return {
+        row = {
             "step": self.step,
             "stage": self.curriculum.stage_idx,
-            "state_passed": is_passed,
-            "loss": output.loss.item(),
-            "key_loss": output.key_loss.item() if bool(asks_B.any()) else None,
-            "key_accuracy": output.accuracy_of(asks_B),
-            "key_accuracy_asked_later": output.accuracy_of(asks_B & ~batch.is_told_B),
-            "grad_norm": grad_norm,
-            "fam_norm": output.fam_norm,
-            "teacher_loss": output.teacher_loss.item(),
-            "fam_change": output.fam_change.item(),
+            "state_passed": saved is not None,
+            **output.measured(batch),
+            "grad_norm": float(grad_norm),
             "block_size": memory_of(self.model).config.block_size,
             "lr": self.optimizer.param_groups[0]["lr"],
             "fam_key_bias": getattr(memory_of(self.model).config, "fam_key_bias", None),
             "tokens": self.num_tokens,
             "processes": self.ranks.world,
         }
+        self.step += 1
+        self.curriculum.advance(row["key_accuracy"])
+        self.passing.update_start(self.step, self.curriculum.stage_idx)
+        return row
+
+    def _validate(self) -> dict[str, float]:
+        """Measure on held-out texts and questions, where the recipe asks for it now, and keep the best weights."""
+        if not self.validation.is_due(self.step):
+            return {}
+        found = self.validation.measure(self.model, self.average)
+        folder = self.folder if self.ranks.is_main else None
+        with uninterrupted():
+            self.validation.keep_best(folder, self.model, self.average, self.step, found)
+        return found
 
     def _read_between(self, step: int) -> None:
         """Let the passed FAM read some filler before the next step, without gradient."""
@@ -322,6 +319,7 @@ class Trainer:
         self.seconds, self.cpu_seconds = progress["seconds"], progress["cpu_seconds"]
         self.num_tokens = progress["num_tokens"]
         self.devices = progress.get("devices", [])  # checkpoints of earlier versions have none
+        self.validation.restore(self.folder)
         if self.ranks.is_main:
             cut_log(self.folder / LOG_FILE, self.step)
 
@@ -345,5 +343,6 @@ class Trainer:
             "device": ", ".join(self.devices),
             "max_training_filler_tokens": max(self.recipe.max_filler_tokens, longest_before),
             "started_from": self.started_from,
+            **self.validation.notes,
         }
         save_trained(self.model, self.tokenizer, self.folder, self.recipe, notes)

@@ -9,7 +9,8 @@ from transformerfam.files.tensors import is_ours
 FAM_FILE = "fam.safetensors"
 CONFIG_FILE = "config.json"
 CHECKPOINT_FILE = "checkpoint.safetensors"
-RUN_FILES = {"recipe.json", CHECKPOINT_FILE}
+BEST_FILE, BEST_KIND = "best.safetensors", "best weights"
+RUN_FILES = {"recipe.json", CHECKPOINT_FILE, BEST_FILE}
 """What a folder holds next to its memory where a run of training made it."""
 
 

@@ -34,24 +34,25 @@ class Piece:
     weights: list[float]
 
 
-def read_instructions(tokenizer: Any, section: InstructionSection) -> list[Piece]:
+def read_instructions(tokenizer: Any, section: InstructionSection, key: str = "instructions.files") -> list[Piece]:
     """Read all files of a section.
 
     Args:
-        tokenizer: a fast one, which says where in the text its tokens stand.
+        tokenizer: a fast one, which says where in the text its tokens are.
         section: names the files.
+        key: of the recipe that has the names, for messages.
 
     Raises:
         RecipeError: a file cannot be read, a line is not what the section asks for, or nothing weighs anything; the
             message names file and line.
     """
     pieces = []
-    for path in files_of(section):
+    for path in files_of(section.files, key):
         try:
             content = read_whole(path).decode("utf-8-sig")
         except (OSError, UnicodeDecodeError) as error:
             raise RecipeError(
-                f"instructions.files: cannot read {str(path)!r} ({error}); give UTF-8 JSON lines or .txt files"
+                f"{key}: cannot read {str(path)!r} ({error}); give UTF-8 JSON lines or .txt files"
             ) from error
         if path.suffix.lower() == TEXT_SUFFIX:
             if content.strip():
@@ -67,32 +68,34 @@ def read_instructions(tokenizer: Any, section: InstructionSection) -> list[Piece
                         "with text"
                     ) from error
     if not any(weight for piece in pieces for weight in piece.weights):
-        raise RecipeError(
-            "instructions.files hold no token of a weight above 0, which those of answers and texts have; give some"
-        )
+        raise RecipeError(f"{key} hold no token of a weight above 0, which those of answers and texts have; give some")
     return pieces
 
 
-def files_of(section: InstructionSection) -> list[Path]:
-    """Return the files of a section, those of a folder by name, without hidden ones.
+def files_of(names: Sequence[str], key: str) -> list[Path]:
+    """Return files, those of a folder by name, without hidden ones.
+
+    Args:
+        names: files and folders.
+        key: of the recipe that has them, for messages.
 
     Raises:
         RecipeError: a folder holds no `.txt` file, or a file is named twice.
     """
     files: list[Path] = []
-    for name in section.files:
+    for name in names:
         found = [Path(name)]
         if not name or Path(name).is_dir():
             try:
                 found = [path for path in map(Path, list_files(name)) if path.suffix.lower() == TEXT_SUFFIX]
             except TransformerFamError as error:
-                raise RecipeError(f"instructions.files: {error}") from error
+                raise RecipeError(f"{key}: {error}") from error
             if not found:
-                raise RecipeError(f"instructions.files: {name!r} holds no {TEXT_SUFFIX} file; name another folder")
+                raise RecipeError(f"{key}: {name!r} holds no {TEXT_SUFFIX} file; name another folder")
         files += found
     for path, number in Counter(path.resolve() for path in files).items():
         if number > 1:
-            raise RecipeError(f"instructions.files: {path} is named {number} times, required is once; leave one out")
+            raise RecipeError(f"{key}: {path} is named {number} times, required is once; leave one out")
     return files
 
 
@@ -141,8 +144,13 @@ class PackedInstructions:
     between two pieces.
     """
 
-    def __init__(self, recipe: Recipe, tokenizer: Any) -> None:
+    def __init__(self, recipe: Recipe, tokenizer: Any, key: str = "instructions.files") -> None:
         """Read and tokenise the files.
+
+        Args:
+            recipe: its section `instructions` names them.
+            tokenizer: a fast one.
+            key: of the recipe that has the names, for messages.
 
         Raises:
             RecipeError: see `read_instructions`.
@@ -154,12 +162,12 @@ class PackedInstructions:
         self.seed = recipe.schedule.seed
         self.batch_size = recipe.schedule.batch_size
         self.block_sizes = recipe.schedule.block_sizes or (recipe.fam.block_size,)
-        self.pieces = read_instructions(tokenizer, self.section)
+        self.pieces = read_instructions(tokenizer, self.section, key)
         self.announcement = encode(tokenizer, REPEAT_PROMPT) if self.section.repeat_tokens else []
         self.num_packed = self.section.length - len(self.announcement) - self.section.repeat_tokens
         self.unknown_share = unknown_share(tokenizer, [token for piece in self.pieces for token in piece.ids])
         if not recipe.data.allow_unknown:
-            require_known(self.unknown_share, "the instructions", "set data.allow_unknown = true")
+            require_known(self.unknown_share, key, "set data.allow_unknown = true")
         num_tokens = sum(len(piece.ids) for piece in self.pieces)
         self.per_epoch = max(1, num_tokens // self.num_packed)
         self._stream: tuple[int, torch.Tensor, torch.Tensor] | None = None  # epoch, tokens, weights

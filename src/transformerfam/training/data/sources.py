@@ -65,8 +65,10 @@ def _files(recipe: Recipe) -> Iterator[tuple[str, Path]]:
     for key, name in texts.items():
         if name not in (None, "sentences", *HELD_OUT_NOVELS):
             yield key, Path(str(name))
-    for number, path in enumerate(() if recipe.instructions is None else files_of(recipe.instructions)):
-        yield f"instructions.files.{number}", path
+    for key, names_of_files in recipe.text_files.items():
+        yield from ((f"{key}.{number}", path) for number, path in enumerate(files_of(names_of_files, key)))
+    if recipe.evaluation is not None and recipe.evaluation.questions is not None:
+        yield "evaluation.questions", Path(recipe.evaluation.questions)
     folders: dict[str, tuple[str, ...]] = {f"data.{key}": ("*.txt",) for key in data.folder_keys}
     folders |= {"model.base": MODEL_FILES, "model.memory": MODEL_FILES}
     names = {f"data.{key}": getattr(data, key) for key in data.folder_keys}

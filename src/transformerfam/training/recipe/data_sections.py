@@ -1,11 +1,11 @@
 """The sections of a recipe that say what is read, and what is predicted."""
 
-from typing import Annotated, Any, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import BeforeValidator, SerializeAsAny, ValidationError, model_validator
 
 from transformerfam.errors import RecipeError
-from transformerfam.tasks.ranges import Integer, Limits, Natural, NotNegative, Texts
+from transformerfam.tasks.ranges import Count, Integer, Limits, Natural, NotNegative, Texts
 from transformerfam.tasks.registry import TASKS, task_of_keys
 from transformerfam.tasks.section import Section, require
 from transformerfam.tasks.writing import TaskSection
@@ -72,6 +72,60 @@ class InstructionSection(Section):
             f"({self.repeat_tokens})",
         )
         return self
+
+
+class EvaluationSection(Section):
+    """Evaluation while training, on texts and questions that are held out; the best weights become the memory."""
+
+    every: Count
+    """Steps between two evaluations; one more follows the last step."""
+    files: Texts = ()
+    """Held-out texts, in the form of `instructions.files`: their loss, in nats per token, is `validation_loss` in the
+    log."""
+    num_sequences: Count = 16
+    """Sequences of `instructions.length` tokens that are drawn once from all over the texts."""
+    questions: str | None = None
+    """Held-out questions, in the form of `fam evaluate answers`: the mean of their F1, or of right choices, is
+    `validation_score` in the log. Each text is read whole, so let them be few."""
+    keep: Literal["loss", "score", "last"] | None = None
+    """What the kept weights are best by, or the last step's; by default the score if there are questions, else the
+    loss."""
+
+    @model_validator(mode="after")
+    def _require_something(self) -> Self:
+        require(
+            len(self.files) > 0 or self.questions is not None,
+            "evaluation has neither files nor questions, required is one of them; name held-out texts",
+        )
+        for name, is_there in (("loss", len(self.files) > 0), ("score", self.questions is not None)):
+            require(
+                self.keep != name or is_there,
+                f"evaluation.keep is {name!r}, and evaluation has no {'files' if name == 'loss' else 'questions'}, "
+                "which it is measured on; name some, or keep another",
+            )
+        return self
+
+    def require_held_out(self, instructions: InstructionSection | None) -> None:
+        """Refuse texts whose sequences have no length, and texts that are trained on.
+
+        Raises:
+            RecipeError: with the key.
+        """
+        require(
+            instructions is not None or not self.files,
+            "evaluation.files is given without a section instructions, whose length their sequences have; add it, or "
+            "give evaluation.questions alone",
+        )
+        for name in self.files:
+            require(
+                instructions is None or name not in instructions.files,
+                f"evaluation.files has {name!r}, which instructions.files has, too; hold out another text",
+            )
+
+    @property
+    def kept_by(self) -> str:
+        """What the kept weights are best by."""
+        return self.keep or ("loss" if self.questions is None else "score")
 
 
 class LossSection(Section):

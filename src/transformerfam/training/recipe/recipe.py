@@ -12,7 +12,13 @@ from transformerfam.tasks.passkey_training import PasskeySection
 from transformerfam.tasks.section import Section, require
 from transformerfam.tasks.writing import TaskSection
 from transformerfam.training.recipe.configurations import OPEN_MEMORY, FamSection, RivalSection
-from transformerfam.training.recipe.data_sections import DataSection, InstructionSection, LossSection, build_data
+from transformerfam.training.recipe.data_sections import (
+    DataSection,
+    EvaluationSection,
+    InstructionSection,
+    LossSection,
+    build_data,
+)
 from transformerfam.training.recipe.sections import (
     KeyBiasSection,
     LoraSection,
@@ -41,6 +47,7 @@ class Recipe(Section):
     key_bias: KeyBiasSection | None = None
     data: DataSection = PasskeySection()
     instructions: InstructionSection | None = None
+    evaluation: EvaluationSection | None = None
     loss: LossSection = LossSection()
     reading: ReadingSection = ReadingSection()
 
@@ -125,7 +132,9 @@ class Recipe(Section):
         )
 
     def _require_instructions(self) -> None:
-        """Refuse packed instructions beside what only passkeys have."""
+        """Refuse packed instructions beside what only passkeys have, and held-out texts without them."""
+        if self.evaluation is not None:
+            self.evaluation.require_held_out(self.instructions)
         if self.instructions is None:
             return
         default = {"curriculum": (), "stored_blocks": 0, "repeat_updates": (0, 0), "gradient_tokens": None}
@@ -139,6 +148,13 @@ class Recipe(Section):
             "loss.teacher, state_passing.ask_later or state_passing.before_question is given beside instructions, "
             "which have no key to ask for; leave it out",
         )
+
+    @property
+    def text_files(self) -> dict[str, tuple[str, ...]]:
+        """The texts that are trained on and held out, by the keys that name them."""
+        trained = () if self.instructions is None else self.instructions.files
+        held_out = () if self.evaluation is None else self.evaluation.files
+        return {"instructions.files": trained, "evaluation.files": held_out}
 
     def _require_task(self) -> None:
         """Refuse stages that the task does not have, and a teacher or stored filler that its rows do not serve."""

@@ -22,6 +22,11 @@ from transformerfam.training.step.scores import Scores, StepOutput, score
 from transformerfam.training.step.teacher import Teaching
 
 BLOCKS_PER_TRIM = 4
+TRY_AGAIN = (
+    "lower optimizer.lr, optimizer.clip_norm or the weights of loss, or set fam.fam_norm_bound, and train into another "
+    "folder, since a run is resumed by its own recipe alone"
+)
+"""What to do about numbers that are not finite."""
 
 
 def run_batch(

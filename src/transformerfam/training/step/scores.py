@@ -36,6 +36,19 @@ class StepOutput:
         fam_LBFD = self.passed_fam_LBFD
         return None if fam_LBFD is None else float(fam_LBFD.float().pow(2).mean(-1).sqrt().mean((1, 2)).max())
 
+    def measured(self, batch: Batch) -> dict[str, float | None]:
+        """Return what the log has of it, by name."""
+        asks_B = batch.is_key_BT.any(dim=1)
+        return {
+            "loss": self.loss.item(),
+            "key_loss": self.key_loss.item() if bool(asks_B.any()) else None,
+            "key_accuracy": self.accuracy_of(asks_B),
+            "key_accuracy_asked_later": self.accuracy_of(asks_B & ~batch.is_told_B),
+            "fam_norm": self.fam_norm,
+            "teacher_loss": self.teacher_loss.item(),
+            "fam_change": self.fam_change.item(),
+        }
+
     def accuracy_of(self, is_counted_B: torch.Tensor) -> float | None:
         """Return the share of the counted rows whose key is right; None where no row counts."""
         is_right_N = self.is_right_B[is_counted_B]
