@@ -1,6 +1,7 @@
 """Questions of one's own: files are checked line by line, each text is read once, every answer is scored."""
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +11,10 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 from transformerfam.cli.app import app
-from transformerfam.errors import CorruptFileError, TransformerFamError
+from transformerfam.errors import CorruptFileError, MissingPackageError, TransformerFamError
 from transformerfam.reports.answers import answers_tables, interval
 from transformerfam.reports.rows import read_rows
-from transformerfam.tasks.answer_scores import score_answer
+from transformerfam.tasks.answer_scores import require_scorers, rouge_scorer, score_answer
 from transformerfam.tasks.answers import QuestionFile
 from transformerfam.tasks.answers_evaluation import (
     BM25,
@@ -86,6 +87,20 @@ def test_questions_on_one_text_stand_together(path: Path) -> None:
         ({"text": "t", "question": "Q", "answers": [], "choices": ["b", "c"]}, "with an answer among them"),
         ({"text": "t", "question": "Q", "answers": ["b"], "choices": ["b", "b"]}, "two or more different ones"),
         ({"text": "t", "question": "Q", "answers": [], "grp": "x"}, "line 2: unknown key 'grp'"),
+        (
+            {"text": "t", "question": "Q", "answers": ["a"], "scorer": "al"},
+            'scorer is "al", not one of squad, all, any',
+        ),
+        (
+            {"text": "t", "question": "Q", "answers": ["a"], "scorer": ["all"]},
+            r'line 2: scorer is \["all"\], not one of',
+        ),
+        ({"text": "t", "question": "Q", "answers": [], "scorer": "all"}, "line 2: scorer is 'all', which compares"),
+        ({"text": "t", "question": "Q", "answers": ["a"], "max_new_tokens": 0}, "line 2: max_new_tokens is 0, not a"),
+        ({"text": "t", "question": "Q", "answers": ["a"], "max_new_tokens": True}, "max_new_tokens is true, not a"),
+        ({"text": "t", "question": "Q", "answers": ["a"], "depth": 1.5}, "line 2: depth is 1.5, not a number from 0"),
+        ({"text": "t", "question": "Q", "answers": ["a"], "first_line": 1}, "line 2: first_line is 1, not true or"),
+        ({"text": "t", "question": "Q", "answers": ["a"], "prompt": " "}, 'line 2: prompt is " ", not a text with a'),
         ({"id": "one", "text": "t", "question": "Q", "answers": []}, "line 2: its id is 'one', as in line 1"),
         ({"passages": [{"title": "t"}], "question": "Q", "answers": []}, "line 2: passages are not a list of"),
         (b'{"text": "\xff"}', "line 2: it is not UTF-8"),
@@ -353,6 +368,52 @@ def test_table_names_every_system_on_a_terminal_of_80_columns(tmp_path: Path) ->
             console.print(table)
     assert all(name in captured.get() for name in [*systems, "[red]x[/blue]", "0.50 [0.50, 0.50]", "wrong"])
     assert "\u2026" not in captured.get()
+
+
+def test_prompt_is_asked_word_for_word_and_scored_by_its_rule(tmp_path: Path, folder: Path) -> None:
+    """Catches a prompt in the template, an answer that is cut or too short, and a score under another rule."""
+    own = {"prompt": " What is green? It is", "scorer": "all", "max_new_tokens": 7, "depth": 0.25}
+    items = [ITEMS[0] | own, ITEMS[1] | {"group": "words"}]
+    path = written(tmp_path / "q.jsonl", items)
+    rows = rows_of(path, folder, template="\n\n{question} {question}")
+    model, tokenizer = load_model(folder, config_overrides=WIDER)
+    state = model.read(tokenizer(GRASS, return_tensors="pt").input_ids)
+    ids = tokenizer(own["prompt"], return_tensors="pt").input_ids
+    expected = model.generate(ids, past_key_values=state, max_new_tokens=7, do_sample=False)[0, ids.shape[1] :]
+    assert rows[0]["answer"] == tokenizer.decode(expected, skip_special_tokens=True).strip()
+    assert (rows[0]["scorer"], rows[0]["depth"], rows[1]["depth"]) == ("all", 0.25, None)
+    assert rows[0]["score"] == score_answer(rows[0]["answer"], ["The grass"], "all")["score"]
+    assert "score" not in rows[1]
+    console = Console(width=200)
+    with console.capture() as captured:
+        for table in answers_tables(rows):
+            console.print(table)
+    assert all(name in captured.get() for name in ("score", "F1", f"{rows[0]['score']:.2f} ["))
+
+
+@pytest.mark.parametrize(
+    ("scorer", "answer", "wanted", "score"),
+    [
+        ("all", "THE keys are 12 and 45.", ["12", "34", "45", "the"], 0.75),
+        ("any", "They are 12.", ["34", "12"], 1.0),
+        ("any", "They are 12.", ["34"], 0.0),
+        ("numbers", "Paragraph 3, or 4, or 3", ["3"], 2 / 3),
+        ("numbers", "none", ["3"], 0.0),
+        ("numbers", "13", ["3"], 0.0),
+        ("rouge", "the cat sat", ["the cat sat on the mat", "dogs"], 2 / 3),
+    ],
+)
+def test_answer_is_scored_by_the_rule_of_its_item(scorer: str, answer: str, wanted: list[str], score: float) -> None:
+    """Catches a mean where the best counts, letters that count, and numbers inside of others."""
+    assert score_answer(answer, wanted, scorer) == {"scorer": scorer, "score": pytest.approx(score, abs=1e-6)}
+
+
+def test_missing_package_of_a_scorer_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches a traceback after hours of reading."""
+    rouge_scorer.cache_clear()
+    monkeypatch.setitem(sys.modules, "rouge_score.rouge_scorer", None)
+    with pytest.raises(MissingPackageError, match="rouge-score is needed to score summaries; pip install"):
+        require_scorers({"rouge"})
 
 
 def test_items_without_a_text_are_asked_alone(tmp_path: Path, folder: Path) -> None:

@@ -1,4 +1,4 @@
-"""Questions answered, by group and system: means, with bootstrap 95 % intervals of F1 and of right choices."""
+"""Questions answered, by group and system: means, with bootstrap 95 % intervals of F1, scores and right choices."""
 
 from collections.abc import Iterable, Sequence
 from random import Random
@@ -10,8 +10,8 @@ from rich.table import Table
 from transformerfam.reports.rows import Row, mixed_commits, require_alike
 
 NUM_RESAMPLES = 1000
-WITH_INTERVAL = ("f1", "correct")
-SHARES = {"exact_match": "exact", "f1": "F1", "contains": "contains", "correct": "right"}
+WITH_INTERVAL = ("f1", "correct", "score")
+SHARES = {"exact_match": "exact", "f1": "F1", "contains": "contains", "correct": "right", "score": "score"}
 
 
 def answers_tables(rows: Iterable[Row]) -> list[Table]:

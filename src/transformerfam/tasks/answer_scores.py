@@ -1,11 +1,13 @@
-"""How good an answer is: exact match and F1 as SQuAD counts them, an answer contained in it, and none given."""
+"""How good an answer is: as SQuAD counts it, and by the rules of benchmarks that people quote."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
+from functools import cache
 from typing import Any
 
 from transformerfam.errors import MissingPackageError
 
+SQUAD = "squad"
 NO_ANSWER = re.compile(r"(n/?a|none|nothing|unknown|unanswerable|no (answer|idea|information))", re.IGNORECASE)
 """A whole answer that is none; an empty one is, too."""
 ABSTAINING = re.compile(
@@ -27,20 +29,24 @@ def abstains(answer: str) -> bool:
     )
 
 
-def score_answer(answer: str, wanted: Sequence[str]) -> dict[str, Any]:
+def score_answer(answer: str, wanted: Sequence[str], scorer: str = SQUAD) -> dict[str, Any]:
     """Return the fields of a row that say how good an answer is.
 
     Args:
         answer: what a model said.
-        wanted: the answers that count; none: it should say that it has none.
+        wanted: the answers that count; none (of "squad" alone): it should say that it has none.
+        scorer: one of `SCORERS`.
 
     Returns:
-        `abstained`; and `exact_match` (0 or 1), `f1` (0 to 1) and `contains`, the best over the answers that count.
-        Where there is no answer, all three say whether it abstained.
+        `scorer` and `score` (0 to 1). Of "squad", `abstained` instead; and `exact_match` (0 or 1), `f1` (0 to 1) and
+        `contains`, the best over the answers that count. Where there is no answer, all three say whether it abstained.
 
     Raises:
-        MissingPackageError: torchmetrics, whose SQuAD metric this is, is not installed.
+        MissingPackageError: torchmetrics, whose SQuAD metric this is, or rouge-score is not installed.
     """
+    score = SCORERS[scorer]
+    if score is not None:
+        return {"scorer": scorer, "score": round(score(answer, wanted), 6)}
     abstained = abstains(answer)
     if not wanted:
         right = float(abstained)
@@ -54,6 +60,69 @@ def score_answer(answer: str, wanted: Sequence[str]) -> dict[str, Any]:
         "f1": round(float(scores["f1"]) / 100, 6),
         "contains": any(_contains(answer, one) for one in wanted),
     }
+
+
+def contains_all(answer: str, wanted: Sequence[str]) -> float:
+    """Return the share of the answers that are in what was said, whatever their case: RULER's string_match_all."""
+    return sum(one.lower() in answer.lower() for one in wanted) / len(wanted)
+
+
+def contains_any(answer: str, wanted: Sequence[str]) -> float:
+    """Return whether one of the answers is in what was said, whatever its case: RULER's string_match_part."""
+    return float(any(one.lower() in answer.lower() for one in wanted))
+
+
+def share_of_numbers(answer: str, wanted: Sequence[str]) -> float:
+    """Return the share of the numbers said that are the one wanted: LongBench's score of counts and of paragraphs."""
+    numbers = re.findall(r"\d+", answer)
+    return max(numbers.count(one) for one in wanted) / len(numbers) if numbers else 0.0
+
+
+def rouge(answer: str, wanted: Sequence[str]) -> float:
+    """Return the F score of ROUGE-L, the best over the answers that count.
+
+    Raises:
+        MissingPackageError: rouge-score is not installed.
+    """
+    scorer = rouge_scorer()
+    return max(float(scorer.score(one, answer)["rougeL"].fmeasure) for one in wanted)
+
+
+SCORERS: dict[str, Callable[[str, Sequence[str]], float] | None] = {
+    SQUAD: None,
+    "all": contains_all,
+    "any": contains_any,
+    "numbers": share_of_numbers,
+    "rouge": rouge,
+}
+"""By name; None is SQuAD's, which has several fields."""
+
+
+def require_scorers(names: Iterable[str]) -> None:
+    """Look for the packages of scorers.
+
+    Raises:
+        MissingPackageError: one is not installed.
+    """
+    for name, needed in ((SQUAD, squad_metric), ("rouge", rouge_scorer)):
+        if name in names:
+            needed()
+
+
+@cache
+def rouge_scorer() -> Any:
+    """Return what computes ROUGE-L, words as they are written.
+
+    Raises:
+        MissingPackageError: rouge-score is not installed.
+    """
+    try:
+        from rouge_score.rouge_scorer import RougeScorer
+    except ImportError as error:
+        raise MissingPackageError(
+            'rouge-score is needed to score summaries; pip install "transformerfam[answers]"'
+        ) from error
+    return RougeScorer(["rougeL"])
 
 
 def squad_metric() -> Any:

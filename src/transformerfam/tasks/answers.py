@@ -8,11 +8,19 @@ from pathlib import Path
 from typing import Any
 
 from transformerfam.errors import CorruptFileError, TransformerFamError
+from transformerfam.fields import LARGEST_INTEGER
 from transformerfam.files.reading import parse_json, refuse_endless
+from transformerfam.tasks.answer_scores import SCORERS, SQUAD
 from transformerfam.tasks.text import read_text
 
-KEYS = ("id", "text", "file", "passages", "question", "answers", "choices", "group")
-FORM = 'required is {"text" or "file": ..., "question": ..., "answers": [...]}, optional are id, choices and group'
+KEYS = (
+    *("id", "text", "file", "passages", "question", "answers", "choices", "group"),
+    *("prompt", "scorer", "max_new_tokens", "first_line", "depth"),
+)
+FORM = (
+    'required is {"text" or "file": ..., "question": ..., "answers": [...]}, optional are id, choices, group, prompt, '
+    "scorer, max_new_tokens, first_line and depth"
+)
 NO_TEXT = ""
 """The source of items that are asked without a text."""
 
@@ -34,6 +42,16 @@ class Item:
     choices: tuple[str, ...] = ()
     """Those to choose from, by likelihood; without them the model answers in its own words."""
     group: str = ""
+    prompt: str = ""
+    """What is asked, word for word; empty: the question in the evaluation's template."""
+    scorer: str = SQUAD
+    """One of `SCORERS`."""
+    max_new_tokens: int | None = None
+    """Tokens of the answer at most; None: the evaluation's."""
+    first_line: bool = True
+    """Whether the answer ends with its line."""
+    depth: float | None = None
+    """The share of the text that comes before what the answer follows from."""
 
     def whole_text(self) -> str:
         """Return the text.
@@ -63,7 +81,7 @@ class QuestionFile:
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
         self.digest = hashlib.sha256()  # of the lines and of the files that they name
-        self.has_free_answers = False
+        self.scorers: set[str] = set()  # of answers in the model's own words
         self._files: dict[Path, str] = {}  # digests
         self._texts: dict[str, list[tuple[int, int]]] = {}  # by source: where its items begin, and their line numbers
         names: dict[str, int] = {}
@@ -79,7 +97,7 @@ class QuestionFile:
                 )
             names[item.name] = number
             self.digest.update(item.source.encode())
-            self.has_free_answers |= not item.choices
+            self.scorers |= set() if item.choices else {item.scorer}
             self._texts.setdefault(item.source, []).append((start, number))
         if not names:
             raise CorruptFileError(f"{self.path} holds no item; {FORM}, one a line")
@@ -187,7 +205,26 @@ class QuestionFile:
             answers=answers,
             choices=choices,
             group=words("group", values["group"]) if "group" in values else "",
+            prompt=words("prompt", values["prompt"]) if "prompt" in values else "",
+            **_fields_of_answer(values, wrong),
         )
+
+
+def _fields_of_answer(values: Mapping[str, Any], wrong: Any) -> dict[str, Any]:
+    """Return the fields of an item that say how its answer is taken and scored, checked."""
+    scorer, number, depth = values.get("scorer", SQUAD), values.get("max_new_tokens"), values.get("depth")
+    if not isinstance(scorer, str) or scorer not in SCORERS:
+        raise wrong(f"scorer is {json.dumps(scorer)[:60]}, not one of {', '.join(SCORERS)}")
+    if scorer != SQUAD and (values.get("choices") or not values["answers"]):
+        raise wrong(f"scorer is {scorer!r}, which compares an answer in the model's own words with one that counts")
+    if number is not None and not (type(number) is int and 1 <= number <= LARGEST_INTEGER):
+        raise wrong(f"max_new_tokens is {json.dumps(number)[:60]}, not a whole number from 1")
+    if depth is not None and not (type(depth) in (int, float) and 0 <= depth <= 1):
+        raise wrong(f"depth is {json.dumps(depth)[:60]}, not a number from 0 to 1")
+    first_line = values.get("first_line", "prompt" not in values)
+    if not isinstance(first_line, bool):
+        raise wrong(f"first_line is {json.dumps(first_line)[:60]}, not true or false")
+    return {"scorer": scorer, "max_new_tokens": number, "first_line": first_line, "depth": depth}
 
 
 def _digest(text: str) -> str:

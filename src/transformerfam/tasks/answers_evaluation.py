@@ -12,7 +12,7 @@ from torch import Tensor
 from transformerfam.decoder.memory import memory_of
 from transformerfam.decoder.state import ReadingState
 from transformerfam.errors import TransformerFamError
-from transformerfam.tasks.answer_scores import score_answer, squad_metric
+from transformerfam.tasks.answer_scores import require_scorers, score_answer
 from transformerfam.tasks.answers import Item, QuestionFile
 from transformerfam.tasks.controls import SWAPPED, control_of
 from transformerfam.tasks.filler import FillerStream, load_filler
@@ -52,8 +52,9 @@ class AnswersEvaluation:
     filler_lengths: Sequence[int] = (0,)
     """Tokens of filler around every text, which has its own place in it."""
     max_new_tokens: int = 32
+    """Of items that have no number themselves."""
     template: str = TEMPLATE
-    """What a question looks like, and what comes before the answer."""
+    """What a question looks like, and what comes before the answer, of items that have no prompt."""
     chat: bool = False
     """Ask as a user does, in the tokenizer's chat template, instead."""
     allow_unknown: bool = False
@@ -104,8 +105,7 @@ class AnswersEvaluation:
             TransformerFamError: a text cannot be read, or the tokenizer knows too little of it.
             MissingPackageError: a package that scores or retrieves is not installed.
         """
-        if self.questions.has_free_answers:
-            squad_metric()
+        require_scorers(self.questions.scorers)
         if BM25 in self.systems:
             bm25_index()
         if self.chat and not tokenizer.chat_template:
@@ -191,7 +191,7 @@ class AnswersEvaluation:
                         "group": item.group,
                         "filler": "" if filler is None or not length else filler.name,
                         "filler_tokens": length,
-                        "depth": depth,
+                        "depth": item.depth if depth is None else depth,
                         "context_tokens": len(ids),
                         "state_bytes": num_bytes,
                         "kv_bytes": len(ids) * kv_bytes_per_token(model),
@@ -270,12 +270,13 @@ class AnswersEvaluation:
         window = config.block_size * (1 + getattr(config, "num_memory_segments", 0))
         endings = [len(encode_rest(tokenizer, f" {choice}")) for choice in item.choices]
         num_question = len(self._question_ids(tokenizer, item, False))
-        left = window - num_question - max(endings, default=self.max_new_tokens)
+        longest = max(endings, default=item.max_new_tokens or self.max_new_tokens)
+        left = window - num_question - longest
         if left < 1 and len(ids):
             raise TransformerFamError(
                 f"the window of {window} tokens has no room for passages beside the question of {item.name} "
-                f"({num_question} tokens) and its answer (up to {max(endings, default=self.max_new_tokens)}); ask for "
-                "shorter answers (--max-new-tokens), or leave bm25 out"
+                f"({num_question} tokens) and its answer (up to {longest}); ask for shorter answers "
+                "(--max-new-tokens), or leave bm25 out"
             )
         read = self._begun(tokenizer, retrieve(tokenizer, ids, item.question, left))
         if len(read):
@@ -284,9 +285,9 @@ class AnswersEvaluation:
 
     def _question_ids(self, tokenizer: Any, item: Item, begins: bool) -> list[int]:
         """Return the tokens of a question; the one that begins a text has the special tokens of that."""
-        text = self.template.replace("{question}", item.question)
+        text = item.prompt or self.template.replace("{question}", item.question)
         if self.chat:
-            messages = [{"role": "user", "content": item.question}]
+            messages = [{"role": "user", "content": item.prompt.strip() or item.question}]
             text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
         return encode_start(tokenizer, text.lstrip()) if begins else encode_rest(tokenizer, text)
 
@@ -300,11 +301,12 @@ class AnswersEvaluation:
             right = chosen in item.answers
             return {"answer": chosen, "num_choices": len(item.choices), "correct": right}
         ends = end_ids(tokenizer, model.generation_config.eos_token_id)
-        said = greedy_tokens(model, torch.tensor([question]), state, self.max_new_tokens, end_ids=ends)
+        most = item.max_new_tokens or self.max_new_tokens
+        said = greedy_tokens(model, torch.tensor([question]), state, most, end_ids=ends)
         answer = str(tokenizer.decode(said[0], skip_special_tokens=True)).strip()
-        if not self.chat:
+        if item.first_line and (item.prompt or not self.chat):
             answer = answer.partition("\n")[0].strip()
-        return {"answer": answer, **score_answer(answer, item.answers)}
+        return {"answer": answer, **score_answer(answer, item.answers, item.scorer)}
 
 
 def kv_bytes_per_token(model: Any) -> int:
