@@ -3,10 +3,10 @@
 import difflib
 
 from transformerfam.errors import TransformerFamError
-from transformerfam.sources import books, questions, short, stories, theorems
+from transformerfam.sources import books, questions, ruler, short, stories, theorems
 from transformerfam.sources.source import Source
 
-SOURCES = {module.SOURCE.name: module.SOURCE for module in (books, theorems, questions, stories, short)}
+SOURCES = {module.SOURCE.name: module.SOURCE for module in (books, theorems, questions, stories, short, ruler)}
 
 
 def source_named(name: str) -> Source:

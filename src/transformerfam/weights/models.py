@@ -39,6 +39,7 @@ __all__ = [
     "load_base",
     "load_model",
     "load_smollm2",
+    "load_tokenizer",
     "save_model",
 ]
 
@@ -292,6 +293,15 @@ def load_base(
     with plain_loading():
         model = load_pretrained_model(AutoModelForCausalLM, folder, dtype=torch.float32)
     return model.eval(), load_pretrained(AutoTokenizer, folder)
+
+
+def load_tokenizer(name_or_folder: str | os.PathLike[str]) -> PreTrainedTokenizerBase:
+    """Load the tokenizer of a model, without the weights where the folder has it; errors are those of `load_base`."""
+    folder = _find_folder(name_or_folder)
+    if any((folder / name).is_file() for name in (CONFIG_FILE, "tokenizer_config.json")):
+        tokenizer: PreTrainedTokenizerBase = load_pretrained(AutoTokenizer, folder)
+        return tokenizer
+    return load_base(name_or_folder)[1]
 
 
 def _find_folder(name_or_folder: str | os.PathLike[str]) -> Path:

@@ -1,0 +1,155 @@
+"""Questions that are made: lines of a questions file, each with as much text as fits a length."""
+
+import json
+import random
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from transformerfam.errors import TransformerFamError
+from transformerfam.tasks.text import encode, encode_rest, start_ids
+
+MANY_TRIES = 16
+"""Texts that are written for one item before their sizes are halved, not interpolated."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class MadeQuestion:
+    """A line of a questions file; the fields are those of `tasks.answers.Item`."""
+
+    text: str
+    prompt: str
+    question: str
+    answers: Sequence[str]
+    scorer: str
+    max_new_tokens: int
+    id: str = ""
+    group: str = ""
+    depth: float | None = None
+    first_line: bool = False
+
+    def line(self) -> str:
+        """Return it as JSON, without fields that have no value."""
+        values = {name: value for name, value in asdict(self).items() if value not in (None, "", False)}
+        return json.dumps(values, ensure_ascii=False) + "\n"
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """A question in its length.
+
+    Attributes:
+        question: what is asked.
+        size: units of its text: words, sentences, documents.
+        num_tokens: its length.
+    """
+
+    question: MadeQuestion
+    size: int
+    num_tokens: int
+
+
+Write = Callable[[int], MadeQuestion]
+"""Writes an item with so many units of text; the rest of it is the same for every size."""
+Prepare = Callable[[int, tuple[int, int], random.Random], tuple[Write, int, int | None]]
+"""Draws an item from the tokens of its text, its number and that of all items, and a source of chance; returns what
+writes it, and the least and the most units of text (None: any number)."""
+
+
+class Lengths:
+    """Lengths in the tokens of a model: the text, the prompt, and room for the answer, as an evaluation reads them."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        self._tokenizer = tokenizer
+        self._num_start = len(start_ids(tokenizer))
+        self._encode = encode_rest if self._num_start else encode  # the same, and much faster for short texts
+
+    def of(self, question: MadeQuestion) -> int:
+        """Return the tokens of an item."""
+        parts = (self._encode(self._tokenizer, part) for part in (question.text, question.prompt))
+        return self._num_start + sum(map(len, parts)) + question.max_new_tokens
+
+    def fit(
+        self, write: Write, num_tokens: int, least: int, most: int | None = None, near: int | None = None
+    ) -> Fitted:
+        """Return the item with the most text that is no longer than `num_tokens`.
+
+        Args:
+            write: writes it.
+            num_tokens: the length.
+            least: units of text that it needs.
+            most: units that there are; None: any number.
+            near: a size to try first, that of an item like it.
+
+        Raises:
+            TransformerFamError: it is longer with the least text, or shorter with all there is.
+        """
+        low = self._written(write, least)
+        if low.num_tokens > num_tokens:
+            raise TransformerFamError(
+                f"a text of {num_tokens:,} tokens is too short, required are about {round(1.05 * low.num_tokens):,}"
+            )
+        high: Fitted | None = None
+        ceiling = (num_tokens if most is None else most) + 1
+        tries, size = 0, near or max(least + 1, least + (num_tokens - low.num_tokens) // 8)
+        while (high.size if high else ceiling) - low.size > 1:
+            top = high.size if high else ceiling
+            size = (low.size + top) // 2 if tries > MANY_TRIES else size
+            found = self._written(write, min(max(size, low.size + 1), top - 1))
+            slope = max((found.num_tokens - low.num_tokens) / (found.size - low.size), 1e-3)
+            if found.num_tokens <= num_tokens:
+                low = found
+            else:
+                high = found
+            size, tries = low.size + int((num_tokens - low.num_tokens) / slope), tries + 1
+        if low.size == most:
+            raise TransformerFamError(
+                f"a text of {num_tokens:,} tokens is too long, there is text for fewer than {low.num_tokens:,} here"
+            )
+        return low
+
+    def _written(self, write: Write, size: int) -> Fitted:
+        question = write(size)
+        return Fitted(question, size, self.of(question))
+
+
+@dataclass(frozen=True, kw_only=True)
+class MadeTask:
+    """A task of a benchmark.
+
+    Attributes:
+        name: as people quote it.
+        prepare: draws an item.
+    """
+
+    name: str
+    prepare: Prepare
+
+
+def make_questions(
+    task: MadeTask, lengths: Lengths, num_tokens: int, num_items: int, seed: int
+) -> Iterator[MadeQuestion]:
+    """Yield the items of a task in one length, the same for the same seed.
+
+    Args:
+        task: which.
+        lengths: in the tokens of the model that is asked.
+        num_tokens: of every item at most.
+        num_items: how many.
+        seed: of all that is drawn.
+
+    Raises:
+        TransformerFamError: the length is too short or too long for the task.
+    """
+    near = None
+    for number in range(num_items):
+        draw = random.Random(f"{seed}/{task.name}/{num_tokens}/{number}")
+        write, least, most = task.prepare(num_tokens, (number, num_items), draw)
+        try:
+            fitted = lengths.fit(write, num_tokens, least, most, near)
+        except TransformerFamError as error:
+            raise TransformerFamError(f"{task.name}: {error}; change --tokens") from error
+        near = fitted.size
+        made = asdict(fitted.question)
+        named = {"id": f"{task.name} {num_tokens} {number}", "group": f"{task.name}, {num_tokens:,} tokens"}
+        yield MadeQuestion(**made | {**named, "group": named["group"] + made["group"]})
