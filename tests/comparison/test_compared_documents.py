@@ -130,7 +130,7 @@ def test_recipe_without_texts_is_refused(path: Path, tmp_path: Path) -> None:
     (tmp_path / "training.toml").write_text(
         training.partition("[instructions]")[0].replace("[]", "[{ filler_tokens = [8, 16] }]")
     )
-    with pytest.raises(RecipeError, match=r"predicts texts, .* give the recipe a section \[instructions\]"):
+    with pytest.raises(RecipeError, match=r"does not teach it; give the recipe a section \[instructions\]"):
         load_comparison(path)
 
 

@@ -137,7 +137,7 @@ class EchoComparison(AccuracyComparison):
     def asked(self, kind: int, seed: int, length: int, block_size: int) -> Mapping[Any, Mapping[str, Any]]:
         return {(text,): {} for text in range(self.num_keys)}
 
-    def questions_digest(self) -> str:
+    def questions_digest(self, length: int) -> str:
         return "echo"
 
     def ask(self, asking: Asking) -> Iterable[Row]:

@@ -7,14 +7,14 @@ from typing import Any
 from rich.table import Table
 
 from transformerfam.comparison.figures import draw_shares
-from transformerfam.comparison.filler import FillerComparison
+from transformerfam.comparison.filler import DrawnComparison
 from transformerfam.comparison.plan import Kind
 from transformerfam.comparison.report import Cell, cells, new_table, over_seeds
 from transformerfam.reports.figure import length_axis
 from transformerfam.reports.rows import Row
 
 
-class AccuracyComparison(FillerComparison):
+class AccuracyComparison(DrawnComparison):
     """A comparison by the share of right answers."""
 
     def title_of(self, kind: Kind) -> str:
@@ -38,7 +38,7 @@ class AccuracyComparison(FillerComparison):
         return {self.title_of(kind): cells(self, rows, kind) for kind in self.kinds}
 
 
-def accuracy_table(comparison: FillerComparison, rows: Sequence[Row], kind: Kind, what: str) -> Table:
+def accuracy_table(comparison: DrawnComparison, rows: Sequence[Row], kind: Kind, what: str) -> Table:
     """Return the shares of right answers to questions of one kind, by system and length; `what` is in the title."""
     return new_table(
         f"{comparison.name}: {what}, {over_seeds(comparison)}",

@@ -130,7 +130,7 @@ class DocumentsComparison(Comparison):
         for text in self.texts:
             self.losses(text).documents(tokenizer)
 
-    def questions_digest(self) -> str:
+    def questions_digest(self, length: int) -> str:
         """Return the field `questions` of its rows."""
         return self.losses(next(iter(self.texts))).questions
 

@@ -24,9 +24,6 @@ class FillerComparison(Comparison):
     filler: str = "sentences"
     """What is between a key and its question: the paper's sentences, a novel of the package, or a UTF-8 file."""
 
-    num_keys: Integer = 25
-    """Keys per run and length, or texts; every seed has its own."""
-
     max_filler_tokens: dict[str, Integer] = Field(default_factory=dict)
     """Systems that are asked up to this length alone, full attention for example."""
 
@@ -53,6 +50,13 @@ class FillerComparison(Comparison):
     def fields(self) -> Mapping[str, Any]:
         """The name of the filler, which every answer has."""
         return {"filler": Path(self.filler).name}
+
+
+class DrawnComparison(FillerComparison):
+    """A comparison whose questions are drawn: every seed has its own."""
+
+    num_keys: Integer = 25
+    """Keys per run and length, or texts; every seed has its own."""
 
     @property
     def num_questions(self) -> int:

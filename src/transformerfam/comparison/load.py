@@ -40,8 +40,8 @@ def load_comparison(path: str | Path, overrides: Sequence[str] = ()) -> Comparis
                 )
             if recipe.instructions is None and comparison.task in ON_TEXTS:
                 raise RecipeError(
-                    f"task is {comparison.task!r}, which predicts texts, and the recipe trains on {recipe.data.task!r} "
-                    "(data.task); give the recipe a section [instructions] with files"
+                    f"task is {comparison.task!r}, and the recipe trains on {recipe.data.task!r} "
+                    "(data.task), which does not teach it; give the recipe a section [instructions] with files"
                 )
             trained_by = (comparison.task, *comparison.also_trained_by)
             if recipe.instructions is None and recipe.data.task not in trained_by:

@@ -75,7 +75,7 @@ class PasskeyComparison(AccuracyComparison):
                 fields["old_key"] = old_key
         return found
 
-    def questions_digest(self) -> str:
+    def questions_digest(self, length: int) -> str:
         """Return the field `questions` of its rows."""
         return self.evaluation(self.seeds[0]).questions["questions"]
 

@@ -218,8 +218,8 @@ class Comparison(Section, abc.ABC):
         """
 
     @abc.abstractmethod
-    def questions_digest(self) -> str:
-        """Return the field `questions` of its rows."""
+    def questions_digest(self, length: int) -> str:
+        """Return the field `questions` of its rows of one length."""
 
     @abc.abstractmethod
     def ask(self, asking: Asking) -> Iterable[Row]:

@@ -1,7 +1,7 @@
 """What a comparison asks, question by question, and which rows answer it."""
 
 from collections.abc import Iterable
-from functools import cache, cached_property
+from functools import cache
 
 from transformerfam.comparison.names import RunName
 from transformerfam.comparison.plan import Comparison
@@ -19,6 +19,7 @@ class Questions:
     def __init__(self, comparison: Comparison) -> None:
         self.comparison = comparison
         self._block_size, self._asked = cache(self._find_block_size), cache(comparison.asked)
+        self._digest = cache(comparison.questions_digest)
 
     def require_askable(self) -> None:
         """Write every question down, so that what is wrong with one is said before anything is trained.
@@ -26,7 +27,8 @@ class Questions:
         Raises:
             TransformerFamError: a number is out of its range, or the filler cannot be read.
         """
-        _ = self._questions
+        for length in self.comparison.lengths:
+            self._digest(length)
         self.comparison.require_askable()
 
     def answers(self, rows: Iterable[Row]) -> list[Row]:
@@ -59,17 +61,12 @@ class Questions:
             return False
         if any(row.get(field, value) != value for field, value in comparison.fields.items()):
             return False
-        if "questions" in row and row["questions"] != self._questions:
+        if "questions" in row and row["questions"] != self._digest(length):
             return False
         asked, own = self._asked(kind, seed, length, self._block_size(system)), comparison.question_of(row)
         if None in own:
             return True
         return own in asked and all(row.get(field, value) == value for field, value in asked[own].items())
-
-    @cached_property
-    def _questions(self) -> str:
-        """The field `questions` of the rows."""
-        return self.comparison.questions_digest()
 
     def _find_block_size(self, system: str) -> int:
         control = control_of(system)

@@ -51,8 +51,9 @@ def current_rows(comparison: Comparison, rows: Iterable[Row]) -> list[Row]:
     own = [row for row in rows if row["model"] == comparison.name]
     answers = Questions(comparison).answers(own)
     by_run: defaultdict[tuple[str, int], Row] = defaultdict(dict)
-    for row in answers:
-        require_alike(row, by_run[row["system"], row["seed"]])
+    for row in answers:  # all of them are of the comparison's questions, which may differ by length
+        weights = {name: value for name, value in row.items() if name != "questions"}
+        require_alike(weights, by_run[row["system"], row["seed"]])
     described: dict[tuple[Any, ...], Row] = {}  # of a run that was trained again the last one
     for row in own:
         known = by_run.get((row["system"], row["seed"]), {})

@@ -3,20 +3,20 @@
 from collections.abc import Iterable
 from typing import Any
 
-from transformerfam.comparison.filler import FillerComparison
+from transformerfam.comparison.filler import DrawnComparison
 from transformerfam.comparison.plan import Asking
 from transformerfam.reports.rows import Row
 from transformerfam.tasks.filler import filler_text, text_digest
 
 
-class TextsComparison(FillerComparison):
+class TextsComparison(DrawnComparison):
     """A comparison whose evaluation is a `TextsEvaluation`: its rows are asked all, and those that are new are kept."""
 
     def common_options(self, seed: int) -> dict[str, Any]:
         """Return the options that all evaluations of texts have."""
         return super().common_options(seed) | {"num_texts": self.num_keys}
 
-    def questions_digest(self) -> str:
+    def questions_digest(self, length: int) -> str:
         """Return the field `questions` of its rows."""
         found: str = self.evaluation(self.seeds[0]).questions(text_digest(filler_text(self.filler)))["questions"]
         return found

@@ -22,13 +22,13 @@ def answers_tables(rows: Iterable[Row]) -> list[Table]:
     Raises:
         StateMismatchError: rows of one model and system are of different weights or configurations.
     """
-    known: dict[tuple[str, str, str], Row] = {}
+    known: dict[tuple[str, str, str, int], Row] = {}
     groups: dict[tuple[str, int, str, bool], dict[tuple[str, str], list[Row]]] = {}
     for row in rows:
         if row["task"] != "answers":
             continue
         series = (str(row["model"]), row["system"])
-        require_alike(row, known.setdefault((*series, row["questions"]), {}))
+        require_alike(row, known.setdefault((*series, row["questions"], row["seed"]), {}))
         group = (row["group"], row["filler_tokens"], row["questions"], "num_choices" in row)
         groups.setdefault(group, {}).setdefault(series, []).append(row)
     return [_table(key[0], key[1], groups[key]) for key in sorted(groups)]

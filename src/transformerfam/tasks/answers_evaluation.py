@@ -105,14 +105,7 @@ class AnswersEvaluation:
             TransformerFamError: a text cannot be read, or the tokenizer knows too little of it.
             MissingPackageError: a package that scores or retrieves is not installed.
         """
-        require_scorers(self.questions.scorers)
-        if BM25 in self.systems:
-            bm25_index()
-        if self.chat and not tokenizer.chat_template:
-            raise TransformerFamError("the tokenizer has no chat template; ask without --chat")
-        filler = self.load_filler(tokenizer)
-        if filler is not None and not self.allow_unknown:
-            require_filler(tokenizer, filler)
+        filler = self.require_tokens(tokenizer)
         batches = self._batches()
         done = 0
         for length in sorted(set(self.filler_lengths)):
@@ -132,6 +125,23 @@ class AnswersEvaluation:
                         yield row
                 if self.progress is not None:
                     self.progress(done)
+
+    def require_tokens(self, tokenizer: Any) -> FillerStream | None:
+        """Check that packages and tokenizer have what the evaluation needs, and return the filler.
+
+        Raises:
+            TransformerFamError: the tokenizer has no chat template, or knows too little of the filler.
+            MissingPackageError: a package that scores or retrieves is not installed.
+        """
+        require_scorers(self.questions.scorers)
+        if BM25 in self.systems:
+            bm25_index()
+        if self.chat and not tokenizer.chat_template:
+            raise TransformerFamError("the tokenizer has no chat template; ask without --chat")
+        filler = self.load_filler(tokenizer)
+        if filler is not None and not self.allow_unknown:
+            require_filler(tokenizer, filler)
+        return filler
 
     def load_filler(self, tokenizer: Any) -> FillerStream | None:
         """Return what the texts are hidden in; None where no length asks for any."""
@@ -198,7 +208,7 @@ class AnswersEvaluation:
                         "question": item.question,
                         "wanted": list(item.answers),
                         **fields,
-                        **self.fields_of_questions(filler, length),
+                        **self.fields_of_questions(None if filler is None else filler.digest, length),
                         **weights_of(model),
                         **provenance(),
                     }
@@ -216,10 +226,10 @@ class AnswersEvaluation:
         swapped = control[1](state.select([row for pair in pairs for row in reversed(pair)]))
         return swapped.select([2 * row + 1 for row in range(last + 1)])
 
-    def fields_of_questions(self, filler: FillerStream | None, length: int) -> dict[str, str]:
+    def fields_of_questions(self, filler_digest: str | None, length: int) -> dict[str, str]:
         """Return the field `questions` of rows, which tells this evaluation's questions from others of their names."""
         asked = "chat" if self.chat else self.template
-        digest = None if filler is None or not length else filler.digest
+        digest = filler_digest if length else None
         return questions_of(self.questions.digest.hexdigest(), asked, self.max_new_tokens, digest)
 
     @staticmethod
@@ -321,7 +331,8 @@ def kv_bytes_per_token(model: Any) -> int:
 def finished_questions(rows: Sequence[dict[str, Any]], evaluation: AnswersEvaluation, tokenizer: Any) -> set[Finished]:
     """Return the questions of an evaluation that rows answer already."""
     filler, lengths = evaluation.load_filler(tokenizer), evaluation.filler_lengths
-    own = {length: evaluation.fields_of_questions(filler, length)["questions"] for length in lengths}
+    digest = None if filler is None else filler.digest
+    own = {length: evaluation.fields_of_questions(digest, length)["questions"] for length in lengths}
     return {
         (row["system"], row["item"], row["filler_tokens"])
         for row in rows

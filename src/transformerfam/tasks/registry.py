@@ -41,7 +41,10 @@ TASKS = {
 }
 """By the key `task` of a recipe's section `data`, and of a comparison."""
 
-ON_TEXTS = {"documents": "transformerfam.comparison.documents:DocumentsComparison"}
+ON_TEXTS = {
+    "documents": "transformerfam.comparison.documents:DocumentsComparison",
+    "answers": "transformerfam.comparison.answers:AnswersComparison",
+}
 """Comparisons, `module:class`, of systems that are trained by a recipe's section `instructions`."""
 
 

@@ -11,6 +11,7 @@ from torch import nn
 
 from transformerfam.decoder.memory import memory_of, set_configuration
 from transformerfam.files.tensors import load_tensors, save_tensors
+from transformerfam.tasks.answer_scores import worth
 from transformerfam.tasks.answers import QuestionFile
 from transformerfam.tasks.answers_evaluation import AnswersEvaluation
 from transformerfam.tasks.next_token import token_losses
@@ -160,8 +161,7 @@ class Validation:
 
     def _score(self, model: nn.Module, questions: QuestionFile) -> float:
         evaluation = AnswersEvaluation(questions=questions, batch_size=self.batch_size)
-        rows = evaluation.rows(model, self.tokenizer)
-        return mean(float(row["correct"] if "correct" in row else row["f1"]) for row in rows)
+        return mean(worth(row) for row in evaluation.rows(model, self.tokenizer))
 
 
 @contextlib.contextmanager
