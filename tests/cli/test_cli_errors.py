@@ -16,9 +16,11 @@ from typer.testing import CliRunner
 import fam_command
 from transformerfam.cli import demo as cli_demo
 from transformerfam.cli import loading as cli_loading
+from transformerfam.cli import make as cli_make
 from transformerfam.cli import plan as cli_plan
 from transformerfam.cli import report as cli_report
 from transformerfam.cli.app import app
+from transformerfam.cli.data import data_app
 from transformerfam.cli.evaluate import evaluate_app
 from transformerfam.cli.loading import named_with
 from transformerfam.cli.progress import screen
@@ -272,6 +274,7 @@ COMMANDS = {
     ("evaluate", "next-token"): ("{book}", "--model", "{folder}"),
     ("evaluate", "documents"): ("{book}", "--model", "{folder}", "--output", "{tmp}/o"),
     ("report", "attention"): ("--model", "{folder}", "--output", "{tmp}/pictures"),
+    ("data", "make"): ("babilong", "--tokens", "999", "--model", "{folder}", "--output", "{tmp}/new"),
 }
 """Commands with an option that is a number, each with what else it needs."""
 SEVERAL = {"--filler-tokens": "9", "--prefix-tokens": "9", "--places": "9", "--layers": "0", "--heads": "0"}
@@ -280,7 +283,7 @@ SEVERAL = {"--filler-tokens": "9", "--prefix-tokens": "9", "--places": "9", "--l
 
 def numeric_options():
     """Yield every option of the parser that is a number, or several, with its command and type."""
-    groups = [((), app), (("evaluate",), evaluate_app), (("report",), report_app)]
+    groups = [((), app), (("evaluate",), evaluate_app), (("report",), report_app), (("data",), data_app)]
     for path, group in groups:
         for command in group.registered_commands:
             name = (*path, command.name or command.callback.__name__)
@@ -310,6 +313,7 @@ def test_number_that_no_option_takes_is_refused_by_name(places, monkeypatch, val
         (cli_demo, "prepare_demo"),
         (cli_report, "load_model"),
         (cli_plan, "make_plan"),
+        (cli_make, "load_tokenizer"),
     ):
         monkeypatch.setattr(module, name, raised(AssertionError("the work was begun")))
     for name, option, kind in NUMERIC:

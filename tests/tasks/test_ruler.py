@@ -22,7 +22,8 @@ from transformerfam.sources.source import is_held_out
 from transformerfam.tasks.answer_scores import score_answer
 from transformerfam.tasks.haystack import Haystack, sentence_starts
 from transformerfam.tasks.made_questions import Lengths, MadeQuestion, make_questions
-from transformerfam.tasks.ruler import Parts, lists, niah, qa, ruler_tasks
+from transformerfam.tasks.ruler import lists, niah, qa, ruler_tasks
+from transformerfam.tasks.ruler.parts import Parts
 from transformerfam.training.tiny import build_tiny_tokenizer
 
 UNITS = {"niah_single_1": 35, "niah_multikey_2": 60, "niah_multikey_3": 120, "vt": 40, "qa_1": 80, "qa_2": 80}

@@ -1,4 +1,4 @@
-"""The subcommands of `fam data`: fetch texts and questions, list them, check them."""
+"""The subcommands of `fam data`: fetch texts and questions, list them, check them; make those of benchmarks."""
 
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -8,6 +8,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from transformerfam.cli.make import make_command
 from transformerfam.cli.output import say
 from transformerfam.errors import CorruptFileError, TransformerFamError
 from transformerfam.sources.overlap import LENGTH, Shingles
@@ -16,6 +17,7 @@ from transformerfam.sources.registry import SOURCES, source_named
 from transformerfam.sources.source import CACHE_VARIABLE, SPLITS, Source, cache_folder, fetch_source, find_source
 
 data_app = typer.Typer(no_args_is_help=True)
+data_app.command("make")(make_command)
 FolderOption = Annotated[
     Path | None,
     typer.Option("--folder", help=f"Where data is kept; {CACHE_VARIABLE}, else the user's cache, if not given."),
