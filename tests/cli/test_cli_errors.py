@@ -272,6 +272,7 @@ COMMANDS = {
     ("evaluate", "passkey"): ("--filler-tokens", "9", "--model", "{folder}", "--output", "{tmp}/o"),
     ("evaluate", "answers"): ("{questions}", "--model", "{folder}", "--output", "{tmp}/o"),
     ("evaluate", "next-token"): ("{book}", "--model", "{folder}"),
+    ("data", "export"): ("{questions}", "--output", "{tmp}/tasks"),
     ("evaluate", "documents"): ("{book}", "--model", "{folder}", "--output", "{tmp}/o"),
     ("report", "attention"): ("--model", "{folder}", "--output", "{tmp}/pictures"),
     ("data", "make"): ("babilong", "--tokens", "999", "--model", "{folder}", "--output", "{tmp}/new"),

@@ -8,6 +8,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from transformerfam.cli.export import export_command
 from transformerfam.cli.make import make_command
 from transformerfam.cli.output import say
 from transformerfam.errors import CorruptFileError, TransformerFamError
@@ -18,6 +19,7 @@ from transformerfam.sources.source import CACHE_VARIABLE, SPLITS, Source, cache_
 
 data_app = typer.Typer(no_args_is_help=True)
 data_app.command("make")(make_command)
+data_app.command("export")(export_command)
 FolderOption = Annotated[
     Path | None,
     typer.Option("--folder", help=f"Where data is kept; {CACHE_VARIABLE}, else the user's cache, if not given."),
