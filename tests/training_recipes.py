@@ -87,4 +87,4 @@ filler_tokens = [8, 40]
 [max_filler_tokens]
 full = 8
 """
-"""A whole file of a comparison, beside `training.toml`."""
+"""A whole file of a comparison, next to `training.toml`."""

@@ -71,10 +71,10 @@ def test_accuracy_counts_whole_keys_by_length_and_keeps_series_apart():
     ]
     labels = [series.label(curves) for series in curves if series.filler == "sentences" and series.system == "fam"]
     places = ["0 after the start"] * 4 + ["anywhere after the start", "9 after the start", "9 after another key"]
-    ways = ["5 digits, told 1 times, worded paper"] * 7
+    ways = ["5 digits, given 1 times, worded paper"] * 7
     ways[1:4] = [
-        *("5 digits, told 1 times, worded w", "5 digits, told 2 times, worded paper"),
-        "6 digits, told 1 times, worded paper",
+        *("5 digits, given 1 times, worded w", "5 digits, given 2 times, worded paper"),
+        "6 digits, given 1 times, worded paper",
     ]
     assert labels == [f"fam (sentences) {place}, {way}" for place, way in zip(places, ways, strict=True)]
     point = curves["tiny", "fam", "sentences", Telling()][1]
@@ -143,13 +143,13 @@ def test_full_disk_keeps_the_rows_before(tmp_path, monkeypatch):
 
 
 def test_table_shows_share_interval_and_what_tells_the_columns_apart():
-    """Would catch columns that cannot be told apart, or an accuracy without its interval."""
+    """Would catch columns that cannot be distinguished, or an accuracy without its interval."""
     text = render(passkey_table(passkey_rows() + passkey_rows("bswa", num_wrong=20, lengths=(512,))))
     assert "0.95 [0.76, 0.99]" in text
     assert "8,192" in text
     assert "bswa" in text
     assert "20 keys at every length" in text
-    assert "-" in text  # bswa was not asked at 8,192
+    assert "-" in text  # bswa was not evaluated at 8,192
     both = render(passkey_table(passkey_rows() + passkey_rows(model="smollm2") + passkey_rows(filler="b.txt")))
     assert "smollm2 fam" in both
     assert "(b.txt)" in both
@@ -203,7 +203,7 @@ def test_lines_that_end_together_are_named_behind_samples_in_their_order(tmp_pat
 
 
 def test_no_two_lines_of_a_panel_look_alike():
-    """Would catch FAM and the seventh system of a panel in one style, told apart by nothing."""
+    """Would catch FAM and the seventh system of a panel in one style, indistinguishable."""
     styles = [line_style(system, number) for number, system in enumerate(["fam", *"abcdefghijklmnop"])]
     assert len({(style["linestyle"], style["marker"]) for style in styles}) == len(styles)
     assert {style["linewidth"] for style in styles[1:]} < {style["linewidth"] for style in styles}

@@ -36,7 +36,7 @@ def test_compressed_rows_are_read_as_the_plain_ones(tmp_path, compressed):
 
 @pytest.mark.parametrize("kept", [5, 60, -9, -1])
 def test_cut_compressed_rows_are_refused(compressed, kept):
-    """Would catch a table of the rows in front of the cut, which says nothing of those behind it."""
+    """Would catch a table of the rows before the cut that is silent about those after it."""
     compressed.write_bytes(compressed.read_bytes()[:kept])
     with pytest.raises(CorruptFileError, match=r"rows.jsonl.gz is cut or damaged .*copy it again"):
         read_rows([compressed])
@@ -69,7 +69,7 @@ def test_plain_rows_named_as_compressed_are_refused(compressed):
 
 
 def test_compressed_rows_are_not_appended_to(compressed, tmp_path):
-    """Would catch plain lines behind compressed ones, and a file named .gz that is none."""
+    """Would catch plain lines after compressed ones, and a file named .gz that is none."""
     before = compressed.read_bytes()
     remedy = re.escape(f"give {tmp_path / 'rows.jsonl'}, which `gunzip -k {compressed}` makes")
     with pytest.raises(TransformerFamError, match=f"could not write {re.escape(str(compressed))}: .*{remedy}"):

@@ -1,4 +1,4 @@
-"""Facts hidden in long texts: the stories are true, their supports are those that count, and rows ask what was told."""
+"""Facts hidden in long texts: true stories, the supports that count, questions about their row's facts."""
 
 import random
 import re
@@ -188,7 +188,7 @@ def test_evaluation_gives_a_row_per_question() -> None:
 
 
 def test_rows_ask_later_for_facts_in_their_own_filler() -> None:
-    """Catches a story that is told again, filler of another task, and a story that a state has read in part."""
+    """Catches a story that appears again, filler of another task, and a story that a state has read in part."""
     passing = {"probability": 1.0, "rows": "all", "ask_later": 1.0}
     values = {
         "model": SMALL_MODEL | {"vocabulary_from": "northanger_abbey"},

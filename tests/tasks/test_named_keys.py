@@ -65,7 +65,7 @@ def test_text_tells_every_key_and_asks_for_the_newest() -> None:
 
 
 def test_training_rows_ask_for_one_of_their_keys() -> None:
-    """Catches rows of different length, an answer that the text does not tell last, and weights on other tokens."""
+    """Catches rows of different length, an answer that is not the text's last one, and weights on other tokens."""
     tokenizer = build_tiny_tokenizer()
     own = recipe(retold_keys=[0, 2], keys_apart=[0, 5], prefix_tokens=[0, 4])
     builder = SequenceBuilder(own, tokenizer)
@@ -85,7 +85,7 @@ def test_training_rows_ask_for_one_of_their_keys() -> None:
 
 
 def test_training_rows_ask_for_several_keys() -> None:
-    """Catches answers of earlier questions that are not weighed, or beside their place, and tokens weighed twice."""
+    """Catches answers of earlier questions without weight, or weighed next to their place, and tokens weighed twice."""
     tokenizer = build_tiny_tokenizer()
     builder = SequenceBuilder(recipe(named_keys=[3, 5], keys_asked=[2, 4], retold_keys=[1, 1]), tokenizer)
     numbers = set()
@@ -110,7 +110,7 @@ def test_training_rows_ask_for_several_keys() -> None:
 
 
 def test_stages_tell_more_and_more_keys() -> None:
-    """Catches a stage whose own number of keys is not used, and numbers that cannot be told."""
+    """Catches a stage whose own number of keys is not used, and numbers of keys that cannot be given."""
     tokenizer = build_tiny_tokenizer()
     stages = ({"filler_tokens": [8, 32], "data": {"named_keys": [1, 1]}}, {"filler_tokens": [8, 32]})
     builder = SequenceBuilder(recipe(stages, named_keys=[4, 4]), tokenizer)
@@ -132,14 +132,14 @@ def test_stages_have_keys_of_their_own_length() -> None:
     builder = SequenceBuilder(recipe(stages, key_digits=[3, 3]), tokenizer)
     for stage, digits in ((0, 1), (1, 3)):
         assert {len(str(key)) for step in range(4) for key in builder.batch(step, stage).keys} == {digits}
-    with pytest.raises(RecipeError, match="tell up to 11 different keys of 1 digits, of which there are 9"):
+    with pytest.raises(RecipeError, match="give up to 11 different keys of 1 digits, of which there are 9"):
         recipe(stages, named_keys=[1, 8], retold_keys=[0, 3])
     with pytest.raises(RecipeError, match=r"curriculum.0: data.key_digits is \[0, 1\], required is 1 <= low"):
         recipe(({"filler_tokens": [8, 32], "data": {"key_digits": [0, 1]}},))
 
 
 def test_rows_ask_later_for_what_a_state_holds(tmp_path: Path) -> None:
-    """Catches rows that tell what they ask later, ask for something else, or forget it over a checkpoint."""
+    """Catches rows that give what they query later, query something else, or forget it over a checkpoint."""
     tokenizer = build_tiny_tokenizer()
     passing = {"probability": 1.0, "rows": "all", "ask_later": 1.0, "before_question": True}
     values = recipe(named_keys=[3, 3], keys_asked=[2, 2]).to_dict() | {"state_passing": passing}
@@ -166,7 +166,7 @@ def test_rows_ask_later_for_what_a_state_holds(tmp_path: Path) -> None:
 
 
 def test_recipes_that_cannot_tell_keys_apart_are_refused() -> None:
-    """Catches names beside what knows one key."""
+    """Catches names together with options for a single key."""
     with pytest.raises(RecipeError, match=r"data.named_keys is \[1, 17\], required is 1 to 16"):
         recipe(named_keys=[1, 17])
     with pytest.raises(RecipeError, match="data.boundary_share is a key of task 'passkey', and the task is"):
@@ -245,7 +245,7 @@ def small(folder: Path) -> Comparison:
 
 
 def test_comparison_of_named_keys(tmp_path: Path, short_bytes: None) -> None:
-    """Catches a capacity that counts outdated keys, and questions that are asked twice after a stop."""
+    """Catches a capacity that counts outdated keys, and questions that are evaluated twice after a stop."""
     comparison = small(tmp_path)
     run = RunName("fam", 0)
     run_one(comparison, run, tmp_path / "runs")

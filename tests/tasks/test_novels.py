@@ -31,7 +31,7 @@ def test_load_novel_refuses_unknown_name_with_the_nearest() -> None:
 
 
 def test_novel_is_read_by_its_name_where_a_file_is() -> None:
-    """Catches a measurement on a novel that asks its user to unpack the package's own data."""
+    """Catches a measurement on a novel for which users must unpack the package's own data."""
     assert read_text("persuasion") == load_novel("persuasion")
 
 

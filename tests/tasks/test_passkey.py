@@ -75,7 +75,7 @@ def test_tokenizer_without_digits_is_refused():
 
 
 def test_batch_rows_are_the_single_texts(tokenizer):
-    """Would catch a cheap training path that drifts from what the evaluation asks."""
+    """Would catch a cheap training path that drifts from the evaluation's questions."""
     text = PasskeyText(tokenizer)
     keys, starts = [12345, 67890], torch.tensor([0, 11])
     batch = text.batch(keys, 30, starts)
@@ -112,7 +112,7 @@ def test_missing_filler_file_is_named(tmp_path, tokenizer):
 
 
 def test_keys_have_five_digits_differ_and_follow_the_seed():
-    """Would catch doubled keys, which would be asked once only, and draws that change with the number of keys."""
+    """Would catch doubled keys, which would be queried once only, and draws that change with the number of keys."""
     keys = draw_keys(500, seed=3)
     assert len(set(keys)) == 500
     assert all(re.fullmatch("[1-9][0-9]{4}", str(key)) for key in keys)

@@ -1,4 +1,4 @@
-"""Passkeys evaluated: one reading per key that is asked at every length, and resumed."""
+"""Passkeys evaluated: one reading per key, evaluated at every length, and resumed."""
 
 import collections
 import re
@@ -61,7 +61,7 @@ def test_forked_batched_reading_answers_as_each_text_read_alone(model, tokenizer
 
 
 def test_another_key_is_told_in_front_of_the_prefix(model, tokenizer):
-    """Would catch an old key that is not told, stands behind the new one, or counts as right."""
+    """Would catch an old key that is not given, comes after the new one, or counts as right."""
     text = PasskeyText(tokenizer)
     rows = evaluate(model, tokenizer, prefix_tokens=5, overwritten=True)
     assert len({row["old_key"] for row in rows} | {row["key"] for row in rows}) == 2 * len(draw_keys(3, 5))
@@ -98,7 +98,7 @@ def test_answer_is_right_only_if_the_whole_key_is(tokenizer, monkeypatch):
 
 
 def test_jitter_spreads_questions_over_every_phase_of_a_block():
-    """Would catch a question that stands at one phase only, where a model that fails at another looks solved."""
+    """Would catch a question at one phase only, where a model that fails at another looks solved."""
     options = PasskeyEvaluation(filler_lengths=[64], num_keys=16)
     assert sorted(options.jitters(64, 16)) == list(range(16))
     few = PasskeyEvaluation(filler_lengths=[64], num_keys=5)
@@ -124,7 +124,7 @@ def test_zeroed_memory_is_asked_on_a_fork_of_its_own(model, tokenizer):
 
 @pytest.mark.parametrize("control", CONTROLS)
 def test_control_is_asked_of_the_same_reading_with_its_memory_changed(control, model, tokenizer, monkeypatch):
-    """Would catch a control that is asked of no reading at all, whose answers are as wrong as they should be."""
+    """Would catch a control that is evaluated without any reading, whose answers are as wrong as they should be."""
     asked = []
 
     def noted(model, ids_BT, state, *arguments):
@@ -149,7 +149,7 @@ def test_control_is_asked_of_the_same_reading_with_its_memory_changed(control, m
 
 
 def test_finished_questions_are_left_out_and_the_rest_is_the_same(model, tokenizer):
-    """Would catch a resumed run that asks twice or gives other answers than one that ran through."""
+    """Would catch a resumed run that evaluates twice or gives other answers than one that ran through."""
     rows = evaluate(model, tokenizer)
     options = PasskeyEvaluation(filler_lengths=[3, 40], num_keys=3, seed=5, batch_size=2)
     options.finished = passkey_evaluation.finished_questions(rows[:4], options)
@@ -165,7 +165,7 @@ def test_finished_questions_are_left_out_and_the_rest_is_the_same(model, tokeniz
     ],
 )
 def test_rows_of_another_run_do_not_count_as_finished(model, tokenizer, change):
-    """Would catch a run that is skipped because another one with the same keys stands in the file."""
+    """Would catch a run that is skipped because another one with the same keys is in the file."""
     rows = [row | change for row in evaluate(model, tokenizer)]
     options = PasskeyEvaluation(filler_lengths=[3, 40], num_keys=3, seed=5)
     assert passkey_evaluation.finished_questions(rows, options) == frozenset()
@@ -188,7 +188,7 @@ def test_book_filler_starts_at_another_place_for_each_key(tmp_path, model, token
 
 
 def test_filler_is_handed_over_in_pieces_whatever_the_length(model, tokenizer):
-    """Would catch memory that grows with the length: a million tokens of 20 keys must never stand side by side."""
+    """Would catch memory that grows with the length: a million tokens of 20 keys must never be held side by side."""
     states = []
     progress = lambda done, total, state: states.append((done, total, state.num_bytes))  # noqa: E731
     with handed_over(model) as given:
@@ -255,7 +255,7 @@ def test_memory_of_another_text_and_of_none_answer_as_such_readings_would(model,
         begun = model.init_state(1)
         fill = state.block_fill[0]
         assert fill > 0
-        model.read(torch.tensor([read[-fill:]]), begun)  # the same block behind the initial FAM
+        model.read(torch.tensor([read[-fill:]]), begun)  # the same block after the initial FAM
         initial = state.fork().initial_memory()
         for layer, other in zip(initial.layers, begun.layers, strict=True):
             fam = slice(layer.sections.fam, layer.sections.block)

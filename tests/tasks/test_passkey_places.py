@@ -12,7 +12,7 @@ from transformerfam.tasks.wordings import Wording
 
 
 def text_of_row(tokenizer, row, start):
-    """Return the tokens in front of a row's answer, told once at its place."""
+    """Return the tokens in front of a row's answer, given once at its place."""
     text = PasskeyText(tokenizer)
     place = row["prefix_tokens"]
     ids = text.filler.slice(start, place).tolist() + text.intro_ids(row["key"])
@@ -36,7 +36,7 @@ def test_uniform_keys_stand_in_every_part_of_the_text_and_beyond_the_window(mode
 
 
 def test_a_key_is_told_as_often_as_asked_for(model, tokenizer):
-    """Would catch mentions that are dropped, stand behind the last place, or are not spread."""
+    """Would catch mentions that are dropped, come after the last place, or are not spread."""
     intro = PasskeyText(tokenizer).intro_ids(draw_keys(1, 5)[0])
     for prefix, places in ((90, [30, 60, 90]), ("uniform", None)):
         options = {"num_mentions": 3, "filler_lengths": [300], "num_keys": 1, "prefix_tokens": prefix}
@@ -56,7 +56,7 @@ def test_a_key_is_told_as_often_as_asked_for(model, tokenizer):
 
 
 def test_keys_have_as_many_digits_as_asked_for(model, tokenizer):
-    """Would catch keys of five digits whatever is asked, and digits of an answer that are not read to the end."""
+    """Would catch keys of five digits whatever is set, and digits of an answer that are not read to the end."""
     for digits in (3, 8):
         rows = evaluate(model, tokenizer, num_digits=digits, filler_lengths=[3])
         assert {len(str(row["key"])) for row in rows} == {row["num_digits"] for row in rows} == {digits}
@@ -69,7 +69,7 @@ WORDING = Wording("The sky is{key}. Remember {key}!", " What is the sky?", " Sky
 
 @pytest.mark.filterwarnings("ignore:.* of the wording sky's tokens are words that the tokenizer does not know")
 def test_another_wording_tells_asks_and_counts_its_own_key(model, tokenizer):
-    """Would catch pieces of the paper's wording left in, and a key that is tokenised otherwise than it stands."""
+    """Would catch pieces of the paper's wording left in, and a key that is tokenised otherwise than in the text."""
     text = PasskeyText(tokenizer, wording=WORDING)
     assert text.intro_ids(123) == [
         token for part in ("The sky is", "123", ". Remember", " 123", "!") for token in encode(tokenizer, part)
@@ -95,7 +95,7 @@ def test_another_wording_tells_asks_and_counts_its_own_key(model, tokenizer):
     ],
 )
 def test_tellings_that_cannot_be_are_refused(model, tokenizer, options, message):
-    """Would catch a run that tells nothing, or a control that is the system itself."""
+    """Would catch a run that gives no key, or a control that is the system itself."""
     with pytest.raises(TransformerFamError, match=message):
         evaluate(model, tokenizer, **options)
 

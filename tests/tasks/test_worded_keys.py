@@ -1,4 +1,4 @@
-"""Keys told in many wordings, anywhere and more than once."""
+"""Keys given in many wordings, anywhere and more than once."""
 
 import itertools
 import random
@@ -70,7 +70,7 @@ def answers(batch, row):
 
 
 def tellings(told):
-    """Return what a text tells, name and key in the order in which they are told, found by the bank's own sentences."""
+    """Return the names and keys of a text in their order, found by the bank's own sentences."""
     bank = WordingBank.load()
     nouns = "|".join(sorted(map(re.escape, bank.nouns), key=len, reverse=True))
     owners = "|".join(sorted(map(re.escape, bank.owners), key=len, reverse=True))
@@ -86,7 +86,7 @@ def tellings(told):
 
 
 def test_every_answer_is_the_key_that_its_text_told_last(books):
-    """Would catch a key that is asked for and was not told, or an outdated one that counts."""
+    """Would catch a key that is queried and was not given, or an outdated one that counts."""
     sequences, num_outdated, num_several, num_mentioned = builder(books), 0, 0, 0
     for step in range(12):
         batch = sequences.batch(step, 0)
@@ -107,7 +107,7 @@ def test_every_answer_is_the_key_that_its_text_told_last(books):
 
 @pytest.mark.parametrize("kind", ["scenes", "passages"])
 def test_keys_in_words_of_their_own_are_told_and_asked_for(tmp_path, kind):
-    """Would catch a key that is asked for and was not told, words of another key, and an outdated one that counts."""
+    """Would catch a key that is queried and was not given, words of another key, and an outdated one that counts."""
     words = ("".join(letters) for letters in itertools.product("abcdefghijkl", repeat=4))
     (tmp_path / "one.txt").write_text(" ".join(words), encoding="utf-8")
     sequences, bank = builder(str(tmp_path), data={kind: 1.0}), WordingBank.load()
@@ -123,7 +123,7 @@ def test_keys_in_words_of_their_own_are_told_and_asked_for(tmp_path, kind):
                     (scene,) = {pair for pair in questions if before.endswith("".join(pair).split(f" {KEY}")[0])}
                     intro = next(intro for intro, *pair in bank.scenes if tuple(pair) == scene)
                     keys = re.findall(re.escape(intro).replace(re.escape(KEY), r"(\d+)"), told)
-                else:  # the last three words in front of the question are those in front of the key that was told
+                else:  # the last three words in front of the question are those in front of the key
                     keys = re.findall(re.escape(" ".join(words[-3:])) + r"[ :(=]+(\d+)", told)
                 assert f" {keys[-1]}" == answer
 
@@ -139,7 +139,7 @@ def test_scenes_are_told_apart_by_their_words():
 
 
 def test_rows_have_one_length_and_places_all_over_the_text(books):
-    """Would catch keys that stand at one place of a block alone."""
+    """Would catch keys at one place of a block alone."""
     sequences, places = builder(books, data={"named_keys": [1, 1], "retold_keys": [0, 0], "mentions": [1, 1]}), []
     for step in range(40):
         batch = sequences.batch(step, 0)
@@ -149,7 +149,7 @@ def test_rows_have_one_length_and_places_all_over_the_text(books):
 
 
 def test_what_a_memory_holds_is_asked_for_later_and_told_to_the_teacher(books):
-    """Would catch a row that asks for a key of another row, or a teacher that is not told it."""
+    """Would catch a row that queries a key of another row, or a teacher that is not given it."""
     sequences = builder(books, state_passing={"probability": 1.0, "rows": "all", "ask_later": 1.0})
     first = sequences.batch(3, 0)
     later = sequences.batch(4, 0, list(first.held))
@@ -204,7 +204,7 @@ def test_bank_tells_and_asks_by_the_name():
     ],
 )
 def test_recipes_that_contradict_themselves_are_refused(data, message):
-    """Would catch a training that tells its keys in another way than its recipe says."""
+    """Would catch a training that gives its keys in another way than its recipe says."""
     with pytest.raises(RecipeError, match=message):
         small_recipe(data=data)
 

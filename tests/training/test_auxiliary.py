@@ -71,7 +71,7 @@ def test_diversity_is_the_negative_entropy_of_attention_over_the_fam(num_tokens:
 
 
 def test_reconstruction_is_the_error_of_attention_to_the_updated_fam() -> None:
-    """Catches a FAM that stands elsewhere than it is written, queries of another block, and another target."""
+    """Catches a FAM at another place than it is written, queries of another block, and another target."""
     model, ids = make_model(), random_ids(1, SIZE)
     weights = ReferenceWeights.from_llama(model)
     fams = run_reference(weights, CONFIG, ids[0], initial=fam_parameters(model)[0]).fams

@@ -117,7 +117,7 @@ def test_logits_are_made_for_weighed_positions_alone():
 
 
 def test_passed_fam_is_that_before_the_question():
-    """A FAM that has read the answer, and so is told the key again."""
+    """A FAM that has read the answer, and so is given the key again."""
     model, batch = batch_of(small_recipe(), 60)
     passed = run_batch(model, batch, model.init_state(3), pass_before_question=True).passed_fam_LBFD
     whole = batch.question_start // 16 * 16
@@ -126,7 +126,7 @@ def test_passed_fam_is_that_before_the_question():
 
 
 def test_passed_fam_is_the_starting_one_where_the_question_stands_in_the_first_block():
-    """A chain that breaks off at every question in a first block, or goes on as if that block were in the FAM."""
+    """A chain that breaks off at every question in a first block, or continues as if that block were in the FAM."""
     model, batch = batch_of(small_recipe(), 60)
     started = torch.randn(model.init_state(3).fams.shape)
     for question_start, num_blocks in ((15, 0), (16, 1)):
@@ -169,7 +169,7 @@ def test_training_stops_at_a_loss_that_is_not_finite(tmp_path):
 
 @pytest.mark.parametrize("checkpoint_blocks", [False, True])
 def test_change_of_the_fam_is_that_of_rows_that_tell_no_key(checkpoint_blocks):
-    """A change that is taken behind the bound, counts a first update or a row that tells a key, or has no gradient."""
+    """A change that is taken after the bound, counts a first update or a row that gives a key, or has no gradient."""
     model, batch = batch_of(small_recipe(fam={"fam_norm_bound": None}), 40)
     batch.is_told_B[:] = torch.tensor([False, True, False])
     fams_LBFD = torch.randn(2, 3, 4, 32, generator=torch.Generator().manual_seed(0))
@@ -246,7 +246,7 @@ def test_slots_keep_their_gradient_in_front_of_a_question_at_the_end_of_a_block(
     model, batch = batch_of(small_recipe(fam=fam | {"block_size": length // 2}), 60 + length % 2)
     batch.weights_BT[~batch.is_key_BT] = 0.0
     gradient_tokens = batch.input_ids_BT.shape[1] - batch.question_start
-    assert gradient_tokens < length // 2  # the question stands in the second of two whole blocks
+    assert gradient_tokens < length // 2  # the question is in the second of two whole blocks
     embedded, gradients = [], []
     model.get_input_embeddings().register_forward_hook(lambda module, args, output: embedded.append(output))
     for tokens in (None, gradient_tokens):
@@ -282,7 +282,7 @@ def test_tokens_without_gradient_are_read_once_where_all_rows_begin_alike():
 
 
 def test_repeated_updates_are_those_of_reading_the_blocks_again():
-    """A repeated update by a row's own block, by one that tells a key, at another place, or cut off the graph.
+    """A repeated update by a row's own block, by one that gives a key, at another place, or cut off the graph.
 
     With the memory closed to tokens a block's keys and values do not depend on it, so that both ways are the same."""
     model, batch = batch_of(small_recipe(fam={"block_size": 32}), 1)

@@ -1,4 +1,4 @@
-"""What is said of a recipe's keys: as a recipe again, and as the reference page."""
+"""The description of a recipe's keys: as a recipe again, and as the reference page."""
 
 import dataclasses
 import json

@@ -80,7 +80,7 @@ def test_chat_template_writes_conversations(tmp_path: Path) -> None:
 
 
 def test_sequences_are_packed_and_end_with_a_repeated_segment(files: tuple[str, ...]) -> None:
-    """Catches tokens that are lost between two sequences, and a repeated segment that stands nowhere before."""
+    """Catches tokens that are lost between two sequences, and a repeated segment that is nowhere before."""
     tokenizer = build_tiny_tokenizer()
     packed = PackedInstructions(make_recipe(files, instructions={"length": 60, "repeat_tokens": 10}), tokenizer)
     stream = []
@@ -163,7 +163,7 @@ def test_mixed_sequences_are_those_of_the_epoch_in_another_order(files: tuple[st
 
 
 def test_batch_predicts_every_weighed_token(files: tuple[str, ...]) -> None:
-    """Catches weights that stand at the token itself and not where it is predicted."""
+    """Catches weights at the token itself and not where it is predicted."""
     packed = PackedInstructions(make_recipe(files), build_tiny_tokenizer())
     batch = packed.batch(1)
     ids, _ = packed.sequence(3)
@@ -278,7 +278,7 @@ def test_bad_lines_are_refused(line: str, match: str, tmp_path: Path) -> None:
 
 def test_recipe_refuses_passkey_sections_beside_instructions(files: tuple[str, ...]) -> None:
     for section, match in (
-        ({"schedule": {"stored_blocks": 2}}, "schedule.stored_blocks is given beside instructions"),
+        ({"schedule": {"stored_blocks": 2}}, "schedule.stored_blocks is given with instructions"),
         ({"instructions": {"length": 30}}, "instructions.length is 30, required is more than twice"),
         ({"loss": {"teacher": 1.0}, "model": {"base": "smollm2"}}, "loss.teacher, state_passing.ask_later"),
     ):

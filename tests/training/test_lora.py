@@ -56,7 +56,7 @@ def test_outputs_and_gradients_are_those_of_peft() -> None:
 
 
 def test_fused_layers_are_left_copied_and_merged_as_others() -> None:
-    """Catches a copy that computes with the weights it was copied from, and a fused layer that stays behind."""
+    """Catches a copy that computes with the weights it was copied from, and a fused layer that is not copied."""
     model = make_model()
     expected, _ = outputs_and_gradients(model)
     fuse_lora(model)

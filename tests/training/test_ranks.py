@@ -119,7 +119,7 @@ def test_batch_read_in_parts_trains_as_a_whole_one(tmp_path: Path) -> None:
 
 
 def test_evaluation_is_spread_over_processes(tmp_path: Path) -> None:
-    """Catches keys that are asked twice or not at all, and rows of one process that another cuts off."""
+    """Catches keys that are queried twice or not at all, and rows of one process that another cuts off."""
     save_passkey_model(tmp_path / "model")
     command = ["evaluate", "passkey", "--model", str(tmp_path / "model"), "--filler-tokens", "20,60", "--num-keys", "5"]
     assert run_in_processes(tmp_path, [*command, "--output", str(tmp_path / "alone.jsonl")]).returncode == 0
@@ -190,7 +190,7 @@ def test_what_cannot_be_shared_is_refused(tmp_path: Path) -> None:
 
 
 def test_processes_that_disagree_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Catches a process with another recipe, which would wait for the others for ever or train another model."""
+    """Catches a process with another recipe, which would hang or train another model."""
     recipe = build_recipe(small_values())
     ranks = Ranks(recipe)
     monkeypatch.setattr(ranks, "accelerator", object())

@@ -73,7 +73,7 @@ def in_stage(**data):
         ({"key_bias": {"start_value": -4.0, "end_step": 7}}, r"within the 6 steps"),
         (
             {"model": {"base": "x", "memory": "y", "prompt_text": "z"}},
-            r"model.prompt_text is given beside model.memory",
+            r"model.prompt_text is given with model.memory",
         ),
         ({"model": {"prompt_text": "z"}, "fam": {"fam_init": "prefix"}}, r"or fam.fam_init is 'prefix'"),
         ({"lora": 3}, r"lora is 3, required is a section with keys"),
@@ -134,7 +134,7 @@ def in_stage(**data):
     ],
 )
 def test_wrong_recipe_is_refused_by_name(change, message):
-    """A typo that is silently ignored, and a run that trains something else than was asked for."""
+    """A typo that is silently ignored, and a run that trains something else than requested."""
     with pytest.raises(RecipeError, match=message):
         small_recipe(**change)
 

@@ -35,7 +35,7 @@ def test_batch_depends_on_seed_step_and_stage_alone():
 
 
 def test_labels_are_the_next_tokens_and_the_key_is_weighed():
-    """Weights that stand one position off, so that the model learns to repeat its input."""
+    """Weights that are one position off, so that the model learns to repeat its input."""
     builder = SequenceBuilder(small_recipe(), TOKENIZER)
     batch = builder.batch(0, 1)
     assert torch.equal(batch.labels_BT[:, :-1], batch.input_ids_BT[:, 1:])
@@ -57,7 +57,7 @@ def test_question_stands_at_every_phase_of_a_block():
 
 
 def test_asking_later_asks_for_the_key_that_the_state_holds():
-    """A row that tells a new key and asks for the old one, or the other way round."""
+    """A row that gives a new key and queries the old one, or the other way round."""
     builder = SequenceBuilder(small_recipe(state_passing=PASSES_ALL), TOKENIZER)
     batch = builder.batch(3, 1, carried_keys=(12345, None, 67890))
     assert batch.keys[0] == 12345
@@ -69,7 +69,7 @@ def test_asking_later_asks_for_the_key_that_the_state_holds():
 
 
 def test_keys_have_as_many_digits_as_the_recipe_says():
-    """A longer key that is told whole and asked in part, or a shorter one asked later with its question misplaced."""
+    """A longer key that is given whole and queried in part, or a shorter one queried later by a misplaced question."""
     builder = SequenceBuilder(small_recipe(data={"key_digits": [4, 7]}, state_passing=PASSES_ALL), TOKENIZER)
     lengths = set()
     for step in range(40):
@@ -131,7 +131,7 @@ def test_questions_stand_across_a_boundary_in_their_share(share):
 
 
 def test_books_are_mixed_in_by_their_share(tmp_path):
-    """Book text that asks for a key which it does not hold."""
+    """Book text that queries a key which it does not hold."""
     (tmp_path / "a.txt").write_text("The sky is blue.\n\nThe grass is green.")
     data = {"passkey_sentences": 1.0, "book": 1.0, "passkey_book": 1.0, "books": str(tmp_path)}
     builder = SequenceBuilder(small_recipe(data=data, schedule={"batch_size": 30}), TOKENIZER)
@@ -151,7 +151,7 @@ def test_filler_of_text_alone_is_the_text(tmp_path):
 
 
 def test_empty_folder_of_books_is_refused(tmp_path):
-    """Training that silently goes on without books."""
+    """Training that silently continues without books."""
     with pytest.raises(RecipeError, match=r"at least one \.txt file"):
         SequenceBuilder(small_recipe(data={"book": 0.5, "books": str(tmp_path)}), TOKENIZER)
 
@@ -182,7 +182,7 @@ def test_first_rows_state_is_passed_to_all_rows():
 
 
 def test_state_that_is_not_finite_is_not_passed():
-    """One overflow that spoils every step behind it."""
+    """One overflow that spoils every later step."""
     passing = StatePassing(StatePassingSection(probability=1.0), seed=0)
     passing.update_start(0, 0)
     passing.keep(0, torch.full((1, 1, 1, 1), torch.inf), (7,))
@@ -190,7 +190,7 @@ def test_state_that_is_not_finite_is_not_passed():
 
 
 def test_noise_is_a_share_of_each_rows_size_and_depends_on_the_step_alone():
-    """Noise that drowns small rows, that a resumed run draws anew, or that reaches no passed state."""
+    """Noise that drowns small rows, that a resumed run draws again, or that reaches no passed state."""
 
     def passed(step, noise=0.5):
         passing = StatePassing(StatePassingSection(probability=1.0, rows="all", noise=noise), seed=0)
@@ -225,7 +225,7 @@ def test_plain_text_keeps_the_key_of_the_passed_state():
 
 
 def test_every_step_draws_a_block_and_its_filler_grows_with_it():
-    """Larger blocks whose question always stands in the block that told the key."""
+    """Larger blocks whose question is always in the block of the key."""
     sizes = (16, 24, 64)
     schedule = {"block_sizes": list(sizes), "curriculum": [{"filler_tokens": [1, 9]}]}
     builder = SequenceBuilder(small_recipe(schedule=schedule), TOKENIZER)
@@ -238,7 +238,7 @@ def test_every_step_draws_a_block_and_its_filler_grows_with_it():
 
 
 def test_short_intro_tells_the_key_without_the_sentences_in_front():
-    """A first part of training that pays for 33 tokens which tell nothing."""
+    """A first part of training that pays for 33 tokens without information."""
     builder = SequenceBuilder(small_recipe(data={"short_intro": True}), TOKENIZER)
     batch = builder.batch(0, 0)
     for row, key in enumerate(batch.keys):
@@ -247,7 +247,7 @@ def test_short_intro_tells_the_key_without_the_sentences_in_front():
 
 
 def test_a_stage_has_a_prefix_of_its_own():
-    """A stage whose keys stand where those of the others do."""
+    """A stage whose keys are where those of the others are."""
     stages = [{"filler_tokens": [8, 8], "data": {"prefix_tokens": [5, 5]}}, {"filler_tokens": [8, 8]}]
     recipe = small_recipe(schedule={"steps": 9, "curriculum": stages}, data={"prefix_tokens": [9, 9]})
     builder = SequenceBuilder(recipe, TOKENIZER)

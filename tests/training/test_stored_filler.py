@@ -57,7 +57,7 @@ def test_filler_from_the_store_is_as_if_it_were_read(step, fam):
     """Stored keys at another place of the block, of another block, or FAM keys that are those of the block before.
 
     With the memory closed to tokens, keys and values of filler do not depend on it, so that both ways are the same.
-    No row tells a key here, since filler behind a key would see it."""
+    No row gives a key here, since filler after a key would see it."""
     recipe = stored_recipe(state_passing=ASKS_LATER, schedule={"repeat_updates": [0, 0]}, fam=fam)
     model, stored, batch = written(recipe, step, (12345, 54321, 11111), key_bias=-32.0)
     assert not batch.is_told_B.any()
@@ -116,7 +116,7 @@ def test_passed_fam_reads_stored_filler_between_steps(tmp_path):
 
 
 def test_key_and_question_stand_where_they_would_without_a_store():
-    """A key that is overwritten by filler, or a question that asks for another one."""
+    """A key that is overwritten by filler, or a question about another one."""
     recipe = stored_recipe(data={"prefix_tokens": [0, 40]})
     for step in range(4):
         _, _, batch = written(recipe, step)
@@ -156,7 +156,7 @@ def test_one_block_is_read_anew_every_few_steps():
 
 
 def test_resumed_run_gives_the_same_losses(tmp_path):
-    """A store that is read anew, with later weights, when a run goes on."""
+    """A store that is read again, with later weights, when a run resumes."""
     values = {"schedule": {"steps": 8}, "state_passing": {**ASKS_LATER, "ask_later": 0.5}}
     rows, resumed = [], []
     Trainer(stored_recipe(**values), tmp_path / "whole").run(lambda trainer, row: rows.append(row["loss"]))

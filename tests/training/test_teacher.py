@@ -40,7 +40,7 @@ def taught_recipe(base, **sections):
 
 
 def test_teacher_reads_the_rows_own_key_and_ends_as_the_row_does(base):
-    """A lesson about another row's key, or one that stands a token beside the question."""
+    """A lesson about another row's key, or one that is a token off the question."""
     passing = {"probability": 0.8, "rows": "all", "ask_later": 1.0}
     builder = SequenceBuilder(taught_recipe(base, state_passing=passing), TOKENIZER)
     batch = builder.batch(0, 1, carried_keys=(12345, None, 678))
@@ -55,7 +55,7 @@ def test_teacher_reads_the_rows_own_key_and_ends_as_the_row_does(base):
 
 
 def test_plain_text_is_not_taught(base, tmp_path):
-    """A row of a book that is pulled towards the answer to a question it does not ask."""
+    """A row of a book that is pulled towards the answer to a question that it does not have."""
     (tmp_path / "book.txt").write_text("The grass is green. " * 30)
     data = {"passkey_sentences": 0.5, "book": 0.5, "books": str(tmp_path)}
     recipe = taught_recipe(base, data=data)
@@ -70,7 +70,7 @@ def test_plain_text_is_not_taught(base, tmp_path):
 
 
 def test_what_all_rows_begin_with_is_read_once_and_changes_nothing(base):
-    """Rows that continue another row's beginning, positions that start anew, or a mask that hides the beginning."""
+    """Rows that continue another row's beginning, positions that start again, or a mask that hides the beginning."""
     batch = SequenceBuilder(taught_recipe(base), TOKENIZER).batch(0, 1)
     teacher = Teacher(base)
     lesson = teacher.read(batch)
@@ -208,11 +208,11 @@ def test_training_towards_full_attention_comes_nearer_to_it(base, tmp_path):
         ({"loss": {"full_attention": True}}, "loss.full_attention is set, and model.base is 'tiny-random'"),
         (
             {"model": {"base": "smollm2"}, "loss": {"full_attention": True}, "schedule": {"accumulate": 3}},
-            "schedule.accumulate is above 1 beside .* loss.full_attention",
+            "schedule.accumulate is above 1 with .* loss.full_attention",
         ),
     ],
 )
 def test_full_attention_without_a_teacher_is_refused(sections, message):
-    """A run whose teacher is a random model, or whose parts have means of their own."""
+    """A run whose teacher is a random model, or whose parts have separate means."""
     with pytest.raises(RecipeError, match=message):
         small_recipe(**sections)

@@ -1,4 +1,4 @@
-"""The training loop: resume, interruption, what it leaves behind."""
+"""The training loop: resume, interruption, the files that it leaves."""
 
 import dataclasses
 import json
@@ -29,7 +29,7 @@ from transformerfam.training.trainer import Trainer
 from transformerfam.weights.adapter import FamAdapter
 from transformerfam.weights.models import load_model
 
-# Everything that a resumed run could get wrong: passed states, keys asked later, stages, averages, key bias.
+# Everything that a resumed run could get wrong: passed states, keys queried later, stages, averages, key bias.
 SECTIONS = {
     "schedule": {"steps": 10, "checkpoint_seconds": 0.0},
     "state_passing": {"probability": 0.9, "rows": "all", "ask_later": 0.5, "start_step": 2},
@@ -97,7 +97,7 @@ def test_run_that_is_ended_keeps_a_checkpoint_and_says_how_to_go_on(tmp_path, nu
 
 
 def test_key_bias_is_exactly_zero_in_the_trained_memory(tmp_path):
-    """A bias that stays behind when time is up before its end."""
+    """A bias that is left unfinished when time is up."""
     recipe = small_recipe(key_bias={"start_value": -4.0, "end_step": 6}, schedule={"max_seconds": 0.0})
     trainer = Trainer(recipe, tmp_path)
     assert trainer.run().steps == 1
@@ -119,7 +119,7 @@ def test_prompt_begins_as_the_last_tokens_of_a_text(tmp_path):
 
 
 def test_trained_model_is_loaded_as_it_was(tmp_path):
-    """A folder that gives back the weights from before training, or without their average."""
+    """A folder that returns the weights from before training, or without their average."""
     trainer = Trainer(small_recipe(optimizer={"average_decay": 0.5}), tmp_path)
     trainer.run()
     model, tokenizer = load_model(tmp_path)
@@ -130,7 +130,7 @@ def test_trained_model_is_loaded_as_it_was(tmp_path):
 
 
 def test_notes_name_every_device_that_steps_were_taken_on(tmp_path, monkeypatch):
-    """A run that went on elsewhere, or was only loaded there, and passes for one of that device alone."""
+    """A run that continued elsewhere, or was only loaded there, and passes for one of that device alone."""
     Trainer(small_recipe(schedule={"steps": 3, "max_seconds": 0.0}), tmp_path).run()  # one step
     for name in ("other", "third"):  # all that are left, then none
         monkeypatch.setattr(trainer_module, "device_name", lambda device, name=name: name)
@@ -156,7 +156,7 @@ def test_lora_is_kept_as_an_adapter_in_float16(tmp_path):
 
 @pytest.mark.parametrize("lora", [None, {"rank": 2}])
 def test_memory_is_kept_with_the_reading_section(tmp_path, lora):
-    """A memory that is read as it was trained though its recipe asks for something else."""
+    """A memory that is read as it was trained though its recipe says otherwise."""
     sections = {"lora": lora} if lora else {}
     reading = {"num_memory_segments": 2, "fam_norm_bound": math.inf}
     trainer = Trainer(small_recipe(reading=reading, **sections), tmp_path)
@@ -216,7 +216,7 @@ def test_prompt_of_a_memory_goes_on_as_a_prefix(tmp_path):
     "lora", [{"rank": 4}, *(pytest.param(lora, marks=pytest.mark.slow) for lora in ({"rank": 2, "alpha": 8.0}, None))]
 )
 def test_memory_with_other_lora_is_refused(tmp_path, lora):
-    """LoRA of the first run read into other shapes or scaled anew, or left under full training."""
+    """LoRA of the first run read into other shapes or scaled again, or left under full training."""
     whole, first = tmp_path / "whole", tmp_path / "first"
     Trainer(small_recipe(), whole).run()
     Trainer(small_recipe(lora={"rank": 2}, model={"base": str(whole)}), first).run()
@@ -283,11 +283,11 @@ def test_folder_of_another_run_is_refused(tmp_path):
         Trainer(small_recipe(), tmp_path)
     with pytest.raises(RecipeError, match="section optimizer differs"):
         Trainer(small_recipe(optimizer={"lr": 1.0}), tmp_path, resume=True)
-    assert Trainer(small_recipe(), tmp_path, resume=True).run().steps == 6  # a longer schedule goes on
+    assert Trainer(small_recipe(), tmp_path, resume=True).run().steps == 6  # a longer schedule continues
 
 
 def test_damaged_checkpoint_is_refused(tmp_path):
-    """A run that starts anew, or with half of its moments, after a disk error."""
+    """A run that starts over, or with half of its moments, after a disk error."""
     with pytest.raises(CorruptFileError, match="does not exist"):
         Trainer(small_recipe(), tmp_path / "new", resume=True)
     Trainer(small_recipe(schedule={"steps": 1}), tmp_path).run()
@@ -300,7 +300,7 @@ def test_damaged_checkpoint_is_refused(tmp_path):
 
 
 def test_key_that_was_lost_is_not_asked_again(tmp_path):
-    """Rows that ask for what the memory cannot hold any more: noise that undoes what was learnt."""
+    """Rows that query what the memory cannot hold any more: noise that undoes what was learnt."""
     passing = {"probability": 1.0, "rows": "all", "ask_later": 1.0}
     Trainer(small_recipe(state_passing=passing), tmp_path).run()  # untrained, so that every answer is wrong
     rows = log_of(tmp_path)
@@ -310,7 +310,7 @@ def test_key_that_was_lost_is_not_asked_again(tmp_path):
 
 @pytest.mark.parametrize(("num_passed_blocks", "is_held"), [(0, False), (1, False), (10, True)])
 def test_key_that_the_passed_fam_never_read_is_not_asked(tmp_path, monkeypatch, num_passed_blocks, is_held):
-    """Rows that ask for a key told after the FAM was taken, or in part: a question that has no answer."""
+    """Rows that query a key given after the FAM was taken, or in part: a question that has no answer."""
 
     def run_and_be_right(*arguments, **options):
         output = run_step(*arguments, **options)
@@ -353,7 +353,7 @@ def test_passed_fam_reads_on_between_steps(tmp_path):
 
 
 def test_blocks_between_steps_grow_to_their_most():
-    """Catches filler that is as long at the beginning as at the end, or never becomes as long as asked."""
+    """Catches filler that is as long at the beginning as at the end, or never becomes as long as requested."""
     passing = StatePassing(StatePassingSection(probability=1.0, between_blocks=(1, 21), between_steps=100), seed=0)
     assert passing.blocks_between(50) == 0
     passing.started = True

@@ -1,7 +1,7 @@
 """Reports: raw rows in, tables and figures out.
 
 `rows` reads and writes the JSON lines of all measurements, one row per question, and reads compressed ones; `accuracy`
-counts, `telling` says how a row gives its key; `passkey` and `next_token` make tables, `figure` draws and `markdown`
+counts, `telling` is how a row gives its key; `passkey` and `next_token` make tables, `figure` draws and `markdown`
 writes what carries this package's mark.
 
 May import: the root of the package.

@@ -51,7 +51,7 @@ class Series(NamedTuple):
     telling: Telling = Telling()
 
     def label(self, others: Iterable["Series"]) -> str:
-        """Return the shortest name that tells this curve from the `others`: system, then what differs."""
+        """Return the shortest name that distinguishes this curve from the `others`: system, then what differs."""
         others = list(others)
         parts = [self.system]
         if len({series.model for series in others}) > 1:

@@ -18,7 +18,7 @@ MARKS = {
     ".pdf": (b"%PDF", b"/Creator (transformerfam)"),
     ".gif": (b"GIF8", b"!\xfe\x0etransformerfam\x00;"),
 }
-"""By which a figure of each format is known as one of this package: how it begins, and what it names as its creator."""
+"""What marks a figure of each format as one of this package: its first bytes, and the creator that it names."""
 
 FIGURE_SUFFIXES = (".svg", ".png", ".pdf")
 LINES = ("-", "--", ":", "-.", (0, (5, 1)), (0, (1, 3)))
@@ -173,7 +173,7 @@ def length_axis(
     along: str = "filler between key and question (tokens)",
     share: str = "keys recalled",
 ) -> None:
-    """Let axes go from 0 to 1 in a share, and over lengths, which are written short, in powers of two.
+    """Let axes run from 0 to 1 in a share, and over lengths, in short form, by powers of two.
 
     Args:
         axes: both axes of a plot.

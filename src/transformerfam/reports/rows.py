@@ -29,7 +29,7 @@ COMPRESSED, GZIP_BEGINS = ".gz", b"\x1f\x8b"
 
 
 class RowFile:
-    """Append rows to a JSON lines file, each flushed at once; what stands there already is kept.
+    """Append rows to a JSON lines file, each flushed at once; what is there already is kept.
 
     A last line that a killed run left unfinished is cut off. One process writes; of several that were launched together
     the first one holds the file for all.
@@ -240,13 +240,13 @@ def fields_of_rows() -> contextlib.AbstractContextManager[None]:
 def require_same_weights(
     rows: Iterable[Row], model_name: str, systems: Collection[str], weights: str, config: str | None = None
 ) -> None:
-    """Refuse to put answers of a model beside those that it gave with other weights, or another configuration.
+    """Refuse to add answers of a model to those that it gave with other weights or another configuration.
 
     Args:
         rows: the answers that are there; those without the fields `weights` and `config`, of earlier versions, are
             taken as they are.
         model_name: what rows call the model.
-        systems: what is asked of it.
+        systems: those that will answer.
         weights: digest of its weights.
         config: digest of its configuration; None takes any.
 
@@ -264,7 +264,7 @@ def require_same_weights(
             if here is not None and there not in (None, here):
                 raise StateMismatchError(
                     f"the rows of {row['system']} of {model_name} were answered with {what} ({there} there, {here} "
-                    f"here): {why}; give the new answers a file of their own"
+                    f"here): {why}; write the new answers to another file"
                 )
 
 

@@ -1,4 +1,4 @@
-"""How passkeys are told, which tells one curve from another."""
+"""How passkeys are given, which distinguishes one curve from another."""
 
 from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
@@ -8,10 +8,10 @@ NUM_DIGITS, WORDING = 5, "paper"
 
 
 class Telling(NamedTuple):
-    """How a run tells its keys."""
+    """How a run gives its keys."""
 
     prefix_tokens: int = 0
-    """Tokens of filler in front of the last telling; 0 with `is_uniform`, where they differ from key to key."""
+    """Tokens of filler in front of the last mention; 0 with `is_uniform`, where they differ from key to key."""
     is_overwritten: bool = False
     is_uniform: bool = False
     num_digits: int = NUM_DIGITS
@@ -20,7 +20,7 @@ class Telling(NamedTuple):
 
     @classmethod
     def of_row(cls, row: Mapping[str, Any]) -> "Telling":
-        """Return how the key of a row was told."""
+        """Return how the key of a row was given."""
         is_uniform = row.get("placing") == "uniform"
         return cls(
             0 if is_uniform else row.get("prefix_tokens", 0),
@@ -32,7 +32,7 @@ class Telling(NamedTuple):
         )
 
     def label(self, others: Iterable["Telling"]) -> str:
-        """Return what tells this from the `others`."""
+        """Return what distinguishes this from the `others`."""
         others = list(others)
         parts = []
         if len({other[:3] for other in others}) > 1:
@@ -40,7 +40,7 @@ class Telling(NamedTuple):
             parts.append(f"anywhere after {before}" if self.is_uniform else f"{self.prefix_tokens:,} after {before}")
         for name, shown in (
             ("num_digits", f"{self.num_digits} digits"),
-            ("num_mentions", f"told {self.num_mentions} times"),
+            ("num_mentions", f"given {self.num_mentions} times"),
             ("wording", f"worded {self.wording}"),
         ):
             if len({getattr(other, name) for other in others}) > 1:

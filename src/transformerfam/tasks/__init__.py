@@ -1,8 +1,8 @@
-"""Tasks: what a model reads, what it is asked, and how the answers become rows.
+"""Tasks: what a model reads, the questions it gets, and how the answers become rows.
 
-A task has a module that writes its texts (`passkey`, `named_keys`, `facts`), one that asks (`..._evaluation`; passkeys
-also have `passkey_questions` and `passkey_reading`), and one that writes what is trained on, with its section of a
-recipe (`..._training`); `next_token` scores. They share the texts (`text`, `unknown_words`, `filler`, `novels`,
+A task has a module that writes its texts (`passkey`, `named_keys`, `facts`), one that evaluates (`..._evaluation`;
+passkeys also have `passkey_questions` and `passkey_reading`), and one that writes training sequences, with its section
+of a recipe (`..._training`); `next_token` scores. They share the texts (`text`, `unknown_words`, `filler`, `novels`,
 `placed_text`), their wordings, readings in constant memory (`reading`, `ragged`), the controls, and where a row comes
 from (`provenance`).
 

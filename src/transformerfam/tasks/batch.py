@@ -21,19 +21,19 @@ class Row:
     num_answer_tokens: int
     """Tokens at the end that must be predicted whole; 0 for plain text."""
     key: int | None
-    """The key that it asks for, with several questions the last of them."""
+    """The queried key; with several questions, the last one."""
     is_told: bool
-    """Whether it tells that key; if not, it asks for the key of the passed state."""
+    """Whether the sequence gives that key; if not, it queries the key of the passed state."""
     held: Held | None
-    """What its memory holds when all its answers are right; None where it asks nothing."""
+    """What its memory holds when all its answers are right; None without a question."""
     num_told_tokens: int = 0
-    """Tokens up to the end of the last thing that it tells."""
+    """Tokens up to the end of the last fact that it gives."""
     earlier_answers: tuple[range, ...] = ()
     """Places of the answers before the last one."""
     num_asked_tokens: int = 0
     """Tokens at the end of all questions and answers together."""
     tellings: tuple[tuple[int, ...], ...] = ()
-    """What a teacher reads before the questions: the sentences that tell each answer."""
+    """What a teacher reads before the questions: the sentences that give each answer."""
 
 
 class Written(NamedTuple):
@@ -43,7 +43,7 @@ class Written(NamedTuple):
     question_start: int
     """Where the earliest question begins."""
     told: slice = slice(0, 0)
-    """The tokens of every row that tell something, of tasks whose rows can be written on stored filler."""
+    """The tokens of every row that give a fact, in tasks whose rows can be written on stored filler."""
 
 
 @dataclass(frozen=True)
@@ -58,18 +58,18 @@ class Batch:
     is_key_BT: torch.Tensor
     """Positions that predict the key."""
     question_start: int
-    """First token of the question, of the earliest one where rows differ; the length of the rows where no row asks."""
+    """First token of the question, of the earliest one where rows differ; the rows' length without a question."""
     keys: tuple[int | None, ...]
-    """The key that each row asks for."""
+    """The key that each row queries."""
     is_told_B: torch.Tensor
-    """Rows that tell the key themselves; the others ask for a key of the passed state, or ask nothing."""
+    """Rows that give the key themselves; the others query a key of the passed state, or have no question."""
     held: tuple[Held | None, ...]
-    """What each row's memory holds when its answers are right; None where it asks nothing."""
+    """What each row's memory holds when its answers are right; None without a question."""
     num_told_B: torch.Tensor
-    """Tokens of each row up to the end of the last thing that it tells."""
+    """Tokens of each row up to the end of the last fact that it gives."""
     teacher_ids_NT: torch.Tensor | None = None
-    """What the teacher reads for every row that asks: its key told a few tokens before, the same question and answer at
-    the end. None without a teacher."""
+    """What the teacher reads for every row with a question: its key, a few tokens later the same question and answer.
+    None without a teacher."""
     is_taught_BT: torch.Tensor | None = None
     """Positions of question and answer, which the teacher has at the end of its own rows."""
     is_read_T: torch.Tensor | None = None

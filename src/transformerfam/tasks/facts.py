@@ -2,7 +2,7 @@
 
 People walk between places, take things and put them down. A question has one answer, a place, and follows from so many
 sentences: where somebody is (one), where a thing is (two: who has it, and where they went), where a thing was before it
-was somewhere (three). Which sentences those are is known, so that it can be said how far back they stand.
+was somewhere (three). These sentences are known, and so is their distance to the question.
 
 Source: the tasks 1 to 3 of bAbI (Weston et al., 2015), hidden in books as in BABILong (Kuratov et al., 2024); the
 simulator is this package's own.
@@ -48,7 +48,7 @@ class Story:
 
 @dataclass
 class _World:
-    """Where everybody and everything is, and which sentence said so last."""
+    """Where everybody and everything is, and which sentence says so."""
 
     places: dict[str, str] = field(default_factory=dict)
     said: dict[str, int] = field(default_factory=dict)  # of people: the sentence of their place
@@ -200,7 +200,7 @@ class FactsText:
                 )
 
     def decode(self, ids: list[int]) -> str:
-        """Return what a model said as text, without space around it."""
+        """Return a model's answer as text, without surrounding space."""
         return str(self._tokenizer.decode(ids)).strip()
 
     def encode(self, text: str) -> list[int]:
@@ -211,7 +211,7 @@ class FactsText:
         """Write a story into filler, its sentences at places drawn evenly.
 
         Args:
-            story: what is told.
+            story: its sentences.
             num_filler: tokens of filler, in front of, between and after the sentences.
             draw: source of the places, and of where the filler begins.
         """

@@ -27,7 +27,7 @@ class FactsEvaluation(TextsEvaluation):
     """
 
     num_supports: Sequence[int] = (1, 2, 3)
-    """Sentences from which an answer follows; each number has texts of its own."""
+    """Sentences from which an answer follows; each number has its own texts."""
 
     num_sentences: int = 10
     """Sentences of a story."""
@@ -36,7 +36,7 @@ class FactsEvaluation(TextsEvaluation):
     """Texts for every length and number of supports."""
 
     def rows(self, model: Any, tokenizer: Any) -> Iterator[dict[str, Any]]:
-        """Read, ask, and yield one row per question.
+        """Read, evaluate, and yield one row per question.
 
         Args:
             model: a model with a memory.

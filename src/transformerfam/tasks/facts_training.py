@@ -51,7 +51,7 @@ class FactsSection(TaskSection):
 
 
 class FactsWriter(Writer[FactsSection]):
-    """Hide a story in filler, and ask questions on it; see `Writer`."""
+    """Hide a story in filler, followed by questions on it; see `Writer`."""
 
     def __init__(self, section: FactsSection, tokenizer: Any, seed: int, ask_later: float) -> None:
         """Tokenise the filler; arguments and errors are those of `Writer`."""

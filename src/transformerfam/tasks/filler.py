@@ -35,7 +35,7 @@ class FillerStream:
         self.period_T = torch.as_tensor(ids, dtype=torch.long)
         self.name = name
         self.digest = digest or text_digest(str(self.period_T.tolist()))
-        """What tells its text from another of the same name."""
+        """What distinguishes its text from another of the same name."""
         if self.period_T.numel() == 0:
             raise TransformerFamError(f"filler {name!r} has 0 tokens, at least 1 is required; give a text with words")
 

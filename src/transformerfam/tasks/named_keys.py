@@ -1,7 +1,7 @@
-"""More than one key, told apart by names: how much does a memory hold, and does it keep the newest?
+"""Several keys, distinguished by names: how much does a memory hold, and does it keep the newest?
 
-Several keys are told one after the other, with filler between them; some names may be told a second key, which counts.
-Behind the last of them stands filler, and then the question for one name. With one key and one name it is the passkey
+Several keys are given one after the other, with filler between them; some names may get a second key, which counts.
+After the last of them comes filler, and then the question for one name. With one key and one name this is the passkey
 task in other words.
 """
 
@@ -29,7 +29,7 @@ BEFORE_ANSWER = "? The pass key of"
 
 @dataclass(frozen=True)
 class Telling:
-    """One sentence that tells a key.
+    """One sentence that gives a key.
 
     Attributes:
         name: number of the name.
@@ -44,17 +44,17 @@ class Telling:
 
 @dataclass(frozen=True)
 class NamedKeys:
-    """What one text tells.
+    """The keys of one text.
 
     Attributes:
-        tellings: in the order in which they are told.
+        tellings: in their order in the text.
     """
 
     tellings: tuple[Telling, ...]
 
     @property
     def newest(self) -> dict[int, int]:
-        """Return the key of every name that was told last, in the order of the last telling."""
+        """Return the last key of every name, in the order in which these keys are given."""
         found: dict[int, int] = {}
         for telling in self.tellings:
             found.pop(telling.name, None)
@@ -63,7 +63,7 @@ class NamedKeys:
 
     @property
     def outdated(self) -> dict[int, list[int]]:
-        """Return the keys of every name that were told before its last."""
+        """Return the keys of every name that were given before its last."""
         newest = self.newest
         old: dict[int, list[int]] = {}
         for telling in self.tellings:
@@ -110,8 +110,8 @@ def draw_named_keys(
     Args:
         draw: source of chance.
         num_told: names, the first so many of `NAMES` in any order.
-        num_retold: names that are told a second key, after all others, and in another order.
-        apart: least and most tokens of filler in front of a telling; the first has none.
+        num_retold: names that are given a second key, after all others, and in another order.
+        apart: least and most tokens of filler in front of a key; the first has none.
         digits: of a key.
         few_digits: as for `draw_key`.
 
@@ -162,7 +162,7 @@ class NamedKeysText:
         return self._pieces["end"]
 
     def told_ids(self, telling: Telling) -> list[int]:
-        """Return the sentence that tells a key."""
+        """Return the sentence that gives a key."""
         piece = self._pieces
         return (
             piece[BEFORE_NAME]
@@ -178,10 +178,10 @@ class NamedKeysText:
         return piece[BEFORE_ASKED_NAME] + name_ids + piece[BEFORE_ANSWER] + name_ids + piece[BEFORE_NAMED_KEY]
 
     def intro_ids(self, keys: NamedKeys, filler_start: int = 0) -> list[int]:
-        """Return everything up to the end of the last telling.
+        """Return everything up to the end of the last key's sentence.
 
         Args:
-            keys: what is told.
+            keys: what the text gives.
             filler_start: first token of the filler that is used.
         """
         ids: list[int] = []

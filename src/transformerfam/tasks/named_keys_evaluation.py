@@ -26,19 +26,19 @@ KEY_BITS = math.log2(LAST_KEY + 1 - FIRST_KEY)
 
 @dataclass(kw_only=True)
 class NamedKeysEvaluation(TextsEvaluation):
-    """Tell several keys by their names, and ask for each of them after filler of several lengths.
+    """Give several keys by their names, and query each of them after filler of several lengths.
 
-    The filler is what stands between the last key that is told and the question.
+    The filler is the text between the last key and the question.
 
     Raises:
         TransformerFamError: a length or a number is out of its range.
     """
 
     num_told: Sequence[int] = (1,)
-    """Names in a text; each number has texts of its own."""
+    """Names in a text; each number has its own texts."""
 
     num_retold: int = 0
-    """Names that are told a second key, which counts; at most as many as are told."""
+    """Names that are given a second key, which counts; at most all names."""
 
     apart: tuple[int, int] = (0, 0)
     """Least and most tokens of filler between two tellings."""
@@ -51,7 +51,7 @@ class NamedKeysEvaluation(TextsEvaluation):
             raise TransformerFamError(f"apart is {list(self.apart)}, required is 0 <= least <= most; change apart")
 
     def rows(self, model: Any, tokenizer: Any) -> Iterator[dict[str, Any]]:
-        """Read, ask, and yield one row per question.
+        """Read, evaluate, and yield one row per question.
 
         Args:
             model: a model with a memory.
@@ -68,7 +68,7 @@ class NamedKeysEvaluation(TextsEvaluation):
                 done += len(batch) * self.filler_lengths[-1]
 
     def texts(self, num_told: int) -> list[NamedKeys]:
-        """Return what the texts with so many names tell; the first texts of more are those of fewer."""
+        """Return the keys of the texts with so many names; with more texts the first ones stay the same."""
         draw = random.Random(f"{self.seed}/{num_told}/named keys")
         num_retold = min(self.num_retold, num_told)
         return [draw_named_keys(draw, num_told, num_retold, self.apart) for _ in range(self.num_texts)]
@@ -116,7 +116,7 @@ class NamedKeysEvaluation(TextsEvaluation):
         length: int,
         order: int,
     ) -> Iterator[dict[str, Any]]:
-        """Ask every text for the name whose newest key was told as number `order`."""
+        """Query every text for the name whose newest key was given as number `order`."""
         asked = [list(keys.newest.items())[order] for keys in batch]
         ids_BT, mask_BT = padded([torch.tensor(text.question_ids(name)) for name, _ in asked])
         wanted = [text.key_ids(key) for _, key in asked]
@@ -148,7 +148,7 @@ class NamedKeysEvaluation(TextsEvaluation):
 def _surprise(
     model: Any, ids_BT: Tensor, mask_BT: Tensor, state: ReadingState, keys: Sequence[Sequence[int]]
 ) -> list[float]:
-    """Return how little a state tells of each key: minus the logarithm of its probability, in nats.
+    """Return how little a state reveals of each key: minus the logarithm of its probability, in nats.
 
     What a key says, less that, is on average at most what the state holds of it (the bound of Barber and Agakov), and
     below 0 where the model is sure of another key.

@@ -16,18 +16,18 @@ from transformerfam.tasks.writing import Asked, Drawn, KeySection, Writer, asked
 
 
 class SeveralKeysSection(KeySection):
-    """What both tasks have that tell several keys."""
+    """What the two tasks with several keys share."""
 
     named_keys: LimitsFrom1
-    """Least and most keys that a sequence tells, each by a name; every step draws one number, and the questions are for
+    """Least and most keys that a sequence gives, each by a name; every step draws one number, and the questions are for
     some of them."""
     keys_asked: LimitsFrom1 = (1, 1)
-    """Least and most of the keys that a sequence asks for, one after the other, each a key to predict. A row counts as
+    """Least and most of the keys that a sequence queries, one after the other, each a key to predict. A row counts as
     right when all of them are."""
     retold_keys: Limits = (0, 0)
-    """Least and most of the names that are told a second key, which counts."""
+    """Least and most of the names that are given a second key, which counts."""
     keys_apart: Limits = (0, 0)
-    """Least and most tokens of filler between two keys that are told."""
+    """Least and most tokens of filler between two keys."""
 
     @model_validator(mode="after")
     def _require_enough(self) -> Self:
@@ -36,7 +36,7 @@ class SeveralKeysSection(KeySection):
         digits, told = self.key_digits[0], high + self.retold_keys[1]
         require(
             told <= 9 * 10 ** (digits - 1),
-            f"data.named_keys and data.retold_keys tell up to {told} different keys of {digits} digits, of which there "
+            f"data.named_keys and data.retold_keys give up to {told} different keys of {digits} digits, of which there "
             f"are {9 * 10 ** (digits - 1)}; set data.key_digits higher",
         )
         return self
@@ -46,11 +46,11 @@ class NamedKeysSection(SeveralKeysSection):
     """Several keys, each with a name in one sentence; every step draws their number and that of the questions."""
 
     task: Literal["named-keys"] = "named-keys"
-    """Several keys, each told by a name in one sentence."""
+    """Several keys, each given by a name in one sentence."""
 
 
 class NamedKeysWriter(Writer[NamedKeysSection]):
-    """Tell several keys, each by a name, and ask for some of them; see `Writer`."""
+    """Give several keys, each by a name, and query some of them; see `Writer`."""
 
     def __init__(self, section: NamedKeysSection, tokenizer: Any, seed: int, ask_later: float) -> None:
         """Tokenise the sentences; arguments and errors are those of `Writer`."""

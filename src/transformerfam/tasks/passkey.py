@@ -1,4 +1,4 @@
-"""Passkey retrieval: the paper's text, and one reading per key that is asked at every length."""
+"""Passkey retrieval: the paper's text, and one reading per key, evaluated at every length."""
 
 import dataclasses
 import functools
@@ -42,7 +42,7 @@ class PasskeySequence:
     """One passkey text in four pieces of token ids, in the order in which they are read."""
 
     intro_ids: list[int]
-    """The sentences that tell the key, twice."""
+    """The sentences that give the key, twice."""
 
     filler_ids: list[int]
     """The irrelevant text."""
@@ -73,7 +73,7 @@ class PasskeyText:
         Args:
             tokenizer: a Hugging Face tokenizer.
             filler: "sentences" (the paper's), the name of a held-out novel, a UTF-8 text file, or a stream of tokens.
-            wording: how the key is told and asked for.
+            wording: how the key is given and queried.
 
         Raises:
             TransformerFamError: the tokenizer has no tokens for digits, or the file cannot be read.
@@ -124,7 +124,7 @@ class PasskeyText:
         return self._number_ids(key, self._answer_lead)
 
     def _intro(self, key: int) -> tuple[list[int], list[int]]:
-        """Return the sentences that tell a key, and where in them its tokens stand."""
+        """Return the sentences that give a key, and the places of its tokens in them."""
         ids: list[int] = []
         places: list[int] = []
         for piece, lead in zip(self._intro_pieces, self._intro_leads, strict=True):
@@ -135,15 +135,15 @@ class PasskeyText:
         return ids + self._intro_end, places
 
     def intro_ids(self, key: int) -> list[int]:
-        """Return the sentences that tell the key."""
+        """Return the sentences that give the key."""
         return self._intro(key)[0]
 
     def key_places(self, key: int) -> list[int]:
-        """Return where in `intro_ids` the tokens of the key stand, every time that it is told."""
+        """Return where in `intro_ids` the tokens of the key are, for every mention."""
         return self._intro(key)[1]
 
     def decode(self, ids: list[int]) -> str:
-        """Return what a model said as text, without space around it."""
+        """Return a model's answer as text, without surrounding space."""
         return str(self._tokenizer.decode(ids)).strip()
 
     def sequence(self, key: int, num_filler_tokens: int, filler_start: int = 0) -> PasskeySequence:

@@ -17,7 +17,7 @@ class PasskeyEvaluation(PasskeyQuestions):
     """Evaluate passkeys at many filler lengths; the fields are those of `PasskeyQuestions`."""
 
     def rows(self, model: Any, tokenizer: Any) -> Iterator[dict[str, Any]]:
-        """Read, ask, and yield one row per question as soon as it is answered.
+        """Read, evaluate, and yield one row per question as soon as it is answered.
 
         Args:
             model: a converted model.
@@ -49,10 +49,10 @@ class PasskeyEvaluation(PasskeyQuestions):
 
 
 def finished_questions(rows: Iterable[Mapping[str, Any]], options: PasskeyEvaluation) -> frozenset[Question]:
-    """Return the questions that `rows` answered with the same model, seed, filler and telling as `options`.
+    """Return the questions that `rows` answered with the model, seed, filler and telling of `options`.
 
     Raises:
-        TransformerFamError: some of them were asked with another text of the filler's or the wording's name, or with
+        TransformerFamError: some of them used another text under the filler's or the wording's name, or
             jitter and without it.
     """
     name = options.filler.name if isinstance(options.filler, FillerStream) else Path(options.filler).name
@@ -66,7 +66,7 @@ def finished_questions(rows: Iterable[Mapping[str, Any]], options: PasskeyEvalua
             raise TransformerFamError(
                 f"the rows of {row['system']} of {options.model_name} answer other questions ({there} there, {here} "
                 f"here): the text of the filler {name}, the wording {options.telling.wording} or the jitter was "
-                "changed; give the new answers a file of their own"
+                "changed; write the new answers to another file"
             )
         found.add((row["system"], row["filler_tokens"], row["key"]))
     return frozenset(found)

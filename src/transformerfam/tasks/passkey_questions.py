@@ -1,4 +1,4 @@
-"""Passkey questions: which keys are asked for, after how much filler, and where each is in its text."""
+"""Passkey questions: which keys are queried, after how much filler, and where each is in its text."""
 
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
@@ -26,7 +26,7 @@ Question = tuple[str, int, int]
 
 @dataclass(kw_only=True)
 class PasskeyQuestions:
-    """What an evaluation of passkeys asks, and how.
+    """The questions of a passkey evaluation, and how they are put.
 
     Raises:
         TransformerFamError: a length is negative, there is none, or a number is out of its range.
@@ -36,7 +36,7 @@ class PasskeyQuestions:
     """Tokens of filler, each at least 0."""
 
     num_keys: int
-    """Different keys, each asked at every length."""
+    """Different keys, each queried at every length."""
 
     seed: int = 0
     """Seed of keys, jitter and places in a book."""
@@ -66,7 +66,7 @@ class PasskeyQuestions:
     """Times that a key is given, evenly over the prefix or, with "uniform", over the text."""
 
     wording: Wording = PAPER
-    """How keys are given and asked for."""
+    """How keys are given and queried."""
 
     checkpoint: str | Path | None = None
     """Beginning of the name of a file to which the reading is saved from time to time, so that a killed run resumes; it
@@ -88,7 +88,7 @@ class PasskeyQuestions:
     """Questions that were answered before; they are left out."""
 
     process: tuple[int, int] = (0, 1)
-    """Number of this process and how many there are: each asks for its share of the keys."""
+    """Number of this process and how many there are: each queries its share of the keys."""
 
     progress: Callable[[int, int, ReadingState], None] | None = None
     """Called after every block with the tokens of filler done, those to do (of all keys together), and the state."""
@@ -133,7 +133,7 @@ class PasskeyQuestions:
 
     @property
     def keys(self) -> list[int]:
-        """The keys that are asked for."""
+        """The keys that are queried."""
         return draw_keys(self.num_keys, self.seed, self.num_digits)
 
     @cached_property

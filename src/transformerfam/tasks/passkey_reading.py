@@ -1,4 +1,4 @@
-"""Passkeys read: texts side by side in one state, which is forked and asked at every length."""
+"""Passkeys read: texts side by side in one state, which is forked and queried at every length."""
 
 import hashlib
 import json
@@ -37,7 +37,7 @@ def window_of(model: Any) -> int:
 
 @dataclass
 class PasskeyReading:
-    """Keys whose texts are read side by side, as the rows of one state, and asked at some lengths.
+    """Keys whose texts are read side by side, as the rows of one state, and queried at some lengths.
 
     Jitter is read on the fork, just before the question.
     """
@@ -53,7 +53,7 @@ class PasskeyReading:
     _saved_at: float = field(default=0.0, init=False)
 
     def rows(self) -> Iterator[dict[str, Any]]:
-        """Read, ask, and yield the rows of the questions that have no answer yet."""
+        """Read, evaluate, and yield the rows of the questions that have no answer yet."""
         lengths = [n for n in self.lengths if any(self._missing(n))]
         if not lengths:
             return

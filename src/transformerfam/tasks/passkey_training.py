@@ -35,11 +35,11 @@ class PasskeySection(KeySection):
     books: str | None = None
     """Folder of UTF-8 `.txt` files; all are used."""
     short_intro: bool = False
-    """Tell the key without the two sentences in front, so that a step of the same cost tells more keys: for the first
+    """Give the key without the two sentences in front, so that a step of the same cost has more keys: for the first
     part of a training."""
     boundary_share: Share = 0.0
     """Share of the steps in which a block boundary parts question and answer, where the filler's range allows it. Only
-    FAM can then tell the second block that there was a question."""
+    FAM can then carry into the second block that there was a question."""
 
     @model_validator(mode="after")
     def _require_sources(self) -> Self:
@@ -55,7 +55,7 @@ class PasskeySection(KeySection):
 
 
 class PasskeyWriter(Writer[PasskeySection]):
-    """Tell a key, in the sentences of the paper or in a book, and ask for it; see `Writer`."""
+    """Give a key, in the sentences of the paper or in a book, and query it; see `Writer`."""
 
     def __init__(self, section: PasskeySection, tokenizer: Any, seed: int, ask_later: float) -> None:
         """Tokenise the fillers; arguments and errors are those of `Writer`."""
@@ -95,7 +95,7 @@ class PasskeyWriter(Writer[PasskeySection]):
         return self._num_asked(section.key_digits[1])
 
     def _told_place(self, step: int, section: PasskeySection) -> slice:
-        """Return the tokens of the sentences that tell the key."""
+        """Return the tokens of the sentences that give the key."""
         num_prefix = random.Random(f"{self.seed}/{step}/prefix").randint(*section.prefix_tokens)
         num_intro = len(self.text.intro_ids(10 ** (self._num_digits(step, section) - 1)))
         return slice(num_prefix, num_prefix + num_intro)

@@ -9,7 +9,7 @@ from transformerfam.tasks.filler import FillerStream
 
 
 class PlacedText:
-    """Filler in which some sentences stand.
+    """Filler with some sentences in it.
 
     Args:
         filler: the filler.

@@ -1,4 +1,4 @@
-"""Where a result row comes from: package version, commit, machine, and what is known of the model."""
+"""Where a result row comes from: package version, commit, machine, and facts about the model."""
 
 import dataclasses
 import hashlib

@@ -5,12 +5,12 @@ from typing import NamedTuple
 
 
 class Question(NamedTuple):
-    """What a sequence asks, and what has to follow."""
+    """A question of a sequence, and the answer that has to follow."""
 
     ids: tuple[int, ...]
     answer_ids: tuple[int, ...]
     telling_ids: tuple[int, ...] | None = None
-    """The sentences that tell the answer, for a teacher; None without one."""
+    """The sentences that give the answer, for a teacher; None without one."""
 
     @classmethod
     def of(cls, ids: Sequence[int], answer_ids: Sequence[int], telling_ids: Sequence[int] | None = None) -> "Question":

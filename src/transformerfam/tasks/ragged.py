@@ -19,7 +19,7 @@ def side_by_side(
 
     Args:
         texts: one for each row.
-        begins: where each goes on.
+        begins: where each continues.
         ends: where each ends, its last token not included.
         num_tokens: of every row at once; those of a block are read as fast as more are.
 

@@ -62,7 +62,7 @@ def range_in_words(bounds: Mapping[str, float]) -> str | None:
 
 
 def _metadata(annotation: Any) -> Iterator[Any]:
-    """Yield what stands beside the types in an annotation."""
+    """Yield what an annotation has besides its types."""
     for item in getattr(annotation, "__metadata__", ()):
         yield from getattr(item, "metadata", [item])
     for argument in typing.get_args(annotation):

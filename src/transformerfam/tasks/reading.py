@@ -1,4 +1,4 @@
-"""Read text of any length into a state, in constant memory, so that an interrupted reading can go on."""
+"""Read text of any length into a state, in constant memory, so that an interrupted reading can be resumed."""
 
 import contextlib
 import itertools
@@ -36,7 +36,7 @@ def read_text_stream(
         model: a converted model.
         tokenizer: its tokenizer.
         texts: pieces of text, in order.
-        state: reading to go on with, in place; None starts one.
+        state: reading to continue, in place; None starts one.
         skip_tokens: tokens at the beginning of the text that the state has read already.
         progress: called after every block with the tokens done, skipped ones included, and the state.
         allow_unknown: read a text of which the tokenizer knows next to no word, too.

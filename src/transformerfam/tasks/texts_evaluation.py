@@ -47,7 +47,7 @@ class TextsEvaluation:
     def moved(
         self, share: tuple[int, int], num_texts: int, num_read: int = 0, most: int | None = None
     ) -> Callable[[int, Any, ReadingState], None] | bool:
-        """Return what tells `progress` of a reading, as `progress` of `read`.
+        """Return a callback for `progress` of `read` that reports to `progress` of these options.
 
         Args:
             share: tokens of filler that were read before, and those in all.

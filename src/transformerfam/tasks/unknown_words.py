@@ -82,7 +82,7 @@ def say_unknown(tokenizer: Any, ids: Sequence[int], what: str) -> None:
 
 
 def require_wording(tokenizer: Any, ids: Sequence[int], name: str) -> None:
-    """Refuse or warn of sentences that give and ask for keys, of which the tokenizer knows too little, or not all.
+    """Refuse a wording of which the tokenizer knows too little; warn of one that it does not know fully.
 
     Raises:
         TransformerFamError: the share of unknown words is above `MOST_UNKNOWN`.
@@ -93,7 +93,7 @@ def require_wording(tokenizer: Any, ids: Sequence[int], name: str) -> None:
 
 
 def require_filler(tokenizer: Any, stream: Any) -> None:
-    """Refuse or warn of an evaluation's filler of which the tokenizer knows too little, or not all.
+    """Refuse a filler of which the tokenizer knows too little; warn of one that it does not know fully.
 
     Raises:
         TransformerFamError: the share of unknown words is above `MOST_UNKNOWN`.

@@ -24,28 +24,28 @@ from transformerfam.tasks.wordings import KEY, Passage, Topic, Wording, WordingB
 from transformerfam.tasks.writing import Asked, Drawn, Writer, asked_later, even_rows, load_books, with_filler
 
 PASSAGE_WORDS = (4, 12)
-"""Least and most words of a passage that tells a key."""
+"""Least and most words of a passage that gives a key."""
 
 
 class WordedKeysSection(SeveralKeysSection):
-    """Keys told in the many wordings and names of `data/key_wordings.toml`; every row draws how many."""
+    """Keys given in the many wordings and names of `data/key_wordings.toml`; every row draws how many."""
 
     can_be_taught: ClassVar[bool] = True
     fixed_keys: ClassVar[tuple[str, ...]] = (*SeveralKeysSection.fixed_keys, "books")
     folder_keys: ClassVar[tuple[str, ...]] = ("books",)
 
     task: Literal["worded-keys"] = "worded-keys"
-    """Several keys, told in many wordings."""
+    """Several keys, given in many wordings."""
     books: str | None = None
-    """Folder of UTF-8 `.txt` files that the keys are told in; without it they are told in the passkey's sentences."""
+    """Folder of UTF-8 `.txt` files in which the keys are hidden; without it they are hidden in the passkey's filler."""
     book: NotNegative = 0.0
     """Share of the sequences of text without a key."""
     scenes: Number = 0.0
-    """Share of the keys that are told in a sentence of their own words, and not by a name."""
+    """Share of the keys that are given in a sentence with words that no other key has, and not by a name."""
     passages: Number = 0.0
-    """Share of the keys that follow words of the text they are hidden in; the last of these words ask for them."""
+    """Share of the keys that follow words of the text they are hidden in; the last of these words query them."""
     mentions: LimitsFrom1 = (1, 1)
-    """Least and most times that each key is told; every key draws one number."""
+    """Least and most times that each key is given; every key draws one number."""
     other_numbers: Share = 0.0
     """Share of the sentences with a key that follow a sentence with another number."""
 
@@ -65,7 +65,7 @@ class WordedKeysSection(SeveralKeysSection):
 
 @dataclass(frozen=True)
 class _Told:
-    """One sentence that tells a key."""
+    """One sentence that gives a key."""
 
     topic: Topic
     key: int
@@ -73,7 +73,7 @@ class _Told:
 
 
 class WordedKeysWriter(Writer[WordedKeysSection]):
-    """Tell keys in the wordings of the package's bank, between text with other numbers, and ask for some."""
+    """Give keys in the wordings of the package's bank, between text with other numbers, and query some."""
 
     def __init__(self, section: WordedKeysSection, tokenizer: Any, seed: int, ask_later: float) -> None:
         """Tokenise the filler; arguments and errors are those of `Writer`."""
@@ -127,7 +127,7 @@ class WordedKeysWriter(Writer[WordedKeysSection]):
         return Drawn(fill, len(ids), Asked(questions, self._encode(".")), asked[-1].key)
 
     def _tellings(self, draw: random.Random, section: WordedKeysSection, filler: FillerStream) -> list[_Told]:
-        """Draw what is told, in order: every topic once or more often, some again with another key."""
+        """Draw the keys in order: every topic once or more often, some again with another key."""
         topics = self._topics(draw, section, draw.randint(*section.named_keys), filler)
         retold = draw.sample(range(len(topics)), min(len(topics), draw.randint(*section.retold_keys)))
         queues: list[list[_Told]] = []
@@ -181,7 +181,7 @@ class WordedKeysWriter(Writer[WordedKeysSection]):
         return encode(self.tokenizer, text)
 
     def _key_ids(self, wording: Wording, key: int) -> list[int]:
-        """Return the key's tokens as they stand in the answer."""
+        """Return the key's tokens as they are in the answer."""
         assert wording.answer.split(KEY)[0].endswith(" ")
         return self.text.key_ids(key)
 

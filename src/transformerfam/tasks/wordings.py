@@ -1,4 +1,4 @@
-"""How a key is told and asked for: the one wording of an evaluation, and the many of a training."""
+"""How a key is given and queried: the one wording of an evaluation, and the many of a training."""
 
 import functools
 import importlib.resources
@@ -15,18 +15,18 @@ KEY = "{key}"
 
 @dataclass(frozen=True)
 class Wording:
-    """Sentences that tell a key and ask for it.
+    """Sentences that give a key and query it.
 
     Raises:
         TransformerFamError: `{key}` is missing where it has to be, or is in the question.
     """
 
     intro: str
-    """What tells the key, with `{key}` at least once."""
+    """What gives the key, with `{key}` at least once."""
     question: str
-    """What asks for it."""
+    """The question for it."""
     answer: str
-    """What a reader says, with `{key}` once; what precedes it is given with the question."""
+    """The answer, with `{key}` once; what precedes it is given with the question."""
     name: str = "wording"
     """What rows call it."""
 
@@ -45,7 +45,7 @@ class Wording:
         return (self.question + self.answer.split(KEY)[0]).rstrip(" ")
 
     def told(self, key: int | str) -> str:
-        """Return the sentences that tell a key."""
+        """Return the sentences that give a key."""
         return self.intro.replace(KEY, str(key))
 
     @classmethod
@@ -71,11 +71,11 @@ class Wording:
 
 
 class Topic(Protocol):
-    """What a key belongs to, by which a text tells it and a question names it."""
+    """What a key belongs to; the text gives it and the question names it by this."""
 
     @property
     def name(self) -> str:
-        """What tells the topics of a sequence apart."""
+        """What distinguishes the topics of a sequence."""
 
     def wording(self, draw: random.Random, is_change: bool = False) -> Wording:
         """Return a wording.
@@ -94,7 +94,7 @@ class Name:
     name: str
 
     def wording(self, draw: random.Random, is_change: bool = False) -> Wording:
-        """Return any of the bank's tellings and questions."""
+        """Return any of the bank's sentences and questions."""
         intro = draw.choice(self.bank.changes if is_change else self.bank.intros)
         question, answer = draw.choice(self.bank.questions)
         intro, question, answer = (text.replace("{name}", self.name) for text in (intro, question, answer))
@@ -110,7 +110,7 @@ class Scene:
 
     @property
     def name(self) -> str:
-        """What tells it."""
+        """The sentence that gives it."""
         return self.scene[0]
 
     def wording(self, draw: random.Random, is_change: bool = False) -> Wording:
@@ -121,15 +121,15 @@ class Scene:
 
 @dataclass(frozen=True)
 class Passage:
-    """Words of a book with a key after them, which their last words ask for."""
+    """Words of a book with a key after them, which the last of these words query."""
 
     bank: "WordingBank"
     name: str
     MIN_WORDS: ClassVar = 3
-    """Fewest words that ask for it."""
+    """Fewest words that query it."""
 
     def wording(self, draw: random.Random, is_change: bool = False) -> Wording:
-        """Return a wording that tells the key after all words, and asks after some of them."""
+        """Return a wording that gives the key after all words, and queries it by some of them."""
         words = self.name.split(" ")
         asked = " ".join(words[draw.randint(0, len(words) - self.MIN_WORDS) :])
         change = self.bank.draw_change(draw, is_change)
@@ -144,23 +144,23 @@ class Passage:
 
 @dataclass(frozen=True)
 class WordingBank:
-    """Names of keys, and sentences with `{name}` and `{key}` that tell and ask for them: the material of a training."""
+    """Names of keys, and sentences with `{name}` and `{key}` that give and query them: the material of a training."""
 
     nouns: list[str]
     owners: list[str]
     intros: list[str]
     changes: list[str]
-    """What tells that a key replaces another."""
+    """The sentence that replaces a key by another."""
     questions: list[list[str]]
     """Pairs of a question and an answer."""
     distractors: list[str]
-    """Sentences with a `{number}` that nobody asks for."""
+    """Sentences with a `{number}` that no question is about."""
     scenes: list[list[str]]
-    """Triples of what tells a key, a question and an answer, each in words that no other has."""
+    """Triples of a sentence that gives a key, a question and an answer, each in words that no other has."""
     scene_changes: list[str]
     """What precedes a scene or a passage that replaces a key."""
     passage_intros: list[str]
-    """What tells a key after a `{passage}`."""
+    """The sentence that gives a key after a `{passage}`."""
     passage_questions: list[list[str]]
     """Pairs of a question and an answer with a `{passage}`."""
 

@@ -42,17 +42,17 @@ class TaskSection(Section):
     folder_keys: ClassVar[tuple[str, ...]] = ()
 
     task: str
-    """What sequences tell and ask for; it says which keys there are."""
+    """The task, which decides on the other keys of the section."""
     allow_unknown: bool = False
     """Train on text of which the tokenizer knows next to no word, too."""
 
     def words(self) -> tuple[str, ...]:
-        """Return the words that a model which is trained from scratch has to know, beside those of passkeys."""
+        """Return the words that a model which is trained from scratch has to know, besides those of passkeys."""
         return ()
 
 
 class KeySection(TaskSection):
-    """What all tasks have in which keys of digits are told."""
+    """What all tasks with keys of digits share."""
 
     key_digits: LimitsFrom1 = (5, 5)
     """Least and most digits of a key; every step draws one number. The task's keys have five. Longer ones teach more
@@ -73,7 +73,7 @@ class Writer(abc.ABC, Generic[AnySection]):
     Attributes:
         filler: what rows are hidden in, most often.
         read: texts that the recipe names.
-        wording_ids: tokens of the sentences that tell and ask.
+        wording_ids: tokens of the sentences that give and query keys.
     """
 
     filler: FillerStream
@@ -87,7 +87,7 @@ class Writer(abc.ABC, Generic[AnySection]):
             section: of the recipe.
             tokenizer: its tokenizer.
             seed: of all that is drawn.
-            ask_later: share of rows that tell nothing and ask for what the passed state holds.
+            ask_later: share of rows that give no key and query what the passed state holds.
 
         Raises:
             RecipeError: a text that the section names cannot be used.
@@ -103,7 +103,7 @@ class Writer(abc.ABC, Generic[AnySection]):
         Args:
             draw: the step's source of chance; a writer may have others.
             step: number of the step.
-            num_filler: tokens of filler between telling and asking, in the longest row.
+            num_filler: tokens of filler between key and question, in the longest row.
             section: of the recipe, as the stage of the curriculum changes it.
             carried: what the passed state of each row holds.
         """
@@ -129,10 +129,10 @@ class Writer(abc.ABC, Generic[AnySection]):
     def teacher_rows(self, rows: Sequence[Row], step: int, limits: tuple[int, int]) -> list[list[int]]:
         """Return what the teacher reads for each of the rows, all of one length, with question and answer at the end.
 
-        It is filler, the sentences that tell the answers, filler, and the questions.
+        It is filler, the sentences that give the answers, filler, and the questions.
 
         Args:
-            rows: those that ask.
+            rows: those with a question.
             step: number of the step.
             limits: least and most tokens of filler.
         """
@@ -158,7 +158,7 @@ class Asked:
     """Questions with their answers, one after the other.
 
     Args:
-        questions: what is asked; none asks nothing.
+        questions: may be empty.
         end_ids: what separates an answer from the next question.
     """
 
@@ -173,7 +173,7 @@ class Asked:
             self.ids += question.answer_ids
 
     def row(self, before: list[int], drawn: "Drawn", num_told_tokens: int) -> Row:
-        """Return the row that asks them after a text."""
+        """Return the row with these questions after a text."""
         if not self.answers:
             return Row(before, 0, None, is_told=False, held=None)
         places = [range(len(before) + answer.start, len(before) + answer.stop) for answer in self.answers]
@@ -195,7 +195,7 @@ class Drawn:
     """One sequence before its filler is counted out."""
 
     fill: Callable[[int], tuple[list[int], int]]
-    """Gives everything before the questions, with so many tokens of filler, and where the last thing told ends."""
+    """Gives everything before the questions, with so many tokens of filler, and where the last fact ends."""
     num_told: int
     """Tokens before the questions without filler."""
     asked: Asked
@@ -204,13 +204,13 @@ class Drawn:
 
 
 def with_filler(told: list[int], filler: FillerStream, start: int, num_filler: int) -> tuple[list[int], int]:
-    """Return what is told, then so much filler, and where the telling ends."""
+    """Return the facts, then so much filler, and where the facts end."""
     return told + filler.slice(start, num_filler).tolist(), len(told)
 
 
 def asked_later(held: Held, filler: FillerStream, start: int, end_ids: list[int]) -> Drawn:
     """Return filler with the questions that the passed state has to answer."""
-    assert not isinstance(held, int), "a passkey, which has rows of its own"
+    assert not isinstance(held, int), "a passkey, which has its own rows"
     return Drawn(partial(with_filler, [], filler, start), 0, Asked(held, end_ids), None, is_told=False)
 
 

@@ -53,7 +53,7 @@ def average_memories(
             )
         if (Path(folder) / CONFIG_FILE).is_file():
             raise TransformerFamError(
-                f"{folder} holds a whole model, required are memories beside a base model, as LoRA and a prompt are; "
+                f"{folder} holds a whole model, required are memories for a base model, such as LoRA and a prompt; "
                 "average those"
             )
     memories = [FamAdapter.from_pretrained(folder) for folder in folders]

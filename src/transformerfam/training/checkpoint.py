@@ -1,7 +1,7 @@
 """What a run keeps: its recipe, and in safetensors files, replaced atomically, all that the next step depends on.
 
 Where several processes share the layers' weights out among them, each writes its own shares of weights, averages and
-moments; they are joined when the run goes on, in as many processes as one likes.
+moments; they are joined when the run resumes, in any number of processes.
 """
 
 import contextlib
@@ -67,7 +67,7 @@ def save_checkpoint(
     stored: StoredFiller | None = None,
     place: Place | None = None,
 ) -> None:
-    """Write `folder/checkpoint.safetensors`, and every process's shares of weights that are shared out beside it.
+    """Write `folder/checkpoint.safetensors`, and every process's shares of sharded weights next to it.
 
     Args:
         folder: where to.

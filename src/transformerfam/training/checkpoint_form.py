@@ -58,7 +58,7 @@ def require_progress(metadata: Mapping[str, Any], path: Path) -> None:
 
 
 def _are_questions(value: Any) -> bool:
-    """Say whether a value is a list of questions, each with its answer, and some with what tells it."""
+    """Say whether a value is a list of questions, each with its answer, and some with the sentences that give it."""
     return isinstance(value, list) and all(
         isinstance(question, list)
         and len(question) in (2, 3)

@@ -27,7 +27,7 @@ class Curriculum:
         """Count a step, and begin the next stage when it is due.
 
         Args:
-            key_accuracy: of the step; None where nothing was asked.
+            key_accuracy: of the step; None without a question.
         """
         self._num_steps += 1
         if key_accuracy is not None:

@@ -54,7 +54,7 @@ def fuse_lora(model: PreTrainedModel) -> int:
     The factors may be of another type than the base layer, as float32 factors of a bfloat16 model: products are then of
     the base layer's type, or of autocast's, and gradients of the factors' own.
 
-    Layers with dropout, a bias of their own, another variant (DoRA and the like), several adapters or a trained base
+    Layers with dropout, their own bias, another variant (DoRA and the like), several adapters or a trained base
     layer stay as they are.
 
     Args:

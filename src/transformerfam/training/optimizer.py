@@ -15,7 +15,7 @@ from transformerfam.training.recipe.sections import KeyBiasSection, OptimizerSec
 def build_optimizer(model: PreTrainedModel, recipe: Recipe) -> torch.optim.Optimizer:
     """Return the optimizer of all trained weights.
 
-    The memory's learned rows stand in one group, the rest (LoRA or all) in another.
+    The memory's learned rows are one group, the rest (LoRA or all) another.
     """
     section = recipe.optimizer
     prompt = memory_of(model).learned_rows
@@ -26,7 +26,7 @@ def build_optimizer(model: PreTrainedModel, recipe: Recipe) -> torch.optim.Optim
     groups = [{"params": rest, "lr": rest_lr, "base_lr": rest_lr}]
     if prompt:
         groups.append({"params": prompt, "lr": prompt_lr, "base_lr": prompt_lr, "weight_decay": 0.0})
-    foreach = False if recipe.schedule.shard else None  # which takes no weights that are shared out beside others
+    foreach = False if recipe.schedule.shard else None  # which cannot mix sharded weights with others
     return new_optimizer(groups, section, foreach)
 
 

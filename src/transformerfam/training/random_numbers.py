@@ -6,7 +6,7 @@ from collections.abc import Iterator
 import torch
 
 FORKED = ("cuda", "xpu")
-"""Devices whose random numbers are put back after a run; of others there is none, or no way to ask for one of them."""
+"""Devices whose random numbers are restored after a run; other devices have none, or no way to read their state."""
 
 
 class RandomNumbers:

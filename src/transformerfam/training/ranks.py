@@ -3,7 +3,7 @@
 Every process builds the whole batch of a step, which is cheap, and reads its own share of the rows; gradients are
 averaged by DistributedDataParallel through accelerate, or by torch's `fully_shard`, which accelerate starts on
 accelerators alone, with the layers' weights shared out. Losses, keys and accuracies are those of the whole batch, so
-that the curriculum goes on in all processes alike. State passing: with `rows = "first"` the FAM of the whole batch's
+that the curriculum advances alike in all processes. State passing: with `rows = "first"` the FAM of the whole batch's
 first sequence, which rank 0 reads, goes to all; with `rows = "all"` each sequence's FAM stays with the process that
 reads it.
 """
@@ -133,7 +133,7 @@ class Ranks:
             recipe: how many parts.
             own: this process's rows.
             state: where they start.
-            *rest: go on to `run_step`, after the recipe.
+            *rest: passed on to `run_step`, after the recipe.
 
         Returns:
             The output of all parts; its loss has lost its graph.

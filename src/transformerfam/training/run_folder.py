@@ -125,7 +125,7 @@ def require_same_run(folder: Path, recipe: Recipe, may_differ: tuple[str, ...] =
     """
     if not (folder / RECIPE_FILE).exists():
         raise RecipeError(
-            f"{folder} holds a run without its {RECIPE_FILE}, so it cannot be told whether it is of this recipe; put "
+            f"{folder} holds a run without its {RECIPE_FILE}, so it is unknown whether it is of this recipe; put "
             "that file back, or train into another folder"
         )
     before, now = recipe_of_run(folder).to_dict(), recipe.to_dict()

@@ -15,13 +15,13 @@ from transformerfam.training.recipe.sections import StatePassingSection
 
 @dataclass
 class SavedFam:
-    """The FAM that a step left behind."""
+    """The FAM at the end of a step."""
 
     fam_LBFD: torch.Tensor
     """`(L, B, F, D)`, detached."""
     keys: tuple[Held | None, ...]
-    """The key, or the questions with their answers, that each row's FAM holds, None where it was not told before the
-    FAM was taken or the row could not say it: a lost key teaches nothing when it is asked again."""
+    """The key, or the questions with their answers, that each row's FAM holds, None where it was not given before the
+    FAM was taken or the row's answer was wrong: a lost key teaches nothing when it is queried again."""
 
 
 def held_keys(start: SavedFam | None, asked: Sequence[Held | None], is_held: Sequence[bool]) -> tuple[Held | None, ...]:
@@ -29,8 +29,8 @@ def held_keys(start: SavedFam | None, asked: Sequence[Held | None], is_held: Seq
 
     Args:
         start: what the step started from, None for the initial FAM.
-        asked: the key that each row was asked for; a row that is asked nothing keeps the key it started with.
-        is_held: whether the row's FAM holds the key that it was asked for.
+        asked: the key that each row queried; a row without a question keeps the key it started with.
+        is_held: whether the row's FAM holds the queried key.
     """
     started = start.keys if start is not None else (None,) * len(asked)
     rows = zip(started, asked, is_held, strict=True)
@@ -40,7 +40,7 @@ def held_keys(start: SavedFam | None, asked: Sequence[Held | None], is_held: Seq
 class StatePassing:
     """Decide which steps start from a saved FAM, and keep it from step to step.
 
-    With probability p a step goes on where the last one ended, so chains of steps have geometric length.
+    With probability p a step continues where the last one ended, so chains of steps have geometric length.
     """
 
     def __init__(self, section: StatePassingSection, seed: int) -> None:
@@ -69,7 +69,7 @@ class StatePassing:
 
         Args:
             step: number of the step.
-            is_told_B: rows that tell a key of their own, shape (B,).
+            is_told_B: rows that give their own key, shape (B,).
         """
         draw = random.Random(f"{self.seed}/overwrite/{step}")
         return [not told or draw.random() < self.section.overwrite for told in is_told_B.tolist()]

@@ -15,7 +15,7 @@ from transformerfam.training.recipe.sections import ModelSection
 
 EMBEDDING_STD, LINEAR_STD = 1.0, 0.05
 """Standard deviations of the random weights, those of torch's own layers. With transformers' 0.02 for both, learning
-sticks for thousands of steps where a key with a repeated digit cannot be told."""
+sticks for thousands of steps where a key with a repeated digit is not answered right."""
 
 UNKNOWN, BEGIN, END = "<unk>", "<s>", "</s>"
 SPACE = "▁"
@@ -26,7 +26,7 @@ def build_tiny_tokenizer(more_words: Iterable[str] = ()) -> PreTrainedTokenizerF
     text = " ".join((BEFORE_KEY, BETWEEN_KEYS, AFTER_KEY, FILLER_SENTENCES, QUESTION))
     known = set(re.findall(r"[A-Za-z]+", text))
     words = [f"{SPACE}{word}" for word in [*sorted(known), *sorted(set(more_words) - known)]]
-    first_word = BEFORE_KEY.split()[0]  # stands without a space in front of it
+    first_word = BEFORE_KEY.split()[0]  # has no space in front of it
     vocabulary = [UNKNOWN, BEGIN, END, SPACE, *"0123456789", ".", "?", first_word, *words]
     tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(vocabulary)}, unk_token=UNKNOWN))
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(

@@ -177,7 +177,7 @@ class Trainer:
         with uninterrupted():
             self.save_checkpoint()
         if self.ranks.any(bool(ends) or is_ended):
-            text = f"stopped after step {self.step} of {schedule.steps}; go on with: fam train RECIPE --resume"
+            text = f"stopped after step {self.step} of {schedule.steps}; resume with: fam train RECIPE --resume"
             return TrainingResult(self.folder, self.step, self.seconds, False, text)
         if not self.validation.load_best(self.folder, self.model):
             self.average.copy_to(self.model)
@@ -327,7 +327,7 @@ class Trainer:
         """Write the trained memory into the folder.
 
         Args:
-            trained: the trained weights, whole, averaged where the recipe asks for that.
+            trained: the trained weights, whole, averaged where the recipe says so.
         """
         if self.ranks.is_sharded:  # this model holds a share of its weights alone
             self.model, _ = build_trainee(self.recipe)

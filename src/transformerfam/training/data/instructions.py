@@ -38,12 +38,12 @@ def read_instructions(tokenizer: Any, section: InstructionSection, key: str = "i
     """Read all files of a section.
 
     Args:
-        tokenizer: a fast one, which says where in the text its tokens are.
+        tokenizer: a fast one, which gives the place of its tokens in the text.
         section: names the files.
         key: of the recipe that has the names, for messages.
 
     Raises:
-        RecipeError: a file cannot be read, a line is not what the section asks for, or nothing weighs anything; the
+        RecipeError: a file cannot be read, a line does not match the section, or no token has a weight above 0; the
             message names file and line.
     """
     pieces = []
@@ -140,8 +140,8 @@ def _rendered(tokenizer: Any, messages: Sequence[dict[str, str]]) -> Iterator[tu
 class PackedInstructions:
     """The sequences of a recipe with instructions, and its batches: pure functions of seed and number.
 
-    All pieces of an epoch, in an order of their own, are one stream, cut into sequences of one length; no mask stands
-    between two pieces.
+    All pieces of an epoch, in the epoch's own order, are one stream, cut into sequences of one length; no mask
+    separates two pieces.
     """
 
     def __init__(self, recipe: Recipe, tokenizer: Any, key: str = "instructions.files") -> None:

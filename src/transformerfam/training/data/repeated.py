@@ -1,4 +1,4 @@
-"""Rows of random tokens that are said twice, whatever the task."""
+"""Rows of random tokens that appear twice, whatever the task."""
 
 import random
 from collections.abc import Sequence
@@ -11,10 +11,10 @@ from transformerfam.tasks.text import encode
 
 
 class RepeatedRows:
-    """Say random tokens, and say them again.
+    """Write random tokens, and repeat them.
 
-    To foretell the second time, a model has to find what followed the same tokens before (an induction head). Keys
-    that are told apart by names, and facts, need just that, and hardly ever teach it by themselves.
+    To predict the second time, a model has to find what followed the same tokens before (an induction head). Keys
+    distinguished by names, and facts, need just that, and hardly ever teach it by themselves.
     """
 
     NUM_WORDS = (6, 40)
@@ -28,14 +28,14 @@ class RepeatedRows:
         Args:
             tokenizer: that of the recipe.
             seed: of all that is drawn.
-            known_words: what is said, where a task has few words and the tokenizer thousands; none is every token.
+            known_words: the words to draw from, where a task has few and the tokenizer thousands; none is every token.
         """
         self.tokenizer, self.seed, self.known_words = tokenizer, seed, known_words
         self.filler = load_filler(tokenizer, "sentences")
 
     @cached_property
     def vocabulary(self) -> list[int]:
-        """The tokens that are said, without special ones."""
+        """The tokens that are drawn, without special ones."""
         if self.known_words:
             return sorted({token for word in self.known_words for token in encode(self.tokenizer, f" {word}")})
         return sorted(set(range(len(self.tokenizer))) - set(self.tokenizer.all_special_ids))

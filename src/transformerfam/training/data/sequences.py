@@ -1,6 +1,6 @@
 """The batch of a training step, as a pure function of seed, step and stage, whatever the task.
 
-Packed instructions stand in `instructions`.
+For packed instructions see `instructions`.
 """
 
 import dataclasses
@@ -27,8 +27,8 @@ def draw_block_size(seed: int, step: int, block_sizes: Sequence[int]) -> int:
 class SequenceBuilder:
     """Write the batches of a recipe.
 
-    All rows of a batch have one length. It is drawn anew for every step, token by token, so that question and key come
-    to stand at every phase of a block and across its boundaries.
+    All rows of a batch have one length. It is drawn again for every step, token by token, so that question and key come
+    to lie at every phase of a block and across its boundaries.
     """
 
     def __init__(self, recipe: Recipe, tokenizer: Any) -> None:
@@ -85,8 +85,8 @@ class SequenceBuilder:
             step: number of the step, from 0.
             stage_idx: stage of the curriculum, from 0.
             carried_keys: what the passed state of each row holds, or None where it holds nothing or no state is passed.
-            stored_ids_NT: blocks of filler to write it on. Then only what tells, the question with its answer, and
-                `loss.num_other_tokens` before it are read.
+            stored_ids_NT: blocks of filler to write it on. Then only the sentences with the key, the question with its
+                answer, and `loss.num_other_tokens` before it are read.
         """
         draw = random.Random(f"{self.seed}/{step}/{stage_idx}")
         stage, section = self.schedule.curriculum[stage_idx], self.sections[stage_idx]
@@ -150,7 +150,7 @@ class SequenceBuilder:
             for answer in row.earlier_answers:
                 is_key[i, answer.start - 1 : answer.stop - 1] = True
             others = range(question_start if row.earlier_answers else first_answer)
-            if is_read_T is not None:  # of stored filler only what stands in front of the question is read
+            if is_read_T is not None:  # of stored filler only what precedes the question is read
                 others = range(max(0, question_start - self.loss.num_other_tokens), min(question_start, first_answer))
             chosen = draw.sample(others, min(self.loss.num_other_tokens, len(others)))
             is_other[i, chosen] = True
@@ -172,7 +172,7 @@ class SequenceBuilder:
 
 
 def _written_on(row: Row, filler_T: torch.Tensor, told: slice) -> Row:
-    """Write what a row tells, its question and its answer on stored filler."""
+    """Write a row's key, its question and its answer on stored filler."""
     ids = filler_T[: len(row.ids)].tolist()
     if row.is_told:
         ids[told] = row.ids[told]

@@ -1,4 +1,4 @@
-"""The files that a run reads, told apart by their content: with others a resumed run would be another one."""
+"""The files that a run reads, identified by their content: with others a resumed run would be another one."""
 
 import hashlib
 from collections.abc import Iterator
@@ -37,7 +37,7 @@ def require_same_sources(there: dict[str, str], recipe: Recipe, what: str) -> No
 
     Args:
         there: what `sources_of` returned before.
-        recipe: to go on by.
+        recipe: to resume with.
         what: name of the run, for the message.
 
     Raises:

@@ -138,7 +138,7 @@ class LossSection(Section):
     num_other_tokens: Natural = 32
     """Random other tokens of each sequence that are predicted too; on stored filler those in front of the question."""
     teacher: NotNegative = 0.0
-    """Weight of the distance to a teacher, the base model with full attention: it reads the sentences that tell the key
+    """Weight of the distance to a teacher, the base model with full attention: it reads the sentences that give the key
     and the question in one piece, and over question and answer every layer's hidden states are to point where its own
     do. It says at every layer what is to be read from the FAM, where the key alone says it at the last."""
     teacher_filler_tokens: Limits = (0, 64)
@@ -153,4 +153,4 @@ class LossSection(Section):
     """Weight of the paper's reconstruction loss (C.5): a block's attention from its queries and the updated FAM."""
     fam_change: NotNegative = 0.0
     """Weight of the change of the FAM, relative to its length and before `fam.fam_norm_bound`, in the updates by blocks
-    that tell no key: changes in one constant direction drown what was written, bound or not."""
+    that give no key: changes in one constant direction drown what was written, bound or not."""

@@ -27,7 +27,7 @@ FORMS = {
 BOUNDS = {"greater_than_equal": "ge", "greater_than": "gt", "less_than_equal": "le", "less_than": "lt"}
 """The bound that an error's type is about."""
 MOST_IMPORTANT = ("extra_forbidden", "missing")
-"""Types of the errors that are told before all others: a misspelt key is most often a missing one, too."""
+"""Types of the errors that are reported before all others: a misspelt key is most often a missing one, too."""
 
 Place = tuple[int | str, ...]
 
@@ -38,7 +38,7 @@ def recipe_error(section: type[BaseModel], values: Any, error: ValidationError, 
     Args:
         section: what was to be built.
         values: from these plain values.
-        error: what pydantic found; the first error, or the first unknown key, is told.
+        error: what pydantic found; the first error, or the first unknown key, is reported.
         where: name of the section in the recipe; empty is the recipe itself.
     """
 

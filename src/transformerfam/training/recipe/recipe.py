@@ -92,7 +92,7 @@ class Recipe(Section):
         )
         require(
             self.model.prompt_text is None or (self.model.memory is None and self.fam.fam_init == "prompt"),
-            "model.prompt_text is given beside model.memory, which has its own prompt, or fam.fam_init is 'prefix'; "
+            "model.prompt_text is given with model.memory, which has its own prompt, or fam.fam_init is 'prefix'; "
             "leave one of them out",
         )
 
@@ -101,12 +101,12 @@ class Recipe(Section):
         for stage in self.schedule.curriculum:
             require(
                 stage.repeated_tokens is None or self.schedule.stored_blocks == self.loss.teacher == 0,
-                "a stage of the curriculum has repeated_tokens beside schedule.stored_blocks or loss.teacher, which "
+                "a stage of the curriculum has repeated_tokens with schedule.stored_blocks or loss.teacher, which "
                 "know one key; leave it out",
             )
 
     def _require_teacher(self) -> None:
-        """Refuse a teacher that knows nothing, or that has nothing to read."""
+        """Refuse a teacher that was never trained, or that has nothing to read."""
         require(
             (self.loss.teacher == 0 and not self.loss.full_attention) or self.model.base != "tiny-random",
             f"loss.teacher is {self.loss.teacher} or loss.full_attention is set, and model.base is 'tiny-random', "
@@ -132,7 +132,7 @@ class Recipe(Section):
         )
 
     def _require_instructions(self) -> None:
-        """Refuse packed instructions beside what only passkeys have, and held-out texts without them."""
+        """Refuse packed instructions together with what only passkeys have, and held-out texts without them."""
         if self.evaluation is not None:
             self.evaluation.require_held_out(self.instructions)
         if self.instructions is None:
@@ -141,12 +141,12 @@ class Recipe(Section):
         for name, value in default.items():
             require(
                 getattr(self.schedule, name) == value,
-                f"schedule.{name} is given beside instructions, which have no filler and no question; leave it out",
+                f"schedule.{name} is given with instructions, which have no filler and no question; leave it out",
             )
         require(
             self.loss.teacher == 0 and self.state_passing.ask_later == 0 and not self.state_passing.before_question,
-            "loss.teacher, state_passing.ask_later or state_passing.before_question is given beside instructions, "
-            "which have no key to ask for; leave it out",
+            "loss.teacher, state_passing.ask_later or state_passing.before_question is given with instructions, "
+            "which have no key to query; leave it out",
         )
 
     @property
@@ -176,7 +176,7 @@ class Recipe(Section):
         )
         require(
             self.schedule.stored_blocks == 0 or self.data.can_be_stored,
-            f"schedule.stored_blocks is above 0 and data.task is {task!r}, which tells more than one key; set it to 0",
+            f"schedule.stored_blocks is above 0 and data.task is {task!r}, which gives more than one key; set it to 0",
         )
         require(
             self.schedule.gradient_tokens is None or self.data.can_be_cut,
@@ -193,7 +193,7 @@ class Recipe(Section):
         return build_data(self.data.model_dump() | stage.data)
 
     def _require_rival(self) -> None:
-        """Refuse a rival beside FAM, or beside what only FAM has."""
+        """Refuse a rival together with FAM, or with what only FAM has."""
         if self.rival is None:
             return
         fam = self.fam
@@ -201,17 +201,17 @@ class Recipe(Section):
         require(
             is_plain and self.rival.block_size == fam.block_size,
             f"rival.block_size is {self.rival.block_size}, required is fam.block_size ({fam.block_size}), and a fam "
-            "section without FAM, memory segments, sink tokens or window, since the rival stands in their place; set "
+            "section without FAM, memory segments, sink tokens or window, since the rival replaces them; set "
             "fam.fam_length = 0",
         )
         require(
             self.lora is None and self.model.memory is None and self.key_bias is None and not self.schedule.block_sizes,
-            "lora, model.memory, key_bias or schedule.block_sizes is given beside rival, which is trained in full, "
+            "lora, model.memory, key_bias or schedule.block_sizes is given with a rival, which is trained in full, "
             "from its own start, in segments of one size; leave it out",
         )
         require(
             self.schedule.gradient_tokens is None and self.loss.fam_change == 0,
-            "schedule.gradient_tokens or loss.fam_change is given beside rival, and they know the FAM alone; leave it "
+            "schedule.gradient_tokens or loss.fam_change is given with a rival, and they apply to FAM alone; leave it "
             "out",
         )
 
@@ -248,7 +248,7 @@ class Recipe(Section):
             or not (
                 self.schedule.stored_blocks or self.loss.teacher or self.loss.full_attention or self.loss.fam_change
             ),
-            "schedule.accumulate is above 1 beside schedule.stored_blocks, loss.teacher, loss.full_attention or "
+            "schedule.accumulate is above 1 with schedule.stored_blocks, loss.teacher, loss.full_attention or "
             "loss.fam_change, whose "
             "means are over the whole batch; set them to 0, or schedule.accumulate to 1",
         )
@@ -270,7 +270,7 @@ class Recipe(Section):
             ),
             "loss.reconstruction is above 0, required is the paper's update (fam_update, fam_query, fam_residual and "
             "fam_feeds as by default), fam.fam_query_position = 'current' and a "
-            "fam.fam_position other than 'zero', so that the updated FAM stands where its query stood",
+            "fam.fam_position other than 'zero', so that the updated FAM is where its query was",
         )
 
     def _require_updates(self) -> None:
@@ -278,7 +278,7 @@ class Recipe(Section):
         require(
             self.schedule.repeat_updates[1] == 0 or self.fam.num_memory_segments == 0,
             f"schedule.repeat_updates is above 0 and fam.num_memory_segments is {self.fam.num_memory_segments}, "
-            "required is 0, since a repeated block would stand in the memory segments twice",
+            "required is 0, since a repeated block would be in the memory segments twice",
         )
         require(
             self.schedule.repeat_updates[1] == 0 or self.fam.fam_length > 0,

@@ -34,7 +34,7 @@ REMOVED = {
 KEYS_OF_STAGES = ("prefix_tokens", "named_keys", "key_digits", "facts", "fact_sentences")
 """Keys that a stage of the curriculum once had itself, and has in its `data` now."""
 OFF = {"named_keys": [0, 0], "facts": [0, 0]}
-"""Values with which sections `data` that had the keys of all tasks said that a task is not theirs."""
+"""Values with which sections `data` that had the keys of all tasks marked a task that is not theirs."""
 
 
 def with_keys_in_data(stage: dict[str, Any]) -> dict[str, Any]:

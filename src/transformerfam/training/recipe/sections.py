@@ -213,14 +213,14 @@ class StatePassingSection(Section):
     rows: Literal["first", "all"] = "first"
     """Whose FAM is saved: the first sequence's for all (the paper), or each sequence's for itself."""
     ask_later: Share = 0.0
-    """Share of sequences that go on with filler alone and ask again for the key that the step before got right; needs
+    """Share of sequences that continue with filler alone and query again the key that the step before got right; needs
     `rows = "all"`."""
     overwrite: Share = 1.0
-    """Of the sequences that tell a new key in a passed step, the share that starts from the saved FAM and has to
+    """Of the sequences that give a new key in a passed step, the share that starts from the saved FAM and has to
     overwrite the old key (1 is the paper); the others start from the initial FAM."""
     between_blocks: Limits = (0, 0)
     """Least and most blocks of filler, stored ones where there are any, that a passed FAM reads from one step to the
-    next, without gradient: a cheap way to ask later still."""
+    next, without gradient: a cheap way to query even later."""
     between_steps: Natural = 0
     """Steps, from the first of the run, over which the most of `between_blocks` grows to what it is, so that a memory
     learns to write before it learns to hold for long. 0: from the beginning."""
@@ -234,7 +234,7 @@ class StatePassingSection(Section):
     def _require_own_keys(self) -> Self:
         require(
             self.ask_later == 0 or self.rows == "all",
-            'state_passing.ask_later needs state_passing.rows = "all", since every sequence asks for its own key',
+            'state_passing.ask_later needs state_passing.rows = "all", since every sequence queries its own key',
         )
         return self
 

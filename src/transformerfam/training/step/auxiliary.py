@@ -124,6 +124,6 @@ class AuxiliaryLosses(StepPart):
 
 
 def auxiliary_losses(model: PreTrainedModel, recipe: Recipe) -> AuxiliaryLosses | None:
-    """Return the auxiliary losses that a recipe asks for, or None."""
+    """Return the auxiliary losses of a recipe, or None."""
     wanted = recipe.loss.diversity or recipe.loss.reconstruction
     return AuxiliaryLosses(model, recipe.loss) if wanted else None

@@ -45,7 +45,7 @@ def run_batch(
         model: the converted model.
         batch: what is read and predicted.
         state: where reading starts; it is not changed.
-        parts: what is done beside it, in this order.
+        parts: what else is done, in this order.
         checkpoint_blocks: compute each block again in the backward pass instead of keeping its activations.
         pass_before_question: the FAM that is passed on is the one in front of the block in which the question begins,
             which in the first block is that of `state`; else it is that of the last whole block.
@@ -140,7 +140,7 @@ def _return_freed_memory(state: ReadingState) -> None:
     The small tensors that are kept for every block lie between large ones that were freed. Without this glibc grows by
     as much as a block's activations with every block, though they are gone.
     """
-    if not hasattr(psutil, "heap_trim"):  # an allocator that cannot be asked
+    if not hasattr(psutil, "heap_trim"):  # an allocator without this call
         return
 
     def trim(_: torch.Tensor) -> None:

@@ -1,6 +1,6 @@
 """Batches on stored filler: all rows packed into one sequence, for which a block of any size costs what it reads.
 
-All rows of such a batch have the same filler, so that its keys and values stand in a layer once, and not once per row.
+All rows of such a batch have the same filler, so that a layer holds its keys and values once, and not once per row.
 A block is one forward over its *rows*: for every sequence its FAM and the tokens that the batch reads in that block.
 """
 
@@ -104,7 +104,7 @@ class PackedBlock(Step):
         return torch.cat((rows_BFD.to(tokens.dtype), tokens), dim=1).flatten(0, 1)[None]
 
     def sight(self, layer: int) -> None:
-        """Return None: sequences stand side by side here, and only a mask keeps them apart."""
+        """Return None: sequences are packed side by side here, and only a mask separates them."""
 
     def mask(self, layer: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
         """Return the mask of the block."""
@@ -143,7 +143,7 @@ def run_packed_batch(
     """Read a batch that was written on stored filler; `run_batch` for such batches.
 
     Behind the last whole block in front of the question the FAM is updated by further stored blocks, as many as the
-    batch names. The filler has no gradient, and does not see what is told in front of it in its block.
+    batch names. The filler has no gradient, and does not see the key in front of it in its block.
 
     Args:
         model: the converted model.

@@ -1,4 +1,4 @@
-"""What a recipe adds to a training step beside the loss of its tokens, each an object that `run_batch` calls.
+"""What a recipe adds to a training step besides the loss of its tokens, each an object that `run_batch` calls.
 
 One more: a class here, and a line in `step.parts_of`.
 """
@@ -101,7 +101,7 @@ class GradientCut(StepPart):
 class RepeatedUpdates(StepPart):
     """Update the FAM further after every whole block in front of the question.
 
-    By blocks that rows without a key of their own have just read; see `_update_again`.
+    By blocks that rows without their own key have just read; see `_update_again`.
     """
 
     def __init__(self, number: int) -> None:
@@ -109,7 +109,7 @@ class RepeatedUpdates(StepPart):
         self.number, self.needs_block = number, number > 0
 
     def leave(self, model: PreTrainedModel, state: ReadingState, batch: Batch, block: Block) -> ReadingState:
-        """Update a state with memory; where every row tells a key, not at all."""
+        """Update a state with memory; where every row gives a key, not at all."""
         fillers = (~batch.is_told_B).nonzero()[:, 0].tolist()
         if not state.has_memory or not block.is_before_question or not fillers:
             return state
@@ -120,7 +120,7 @@ class RepeatedUpdates(StepPart):
 
 
 class FamChange(StepPart):
-    """Add the change of the FAM in the updates of sequences that tell no key, in front of the question.
+    """Add the change of the FAM in the updates of sequences that give no key, in front of the question.
 
     A first update, which has no residual, is left out.
     """

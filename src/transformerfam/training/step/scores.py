@@ -17,13 +17,13 @@ class StepOutput:
     loss: torch.Tensor
     """Weighted sum over all positions, with the graph."""
     key_loss: torch.Tensor
-    """Mean cross-entropy of the key's tokens, 0 where no row asks."""
+    """Mean cross-entropy of the key's tokens, 0 without a question."""
     is_right_B: torch.Tensor
-    """Whether every token of the row's key has the largest logit; True where the row asks nothing."""
+    """Whether every token of the row's key has the largest logit; True where the row has no question."""
     passed_fam_LBFD: torch.Tensor | None
     """The FAM to pass on, detached; None where there is none."""
     num_passed_blocks: int
-    """Blocks of this batch that the passed FAM has read: with 0 it holds nothing that the batch told."""
+    """Blocks of this batch that the passed FAM has read: with 0 it holds nothing of this batch."""
     teacher_loss: torch.Tensor
     """Mean distance to the teacher over questions and answers, detached; 0 without one."""
     fam_change: torch.Tensor = field(default_factory=lambda: torch.zeros(()))

@@ -1,4 +1,4 @@
-"""What a training step reads, and what its FAM reads on until the next, as a recipe asks for it."""
+"""What a training step reads, and what its FAM reads before the next one, as the recipe says."""
 
 import math
 import random

@@ -15,7 +15,7 @@ class StoredFiller:
     """Keys and values of N blocks of filler, without their graph.
 
     They belong to the weights, and to the FAM in sight, with which the blocks were read. A training that reads one of
-    them anew every few steps keeps them near to what its weights would make of them.
+    them again every few steps keeps them close to what its weights would make of them.
     """
 
     ids_NT: torch.Tensor
@@ -94,7 +94,7 @@ def keep_filler(
         model: the converted model; its block size is that of the largest block afterwards.
         sequences: what the filler is taken from.
         step: number of the step.
-        saved: what the step before left behind, whose first FAM is in sight of a block that is read anew; None is the
+        saved: the FAM of the step before, the first of which is in sight of a block that is read again; None is the
             initial one.
 
     Returns:

@@ -16,7 +16,7 @@ class Lesson:
     """What the teacher had in mind over the questions and answers of one batch."""
 
     hidden_LBQD: torch.Tensor
-    """Output of every layer over the last Q tokens of each row, zeros in rows that ask nothing."""
+    """Output of every layer over the last Q tokens of each row, zeros in rows without a question."""
     is_taught_BT: torch.Tensor
     """The tokens of the batch that are compared with it, all among the last Q."""
     text_hidden_BTD: torch.Tensor | None = None
@@ -53,7 +53,7 @@ class Teacher:
 
         Args:
             base: as `model.base` of a recipe.
-            device: where it stands.
+            device: where it is.
             dtype: of its weights.
             reads_text: whether it reads the batch's own tokens, too, for `loss.full_attention`.
 
@@ -69,7 +69,7 @@ class Teacher:
 
     @torch.no_grad()
     def read(self, batch: Batch) -> Lesson | None:
-        """Return the lesson for a batch, None where no row asks and no text is compared."""
+        """Return the lesson for a batch, None where there is no question and no text is compared."""
         text_hidden_BTD = None
         if self.reads_text:
             text_hidden_BTD = self.model.get_decoder()(batch.input_ids_BT.to(self.model.device)).last_hidden_state
