@@ -109,7 +109,7 @@ class FamilyReference:
         self.last_weights: list[Tensor] = []
 
     def read(self, ids_T: Tensor, initial: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the hidden states behind the last norm, `(T, D)`, and the last FAM, `(L, F, D)`.
+        """Return the hidden states after the last norm, `(T, D)`, and the last FAM, `(L, F, D)`.
 
         Args:
             ids_T: token ids.

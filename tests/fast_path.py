@@ -17,7 +17,7 @@ GRADIENT_TOLERANCE = 1.5e-4
 
 
 def turned(model: Any, fam: Tensor, sign: int = 1) -> Tensor:
-    """Return a FAM with its keys turned to where it stands behind a block, or back: the reference has them unturned."""
+    """Return a FAM with its keys turned to its place after a block, or back: the reference has them unturned."""
     config = model.fam_config
     if not config.has_slots:
         return fam

@@ -91,12 +91,12 @@ class FamConfig:
     """How many past FAMs the tokens see; the update of the FAM sees the last one alone."""
 
     fam_position: Literal["last", "fractional", "zero"] = "last"
-    """Where the FAM written by a block stands: on the block's last F positions, between this block and the next one,
+    """Where the FAM written by a block is: on the block's last F positions, between this block and the next one,
     or always at position zero."""
 
     fam_query_position: Literal["written", "current"] = "current"
-    """Where the FAM's query stands while it compresses a block: where the FAM was written (the end of the previous
-    block), or where its update will stand (the end of this block)."""
+    """Where the FAM's query is while it compresses a block: where the FAM was written (the end of the previous
+    block), or where its update will be (the end of this block)."""
 
     fam_init: Literal["prompt", "prefix"] = "prompt"
     """The initial FAM: a learnable prompt of F embeddings that goes up through the layers, or F learnable rows per
@@ -112,7 +112,7 @@ class FamConfig:
     A gated row that finds nothing in a block stays as it was. The gate is ours, not the paper's."""
 
     fam_query: Literal["previous", "initial", "below"] = "previous"
-    """Which rows ask in a block: the previous FAM (the paper's), always the initial FAM, or what the layer below made
+    """Which rows query in a block: the previous FAM (the paper's), always the initial FAM, or what the layer below made
     of the rows, which then go up as tokens do; the lowest layer's are its initial FAM."""
 
     fam_residual: Literal["previous", "none", "initial", "below"] = "previous"
@@ -220,7 +220,7 @@ class FamConfig:
         )
 
     def _require_slots(self) -> None:
-        """Refuse slots beside what they do not have, and what they alone have without them."""
+        """Refuse slots with choices that they do not have, and choices of slots without slots."""
         is_slots = self.fam_feeds == "slots"
         for name in ("fam_query", "fam_residual"):
             goes_up = getattr(self, name) == "below"

@@ -44,7 +44,7 @@ class UnsupportedVersionError(TransformerFamError):
 
 
 class ReadInterrupted(KeyboardInterrupt):
-    """Ctrl-C while reading; `state` holds what was read, and the message says how to go on.
+    """Ctrl-C while reading; `state` holds what was read, and the message says how to resume.
 
     Attributes:
         state: the `FamState` after the last whole piece.
@@ -54,8 +54,8 @@ class ReadInterrupted(KeyboardInterrupt):
     def __init__(self, state: Any, num_tokens_done: int, of_iterator: bool = False) -> None:
         rest = "an iterator of the ids after them" if of_iterator else f"input_ids[..., {num_tokens_done}:]"
         super().__init__(
-            f"interrupted after {num_tokens_done} tokens; go on with model.read({rest}, state) and the `state` of this "
-            "exception"
+            f"interrupted after {num_tokens_done} tokens; resume with model.read({rest}, state) and the `state` of "
+            "this exception"
         )
         self.state = state
         self.num_tokens_done = num_tokens_done

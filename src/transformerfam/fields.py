@@ -57,7 +57,7 @@ def _is_of_type(value: Any, kind: Any) -> bool:
 
 
 def _name_of_type(kind: Any) -> str:
-    """Return how a type is said in a message."""
+    """Return a type's name for messages."""
     origin, arguments = typing.get_origin(kind), typing.get_args(kind)
     if origin in (types.UnionType, typing.Union):
         return " or ".join(_name_of_type(one) for one in arguments)

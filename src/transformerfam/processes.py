@@ -44,7 +44,7 @@ def end_with_input() -> None:
 def ends_as_ctrl_c() -> Iterator[None]:
     """Let SIGTERM and SIGHUP raise KeyboardInterrupt in the body, as Ctrl-C does, unless they are ignored.
 
-    What follows within `SETTLE_SECONDS` is dropped, so that what was done can be saved and said.
+    What follows within `SETTLE_SECONDS` is dropped, so that the work done can be saved and reported.
     """
     last = [float("-inf")]
 

@@ -1,4 +1,4 @@
-"""The versions of torch and transformers that the tests have passed on, and what is said where they matter.
+"""The versions of torch and transformers that the tests have passed on, and the messages where they matter.
 
 A version above the range is not refused: the numeric checks of conversion decide. It is named where they fail.
 """

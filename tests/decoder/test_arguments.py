@@ -51,7 +51,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
 @every_model
 @pytest.mark.parametrize("name", REFUSED)
 def test_argument_of_forward_is_refused_by_name(model: Any, name: str) -> None:
-    """Catches an argument that is dropped, as positions by which transformers tells packed texts apart."""
+    """Catches an argument that is dropped, as positions by which transformers distinguishes packed texts."""
     arguments, match = REFUSED[name]
     state = model.init_state(2)
     with pytest.raises(TransformerFamError, match=match):

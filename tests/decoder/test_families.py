@@ -134,7 +134,7 @@ def test_any_split_and_any_padding_give_the_same(case: str, options: str) -> Non
     mask[1, :6] = 0
     shorter, _ = read_in_chunks(model, ids[1:, 6:], [17])
     padded = model(input_ids=ids, attention_mask=mask).logits
-    assert_near(padded[0], expected[0], "logits beside padding")
+    assert_near(padded[0], expected[0], "logits next to padding")
     assert_near(padded[1, 6:], shorter[0], "logits of a padded sequence")
 
 
@@ -341,7 +341,7 @@ REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
 
 
 def test_soft_caps_that_would_be_left_out_are_refused() -> None:
-    """Catches a Gemma 2 that goes on without its soft caps, as older transformers load it."""
+    """Catches a Gemma 2 that runs on without its soft caps, as older transformers load it."""
     model = make_tiny("gemma2")
     model.config._attn_implementation = "sdpa"
     with pytest.raises(UnsupportedModelError, match="soft caps on its attention"):

@@ -63,7 +63,7 @@ def emulated(monkeypatch: pytest.MonkeyPatch) -> None:
 def make_flash(case: str, config: FamConfig = CONFIG) -> Any:
     """Convert a model that would run on flash attention 2, its memory drawn as `make_converted` draws it."""
     model = make_tiny(case)
-    model.config._attn_implementation_internal = "flash_attention_2"  # without asking whether it is installed
+    model.config._attn_implementation_internal = "flash_attention_2"  # without checking whether it is installed
     converted = convert(model, config)
     plain = make_converted(case, config)
     converted.load_state_dict(plain.state_dict())

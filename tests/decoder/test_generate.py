@@ -200,7 +200,7 @@ def test_strategy_equals_that_of_a_model_that_reads_all_again(model: Any, name: 
     """Catches a strategy whose sequences lose their state, or get each other's."""
     ids = random_ids(1, 11)
     outputs = []
-    for use_cache in (True, False):  # without one every step reads the whole text anew
+    for use_cache in (True, False):  # without one every step reads the whole text again
         torch.manual_seed(0)
         outputs.append(model.generate(ids, max_new_tokens=NUM_NEW, use_cache=use_cache, **STRATEGIES[name]))
     assert torch.equal(outputs[0], outputs[1])
@@ -249,7 +249,7 @@ def test_new_tokens_alone_follow_the_last_generated_one(model: Any, tmp_path: Pa
 
 
 def test_row_that_ends_early_stays_as_it_was_at_its_end(model: Any) -> None:
-    """Catches padding behind an end that is read as text, and a next turn that follows it."""
+    """Catches padding after an end that is read as text, and a next turn that follows it."""
     ids = random_ids(2, 11).clamp(min=1)  # 0 is padding
     alone = [model.generate(row[None], max_new_tokens=NUM_NEW, do_sample=False) for row in ids]
     end = int(alone[0][0, 11 + 4])
@@ -337,7 +337,7 @@ def test_beam_search_that_an_error_ends_leaves_beams(model: Any) -> None:
 
 
 def test_state_whose_input_is_refused_has_its_rows(model: Any) -> None:
-    """Catches a reading that a wrong call has turned into as many as it asked for beams."""
+    """Catches a reading that a wrong call has turned into one per requested beam."""
     text = random_ids(2, 12)
     state = model.read(text)
     with pytest.raises(StateMismatchError, match="required is at least one token after them"):
@@ -357,7 +357,7 @@ def test_token_that_is_not_read_is_known_beside_embeddings(model: Any) -> None:
 
 
 def test_call_that_fails_leaves_the_rows_as_they_were(model: Any) -> None:
-    """Catches a state that an error leaves with a row for every sequence that was asked for."""
+    """Catches a state that an error leaves with a row for every sequence that was requested."""
     state = model.read(random_ids(1, 40))
     options = {"do_sample": True, "num_return_sequences": 3, "repetition_penalty": 0.0}
     with pytest.raises(ValueError, match="penalty"):

@@ -27,7 +27,7 @@ def gradients(model: Any, mask: torch.Tensor | None = None) -> list[torch.Tensor
 
 @pytest.mark.parametrize("case", ["llama", "gemma2", "falcon", "gpt_neox"])
 def test_kept_gradients_are_those_of_the_base(case: str) -> None:
-    """Catches hidden states beside the path of the gradient, whose own is None."""
+    """Catches hidden states off the path of the gradient, whose own is None."""
     expected = gradients(make_tiny(case))
     for found, required in zip(gradients(convert(make_tiny(case), WIDE)), expected, strict=True):
         torch.testing.assert_close(found, required, atol=1e-3, rtol=1e-3)

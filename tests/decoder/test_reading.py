@@ -28,7 +28,7 @@ def model(request: Any) -> Any:
 
 @torch.no_grad()
 def said(model: Any, state: Any) -> torch.Tensor:
-    """Return what the model says behind a state, which stays as it is."""
+    """Return what the model predicts after a state, which stays as it is."""
     logits: torch.Tensor = model(input_ids=NEXT[: state.batch_size], past_key_values=state.fork()).logits
     return logits
 
@@ -122,7 +122,7 @@ def test_iterator_that_fails_leaves_what_it_gave(model: Any) -> None:
 
 
 def test_error_in_the_model_reads_nothing_more(model: Any) -> None:
-    """Catches pieces that are read behind one that the model has failed on, into a state that is half moved."""
+    """Catches pieces that are read after one on which the model failed, into a state that is half moved."""
     layer, calls = model.get_decoder().layers[1], []
 
     def fail(*_: Any) -> None:
@@ -146,7 +146,7 @@ def test_interrupt_says_how_much_of_an_iterator_is_read(model: Any) -> None:
         yield ids[:, :21]
         raise KeyboardInterrupt
 
-    message = r"after 16 tokens; go on with model.read\(an iterator of the ids after them, state\)"
+    message = r"after 16 tokens; resume with model.read\(an iterator of the ids after them, state\)"
     with pytest.raises(ReadInterrupted, match=message) as caught:
         model.read(interrupted())
     error = caught.value

@@ -247,7 +247,7 @@ def test_bad_input_is_refused() -> None:
 
 
 def test_interrupted_read_keeps_what_was_read() -> None:
-    """Catches a Ctrl-C that loses the reading, or leaves a state that goes on differently."""
+    """Catches a Ctrl-C that loses the reading, or leaves a state that continues differently."""
     model, ids = convert(make_tiny_llama(), CONFIG), random_ids(1, 50)
 
     def interrupt(done: int, total: int, state: Any) -> None:
@@ -255,7 +255,7 @@ def test_interrupted_read_keeps_what_was_read() -> None:
             raise KeyboardInterrupt
 
     with pytest.raises(
-        ReadInterrupted, match=r"after 24 tokens; go on with model.read\(input_ids\[..., 24:\]"
+        ReadInterrupted, match=r"after 24 tokens; resume with model.read\(input_ids\[..., 24:\]"
     ) as caught:
         model.read(ids, progress=interrupt)
     error = caught.value
@@ -286,7 +286,7 @@ def test_interrupt_within_a_piece_leaves_the_state_whole(monkeypatch: pytest.Mon
 @pytest.mark.parametrize("case", ["mixtral", "qwen3_moe", "gpt_oss", "deepseek_v2", "gemma3_text"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_rounding_of_half_precision_is_no_reason_to_refuse(case: str, dtype: torch.dtype) -> None:
-    """Catches checks that compare behind a choice of experts, which rounding turns: 1 in 4 of these were refused."""
+    """Catches checks that compare after a choice of experts, which rounding turns: 1 in 4 of these were refused."""
     for seed in range(6):
         model = make_tiny(case)
         generator = torch.Generator().manual_seed(seed)
@@ -369,7 +369,7 @@ def test_window_that_the_class_ignores_is_named() -> None:
 
 
 def test_positions_by_which_queries_are_scaled_are_warned_of() -> None:
-    """Catches tokens at the beginning of a text that are scaled as if they stood far in it."""
+    """Catches tokens at the beginning of a text that are scaled as if they were far in it."""
     rope = {
         "rope_type": "yarn",
         "rope_theta": 1e4,

@@ -208,7 +208,7 @@ def test_length_matches_reference(options: dict[str, Any], num_tokens: int) -> N
 )
 @pytest.mark.parametrize("is_shared", [True, False])
 def test_saved_fam_matches_reference(is_shared: bool, options: dict[str, Any], zero_first_residual: bool) -> None:
-    """Catches a saved FAM that loses its residual, asks where the initial one does, or is replaced ungated."""
+    """Catches a saved FAM that loses its residual, queries where the initial one does, or is replaced ungated."""
     config = FamConfig(**BASE | options, zero_first_residual=zero_first_residual)
     model = make_converted(config)
     saved = random_fam(model, NUM_LAYERS, *([2] if is_shared else [2, 2]))
@@ -217,7 +217,7 @@ def test_saved_fam_matches_reference(is_shared: bool, options: dict[str, Any], z
 
 @pytest.mark.parametrize("fam_position", ["last", "fractional", "zero"])
 def test_position_offset_matches_reference(fam_position: Any) -> None:
-    """Catches an offset that moves what must stand still, or the reverse (B.2.2)."""
+    """Catches an offset that moves what must not move, or the reverse (B.2.2)."""
     model = make_converted(FamConfig(**BASE, fam_position=fam_position))
     assert_matches_reference(model, [random_ids(10)], position_offset=137)
 

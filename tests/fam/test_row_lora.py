@@ -49,7 +49,7 @@ def draw(model: Any) -> None:
 
 
 def weights_of(model: Any) -> ReferenceWeights:
-    """View base weights, and beside them what they are with LoRA added."""
+    """View base weights, and the same with LoRA added."""
 
     def added(layer: Any, weights: LayerWeights) -> LayerWeights:
         modules = {name.rsplit(".")[-1]: module for name, module in layer.named_modules()}
@@ -141,7 +141,7 @@ def test_saved_memory_stays_apart_from_the_weights(tmp_path: Path) -> None:
 
 
 def test_memory_is_saved_beside_lora_of_rows_by_peft(tmp_path: Path) -> None:
-    """Catches a memory among PEFT's `modules_to_save` taken for a layer in which no rows can be told apart."""
+    """Catches a memory among PEFT's `modules_to_save` taken for a layer in which rows cannot be distinguished."""
     ids = random_ids(2, 17)
     options: dict[str, Any] = {"target_modules": ["q_proj"], "modules_to_save": ["fam"], "init_lora_weights": False}
 

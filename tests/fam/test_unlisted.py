@@ -90,7 +90,7 @@ def test_families_are_found_without_their_row(case: str, name: str, monkeypatch:
 
 
 def test_saved_and_copied_model_is_found_again(tmp_path: Path) -> None:
-    """Catches a family that is known to the process alone that found it."""
+    """Catches a family that only the process that found it knows."""
     model = convert_unlisted(make_made_up())
     expected = logits_of(model)
     with torch.no_grad():
@@ -211,7 +211,7 @@ def _hooked_layer(model: Any, change: Callable[[torch.Tensor, torch.Tensor], tor
 
 
 class _FullExperts(LlamaMLP):
-    """Gives nothing to tokens behind the eighth of those that go one way."""
+    """Gives nothing to tokens after the eighth of those that go one way."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         way = x[..., 0] > 0
@@ -324,7 +324,7 @@ def test_window_that_the_configuration_does_not_name_is_refused() -> None:
 
 
 def test_neutral_weights_hide_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Catches keys that turn as long as the norm behind RoPE has weights of 1, as before training."""
+    """Catches keys that turn as long as the norm after RoPE has weights of 1, as before training."""
     monkeypatch.delitem(NOT_SERVED, "hunyuan_v1_dense")
     rope = {"rope_type": "default", "rope_theta": 1e4}
     config = transformers.HunYuanDenseV1Config(**SHAPE | {"pad_token_id": 0}, head_dim=8, rope_parameters=rope)

@@ -45,7 +45,7 @@ def converted(base: Any = None, scale: float = 1.0, **changes: Any) -> Any:
 @every_update
 @pytest.mark.parametrize("way", ["bfloat16", "float16", "autocast"])
 def test_half_precision_is_off_by_rounding_alone(name: str, way: str) -> None:
-    """Catches a residual that is added and subtracted again: large rows leave only rounding behind."""
+    """Catches a residual that is added and subtracted again: large rows leave only rounding."""
     ids, found = random_ids(1, 19), []
     for is_half in (False, True):
         model = converted(scale=300.0, **UPDATES[name])
@@ -163,7 +163,7 @@ def test_state_of_before_goes_on(name: str, tmp_path: Path) -> None:
 
 
 def test_state_of_another_update_is_refused(tmp_path: Path) -> None:
-    """Catches a reading that goes on by another update than it began with."""
+    """Catches a reading that continues by another update than it began with."""
     state = converted(**GATED).read(random_ids(1, 13))
     state.save(tmp_path / "state.safetensors")
     other = converted()
@@ -229,7 +229,7 @@ def test_mean_of_one_key_is_that_key() -> None:
     ids = random_ids(1, 2)
     state, expected = model.read(ids[:, :1]), window.read(ids[:, :1])
     for layer, plain in list(zip(state.layers, expected.layers, strict=True))[:1]:  # those above have seen the prompt
-        key, value = layer.turner.turn(*layer.slots(), 1)  # the segment stands in front of position 1
+        key, value = layer.turner.turn(*layer.slots(), 1)  # the segment is in front of position 1
         torch.testing.assert_close(key, plain.keys[:, :, :1], atol=1e-5, rtol=1e-5)
         torch.testing.assert_close(value, plain.values[:, :, :1], atol=1e-5, rtol=1e-5)
 

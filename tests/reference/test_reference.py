@@ -118,13 +118,13 @@ def test_bswa_three_tokens_equals_formula() -> None:
 
 @pytest.mark.parametrize("query_position", ["written", "current"])
 def test_fam_two_blocks_equals_formula(query_position: Any) -> None:
-    """Catches any slip in Algorithm 2: what the FAM sees and where it stands, the zero residual, then the real one."""
+    """Catches any slip in Algorithm 2: what the FAM sees and where it is, the zero residual, then the real one."""
     config = FamConfig(
         fam_key_bias=0.0, block_size=2, fam_length=1, num_memory_segments=0, fam_query_position=query_position
     )
     result = run_reference(one_pair_weights(), config, torch.tensor([0, 1, 2, 0, 1]), initial=PROMPT)
     shift = 0 if query_position == "written" else 2
-    # The FAM read in a block stands one position before it: -1, then 1, then 3.
+    # The FAM read in a block is one position before it: -1, then 1, then 3.
     first = attend_by_hand((P, -1 + shift), [(P, -1, 0), (X, 0, 0), (Y, 1, 0)])
     second = first + attend_by_hand((first, 1 + shift), [(first, 1, 0), (Z, 2, 0), (X, 3, 0)])
     for fam, value in zip(result.fams, [P, first, second], strict=True):
@@ -262,7 +262,7 @@ def test_wide_window_without_fam_equals_transformers(block_size: int, num_memory
 
 
 def test_positions_of_fam_paper_example() -> None:
-    """Catches a FAM that stands elsewhere than in section B.2.1: B = 4, F = 2, written by the block m ... m + 3."""
+    """Catches a FAM at another place than in section B.2.1: B = 4, F = 2, written by the block m ... m + 3."""
     m = 20
     last = FamConfig(fam_key_bias=0.0, block_size=4, fam_length=2, fam_query_position="written")
     assert fam_positions(last, m + 4) == ([m + 2, m + 3], [m + 2, m + 3])
@@ -424,7 +424,7 @@ def test_norm_bound_scales_long_rows_alone() -> None:
 
 
 def test_static_summary_takes_no_residual_and_asks_with_initial_fam() -> None:
-    """Catches a SUM FAM whose query is the previous FAM: with a saved FAM the initial one still asks."""
+    """Catches a SUM FAM whose query is the previous FAM: with a saved FAM the initial one still queries."""
     saved = random_rows(1, 2, 32, seed=3).double()
     one = run(4, num_layers=1, fam_copy=False, saved_fam=saved)
     other = run(4, num_layers=1, fam_copy=False, saved_fam=saved, zero_first_residual=False)

@@ -1,4 +1,4 @@
-"""The arguments of a call: what is heard as in transformers, and what is refused by name."""
+"""The arguments of a call: those used as in transformers, and those refused by name."""
 
 import operator
 from collections.abc import Iterable
@@ -10,7 +10,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from transformerfam.errors import TransformerFamError
 
 PACKING_ARGUMENTS = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx")
-"""What tells transformers' attention where the texts of one row begin."""
+"""Arguments by which transformers' attention knows where the texts of one row begin."""
 
 ATTENTION_ARGUMENTS = ("softcap", "s_aux", "scaling", "sliding_window", "dropout", "position_bias")
 """What layers hand to attention, and some back ends also take from the call of the model."""
@@ -157,7 +157,7 @@ def take_arguments(decoder: Any, kwargs: dict[str, Any]) -> bool:
 
     Args:
         decoder: the decoder that is called.
-        kwargs: of the call; they go on to the class's own forward.
+        kwargs: of the call; passed on to the class's own forward.
 
     Returns:
         Whether the output is an object, not a tuple.

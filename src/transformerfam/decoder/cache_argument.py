@@ -56,7 +56,7 @@ def rename_cache(args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any
     """Return a call's keyword arguments with the cache under the installed transformers' name.
 
     Raises:
-        TransformerFamError: both names are given, or one beside a cache among the positional arguments.
+        TransformerFamError: both names are given, or one with a cache among the positional arguments.
     """
     rest = dict(kwargs)
     positional = [value for value in args if isinstance(value, Cache)]

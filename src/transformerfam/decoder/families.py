@@ -1,6 +1,6 @@
 """The families of transformers decoders that conversion serves, and where the seams are in each of them.
 
-What stands here are names and one choice per family. That they are right for the model at hand, in the transformers
+Here are names and one choice per family. That they are right for the model at hand, in the transformers
 version at hand, is what conversion checks with numbers (`seams`).
 """
 
@@ -63,7 +63,7 @@ def _gemma4_reason(config: Any) -> str | None:
     if config.hidden_size_per_layer_input:
         return "its layers are given embeddings of the token ids, which the rows of a FAM do not have"
     if config.num_kv_shared_layers:
-        return "its upper layers take the keys of lower ones, beside the cache"
+        return "its upper layers take the keys of lower ones, past the cache"
     return None
 
 
@@ -80,11 +80,11 @@ class Family:
     """Where the seams are in the layers of one family, by the names of submodules.
 
     Attributes:
-        name: what people call it.
+        name: its usual name.
         layers: the decoder's list of layers.
         attention: a layer's attention.
         output_projection: the last matrix of an attention.
-        entries: the submodules of a layer that are given its input, beside the residual, from the configuration.
+        entries: the submodules of a layer that are given its input, besides the residual, from the configuration.
         branch: the submodule of a layer whose output is added to the residual after attention: attention itself, or a
             norm after it.
         branch_factor: what that output is multiplied with before it is added, from the configuration.
@@ -93,7 +93,7 @@ class Family:
         has_attention_interface: whether attention goes through transformers' attention interface, so that a back end
             without dense masks can serve it.
         asks_by_queries: whether rows enter attention's output through their queries alone, called for once, so that
-            queries made before can stand for them; not where the output has a gate, or attention runs twice.
+            queries made before can replace them; not where the output has a gate, or attention runs twice.
         since: first version of this package that serves it.
         special: what sets the family apart from Llama.
         refuses: why a member cannot be served, from the configuration; None where it can.
@@ -141,7 +141,7 @@ FAMILIES = {
     "gemma3_text": Family(
         name="Gemma 3 (text)",
         **SEQUENCES["Gemma 2"],
-        special="norms after attention and feed-forward; five of six layers slide, with a RoPE of their own, and keep "
+        special="norms after attention and feed-forward; five of six layers slide, with their own RoPE, and keep "
         "their window",
     ),
     "phi3": Family(name="Phi-3", special="one matrix for queries, keys and values; RoPE of type longrope is refused"),

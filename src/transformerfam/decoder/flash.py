@@ -1,7 +1,7 @@
 """Attention of a piece by flash attention 2 or 3: the back ends `fam_fa2` and `fam_fa3`, which take no mask at all.
 
 FAM rows are one call without a mask, tokens one causal call, which flash attention ends at the last key; layers that
-keep a window of their own have it as flash attention's own window. What needs a mask is refused.
+keep their own window have it as flash attention's window. What needs a mask is refused.
 
 No machine of ours has run flash attention itself: the calls are tested against a plain emulation of what it promises.
 """
@@ -45,7 +45,7 @@ def attend_piece_by_flash(
         dropout: probability that an attention weight is dropped.
         scaling: factor on the logits.
         sliding_window: of the layer; used outside of pieces, since a piece brings its own.
-        **kwargs: go on to flash attention: soft caps, sinks.
+        **kwargs: passed on to flash attention: soft caps, sinks.
 
     Raises:
         TransformerFamError: the piece needs a dense mask.
@@ -78,7 +78,7 @@ def attend_piece_by_flash(
     if not isinstance(attention_mask, Sight) or mask is not None:
         if mask is not None and mask.dim() == 4:
             raise TransformerFamError(
-                "flash attention takes no mask, which this piece needs: sequences that stand at different places "
+                "flash attention takes no mask, which this piece needs: sequences at different places "
                 "(padding), fam_key_bias other than 0, a window on a layer with FAM, or compiled decoding; set "
                 "model.set_attn_implementation('fam') before"
             )

@@ -30,7 +30,7 @@ class _Call:
         has_beams: whether rows of the state are beams.
         fresh_BT: which tokens of the input the state had not read, where it had read some.
         ended_B: rows that have come to their end, from the first end-of-text token on.
-        num_given: columns of token ids that are given beside embeddings, and returned in front of what is generated.
+        num_given: columns of token ids that are given with embeddings, and returned in front of what is generated.
         expand: rows of the state for each row that the caller has.
     """
 
@@ -79,7 +79,7 @@ def generate(self: Any, *args: Any, **kwargs: Any) -> Any:
 
     Raises:
         TransformerFamError: two caches are given, or a state together with `use_cache=False`.
-        StateMismatchError: it cannot be told whether the input begins with what the state has read, it holds nothing
+        StateMismatchError: it is unknown whether the input begins with what the state has read, it holds nothing
             else, or the state was left by beam search.
     """
     kwargs = rename_cache(args, kwargs)
@@ -186,7 +186,7 @@ def _has_history(state: ReadingState, rows: list[list[int]]) -> bool:
     """Say whether rows begin with all that their sequences have read, or are new tokens alone.
 
     Raises:
-        StateMismatchError: it cannot be told, or differs from row to row, or there is nothing else.
+        StateMismatchError: it is unknown, or differs from row to row, or there is nothing else.
     """
     found = set()
     for row, num_read, history in zip(rows, state.row_lengths, state.histories, strict=True):
@@ -195,7 +195,7 @@ def _has_history(state: ReadingState, rows: list[list[int]]) -> bool:
         if len(row) >= num_read and history is None:
             raise StateMismatchError(
                 f"the input has {len(row)} tokens and the state has read {num_read}, of which it does not know the "
-                "ids, so it cannot be told whether the input begins with them; read() all new tokens but the last one "
+                "ids, so it is unknown whether the input begins with them; read() all new tokens but the last one "
                 "into the state, and give the last one alone"
             )
         begins = len(row) >= num_read and history_of(row[:num_read]) == history

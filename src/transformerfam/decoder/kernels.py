@@ -2,7 +2,7 @@
 
 FAM rows see a run of neighbouring keys, all of them. Tokens see all keys in front of the piece, and those of the piece
 up to their own. So neither needs a mask: FAM rows are one call; tokens are a full call and a causal call, merged by
-their log-sum-exp, or one causal call where FAM rows and tokens stand where all keys in sight do.
+their log-sum-exp, or one causal call where FAM rows and tokens are all the keys in sight.
 
 Source: Algorithm 2, the two attentions of a block.
 """
@@ -37,7 +37,7 @@ class Sight:
         first_block_key: index of the first key of the block, where the share of the rows' attention that falls on the
             block is wanted: that of the F rows in front, F keys of the FAM lying between the two indices.
         mask: bias on all logits, `(1 or B, 1, num_rows + T, S)`, where a mask is needed.
-        query: `(1, H, F, K)` what asks in the place of the rows' own queries.
+        query: `(1, H, F, K)` queries used in place of the rows' own.
         queries: where the rows' own queries `(B, H, R, K)` are noted, if anywhere.
         wants_every_weight: whether the weight on every key of the block is wanted, not their sum alone.
     """
@@ -182,7 +182,7 @@ def attend_rows(
     """Attend from FAM rows, and give what of their attention falls on the block; softmax in float32.
 
     Args:
-        query_BHRK: of all rows in front of the tokens; the F rows in front ask.
+        query_BHRK: of all rows in front of the tokens; the first F rows query.
         key_BGSK: all keys in sight.
         value_BGSK: likewise.
         sight: with `first_block_key`.
@@ -192,7 +192,7 @@ def attend_rows(
         sinks_H: further logits of every head, whose value is zero.
 
     Returns:
-        `(B, R, H, K)`, zeros for rows that do not ask, and shares `(B, H, F)`, or weights on the block's keys
+        `(B, R, H, K)`, zeros for rows that do not query, and shares `(B, H, F)`, or weights on the block's keys
         `(B, H, F, T)`.
 
     Source: the gate is ours; see `FamConfig.fam_update`.
@@ -253,14 +253,14 @@ def attend_piece(
         query: `(B, H, R + T, K)`, FAM rows first.
         key: `(B, G, S, K)` all keys in sight; those of the tokens are the last T.
         value: `(B, G, S, K)`.
-        attention_mask: a `Sight`, or the mask of a single token; another mask, or None for a causal one, goes on to
-            transformers' `sdpa`.
+        attention_mask: a `Sight`, or the mask of a single token; another mask, or None for a causal one, is passed on
+            to transformers' `sdpa`.
         dropout: probability that an attention weight is dropped.
         scaling: factor on the logits.
-        **kwargs: go on to transformers' `sdpa`.
+        **kwargs: passed on to transformers' `sdpa`.
 
     Returns:
-        `(B, R + T, H, K)`; for the weights None, or what the `Sight` asks for, see `attend_rows`.
+        `(B, R + T, H, K)`; for the weights None, or those that the `Sight` wants, see `attend_rows`.
     """
     if torch.is_autocast_enabled(query.device.type):  # which knows torch's attention, and not the kernels in it
         dtype = torch.get_autocast_dtype(query.device.type)

@@ -40,7 +40,7 @@ class Memory(nn.Module, abc.ABC):
         config: the configuration in force; it has a `block_size`.
         layouts: what every layer hands to its cache.
         identity: of the model, noted when the memory is attached.
-        base_back_end: attention back end of the base model where the memory needs one of its own; None elsewhere.
+        base_back_end: attention back end of the base model where the memory needs its own; None elsewhere.
     """
 
     slot: ClassVar[str]
@@ -60,7 +60,7 @@ class Memory(nn.Module, abc.ABC):
     @property
     @abc.abstractmethod
     def learned_rows(self) -> list[nn.Parameter]:
-        """The parameters that stand among the tokens as rows."""
+        """The parameters that are rows among the tokens."""
 
     def kept_in_own_type(self) -> list[nn.Parameter]:
         """Return the parameters that keep their type when the model's weights are held in another."""
@@ -93,7 +93,7 @@ class Memory(nn.Module, abc.ABC):
 
     @classmethod
     def methods(cls) -> dict[str, Callable[..., Any]]:
-        """Return what a model has with it beside its class's methods, or in their place."""
+        """Return the methods that a model has with it besides its class's, or in their place."""
         return cls.own_methods | READER_METHODS
 
 
@@ -224,13 +224,13 @@ def read_pieces(
         cache: the state to advance, or `past_key_values`; None starts one.
         inputs_embeds: `(B, T, D)` instead of `input_ids`.
         use_cache: False leaves the state out of the output; None is the model's configuration.
-        **kwargs: go on to the model's own forward.
+        **kwargs: passed on to the model's own forward.
 
     Returns:
         Hidden states `(B, T, D)` after the last norm (of padding: any finite values), and the state.
 
     Raises:
-        TransformerFamError: an argument asks for what is not done; the message names it.
+        TransformerFamError: an argument is not supported; the message names it.
         StateMismatchError: the state is another model's, or of another configuration or batch.
     """
     memory: Any = memory_in(self)

@@ -1,4 +1,4 @@
-"""What a type checker knows of a model with a memory, whose class stays that of transformers.
+"""A model with a memory as a type checker sees it; its class stays that of transformers.
 
 Of the class's own attributes the protocol has those that every decoder of transformers has. Where a function wants the
 class itself, `typing.cast(PreTrainedModel, model)` says that it is one.

@@ -31,7 +31,7 @@ def adapters_in_force(model: Any) -> set[str]:
 def plain_names(model: Any, of_memory: bool) -> dict[str, str]:
     """Return the names of the base model's parameters, or of the memory's with the adapter in force.
 
-    They stand by their names without PEFT's.
+    Their names are without PEFT's additions.
     """
     inactive = set(getattr(model, "peft_config", None) or ()) - adapters_in_force(model)
     chosen = {}

@@ -10,7 +10,7 @@ from transformerfam.errors import TransformerFamError
 def refuse_adapters_by_place(model: nn.Module) -> None:
     """Refuse adapters that act on some rows or some tokens of a call alone.
 
-    PEFT tells its layers which, counted in the call; through them go pieces of it, with FAM rows in front.
+    PEFT gives its layers the indices in the call; the layers see pieces of it, with FAM rows in front.
 
     Args:
         model: with PEFT's layers, or with none.

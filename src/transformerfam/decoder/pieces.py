@@ -115,7 +115,7 @@ def read_in_pieces(
         state: what is advanced.
         inputs: what is read.
         run_piece: sends one piece through the layers and moves the state on.
-        kwargs: go on to the model's own forward.
+        kwargs: passed on to the model's own forward.
 
     Returns:
         As `read_pieces`.
@@ -129,7 +129,7 @@ def read_in_pieces(
         order = torch.argsort(~valid, dim=1, stable=True)
         inputs_BTD = inputs_BTD.take_along_dim(order[..., None], dim=1)
     done = [0] * batch_size
-    columns: list[list[int]] = [[] for _ in lengths]  # where each token's result stands in the joined pieces
+    columns: list[list[int]] = [[] for _ in lengths]  # place of each token's result in the joined pieces
     pieces: list[MoeModelOutputWithPast] = []
     width = 0
     is_checkpointed = decoder.gradient_checkpointing and decoder.training and torch.is_grad_enabled()
@@ -174,7 +174,7 @@ def _rows_of(ids_BT: torch.Tensor | None, valid: torch.Tensor | None) -> list[li
 
 
 def state_or_new(cache: Any, kind: type[State], identity: ModelIdentity, batch_size: int) -> State:
-    """Return the state that an input goes on with, a new one where there is none.
+    """Return the state that an input continues, a new one where there is none.
 
     Raises:
         StateMismatchError: `cache` is of another kind, of another number of sequences, of another model, or what beam

@@ -1,6 +1,6 @@
-"""Positions: where a block and its FAM stand, and how keys are turned from one place to another.
+"""Positions: where a block and its FAM are, and how keys are turned from one place to another.
 
-Every sequence's current block stands at the same few positions, from `first_position` on; when a block is complete, the
+Every sequence's current block is at the same few positions, from `first_position` on; when a block is complete, the
 kept keys are turned back by `block_size` instead (rotations compose), so that positions never grow.
 
 Source: B.2.1 of arXiv 2404.09173.
@@ -19,7 +19,7 @@ Distance = float | range | tuple[float, ...]
 
 
 def first_position(config: FamConfig) -> int:
-    """Return the position of a block's first token, large enough that nothing in sight of it stands before 0."""
+    """Return the position of a block's first token, large enough that nothing in its sight is before 0."""
     return max(config.num_memory_slots, (config.num_previous_fams - 1) * config.block_size + config.fam_length)
 
 
@@ -38,7 +38,7 @@ def warn_beyond_trained(model_config: Any, num_positions: int) -> None:
     if scaled_from is not None and num_positions > scaled_from:
         warnings.warn(
             f"a block reaches position {num_positions - 1:,}, and from {scaled_from:,} on the model scales its queries "
-            "by the position (llama_4_scaling_beta), which in a block says nothing of the place in the text; choose a "
+            "by the position (llama_4_scaling_beta), though a position in a block is not a place in the text; choose a "
             "smaller block_size, or fewer num_memory_segments",
             stacklevel=3,
         )
@@ -62,7 +62,7 @@ def warn_text_beyond_trained(model_config: Any, num_positions: int, why: str) ->
 
 
 def row_offsets(config: FamConfig) -> tuple[float, ...]:
-    """Return where the rows of a FAM stand, measured from the first token after the block that wrote it.
+    """Return the positions of a FAM's rows, measured from the first token after the block that wrote it.
 
     Position `zero` does not depend on the block and is not served here.
     """
@@ -78,7 +78,7 @@ def fam_offsets(config: FamConfig) -> torch.Tensor:
 
 
 def query_shift(config: FamConfig) -> int:
-    """Return the positions from where a FAM was written to where its query stands."""
+    """Return the distance from where a FAM was written to its query, in positions."""
     moves = config.fam_query_position == "current" and config.fam_position != "zero"
     return config.block_size if moves else 0
 

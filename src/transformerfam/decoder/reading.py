@@ -1,4 +1,4 @@
-"""The methods that every model with a memory has beside its own, or in their place."""
+"""The methods that every model with a memory has besides its own, or in their place."""
 
 import contextlib
 import itertools
@@ -51,7 +51,7 @@ def read(
     Raises:
         TransformerFamError: empty input, token ids that are no integers or out of range, a mask of another shape, or a
             batch that does not fit the state.
-        ReadInterrupted: Ctrl-C; it carries the state and says how to go on. An iterator may have given more than the
+        ReadInterrupted: Ctrl-C; it carries the state and says how to resume. An iterator may have given more than the
             state holds: what did not fill a block yet.
     """
     is_whole = not _gives_pieces(input_ids)
@@ -194,4 +194,4 @@ READER_METHODS: dict[str, Callable[..., Any]] = {
     "read": read,
     **GENERATION_METHODS,
 }
-"""What every model with a memory has in the place of its class's methods, or beside them."""
+"""What every model with a memory has in place of its class's methods, or besides them."""

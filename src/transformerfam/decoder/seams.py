@@ -49,7 +49,7 @@ class BoundMethod:
 
 
 def bind_method(target: nn.Module, name: str, function: Callable[..., Any]) -> None:
-    """Make `function` a method of this one object, with the signature of the method it stands in for."""
+    """Make `function` a method of this one object, with the signature of the method it replaces."""
     setattr(target, name, BoundMethod(function, target, getattr(type(target), name, None)))
 
 
@@ -130,7 +130,7 @@ class LayerSeam:
     def enter_branch(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-        """Put the rows that ask in front of what the norm, or attention itself, is given."""
+        """Put the rows that query in front of what the norm, or attention itself, is given."""
         entered = self._on_the_way.entered
         if entered is None:
             return None
@@ -149,7 +149,7 @@ class LayerSeam:
         return args, kwargs | {"output_attentions": True}
 
     def after_attention(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
-        """Hand weights and output to the piece, or note what goes on to the norm after attention."""
+        """Hand weights and output to the piece, or note the input of the norm after attention."""
         found = self._find(kwargs)
         if found is None:
             return output

@@ -100,7 +100,7 @@ def part_of(layer: nn.Module, name: str) -> nn.Module:
 
 
 def refuse_by_configuration(name: str, config: Any) -> None:
-    """Refuse a model that is known not to go together with the memory, before its layers are looked at.
+    """Refuse a model that is known not to work with the memory, before its layers are looked at.
 
     Args:
         name: of its class.

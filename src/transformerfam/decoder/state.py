@@ -1,6 +1,6 @@
 """What every reading carries, whatever its memory is: sequences, their places in their blocks, and copies of it all.
 
-Each kind of memory has its own kind of state. Models, training and tasks ask of a state what stands here.
+Each kind of memory has its own kind of state. Models, training and tasks use what is defined here.
 """
 
 import abc
@@ -287,7 +287,7 @@ class ReadingState(SteppedCache, abc.ABC):
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Return the tokens that the longest sequence has read; 0 inside of `generate` and of the model's layers.
 
-        There the state itself says what of an input is new and where it stands.
+        There the state itself says what of an input is new and where it is.
         """
         return 0 if self.is_generating or self.step is not None else self.num_tokens_read
 
@@ -310,7 +310,7 @@ class ReadingState(SteppedCache, abc.ABC):
 
 
 def history_of(ids: Sequence[int], before: int = 0) -> int:
-    """Return a number that tells one run of tokens from another, and continues that of the tokens before it."""
+    """Return a number that distinguishes one run of tokens from another, and continues that of the tokens before it."""
     for token in ids:
         before = (before * 1_000_003 + token + 1) % HISTORY_MODULUS
     return before

@@ -40,7 +40,7 @@ class Step(abc.ABC):
         return hidden_BTD
 
     def enter_branch(self, layer: Any, hidden_BTD: torch.Tensor) -> torch.Tensor:
-        """Return what attention is made from, beside that residual: the input of the norm in front of it."""
+        """Return what attention is made from, besides that residual: the input of the norm in front of it."""
         return hidden_BTD
 
     @property

@@ -18,8 +18,8 @@ PROBE_LENGTH = 8
 def text_model(model: PreTrainedModel) -> PreTrainedModel:
     """Return the text model inside a multimodal one as a causal decoder that has its weights, not a copy of them.
 
-    That it gives the multimodal model's logits for text is checked with numbers. It is saved and loaded as a model of
-    its own. Once it is converted, the multimodal model around it reads no more.
+    That it gives the multimodal model's logits for text is checked with numbers. It is saved and loaded as a separate
+    model. Once it is converted, the multimodal model around it reads no more.
 
     Args:
         model: for example a `Gemma3ForConditionalGeneration`, not converted.

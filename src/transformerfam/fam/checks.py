@@ -193,7 +193,7 @@ def require_equal(seam: str, there: torch.Tensor, required: torch.Tensor) -> Non
     if dtype in (torch.float32, torch.float64):
         raise does_not_fit(reason)
     raise UnsupportedModelError(
-        f"{reason} in {dtype}; convert it in float32 (model.float()), to tell rounding from a seam that does not fit"
+        f"{reason} in {dtype}; convert it in float32 (model.float()) to distinguish rounding from a wrong seam"
     )
 
 
@@ -250,7 +250,7 @@ def _check_rows(model: PreTrainedModel, ids: torch.Tensor) -> None:
 
 
 def _check_first_residual(model: PreTrainedModel, ids: torch.Tensor, every_layer: bool) -> None:
-    """In the first update, what goes on after attention must be the attention branch alone.
+    """In the first update, the sum after attention must be the attention branch alone.
 
     Where the feed-forward layer is added to the same residual, the layer's output must be the two branches alone. In
     the update of a saved FAM the branches must be the same, and the residual be there once.
@@ -268,7 +268,7 @@ def _check_first_residual(model: PreTrainedModel, ids: torch.Tensor, every_layer
 def _branches(
     model: PreTrainedModel, ids: torch.Tensor, fam_LFD: torch.Tensor, chosen: list[int], *, is_saved: bool
 ) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """Return what layers add to the residual of FAM rows in an update, and the sums that go on."""
+    """Return what layers add to the residual of FAM rows in an update, and the sums that result."""
     decoder, family, config = model.get_decoder(), family_of(model), model.config
     layers = [decoder_layers(model)[layer_idx] for layer_idx in chosen]
     seen: list[dict[str, torch.Tensor]] = [{} for _ in layers]

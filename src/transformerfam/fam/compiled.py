@@ -1,9 +1,9 @@
 """Pieces that are as nearly all others, each as one compiled graph of static shapes through all layers.
 
-While it decodes, nearly every token stands inside its block: it writes one slot of every layer's buffer and sees the
+While it decodes, nearly every token is inside its block: it writes one slot of every layer's buffer and sees the
 rest through a mask. While it reads, nearly every piece is a whole block after full memory segments. Both have the
 shapes of any other of their kind, so torch.compile makes one graph of each, and the Python of some hundred calls per
-layer is gone. Every other piece goes the ordinary way.
+layer is gone. Every other piece is run uncompiled.
 """
 
 import dataclasses
@@ -68,15 +68,15 @@ class CompiledStep:
     Args:
         function: what is compiled.
         decoder: the converted decoder.
-        batch_size: sequences; other batches go the ordinary way.
-        options: go on to `torch.compile`.
+        batch_size: sequences; other batches are run uncompiled.
+        options: passed on to `torch.compile`.
     """
 
     def __init__(
         self, function: Callable[..., torch.Tensor], decoder: Any, batch_size: int, options: dict[str, Any]
     ) -> None:
         self.batch_size = batch_size
-        # A code object of its own: torch.compile keeps its graphs there, and few of them.
+        # Its own code object: torch.compile keeps its graphs there, and few of them.
         own = FunctionType(function.__code__.replace(), function.__globals__)
         self._function: Callable[..., torch.Tensor] = torch.compile(own, dynamic=False, fullgraph=True, **options)
         self._decoder = decoder
@@ -177,7 +177,7 @@ def compile_decoding(model: PreTrainedModel, batch_size: int = 1, **options: Any
     Args:
         model: converted.
         batch_size: sequences that are decoded together; other batches stay as they are.
-        **options: go on to `torch.compile`, for example `backend` or `mode`.
+        **options: passed on to `torch.compile`, for example `backend` or `mode`.
 
     Raises:
         TransformerFamError: the model is not converted, it cannot be compiled here, or every token begins or

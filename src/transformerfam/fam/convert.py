@@ -48,7 +48,7 @@ def convert(model: PreTrainedModel, config: FamConfig) -> FamModel:
     attention back end `sdpa` gets back end `fam` instead, which computes the same without a dense mask;
     `model.set_attn_implementation("sdpa")` switches that off.
 
-    A hybrid model, where some layers have a sliding window of their own, keeps those as they are and carries FAM on
+    A hybrid model, where some layers have their own sliding window, keeps those as they are and carries FAM on
     the others, unless `fam_layers` says otherwise; the layers are then named in `model.fam_config`.
 
     A family without a row in the table is tried by more checks, where its layers' parts have the usual names.
@@ -134,7 +134,7 @@ def attach(model: PreTrainedModel, config: FamConfig, layouts: Sequence[LayerLay
 
 
 def _with_fam_layers(config: FamConfig, layouts: Sequence[LayerLayout]) -> FamConfig:
-    """Name the layers that carry FAM in a hybrid model: those without a window of their own."""
+    """Name the layers that carry FAM in a hybrid model: those without their own window."""
     layers = tuple(layer_idx for layer_idx, layout in enumerate(layouts) if layout.window is None)
     if config.fam_length == 0 or config.fam_layers is not None or len(layers) in (0, len(layouts)):
         return config

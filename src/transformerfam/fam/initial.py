@@ -1,4 +1,4 @@
-"""The initial FAM: the rows that learn, sent up through the layers, and what they ask with.
+"""The initial FAM: the rows that learn, sent up through the layers, and their queries.
 
 Source: B.1 of arXiv 2404.09173.
 """
@@ -25,7 +25,7 @@ QUERY_BACK_ENDS = (BACK_END, *FLASH_BACK_ENDS.values())
 def initial_prompt(embedding: nn.Embedding, fam_length: int) -> torch.Tensor:
     """Return the prompt that conversion starts from, `(F, D)`: the mean embedding, each row moved a little.
 
-    The rows differ by a hundredth of the embeddings' spread, from a generator of their own, so that equal models
+    The rows differ by a hundredth of the embeddings' spread, from a separate generator, so that equal models
     convert to equal memories and no two rows stay twins in training.
     """
     weight = embedding.weight.detach().float()
@@ -81,7 +81,7 @@ class _InitialQueries(Step):
         return torch.zeros(1, 1, self.length, self.length, dtype=dtype, device=device)
 
     def sight(self, layer: None) -> Sight:
-        """Let every row see every other, and note what asks."""
+        """Let every row see every other, and note the queries."""
         return Sight(self.length, 0, queries=self.queries)
 
     def attend(self, layer: None, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -90,7 +90,7 @@ class _InitialQueries(Step):
 
 
 def _row_positions(config: FamConfig, shift: int = 0) -> torch.Tensor:
-    """Return where the initial FAM stands, `(1, F)`, moved by `shift`."""
+    """Return the positions of the initial FAM, `(1, F)`, moved by `shift`."""
     positions = (fam_offsets(config) + first_position(config) + shift)[None]
     return positions.float() if config.fam_position == "fractional" else positions.long()
 
@@ -123,10 +123,10 @@ def prompt_pass(decoder: Any) -> InitialFam:
 
 
 def initial_queries(decoder: Any, fams: Sequence[torch.Tensor]) -> list[torch.Tensor] | None:
-    """Return what every layer's initial FAM asks with in every block, `(1, H, F, K)` each.
+    """Return the queries of every layer's initial FAM in every block, `(1, H, F, K)` each.
 
-    None where it is no constant (`fam_position="zero"`), or attention cannot be handed it: then the rows that ask go
-    through the layers beside those that make the keys.
+    None where it is no constant (`fam_position="zero"`), or attention cannot be handed it: then the rows that query go
+    through the layers next to those that make the keys.
 
     Args:
         decoder: the converted decoder.

@@ -23,7 +23,7 @@ from transformerfam.decoder.positions import Turner
 
 @dataclasses.dataclass(frozen=True)
 class LayerPlan:
-    """What one kind of layer keeps and sees beside its block.
+    """What one kind of layer keeps and sees besides its block.
 
     Attributes:
         has_fam: whether it carries FAM.
@@ -109,7 +109,7 @@ class FamLayer(CacheLayerMixin):
         initial_fam: `(B, F, D)` initial FAM, kept where it takes part in every update.
         plan: what the layer keeps and sees.
         kind: number of the plan among those of the state's layers.
-        sections: where what stands in keys and values.
+        sections: the layout of keys and values.
         turner: turns both.
         is_lowest: whether no layer below carries FAM.
 
@@ -167,7 +167,7 @@ class FamLayer(CacheLayerMixin):
     def slots(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the FAM as the keys and values `(B, G, F, K)` that it is with `fam_feeds="slots"`.
 
-        They stand where the FAM stands after a block, as if the next block's first token were at position 0.
+        They are where the FAM is after a block, as if the next block's first token were at position 0.
         """
         assert self.fam is not None
         widths = [tensor.shape[1] * tensor.shape[3] for tensor in (self.keys, self.values)]
@@ -194,7 +194,7 @@ class FamLayer(CacheLayerMixin):
             self.keys, self.values = (nn.functional.pad(t, (0, 0, 0, missing)) for t in (self.keys, self.values))
 
     def forget_piece(self) -> None:
-        """Let go of what an interrupted piece has left behind."""
+        """Drop what an interrupted piece has left."""
         self.next_fam = self.new_value = self.share = None
 
     def keep_fam(self) -> None:

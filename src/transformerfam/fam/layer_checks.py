@@ -154,7 +154,7 @@ def _check_keys_are_a_set(model: PreTrainedModel, ids: torch.Tensor, whole: Call
             _refuse(
                 f"the attention of layer {layer_idx} gives something else (relative error {error:.1e}) where it sees "
                 f"each of {ids.shape[1]} keys {NUM_COPIES} times, the last one first: it chooses among many keys, "
-                "counts them, goes by their order, or has a sink beside them"
+                "counts them, goes by their order, or adds a sink to them"
             )
 
 

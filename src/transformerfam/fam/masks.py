@@ -1,4 +1,4 @@
-"""Where the sequences of a batch stand when a piece begins, and the mask that follows from it.
+"""Where the sequences of a batch are when a piece begins, and the mask that follows from it.
 
 Source: sections 2.1 and 2.2 of arXiv 2404.09173.
 """
@@ -15,7 +15,7 @@ from transformerfam.fam.state import FamState
 
 @dataclasses.dataclass(frozen=True)
 class Phase:
-    """Where the rows of a batch stand when a piece begins: one entry per sequence, or one for all of them.
+    """Where the rows of a batch are when a piece begins: one entry per sequence, or one for all of them.
 
     `fills` are tokens already in the block, `counts` tokens that the piece adds, `blocks` whole blocks that were read,
     counted up to where more of them change nothing.
@@ -36,7 +36,7 @@ class Phase:
 
     @property
     def is_uniform(self) -> bool:
-        """Whether all sequences stand at the same place, so that slices serve instead of gathers."""
+        """Whether all sequences are at the same place, so that slices serve instead of gathers."""
         return len(self.fills) == 1
 
     def num_memory_tokens(self, config: FamConfig, plan: LayerPlan) -> list[int]:
@@ -85,7 +85,7 @@ def buffer_mask(config: FamConfig, plan: LayerPlan, num_rows: int, phase: Phase,
         config: the configuration; `fam_key_bias` is the bias on FAM keys for tokens.
         plan: what the layer keeps and sees.
         num_rows: FAM rows in front of the tokens.
-        phase: where the sequences stand.
+        phase: where the sequences are.
         dtype: floating type of the logits.
 
     Returns:

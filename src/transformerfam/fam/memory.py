@@ -28,7 +28,7 @@ from transformerfam.fam.state import FamState
 
 
 def save_pretrained(self: PreTrainedModel, save_directory: str | os.PathLike[str], *args: Any, **kwargs: Any) -> None:
-    """Write a converted model as transformers does, and its memory beside it; see `weights.pretrained`.
+    """Write a converted model as transformers does, with its memory next to it; see `weights.pretrained`.
 
     The room above this one writes files, and is loaded when something is written.
     """

@@ -53,7 +53,7 @@ def prefix_from_prompt(model: PreTrainedModel) -> None:
 def set_prompt(model: PreTrainedModel, token_ids: Sequence[int]) -> None:
     """Let the prompt of a converted model begin as the embeddings of a text's last tokens, in place.
 
-    Rows that come up as words of a question look from the first step on for what that question asks for. (PEFT's
+    Rows that begin as words of a question look for its answer from the first step on. (PEFT's
     prompt tuning has the same start; the paper says nothing of it.)
 
     Args:

@@ -56,8 +56,8 @@ def bind_lora(model: nn.Module) -> None:
             continue
         if not isinstance(module, peft.tuners.lora.Linear) or module is output:
             raise TransformerFamError(
-                f"fam_lora is 'rows', and the adapter has a {type(module).__name__} at {name}, where no FAM rows can "
-                "be told apart; let it be LoRA on linear layers of the decoder alone, or set fam_lora='all'"
+                f"fam_lora is 'rows', and the adapter has a {type(module).__name__} at {name}, where FAM rows "
+                "cannot be distinguished; let it be LoRA on linear layers of the decoder alone, or set fam_lora='all'"
             )
         if module.merged:
             refuse_merge()
@@ -86,7 +86,7 @@ def _forward(module: Any, x_BTD: torch.Tensor, *args: Any, **kwargs: Any) -> tor
     if x_BTD.dim() != 3:
         raise TransformerFamError(
             f"fam_lora is 'rows', and LoRA is on a layer whose input is {x_BTD.dim()}-dimensional, in which FAM rows "
-            "cannot be told apart (experts are such layers); leave it out of LoRA's targets, or set fam_lora='all'"
+            "cannot be distinguished (experts are such layers); leave it out of LoRA's targets, or set fam_lora='all'"
         )
     num_rows = _in_front.num_rows
     output: torch.Tensor = module.base_layer(x_BTD)

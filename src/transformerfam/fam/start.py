@@ -121,7 +121,7 @@ def init_state(
 
 
 def _initial_fams(decoder: Any, memory: Any) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-    """Return of every layer what asks first, and the FAM that a reading starts from: with slots keys and values."""
+    """Return every layer's first queries, and the FAM that a reading starts from: with slots keys and values."""
     if not memory.config.has_slots:
         initial = initial_fam(decoder)
         return initial, initial

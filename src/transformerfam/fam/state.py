@@ -240,7 +240,7 @@ class FamState(ReadingState):
 
         Args:
             path: a file that `save` wrote.
-            model: the converted model that goes on with it.
+            model: the converted model that continues it.
             batch_size: refuse a state with another number of sequences; None takes any.
 
         Raises:

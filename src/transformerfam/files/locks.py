@@ -43,4 +43,4 @@ def hold_file(file: IO[bytes], what: str) -> None:
 
 def in_use(what: str) -> TransformerFamError:
     """Return the error of something that another process writes."""
-    return TransformerFamError(f"{what} is written by another process; wait for its end, or choose another")
+    return TransformerFamError(f"{what} is written by another process; wait until it ends, or choose another")

@@ -158,7 +158,7 @@ def require_target(path: str | os.PathLike[str], kind: str, overwrite: bool = Fa
         path: file to write.
         kind: what will be in it, for example "state".
         overwrite: take the place of a file of that kind.
-        option: how a user asks for that, for the message.
+        option: how a user selects that, for the message.
 
     Raises:
         TransformerFamError: the folder does not exist or cannot be written, or the file is of another kind, or of this

@@ -60,11 +60,11 @@ class LayerMemory:
 
 
 def fam_positions(config: FamConfig, block_start: int) -> tuple[list[float], list[float]]:
-    """Give the positions of the FAM that is read in the block whose first token stands at `block_start`.
+    """Give the positions of the FAM that is read in the block whose first token is at `block_start`.
 
     Returns:
-        (key positions, query positions), one per FAM row. A FAM's key stands where the block before wrote it; its
-        query stands there too, or where the result of this block will stand.
+        (key positions, query positions), one per FAM row. A FAM's key is where the block before wrote it; its
+        query is there too, or where the result of this block will be.
 
     Source: section B.2.1.
     """
@@ -369,7 +369,7 @@ def _seen_fam_keys(config: FamConfig, memory: LayerMemory) -> list[SeenKey]:
 
 
 def _within_window(config: FamConfig, query_position: float, keys: list[SeenKey]) -> list[SeenKey]:
-    """Drop the tokens that stand `window` or more positions before the query."""
+    """Drop the tokens that are `window` or more positions before the query."""
     if config.window is None:
         return keys
     return [key for key in keys if not key.is_in_window or query_position - key.position < config.window]
@@ -382,7 +382,7 @@ def _cut_graph(keys: list[SeenKey]) -> list[SeenKey]:
 def _initial_fam(weights: ReferenceWeights, config: FamConfig, initial: Tensor | None, position_offset: int) -> Tensor:
     """Give what enters each layer as its initial FAM, (L, F, D).
 
-    A prompt goes up through all layers, alone, each of its rows seeing all of them, standing where the initial FAM
+    A prompt goes up through all layers, alone, each of its rows seeing all of them, at the place of the initial FAM
     stands.
     """
     if initial is None or config.fam_length == 0:

@@ -1,6 +1,6 @@
 """One Llama-like decoder layer as plain functions over plain tensors: the parts that `reference.py` puts together.
 
-Keys are kept without rotation, beside their absolute position, and are rotated when a query sees them.
+Keys are kept without rotation, with their absolute position, and are rotated when a query sees them.
 
 Shape suffixes: T tokens (or FAM rows), D hidden, H query heads, G key/value heads, K head dim, V vocabulary; N is the
 number of keys that one query sees, I the width of the feed-forward layer.
@@ -120,7 +120,7 @@ class ReferenceWeights:
 
 @dataclass(frozen=True)
 class SeenKey:
-    """Hold one key and value of one layer, not rotated, and the position where it stands."""
+    """Hold one key and value of one layer, not rotated, and its position."""
 
     key_GK: Tensor
     value_GK: Tensor
