@@ -1,4 +1,4 @@
-"""Commands of this package in several processes, or in one of its own, for the tests.
+"""Commands of this package in several processes, or in a separate one, for the tests.
 
 They are forked from one process that has imported everything, where `accelerate launch` and a new interpreter import it
 in each, which takes seconds: what is tested here is what the processes do, not how they are started.
@@ -61,7 +61,7 @@ def run_in_processes(folder: Path, arguments: list[str], number: int = 1) -> Don
 
     Args:
         folder: gets the output of every process.
-        arguments: behind `fam`.
+        arguments: after `fam`.
         number: of processes; with several each knows the others.
     """
     environment = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "ACCELERATE_USE_CPU": "true"}

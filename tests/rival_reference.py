@@ -164,7 +164,7 @@ class PlainFeedbackSegment(PlainSystem):
 
 
 class PlainInfini(PlainSystem):
-    """A_mem = s(q) M / s(q) z, mixed by a gate; M and z written behind the segment, with the delta rule or without."""
+    """A_mem = s(q) M / s(q) z, mixed by a gate; M and z written after the segment, with the delta rule or without."""
 
     def read(self, layer_idx: int, row: int, query_HK: Tensor, attended: Tensor) -> Tensor:
         memories = getattr(self, "memories", {}).get(layer_idx)
@@ -226,7 +226,7 @@ class PlainGatedLinear(PlainSystem):
 
 
 class PlainArmt(PlainRmt):
-    """x + A f(q) / z f(q) in front of every layer; A and z written by the memory tokens behind it."""
+    """x + A f(q) / z f(q) in front of every layer; A and z written by the memory tokens after it."""
 
     def front(self) -> list[Tensor]:
         return []
@@ -272,7 +272,7 @@ class PlainArmt(PlainRmt):
 
 
 class PlainBlockRecurrent(PlainSystem):
-    """Tokens and state vectors of one layer see each other through projections of their own; a gate moves the state."""
+    """Tokens and state vectors of one layer see each other through their own projections; a gate moves the state."""
 
     layer_idx = 1  # the second of three: the last that ends within ten twelfths
 

@@ -1,4 +1,4 @@
-"""A tiny random model with a memory nobody trained, in memory and as a folder that `--model` takes."""
+"""A tiny random model with an untrained memory, in memory and as a folder that `--model` takes."""
 
 from pathlib import Path
 

@@ -96,7 +96,7 @@ def test_generate_asks_in_the_chat_template(folder, tmp_path, book):
 
 
 def test_read_stopped_by_ctrl_c_is_kept_and_goes_on(folder, tmp_path, book, monkeypatch):
-    """Would catch an hour of reading lost, or a command to go on that reads tokens twice."""
+    """Would catch an hour of reading lost, or a command to resume that reads tokens twice."""
     whole, part = tmp_path / "whole.safetensors", tmp_path / "part.safetensors"
     run("read", book, "--model", folder, "--save", whole)
 
@@ -111,7 +111,7 @@ def test_read_stopped_by_ctrl_c_is_kept_and_goes_on(folder, tmp_path, book, monk
     with monkeypatch.context() as patch:
         patch.setattr(cli_read, "tokens_bar", impatient)
         text = run("read", book, "--model", folder, "--save", part, status=130)
-    command = text[text.index("go on with: fam ") :].split()[4:]
+    command = text[text.index("resume with: fam ") :].split()[3:]
     assert command[0] == "read"
     run(*command)
     model, _ = load_model(folder)

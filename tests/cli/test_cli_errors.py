@@ -75,7 +75,7 @@ def raised(error):
         (RecursionError("too deep"), "unexpected RecursionError"),
         (PermissionError(13, "Permission denied", "/x"), "cannot use /x (Permission denied); check the path"),
         (OSError(28, "No space left on device"), "(No space left on device); check the path, its rights and the free"),
-        (BrokenPipeError(32, "Broken pipe"), "had no reader any more"),
+        (BrokenPipeError(32, "Broken pipe"), "output was closed before everything was printed"),
         (MemoryError(), "there is no room for this"),
         (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory"), "there is no room for this"),
         (OverflowError("int too large"), "there is no room for this"),
@@ -97,7 +97,7 @@ def test_any_error_is_one_line_and_traceback_shows_its_place(monkeypatch, places
 
 
 def test_traceback_behind_two_dashes_is_a_text(places, monkeypatch):
-    """Would catch a question that cannot be asked."""
+    """Would catch a question that cannot be put to the model."""
     asked = []
     monkeypatch.setattr(cli_loading, "load_model", lambda *_: (_ for _ in ()).throw(TransformerFamError("no")))
     monkeypatch.setattr(cli_loading, "find_device", lambda _: asked.append(1))
@@ -188,7 +188,7 @@ def test_usage_is_explained_as_before():
     ],
 )
 def test_known_errors_say_what_to_do(places, arguments, message):
-    """Would catch tracebacks, and commands that wait for ever."""
+    """Would catch tracebacks, and commands that hang."""
     text = run(*(argument.format(**places) for argument in arguments), status=2)
     assert message in text
     assert "unexpected" not in text
@@ -369,7 +369,7 @@ def test_gradient_that_overflows_in_all_is_said(tmp_path):
 
 
 def test_list_of_commands_needs_no_torch_and_is_that_of_the_commands() -> None:
-    """Catches an import that makes `fam --help` wait for seconds, and a command or a line of help that it lacks."""
+    """Catches an import that delays `fam --help` by seconds, and a command or a line of help that it lacks."""
     code = (
         "import sys\nfrom fam_command import main\nsys.argv = ['fam', '--help']\n"
         "try:\n    main()\nfinally:\n    assert not {'torch', 'transformers'} & set(sys.modules)\n"

@@ -21,7 +21,7 @@ def test_passkey_writes_rows_of_every_system(folder, tmp_path):
 
 
 def test_passkey_goes_on_where_a_killed_run_stopped(folder, tmp_path):
-    """Would catch hours of questions asked again."""
+    """Would catch hours of questions evaluated again."""
     whole, cut = tmp_path / "whole.jsonl", tmp_path / "cut.jsonl"
     run_passkey(folder, whole)
     lines = whole.read_text().splitlines(keepends=True)

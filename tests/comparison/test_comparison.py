@@ -1,4 +1,4 @@
-"""`fam compare`: one recipe for all systems, runs that go on where they were stopped, reports of what is missing."""
+"""`fam compare`: one recipe for all systems, runs that resume where they were stopped, reports of what is missing."""
 
 import json
 import os
@@ -203,7 +203,7 @@ def test_trained_rival_is_loaded_strictly(recipe: Path, tmp_path: Path) -> None:
     assert asked("rmt").exit_code == 0
     wrong = asked("armt")
     assert wrong.exit_code == 2
-    assert "holds a trained rmt, asked is for 'armt'" in " ".join(wrong.output.split())
+    assert "holds a trained rmt, requested is 'armt'" in " ".join(wrong.output.split())
     other = asked("rmt", "--set", "num_memory_tokens=5")
     assert other.exit_code == 2
     assert "has memory of shape (2, 32), required is (5, 32)" in " ".join(other.output.split())
@@ -319,7 +319,7 @@ def test_failed_run_is_named(recipe: Path, tmp_path: Path, monkeypatch: pytest.M
 
 @pytest.mark.parametrize("is_killed", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_interrupted_comparison_goes_on(recipe: Path, tmp_path: Path, is_killed: bool) -> None:
-    """Catches a Ctrl-C, or a killed scheduler, that leaves processes behind or loses what they have trained."""
+    """Catches a Ctrl-C, or a killed scheduler, that leaves processes running or loses what they have trained."""
     folder = tmp_path / "runs"
     command = [sys.executable, "-m", "transformerfam", "compare", str(recipe), "--output", str(folder)]
     command += ["--set", 'systems=["fam"]', "--set", "max_filler_tokens={}", "--set", "recipe.schedule.steps=100000"]
@@ -340,7 +340,7 @@ def test_interrupted_comparison_goes_on(recipe: Path, tmp_path: Path, is_killed:
     with FileLock(folder / "fam-0" / "run.lock").acquire(timeout=120):  # which its run has let go
         pass
     assert (folder / "fam-0" / "checkpoint.safetensors").exists()
-    assert is_killed or "run the same command again to go on" in " ".join(errors.decode().split())
+    assert is_killed or "run the same command again to continue" in " ".join(errors.decode().split())
 
 
 def row(system: str, seed: int, length: int, correct: bool, **more: Any) -> dict[str, Any]:
@@ -410,7 +410,7 @@ def test_ablations_are_drawn_as_a_matrix_and_tables_as_markdown(recipe: Path, tm
 
 @pytest.mark.usefixtures("short_bytes")
 def test_keys_are_asked_at_every_depth_and_behind_another(recipe: Path, tmp_path: Path) -> None:
-    """Catches depths in one cell, a run that ends without some of them, and questions asked twice after a stop."""
+    """Catches depths in one cell, a run that ends without some of them, and questions evaluated twice after a stop."""
     overrides = ['systems=["fam","rmt"]', "max_filler_tokens={}", "prefix_tokens=[0,9]", "overwritten_tokens=[9]"]
     comparison = load_comparison(recipe, overrides)
     run, path = RunName("fam", 0), tmp_path / "runs" / "fam-0" / "rows.jsonl"

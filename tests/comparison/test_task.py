@@ -1,4 +1,4 @@
-"""A task of one file, and one line in the registry, is trained, asked, reported and drawn; no other file knows it."""
+"""A task of one file and one line in the registry is trained, evaluated, reported and drawn; nothing else changes."""
 
 import json
 import random
@@ -58,7 +58,7 @@ class EchoSection(TaskSection):
     task: Literal["echo"] = "echo"
     """Tokens, and the same tokens again."""
     num_said: Count = 2
-    """Tokens that are said twice."""
+    """Tokens that appear twice."""
 
 
 class EchoWriter(Writer[EchoSection]):
@@ -80,7 +80,7 @@ class EchoWriter(Writer[EchoSection]):
 
 @dataclass
 class EchoEvaluation:
-    """Ask for the token in front of the question, behind others."""
+    """Query the token in front of the question, after others."""
 
     seed: int
     lengths: Sequence[int]
@@ -170,7 +170,7 @@ def test_toy_task_is_trained_asked_reported_and_drawn(path: Path, tmp_path: Path
         own = read_rows([file])
         assert sum(row["task"] == "echo" for row in own) == 6
         file.write_text("".join(json.dumps(row) + "\n" for row in own[:4]))
-        run_one(comparison, run, tmp_path / "runs")  # asks what is missing alone
+        run_one(comparison, run, tmp_path / "runs")  # evaluates only what is missing
         again = read_rows([file])
         assert sum(row["task"] == "echo" for row in again) == 6
         rows += again

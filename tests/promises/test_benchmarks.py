@@ -23,7 +23,7 @@ runner = CliRunner()
     "question", [efficiency, *(pytest.param(one, marks=pytest.mark.slow) for one in (overhead, state, training_dtype))]
 )
 def test_rows_carry_median_spread_and_where_they_come_from(question: Any) -> None:
-    """Catches a figure without its spread, or one that cannot be told from another machine's."""
+    """Catches a figure without its spread, or one that cannot be distinguished from another machine's."""
     rows = list(question.run("random_8m", repeats=3, quick=True))
     assert rows
     for row in rows:
@@ -37,7 +37,7 @@ def test_rows_carry_median_spread_and_where_they_come_from(question: Any) -> Non
 @torch.no_grad()
 @pytest.mark.parametrize("num_memory_segments", [0, 2])
 def test_calls_and_bytes_per_block_do_not_grow(num_memory_segments: int) -> None:
-    """Catches work, or memory, that every block adds to the ones behind it."""
+    """Catches work, or memory, that every block adds to later ones."""
     fields = {"block_size": 16, "fam_length": 4, "num_memory_segments": num_memory_segments}
     reader = converted("random_8m", **fields)
     state = reader.init_state()

@@ -196,7 +196,7 @@ TRAINING = {
 @needs_cuda
 @pytest.mark.parametrize("name", TRAINING)
 def test_training_gives_the_same_losses_and_is_resumed_elsewhere(tmp_path: Any, name: str) -> None:
-    """Catches a batch, a passed FAM or stored filler that stays behind on another device."""
+    """Catches a batch, a passed FAM or stored filler left on another device."""
     recipe = small_recipe(**TRAINING[name])
     Trainer(recipe, tmp_path / "here").run()
     Trainer(recipe, tmp_path / "there", device="cuda").run()
@@ -217,7 +217,7 @@ def test_training_gives_the_same_losses_and_is_resumed_elsewhere(tmp_path: Any, 
 @torch.no_grad()
 @pytest.mark.parametrize("case", EVERY_CASE)
 def test_every_family_reads_the_same(case: str) -> None:
-    """Catches a family's tables, latents or experts that stay behind on another device."""
+    """Catches a family's tables, latents or experts left on another device."""
     config = FamConfig(block_size=5, fam_length=2, num_memory_segments=1, fam_key_bias=0.0)
     cpu, cuda = convert(make_tiny(case), config), convert(make_tiny(case).to("cuda"), config)
     ids = random_ids(2, 33)
@@ -230,7 +230,7 @@ def test_every_family_reads_the_same(case: str) -> None:
 @needs_cuda
 @pytest.mark.parametrize("system", RIVAL_NAMES)
 def test_every_rival_reads_the_same(system: str, tmp_path: Path) -> None:
-    """Catches a rival's mask, memory or rows that stay behind on another device, and a state that does."""
+    """Catches a rival's mask, memory, rows or state left on another device."""
     values = {"system": system, "block_size": 8, "num_memory_tokens": 3, "association_width": 16}
     cpu, cuda = (attach(make_tiny_llama(), RivalConfig.from_dict(values)) for _ in range(2))
     cuda.to("cuda")
@@ -261,7 +261,7 @@ def test_every_rival_reads_the_same(system: str, tmp_path: Path) -> None:
 @needs_cuda
 @pytest.mark.parametrize("task", ["passkey", "named-keys", "facts"])
 def test_a_comparison_runs_there(tmp_path: Path, task: str) -> None:
-    """Catches questions that are asked on another device than the model's, and a training that hides where it ran."""
+    """Catches questions evaluated on another device than the model's, and a training that hides where it ran."""
     name = {"passkey": "depth", "named-keys": "capacity", "facts": "facts"}[task]
     file = RECIPES / f"{name}.toml"
     small = ["filler_tokens=[64]", "num_keys=2", "batch_size=2", "recipe.schedule.steps=3"]

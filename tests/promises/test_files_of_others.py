@@ -282,7 +282,7 @@ def test_pictures_of_attention_take_the_place_of_their_kind_alone(folder, tmp_pa
 
 
 def test_recipe_alone_makes_no_run_of_a_folder(tmp_path):
-    """Would catch weights of something else replaced, since a recipe lies beside them."""
+    """Would catch weights of something else replaced, since a recipe is next to them."""
     recipe, base = tmp_path / "r.toml", tmp_path / "base"
     recipe.write_text(RECIPE)
     make_tiny_llama().save_pretrained(base)

@@ -127,7 +127,7 @@ def with_dropout(folder: Path, **options: Any) -> Trainer:
 
 
 def test_training_leaves_the_process_as_it_was_and_draws_its_own_numbers(tmp_path: Path) -> None:
-    """Catches a run that depends on what was drawn before it, or changes what is drawn behind it."""
+    """Catches a run that depends on what was drawn before it, or changes what is drawn after it."""
     threads = torch.get_num_threads()
     torch.manual_seed(11)
     expected = torch.rand(3)

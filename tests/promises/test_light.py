@@ -37,7 +37,7 @@ def test_tracked_files_stay_light(tracked: list[Path]) -> None:
 
 
 def test_rows_stay_light_and_out_of_the_documents(tracked: list[Path]) -> None:
-    """Catches rows that are committed as they are, or beside the page that shows them."""
+    """Catches rows that are committed uncompressed, or next to the page that shows them."""
     rows = [path for path in tracked if path.is_relative_to(ROOT / "results")]
     assert num_bytes(rows) <= MOST_BYTES_OF_ROWS
     assert {path.name.partition(".")[2] for path in rows} == {"jsonl.gz", "md"}

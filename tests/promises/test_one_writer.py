@@ -1,4 +1,4 @@
-"""One process writes a run or a file of rows, a crash lets go of it, and readers beside a writer see one file whole."""
+"""One process writes a run or a file of rows, a crash lets go of it, and readers beside a writer see one whole file."""
 
 import contextlib
 import os
@@ -46,7 +46,7 @@ def held_elsewhere(path):
 
 
 def test_second_training_in_a_folder_is_refused_until_the_first_is_dead(tmp_path, monkeypatch):
-    """Would catch two runs that write one log and one checkpoint, and a lock that a crash leaves behind."""
+    """Would catch two runs that write one log and one checkpoint, and a lock that a crash leaves."""
     monkeypatch.setattr(locks, "LOCK_SECONDS", 0.0)
     recipe = tmp_path / "r.toml"
     recipe.write_text(RECIPE)
@@ -69,11 +69,11 @@ def test_trainer_lets_go_of_its_folder_at_its_end(tmp_path):
 
 
 def test_second_writer_of_rows_is_refused(tmp_path, monkeypatch):
-    """Would catch every question asked twice and counted twice."""
+    """Would catch every question evaluated twice and counted twice."""
     monkeypatch.setattr(locks, "LOCK_SECONDS", 0.0)
     path = tmp_path / "rows.jsonl"
     with RowFile(path) as rows:
-        with pytest.raises(TransformerFamError, match="rows.jsonl is written by another process; wait for its end"):
+        with pytest.raises(TransformerFamError, match="rows.jsonl is written by another process; wait until it ends"):
             RowFile(path)
         rows.append({"task": "a"})
         monkeypatch.setenv("RANK", "1")
@@ -85,7 +85,7 @@ def test_second_writer_of_rows_is_refused(tmp_path, monkeypatch):
 
 
 def test_rows_are_read_beside_their_writer(tmp_path):
-    """Would catch a report that fails on the half line of a run that is still asking."""
+    """Would catch a report that fails on the half line of a run that is still evaluating."""
     path = tmp_path / "rows.jsonl"
     path.write_text('{"task": "a"}\n{"task": "b", "ke')
     assert read_rows([path]) == [{"task": "a"}]

@@ -1,4 +1,4 @@
-"""The standing promises, each by name. A failure here breaks something that users were told."""
+"""The standing promises, each by name. A failure here breaks what users were promised."""
 
 import gc
 from typing import Any

@@ -1,4 +1,4 @@
-"""`fam read`: whatever ends it, and wherever its output goes, what was read is saved and the way on is said."""
+"""`fam read`: whatever ends it, and wherever its output goes, the reading is saved and can be resumed."""
 
 import os
 import signal
@@ -32,8 +32,8 @@ def loaded(folder, path):
 
 
 def resumed(text):
-    """Run the command to go on that a message gives."""
-    command = text[text.index("go on with: fam ") :].split()[4:]
+    """Run the command to resume that a message gives."""
+    command = text[text.index("resume with: fam ") :].split()[3:]
     assert command[0] == "read"
     return command
 
@@ -127,7 +127,7 @@ def test_second_ctrl_c_does_not_hide_where_the_reading_is(folder, book, tmp_path
     monkeypatch.setattr(cli_read, "save_somewhere", save_somewhere)
     save, status = tmp_path / "part", {"by Ctrl-C": 130, "by an error": 2, "whole": 0}[ends]
     text = run("read", book, "--model", folder, "--save", save, status=status)
-    assert f"bytes in {save}" in text if ends == "whole" else f"kept in {save}; go on with: fam read" in text
+    assert f"bytes in {save}" in text if ends == "whole" else f"kept in {save}; resume with: fam read" in text
     assert loaded(folder, save).num_tokens_read > 100
 
 
@@ -274,7 +274,7 @@ def test_damaged_reading_of_an_evaluation_is_named(tmp_path, folder):
 
 
 def test_reading_of_an_evaluation_that_is_ended_is_kept(tmp_path, folder):
-    """Would catch the minutes since the last save, or a first piece, lost to Ctrl-C; rows stand at other places."""
+    """Would catch the minutes since the last save, or a first piece, lost to Ctrl-C; rows are at other places."""
     model, tokenizer = load_model(folder)
     options = {"filler_lengths": [300], "num_keys": 3, "checkpoint": tmp_path / "rows.jsonl"}
     whole = list(evaluate_passkey(model, tokenizer, filler_lengths=[300], num_keys=3))

@@ -1,4 +1,4 @@
-"""Resume means the same run: what may change, what may not, and how to go on where there is nothing to resume."""
+"""Resume means the same run: what may change, what may not, and what to do where there is nothing to resume."""
 
 import json
 import shlex
@@ -133,7 +133,7 @@ def test_run_of_an_earlier_version_is_resumed_with_a_warning(run_on_files):
 
 
 def test_run_without_its_recipe_is_not_resumed(tmp_path):
-    """Would catch a checkpoint that goes on by any recipe once recipe.json is gone."""
+    """Would catch a checkpoint that resumes with any recipe once recipe.json is gone."""
     Trainer(small_recipe(schedule={"steps": 1}), tmp_path).run()
     before = (tmp_path / "recipe.json").read_text()
     (tmp_path / "recipe.json").unlink()
@@ -157,13 +157,13 @@ def test_command_to_go_on_repeats_every_change(tmp_path, monkeypatch):
     monkeypatch.setattr(trainer_module.Trainer, "_train_step", interrupted)
     changes = ("--set", "schedule.batch_size=3", "--set", "fam.fam_length=1")
     text = run("train", recipe, "--output", output, *changes, status=130)
-    command = shlex.split(text[text.index("go on with: fam train") :].removeprefix("go on with: fam "))
+    command = shlex.split(text[text.index("resume with: fam train") :].removeprefix("resume with: fam "))
     assert command[:3] == ["train", str(recipe), "--resume"]
     assert "3 steps" in run(*command)
 
 
 def test_run_that_was_killed_before_its_first_checkpoint_starts_over(tmp_path, monkeypatch):
-    """Would catch a remedy that is none, and steps that stand in the log twice."""
+    """Would catch a remedy that is none, and steps that are in the log twice."""
     monkeypatch.setattr(trainer_module.Trainer, "save_checkpoint", lambda self: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         Trainer(small_recipe(schedule={"steps": 2}), tmp_path).run()
@@ -299,7 +299,7 @@ def finished_runs(tmp_path_factory):
     ],
 )
 def test_answers_to_other_questions_are_neither_shown_nor_counted(finished_runs, task, change, num_kept):
-    """Would catch old answers under a changed comparison, and no question asked."""
+    """Would catch old answers under a changed comparison, and no new evaluation."""
     path, rows = finished_runs[task]
     (run,) = load_comparison(path).runs
     assert is_finished(load_comparison(path), run, rows)
@@ -322,7 +322,7 @@ def test_filler_of_the_same_name_with_another_text_is_asked_again(finished_runs,
 
 
 def test_question_of_a_changed_comparison_is_asked_in_its_old_folder(comparison, tmp_path):
-    """Would catch a run that is not asked since its folder holds as many answers to other questions."""
+    """Would catch a run that is not evaluated since its folder holds as many answers to other questions."""
     name = RunName("fam_untrained", 0)
     run_one(comparison(), name, tmp_path / "runs")
     changed = comparison("prefix_tokens=[5]")
@@ -351,7 +351,7 @@ def test_other_questions_are_not_asked_into_the_same_file(folder, tmp_path, chan
         command.append(change)
     text = run(*command, status=2)
     assert "answer other questions" in text
-    assert "give the new answers a file of their own" in text
+    assert "write the new answers to another file" in text
 
 
 def test_rows_of_different_questions_are_not_pooled():

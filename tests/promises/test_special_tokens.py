@@ -55,7 +55,7 @@ def model_and_tokenizer() -> tuple[Any, Any]:
 
 
 def test_start_is_what_stands_in_front(model_and_tokenizer: tuple[Any, Any]) -> None:
-    """Catches a token behind the text that is taken for one in front, and a start that is there twice."""
+    """Catches a token after the text that is taken for one in front, and a start that is there twice."""
     _, tokenizer = model_and_tokenizer
     assert start_ids(tokenizer) == [START]
     assert start_ids(make_passkey_model()[1]) == []
@@ -224,7 +224,7 @@ def with_start(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_training_text_begins_where_no_state_is_passed(
     is_told: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Catches a memory that is trained on texts without their beginning and asked with it."""
+    """Catches a memory that is trained on texts without their beginning and queried with it."""
     data = {"named_keys": (1, 2)} if is_told else {}
     recipe = small_recipe(
         data=data,

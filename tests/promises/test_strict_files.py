@@ -368,7 +368,7 @@ FIRST = "optimizer.0.exp_avg"
     ],
 )
 def test_checkpoint_with_other_tensors_is_refused(damaged, tensors, message, has_names):
-    """Would catch an optimizer that starts anew in the middle of a run, or chance that does."""
+    """Would catch an optimizer, or random numbers, that start again in the middle of a run."""
     text = damaged(tensors, {}, has_names)
     assert "checkpoint.safetensors" in text
     assert re.search(message, text)

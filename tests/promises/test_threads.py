@@ -1,4 +1,4 @@
-"""Threads that read with one model, each into a state of its own, do not feel each other."""
+"""Threads that read with one model, each into its own state, do not affect each other."""
 
 import itertools
 import sys

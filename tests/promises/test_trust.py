@@ -29,7 +29,7 @@ CODE = "import pathlib\npathlib.Path(__file__).with_name('ran').touch()\n"
 
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
-    """Make a model, and fail where anybody asks whether its code may run, or runs it."""
+    """Make a model, and fail where its code is run, or permission for that is requested."""
     monkeypatch.setattr(builtins, "input", lambda *_: pytest.fail("it asked"))
     path = tmp_path / "model"
     tiny_models.save_passkey_model(path)

@@ -1,4 +1,4 @@
-"""What a type checker knows of a model with a memory."""
+"""What a type checker sees of a model with a memory."""
 
 import subprocess
 import sys

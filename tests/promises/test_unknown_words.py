@@ -1,4 +1,4 @@
-"""Words that a tokenizer does not know are said, and where nearly all are such, the text is refused."""
+"""Words that a tokenizer does not know are reported; where nearly all are such, the text is refused."""
 
 import ast
 from collections.abc import Callable
@@ -62,7 +62,7 @@ def test_instructions_with_unknown_words_are_refused(tmp_path: Path) -> None:
 
 
 def test_comparison_of_instructions_names_its_task(tmp_path: Path) -> None:
-    """Catches a comparison that trains on instructions and asks for passkeys."""
+    """Catches a comparison that trains on instructions and queries passkeys."""
     import json
 
     values = small_values(instructions={"files": ["a.jsonl"], "length": 600}, schedule={"steps": 2})
@@ -111,7 +111,7 @@ def test_evaluation_on_unknown_words_is_refused_or_said(tmp_path: Path) -> None:
 
 @pytest.fixture
 def asked(tmp_path: Path) -> list[Any]:
-    """Save a model and a state that it has read, and return the command that asks it."""
+    """Save a model and a state that it has read, and return the command that queries it."""
     save_passkey_model(tmp_path / "model")
     (tmp_path / "book.txt").write_text(KNOWN)
     run("read", tmp_path / "book.txt", "--model", tmp_path / "model", "--save", tmp_path / "s")
@@ -136,7 +136,7 @@ def test_pictures_of_unknown_words_are_refused(asked: list[Any], tmp_path: Path)
 
 
 def test_wording_of_unknown_words_is_refused_or_said(tmp_path: Path) -> None:
-    """Catches keys that are told and asked for in words of which the model knows none."""
+    """Catches keys that are given and queried in words of which the model knows none."""
     model, tokenizer = make_passkey_model()
 
     def evaluate(question: str) -> None:
@@ -201,7 +201,7 @@ ENCODERS = {
     "tok_encode",
 }
 SAID = {
-    # A text that a user gives, whose unknown words are said.
+    # A text that a user gives, whose unknown words are reported.
     "cli.convert.convert_command": "say_unknown",
     "tools.lm_eval.tok_encode": "logged once; _continue and loglikelihood_rolling go through it",
     "tools.lm_eval._continue": "tok_encode",

@@ -1,4 +1,4 @@
-"""The range of versions: both names of the cache, state files across versions, and what is said outside the range."""
+"""The range of versions: both names of the cache, state files across versions, and the messages outside the range."""
 
 import logging
 import subprocess
@@ -214,7 +214,7 @@ def test_state_files_are_of_both_edges() -> None:
     assert written == set(versions.TESTED["transformers"])
 
 
-# What is said outside of the range
+# Messages outside of the range
 
 
 def test_edges_are_pinned_as_they_are_documented() -> None:

@@ -1,4 +1,4 @@
-"""Rows know the weights that answered: those of a model that was trained on are not put beside the old ones."""
+"""Rows know the weights that answered: those of a model that was trained further are not added to the old ones."""
 
 import json
 
@@ -42,7 +42,7 @@ def train_on(folder, part):
 @pytest.mark.parametrize("part", ["memory", "base", "config"])
 @pytest.mark.parametrize("task", ["passkey", "next-token"])
 def test_model_that_was_trained_on_is_not_asked_into_the_same_file(folder, tmp_path, part, task):
-    """Would catch old answers shown for the new weights, and no question asked."""
+    """Would catch old answers shown for the new weights, and no new evaluation."""
     (tmp_path / "book.txt").write_text(PASSKEY_TEXT)
     output = tmp_path / "rows.jsonl"
     asked = ("--filler-tokens", "9", "--num-keys", 2) if task == "passkey" else (tmp_path / "book.txt",)
@@ -54,7 +54,7 @@ def test_model_that_was_trained_on_is_not_asked_into_the_same_file(folder, tmp_p
     text = run(*command, status=2)
     what = "another configuration" if part == "config" else "other weights"
     assert f"were answered with {what}" in text
-    assert "give the new answers a file of their own" in text
+    assert "write the new answers to another file" in text
     assert output.read_text() == before
     run(*command[:-1], tmp_path / "new.jsonl")
     digests = {
@@ -66,7 +66,7 @@ def test_model_that_was_trained_on_is_not_asked_into_the_same_file(folder, tmp_p
 
 
 def test_systems_of_one_model_may_have_weights_of_their_own(folder, tmp_path):
-    """Would catch a refusal of BSWA beside FAM, whose memories differ."""
+    """Would catch a refusal of BSWA next to FAM, whose memories differ."""
     output = tmp_path / "rows.jsonl"
     command = ("evaluate", "passkey", "--filler-tokens", "9", "--num-keys", 2, "--model", folder, "--output", output)
     run(*command, "--system", "fam,bswa,fam_untrained")

@@ -30,7 +30,7 @@ PASSED_ON = [name for name in RECURRENT if name != "autocompressor"]
 
 
 def with_rival(system: str, num_layers: int = 3, **fields: Any) -> Any:
-    """Return a tiny model with a rival whose parameters are drawn anew, so that none is at its quiet start."""
+    """Return a tiny model with a rival whose parameters are drawn again, so that none is at its quiet start."""
     values = {"system": system, "block_size": BLOCK_SIZE, "num_memory_tokens": 3, "association_width": 16} | fields
     model = attach(make_tiny_llama(num_layers), RivalConfig.from_dict(values)).double()
     generator = torch.Generator().manual_seed(1)
@@ -158,7 +158,7 @@ def test_save_and_load_change_nothing(system: str, tmp_path: Any) -> None:
 
 
 def test_state_of_another_rival_or_damaged_is_refused(tmp_path: Any) -> None:
-    """Catches a state that goes on with the wrong memory."""
+    """Catches a state that continues with the wrong memory."""
     model = with_rival("rmt")
     path = tmp_path / "state.safetensors"
     model.read(random_ids(1, 20)).save(path)

@@ -139,7 +139,7 @@ class Canvas:
 
 
 def test_few_fam_rows_and_marked_tokens_are_seen() -> None:
-    """Catches FAM rows that vanish among many tokens or are merged, and a mark beside its token."""
+    """Catches FAM rows that vanish among many tokens or are merged, and a mark next to its token."""
     records = list(record_attention(converted(block_size=600), random_ids(1, 1800), layers=[0]))
     record = next(r for r in records if r.block_idx == 1 and r.layer_idx == 0)
     canvas = Canvas()
@@ -157,7 +157,7 @@ def test_few_fam_rows_and_marked_tokens_are_seen() -> None:
 
 
 def test_places_of_the_key() -> None:
-    """Catches marks beside the key's digits."""
+    """Catches marks next to the key's digits."""
     tokenizer = build_tiny_tokenizer()
     text = PasskeyText(tokenizer)
     ids, places = text.intro_ids(73914), text.key_places(73914)
@@ -166,7 +166,7 @@ def test_places_of_the_key() -> None:
 
 def test_report_attention_command(tmp_path: Path) -> None:
     """Catches a command that draws less than it says or adds its rows to those of older pictures, and `fam report ROWS`
-    that no longer works beside it."""
+    that no longer works with it."""
     runner = CliRunner()
     command = ["report", "attention", "--output", str(tmp_path / "maps"), "--blocks", "2", "--layers", "1,3"]
     for _ in range(2):

@@ -17,7 +17,7 @@ from transformerfam.training.trainer import Trainer
 
 
 class Noted(TrainerCallback):
-    """Notes what it is told, and asks to stop behind a step."""
+    """Notes what it is given, and requests a stop after a step."""
 
     def __init__(self, last_step: int = 99) -> None:
         self.last_step = last_step
@@ -57,7 +57,7 @@ def test_callback_sees_every_step_and_every_number(tmp_path: Path) -> None:
 
 
 def test_callback_stops_a_run_that_is_resumed_exactly(tmp_path: Path) -> None:
-    """Catches a stop that is not heard, or that leaves a run which goes on otherwise."""
+    """Catches a stop that is ignored, or that leaves a run which continues differently."""
     train(tmp_path / "whole")
     first, second = Noted(last_step=2), Noted()
     result = train(tmp_path / "halves", first)

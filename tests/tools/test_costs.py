@@ -48,7 +48,7 @@ def test_block_flops_are_those_that_torch_counts(config: dict[str, Any]) -> None
     with FlopCounterMode(display=False) as counter:
         model.read(random_ids(block_size, seed=1), state)
     length = fam_config.num_rows if fam_config.fam_length else 0
-    masked = block_size * (block_size - 1) // 2  # eager attention computes what lies behind a token too
+    masked = block_size * (block_size - 1) // 2  # eager attention computes what lies after a token too
     masked += length * block_size  # and the memory segment for FAM rows
     expected = block_flops(shape, fam_config) + masked * shape.flops_per_pair
     assert counter.get_total_flops() - expected in angle_flops(shape, block_size + length)

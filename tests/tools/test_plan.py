@@ -214,7 +214,7 @@ def test_what_cannot_be_planned_is_refused() -> None:
     ("training", "preset"), [("full", "paper"), pytest.param("lora", "gated", marks=pytest.mark.slow)]
 )
 def test_training_operations_are_those_that_torch_counts(training: Any, preset: str) -> None:
-    """Catches what a step does beside the layers: logits made again with their block, LoRA's own matrices."""
+    """Catches what a step does besides the layers: logits made again with their block, LoRA's own matrices."""
     shape = {"vocab_size": 640, "hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4}
     config = LlamaConfig(**shape, num_hidden_layers=3, num_key_value_heads=4)
     size, length, num_blocks = 16, 4, 6
@@ -241,7 +241,7 @@ def test_training_operations_are_those_that_torch_counts(training: Any, preset: 
             total = total + loss
         total.backward()
     counted = counter.get_total_flops() / ids.numel()
-    masked = size * (size - 1) / 2 / size  # eager attention computes what lies behind a token too
+    masked = size * (size - 1) / 2 / size  # eager attention computes what lies after a token too
     masked *= 4 * ModelShape.of(config).flops_per_pair
     assert plan.flops_per_token_training + masked == pytest.approx(counted, rel=0.01)
 
@@ -249,7 +249,7 @@ def test_training_operations_are_those_that_torch_counts(training: Any, preset: 
 @pytest.mark.slow
 @pytest.mark.parametrize("training", ["full", "lora"])
 def test_averages_of_adafactor_are_those_it_keeps(training: Any) -> None:
-    """Catches a plan with other settings than a recipe's: a first moment is kept beside sums of rows and columns."""
+    """Catches a plan with other settings than a recipe's: a first moment is kept besides sums of rows and columns."""
     config = make_tiny("llama").config
     plan = make_plan("x", FAM, context_tokens=32, config=config, training=training, optimizer="adafactor", lora_rank=4)
     assert plan.trained_parameters * 4 < plan.bytes_optimizer < plan.trained_parameters * 4 * 1.5

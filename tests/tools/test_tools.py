@@ -131,7 +131,7 @@ def test_state_behind_checkpointed_blocks_goes_on(lengths: tuple[int, ...]) -> N
 
 @torch.no_grad()
 def test_saved_model_loads_converted_and_elsewhere_as_its_base(tmp_path: Path) -> None:
-    """Catches a memory that is left behind, or a base model that can no longer be loaded without this package."""
+    """Catches a memory that is left out, or a base model that can no longer be loaded without this package."""
     model = convert(make_tiny_llama(), CONFIG)
     fam_parameters(model)[0].normal_()
     model.save_pretrained(tmp_path)
@@ -165,7 +165,7 @@ def test_adapter_that_is_missing_beside_its_model_is_refused(tmp_path: Path) -> 
 
 
 def test_trainer_goes_on_from_its_checkpoint_with_the_memory(tmp_path: Path) -> None:
-    """Catches a memory that a resumed training starts anew."""
+    """Catches a memory that a resumed training starts from scratch."""
     whole, first = (convert(make_tiny_llama(), CONFIG) for _ in range(2))
     options: dict[str, Any] = {"save_steps": 2, "save_strategy": "steps"}
     losses = train(tmp_path / "whole", whole)

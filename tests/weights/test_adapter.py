@@ -126,7 +126,7 @@ def test_lora_configuration_is_plain_json(tmp_path: Path) -> None:
 def test_full_disk_between_two_files_leaves_an_old_adapter_whole(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Catches LoRA that has taken its place when the memory beside it finds none."""
+    """Catches LoRA that is in place when the memory next to it finds none."""
     model = trained()
     FamAdapter.from_model(model).save_pretrained(tmp_path)
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}

@@ -62,7 +62,7 @@ def test_configuration_in_two_files_is_one(value: Any, tmp_path: Path) -> None:
 
 
 def test_configuration_that_is_read_with_is_that_of_both_files(tmp_path: Path) -> None:
-    """Catches a folder that `save_model` writes with one configuration in `config.json` and another beside it."""
+    """Catches a folder that `save_model` writes with one configuration in `config.json` and another next to it."""
     model, tokenizer = make_passkey_model()
     own = model.fam_config
     save_model(model, tokenizer, tmp_path, config=own.replace(block_size=own.block_size + 1))
@@ -109,7 +109,7 @@ def test_what_is_no_converted_model_is_refused(tmp_path: Path, saved: Path) -> N
 
 
 def test_importing_the_package_changes_nothing_in_transformers(saved: Path) -> None:
-    """Catches a converted model where transformers is asked for the base."""
+    """Catches a converted model where transformers should load the base."""
     assert not hasattr(PreTrainedModel.from_pretrained, "takes_memory")
     assert torch.equal(logits_of(AutoModelForCausalLM.from_pretrained(saved)), logits_of(make_tiny_llama()))
     assert not hasattr(AutoModel.from_pretrained(saved), "fam")
@@ -117,7 +117,7 @@ def test_importing_the_package_changes_nothing_in_transformers(saved: Path) -> N
 
 @pytest.mark.usefixtures("installed")
 def test_installed_it_serves_tools_that_load_models_themselves(tmp_path: Path) -> None:
-    """Catches a tool that gets the base model, and a base model that our own loaders ask for and do not get."""
+    """Catches a tool that gets the base model, and a base model that our own loaders want and do not get."""
     save_passkey_model(tmp_path)
     model, tokenizer = load_model(tmp_path)
     model.save_pretrained(tmp_path / "again")

@@ -75,7 +75,7 @@ def test_load_model_bswa_takes_the_rival_trained_alike(folder: Path) -> None:
 
 
 def test_load_model_bswa_without_rival_is_the_base_with_the_same_blocks(folder: Path) -> None:
-    """Catches BSWA with another block size or window than the FAM beside it."""
+    """Catches BSWA with another block size or window than the FAM next to it."""
     model, _ = load_model(folder / "bswa" / "..", "bswa", {"num_memory_segments": 2})
     assert model.fam_config == CONFIG.replace(fam_length=0, num_memory_segments=2)
 
@@ -192,7 +192,7 @@ def test_tied_weights_and_parts_beside_the_layers_may_be_left_out(folder: Path) 
 
 
 def test_base_in_the_folder_of_its_lora_is_plain(folder: Path) -> None:
-    """Catches a control that has the LoRA of the memory beside it, since transformers puts it in by itself."""
+    """Catches a control that has the LoRA of the memory next to it, since transformers puts it in by itself."""
     (folder / "fam.safetensors").unlink()
     model = make_trained()
     inject_lora(model, LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False))

@@ -30,7 +30,7 @@ IDS = random_ids(2, 30)
 
 
 def make_peft_model(kind: str, seed: int = 0) -> Any:
-    """Wrap a converted model by PEFT, the initial FAM trained and saved beside the adapters, and train it a little."""
+    """Wrap a converted model by PEFT, the initial FAM trained and saved with the adapters, and train it a little."""
     torch.manual_seed(seed)
     config = peft.LoraConfig(r=4, modules_to_save=["fam"], init_lora_weights=False, **KINDS[kind])
     model = peft.get_peft_model(convert(make_tiny_llama(), CONFIG), config)
@@ -78,7 +78,7 @@ def test_adapter_and_prompt_are_trained_saved_loaded_and_merged(kind: str, tmp_p
 
 
 def test_adapters_are_switched_with_their_prompts(tmp_path: Path) -> None:
-    """Catches one adapter's LoRA beside another's prompt."""
+    """Catches one adapter's LoRA with another's prompt."""
     models = {name: make_peft_model("lora", seed) for seed, name in enumerate(("one", "two"))}
     expected = {name: logits_of(model) for name, model in models.items()}
     for name, model in models.items():
@@ -221,7 +221,7 @@ def test_folder_of_peft_is_loaded_with_its_base(merge: bool, tmp_path: Path) -> 
     harness = pytest.importorskip("transformerfam.tools.lm_eval")
     lm = harness.FamLM(str(tmp_path / "base"), peft=str(tmp_path / "adapter"))
     torch.testing.assert_close(lm.model(input_ids=ids).logits, expected, atol=1e-4, rtol=1e-4)
-    with pytest.raises(TransformerFamError, match="asked is for system 'bswa'"):
+    with pytest.raises(TransformerFamError, match="requested is system 'bswa'"):
         load_model(tmp_path / "adapter", "bswa")
     with pytest.raises(StateMismatchError, match="does not fit this model"):
         load_peft_folder(convert(make_tiny_llama(), CONFIG), tmp_path / "adapter", merge)
@@ -260,7 +260,7 @@ def test_adapter_that_would_be_dropped_is_not_taken_off() -> None:
 
 
 def test_ways_of_peft_that_do_not_fit_a_memory_are_refused_by_name() -> None:
-    """Catches a traceback of PEFT's, and an adapter per row beside an initial FAM of one of them."""
+    """Catches a traceback of PEFT's, and an adapter per row with an initial FAM of one of them."""
     adapted: Any = peft.get_peft_model(convert(make_tiny_llama(), CONFIG), SOFT_PROMPTS["adaption prompt"])
     with pytest.raises(UnsupportedModelError, match="attention of layer 1 is a AdaptedAttention now"):
         logits_of(adapted)
@@ -426,7 +426,7 @@ def test_adapter_that_acts_from_a_place_on_is_refused_by_name(system: str) -> No
 
 @pytest.mark.parametrize("system", ["fam", "rmt"])
 def test_layers_that_are_not_those_of_the_conversion_are_refused(system: str) -> None:
-    """Catches PEFT's copies of layers, of which the memory knows nothing."""
+    """Catches PEFT's copies of layers, which the memory does not see."""
     model: Any = make_tiny_llama()
     if system == "rmt":
         attach(model, RivalConfig(system="rmt", block_size=8))

@@ -32,12 +32,12 @@ def compare_command(
     figures: Annotated[list[Path] | None, typer.Option("--figure", help="Figure: .svg, .png or .pdf.")] = None,
     table: Annotated[Path | None, typer.Option("--table", help="Markdown file for the tables.")] = None,
     report_only: Annotated[bool, typer.Option("--report", help="Train nothing; show what is there.")] = False,
-    device: Annotated[str, typer.Option("--device", help="Where runs train and are asked: cpu, cuda, cuda:1.")] = "cpu",
+    device: Annotated[str, typer.Option("--device", help="Where runs train and answer: cpu, cuda, cuda:1.")] = "cpu",
     run: Annotated[str | None, typer.Option("--run", help="One run alone, SYSTEM-SEED, in this process.")] = None,
     is_child: Annotated[bool, typer.Option("--ends-with-input", hidden=True)] = False,
     overrides: SetOption = None,
 ) -> None:
-    """Train and ask every system of a comparison alike; stop it at any time, and the same command goes on."""
+    """Train and evaluate every system of a comparison alike; stop at any time, the same command resumes."""
     comparison = load_comparison(recipe, overrides or ())
     folder = output or Path("runs") / comparison.name
     if is_child:
@@ -57,7 +57,7 @@ def compare_command(
         except KeyboardInterrupt as interrupt:
             say(
                 f"stopped; the runs have saved what they have, and {rows} keeps those that are done; run the same "
-                "command again to go on"
+                "command again to continue"
             )
             raise typer.Exit(INTERRUPTED) from interrupt
     found = read_rows([rows]) if rows.exists() else []

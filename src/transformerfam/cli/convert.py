@@ -38,7 +38,7 @@ def convert_command(
     overwrite: OverwriteOption = False,
     overrides: SetOption = None,
 ) -> None:
-    """Give a model a memory that nobody trained yet, and save it with its weights; gated with 4 sink tokens."""
+    """Give a model an untrained memory, and save it with its weights; gated with 4 sink tokens."""
     require_own_folder(output, is_model=True, overwrite=overwrite, remedy=OR_OVERWRITE)
     sinks = {"num_sink_tokens": NUM_SINK_TOKENS} if FamConfig.preset(preset).has_slots else {}
     changes = FamConfig.preset(preset, **sinks | parse_overrides(overrides)).to_dict()

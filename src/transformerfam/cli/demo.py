@@ -46,7 +46,7 @@ Bar = Callable[[str], AbstractContextManager[Callable[[int, int | None, FamState
 
 @dataclass(frozen=True)
 class Demo:
-    """What is read and asked."""
+    """The text, the key and the question."""
 
     model_name: str
     seed: int
@@ -56,7 +56,7 @@ class Demo:
     page_ids: list[int]
     """Text in front of the key."""
     intro_ids: list[int]
-    """The sentences that tell the key."""
+    """The sentences that give the key."""
     rest: FillerStream
     """Text after the key."""
     question_ids: list[int]
@@ -67,8 +67,8 @@ class Demo:
     def introduction(self) -> str:
         """Say what will happen."""
         return (
-            f"seed {self.seed}: the key {self.key} stands on the first page of {self.book}, after "
-            f"{len(self.page_ids)} tokens; {self.num_tokens:,} tokens are read, then comes the question"
+            f"seed {self.seed}: the key {self.key} is on the first page of {self.book}, after "
+            f"{len(self.page_ids)} tokens; {self.num_tokens:,} tokens are read before the question"
         )
 
     def piece(self, start: int, length: int) -> torch.Tensor:
@@ -84,7 +84,7 @@ class Demo:
             yield self.piece(start, min(num_tokens, self.num_tokens - start))
 
     def table(self, results: dict[str, "DemoResult"]) -> Table:
-        """Return FAM and BSWA beside each other."""
+        """Return a table of FAM next to BSWA."""
         table = Table(title=f"{self.model_name}, {self.num_tokens:,} tokens, key {self.key}, seed {self.seed}")
         table.add_column("", no_wrap=True)
         for system in results:
@@ -176,7 +176,7 @@ def first_page(text: str, tokenizer: Any, most_tokens: int, generator: torch.Gen
 
 
 def run_demo(demo: Demo, bar: Bar) -> dict[str, DemoResult]:
-    """Read and ask with FAM, then with BSWA.
+    """Read and query with FAM, then with BSWA.
 
     Args:
         demo: what is read.
@@ -243,7 +243,7 @@ def demo_command(
     ] = None,
     model: ModelOption = "smollm2",
 ) -> None:
-    """Hide a key on the first page of a novel, read the novel, and ask: FAM beside BSWA."""
+    """Hide a key on the first page of a novel, read the novel, query the key: FAM next to BSWA."""
     hide_loading_bars()
     console = Console()
     demo = prepare_demo(model, draw_seed() if seed is None else seed, tokens)

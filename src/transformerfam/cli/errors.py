@@ -1,4 +1,4 @@
-"""How a command ends that cannot do what it was asked: one line that says why, and a status, never a traceback."""
+"""How a command that fails ends: one line with the reason, and a status, never a traceback."""
 
 import contextlib
 import os
@@ -68,7 +68,7 @@ def message_of(error: Exception) -> str | None:
         return str(error)
     name = type(error).__name__
     if isinstance(error, BrokenPipeError):
-        return "what was printed had no reader any more; give the whole of it a reader, or a file"
+        return "the output was closed before everything was printed; read all of it, or write it to a file"
     if isinstance(error, OSError):
         what = f"use {error.filename}" if error.filename else "read or write"
         return f"cannot {what} ({error.strerror or error}); check the path, its rights and the free space"

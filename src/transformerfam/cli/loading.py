@@ -31,7 +31,7 @@ def load(
     device: str = "cpu",
     dtype: str | None = None,
 ) -> tuple[Any, Any]:
-    """Load a model and its tokenizer as the options of a command ask for it.
+    """Load a model and its tokenizer by the options of a command.
 
     Args:
         model: name or folder.

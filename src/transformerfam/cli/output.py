@@ -1,4 +1,4 @@
-"""What the commands print beside their results."""
+"""What the commands print besides their results."""
 
 from rich.markup import escape
 

@@ -8,18 +8,17 @@ import typer
 from transformerfam.cli.errors import TRACEBACK, ErrorsInOneLine
 
 COMMANDS = {
-    "read": "Read a text of any length and save the state; whatever ends it, what was read is saved, and how to go on "
-    "said.",
+    "read": "Read a text of any length and save the state; if interrupted, save it and print the command that resumes.",
     "generate": "Answer a question on a saved reading with the likeliest tokens.",
-    "convert": "Give a model a memory that nobody trained yet, and save it with its weights; gated with 4 sink tokens.",
+    "convert": "Give a model an untrained memory, and save it with its weights; gated with 4 sink tokens.",
     "train": "Train a memory by a recipe.",
     "average": "Average the weights of memories; --set changes what the mean is read with.",
     "evaluate": "Measure a model; rows go to a JSON lines file.",
-    "compare": "Train and ask every system of a comparison alike; stop it at any time, and the same command goes on.",
+    "compare": "Train and evaluate every system of a comparison alike; stop at any time, the same command resumes.",
     "report": "Tables and figures of result rows, and pictures of attention.",
     "plan": "Say what a model will need, without its weights: parameters, bytes, operations, hours.",
     "data": "Fetch texts and questions to train on and to measure with.",
-    "demo": "Hide a key on the first page of a novel, read the novel, and ask: FAM beside BSWA.",
+    "demo": "Hide a key on the first page of a novel, read the novel, query the key: FAM next to BSWA.",
 }
 """Every command, in the order of the list, with the first line of its help."""
 
@@ -39,7 +38,7 @@ def main(
 
 
 def is_asked_for(arguments: Sequence[str]) -> bool:
-    """Whether a command line asks for the list of commands alone."""
+    """Whether a command line requests the list of commands alone."""
     return set(arguments) <= {"--help"}
 
 

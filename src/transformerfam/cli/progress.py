@@ -51,7 +51,7 @@ def reading_bar(
     """Show a bar on standard error and yield the function that moves it.
 
     Args:
-        num_tokens: tokens to be read; None where nobody knows.
+        num_tokens: tokens to be read; None where that is unknown.
         description: text in front of the bar.
 
     Yields:
@@ -105,7 +105,7 @@ def questions_bar(num_questions: int, description: str) -> Iterator[Callable[[fl
     """Show a bar of questions on standard error and yield the function that moves it.
 
     Args:
-        num_questions: questions to be asked, those of earlier runs included.
+        num_questions: all questions, those of earlier runs included.
         description: text in front of the bar.
 
     Yields:

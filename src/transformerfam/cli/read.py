@@ -31,7 +31,7 @@ def read_command(
     file: Annotated[str, typer.Argument(help="UTF-8 text, a folder of them, or - for standard input.")],
     save: Annotated[Path, typer.Option("--save", help="Where the state goes.")],
     model: ModelOption = "tiny",
-    state: Annotated[Path | None, typer.Option("--state", help="Go on from this state.")] = None,
+    state: Annotated[Path | None, typer.Option("--state", help="Continue from this state.")] = None,
     skip_tokens: Annotated[
         int,
         typer.Option("--skip-tokens", min=0, max=LARGEST_INTEGER, help="Tokens of the text that the state has read."),
@@ -43,7 +43,7 @@ def read_command(
     dtype: DtypeOption = None,
     overwrite: OverwriteOption = False,
 ) -> None:
-    """Read a text of any length and save the state; whatever ends it, what was read is saved, and how to go on said."""
+    """Read a text of any length and save the state; if interrupted, save it and print the command that resumes."""
     is_resumed = state is not None and state.resolve() == save.resolve()
     replaces = overwrite or is_resumed
     require_target(save, "state", replaces, OR_OVERWRITE)
@@ -74,7 +74,7 @@ def read_command(
             again = shlex.join(["fam", "read", file, "--model", model, "--state", str(kept), "--save", str(kept)])
             again += device_argument(device) + (f" --dtype {dtype}" if dtype else "")
             again += f"{' --allow-unknown' if allow_unknown else ''} --skip-tokens {num_done}"
-            text = f"after {num_done:,} tokens, which are kept in {kept}; go on with: {again}"
+            text = f"after {num_done:,} tokens, which are kept in {kept}; resume with: {again}"
             if isinstance(error, KeyboardInterrupt):
                 say(f"interrupted {text}")
         if isinstance(error, KeyboardInterrupt):

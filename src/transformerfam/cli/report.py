@@ -37,7 +37,7 @@ from transformerfam.weights.models import load_model
 ROWS = "attention.jsonl"
 PICTURES = ("maps.png", "film.gif", "film.png", "memory.svg", "writing.svg")
 MAX_STRIP = 8
-"""Blocks of the film's strip: the first ones where a key is told, else the last ones."""
+"""Blocks of the film's strip: the first ones where a key is given, else the last ones."""
 
 
 class RowsUnlessNamed(TyperGroup):
@@ -97,7 +97,7 @@ def report_attention(
     ] = None,
     key: Annotated[
         int | None,
-        typer.Option("--key", min=1, max=LARGEST_INTEGER, help="Tell this pass key in front of the text, and mark it."),
+        typer.Option("--key", min=1, max=LARGEST_INTEGER, help="Give this pass key in front of the text, and mark it."),
     ] = None,
 ) -> None:
     """Draw attention maps of one block, a film over blocks, the FAM's norm and change, and what gated rows wrote."""

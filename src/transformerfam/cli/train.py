@@ -23,7 +23,7 @@ from transformerfam.weights.models import find_device
 def train_command(
     recipe: Annotated[Path, typer.Argument(help="TOML file.")],
     output: Annotated[Path | None, typer.Option("--output", help="Folder of the run; runs/NAME if not given.")] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on from the folder's checkpoint.")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Continue from the folder's checkpoint.")] = False,
     print_recipe: Annotated[
         bool, typer.Option("--print-recipe", help="Print all keys of the recipe with their meaning; train nothing.")
     ] = False,

@@ -2,7 +2,7 @@
 
 Every rival is one module of the same shape: what it puts before and after a segment, what it does to a layer, and
 what it carries. `attach(model, RivalConfig(system=...))` gives it to any model that `convert` serves; the model then
-reads, trains, generates and is asked like a converted one. Those rivals that are choices of `FamConfig` are `presets`;
+reads, trains, generates and is evaluated like a converted one. Rivals that are choices of `FamConfig` are `presets`;
 `start` begins a reading, `files` saves and loads.
 
 May import: `fam`, `decoder`, and the root of the package.

@@ -1,6 +1,6 @@
 """Associative recurrent memory transformer, ARMT: every layer has an associative memory that memory tokens write.
 
-Memory tokens, the same learned ones for every segment, stand after it. What they are after layer l writes that
+Memory tokens, the same learned ones for every segment, follow it. What they are after layer l writes that
 layer's memory, which all rows of later segments read in front of the layer:
 
     x_j <- x_j + A f(W_Q x_j) / (z^T f(W_Q x_j))

@@ -72,7 +72,7 @@ def attach(model: PreTrainedModel, config: RivalConfig) -> RivalModel:
 
 
 def rival_class(system: str) -> type[Rival]:
-    """Return the class of a rival, which stands in the module of its name."""
+    """Return the class of a rival, which is in the module of its name."""
     module = importlib.import_module(f"transformerfam.rivals.{system}")
     found: type[Rival] = module.RIVAL
     return found

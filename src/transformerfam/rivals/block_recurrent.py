@@ -1,4 +1,4 @@
-"""Block-recurrent transformer: one layer carries state vectors, with projections of their own.
+"""Block-recurrent transformer: one layer carries state vectors, with their own projections.
 
     vertical:    A = self-attention of the tokens + W_v cross-attention(Q_v(e), K(s), V(s))
     horizontal:  h = W_h [attention(Q_s(s), K(s), V(s)) | attention(Q_e(s), K_e, V_e)],   s <- g s + (1 - g) h

@@ -41,7 +41,7 @@ class RivalConfig:
     """Write only what the memory does not hold yet (infini)."""
 
     initial_gate: float = 0.5
-    """Share of the memory, beside local attention, before training (infini, gated_linear), between 0 and 1."""
+    """Share of the memory, against local attention, before training (infini, gated_linear), between 0 and 1."""
 
     recurrent_layer: int | None = None
     """Index of the layer with the state (block_recurrent); None is the layer at ten twelfths, as in its paper."""

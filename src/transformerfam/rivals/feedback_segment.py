@@ -1,6 +1,6 @@
 """TransformerFM, the feedback memory segment: a layer sees the keys and values of its own outputs of past segments.
 
-The outputs of the last m segments stand in front of a segment as rows, replaced in every layer by that layer's own, so
+The outputs of the last m segments are rows in front of a segment, replaced in every layer by that layer's own, so
 that the layer makes `QKV(norm(O))` of them itself. What their rows become is not used.
 
 Source: section C.2 of arXiv 2404.09173.

@@ -1,4 +1,4 @@
-"""The file of a trained rival, beside the base weights that it was trained with."""
+"""The file of a trained rival, next to the base weights that it was trained with."""
 
 import os
 from collections.abc import Mapping
@@ -73,7 +73,7 @@ class TrainedRival(NamedTuple):
             base_digest, _ = str(metadata["base_digest"]), dict(metadata["notes"])
         if config.system != system:
             raise TransformerFamError(
-                f"{folder} holds a trained {config.system}, asked is for {system!r}; name that system"
+                f"{folder} holds a trained {config.system}, requested is {system!r}; name that system"
             )
         return cls(path, config, tensors, base_digest)
 

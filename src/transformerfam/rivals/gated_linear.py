@@ -1,4 +1,4 @@
-"""A gated linear-attention memory: beside local attention every head reads a state that decays as the text says.
+"""A gated linear-attention memory: next to local attention, every head reads a state whose decay follows the text.
 
     S_t = diag(a_t) S_(t-1) + k_t v_t^T,   o_t = S_t^T q_t / sqrt(K),   a_t = sigmoid(W_2 W_1 x_t + b)^(1 / 16)
 

@@ -1,4 +1,4 @@
-"""Infini-attention: beside local attention every head reads a compressive memory of all segments before.
+"""Infini-attention: next to local attention, every head reads a compressive memory of past segments.
 
     A_mem = s(Q) M / (s(Q) z),   A = g A_mem + (1 - g) A_dot,   s = ELU + 1
     M <- M + s(K)^T (V - s(K) M / (s(K) z)),   z <- z + sum s(K)

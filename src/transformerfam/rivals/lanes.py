@@ -1,4 +1,4 @@
-"""Sequences that stand at the same place of their segment, and what they carry."""
+"""Sequences that are at the same place of their segment, and what they carry."""
 
 import dataclasses
 from collections.abc import Callable, Sequence
@@ -8,7 +8,7 @@ import torch
 
 @dataclasses.dataclass
 class Lane:
-    """Sequences that stand at the same place.
+    """Sequences that are at the same place.
 
     Attributes:
         rows: which sequences of the batch they are.
@@ -55,7 +55,7 @@ class Lane:
         self.scratch = {name: function(tensor) for name, tensor in self.scratch.items()}
 
     def select(self, indices: Sequence[int]) -> "Lane":
-        """Return some of the lane's sequences as a lane of their own."""
+        """Return some of the lane's sequences as a separate lane."""
         lane = self.copy()
         if list(indices) != list(range(len(self.rows))):
             index = torch.as_tensor(indices)

@@ -105,7 +105,7 @@ class Rival(Memory):
         """
         if kwargs.get("output_router_logits", getattr(decoder.config, "output_router_logits", False)):
             raise TransformerFamError(
-                "output_router_logits is True, and a rival's rows are parted by where they stand, so it gives none; "
+                "output_router_logits is True, and a rival's rows are split by their places, so it gives none; "
                 "leave it out, or set it False in the model's configuration"
             )
         lanes: list[Lane] = []
@@ -137,7 +137,7 @@ class Rival(Memory):
         """Send one piece of a lane through the layers, and move it on.
 
         Returns:
-            Hidden states of the tokens `(B, T, D)`: those after the last norm, then those of every layer if asked for.
+            Hidden states of the tokens `(B, T, D)`: those after the last norm, then those of every layer if wanted.
         """
         piece = RivalPiece(self, lane, tokens_BTD.shape[1])
         cache = StepCache(range(len(self.layouts)), piece)
@@ -201,7 +201,7 @@ class RivalPiece(Step):
         keys: of every layer `(B, G, S, K)`: the segment up to the end of this piece, without rows after it.
         values: likewise.
         own: of every layer, keys and values of this piece's rows.
-        entered: of every layer, its input; kept where a rival asks for it.
+        entered: of every layer, its input; kept where a rival needs it.
         updates: parts of the memory that this piece changes.
         scratch: what it adds to the lane's.
     """

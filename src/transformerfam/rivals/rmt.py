@@ -1,6 +1,6 @@
 """Recurrent memory transformer, RMT: memory tokens whose outputs at the top are the next segment's inputs.
 
-A segment is read as [read tokens | tokens | write tokens]. Both groups are the memory as it stands; each sees all of
+A segment is read as [read tokens | tokens | write tokens]. Both groups are the current memory; each sees all of
 its own group, as in the paper. What the write tokens are after the last layer is the memory of the next segment.
 
 Source: Bulatov, Kuratov, Burtsev: Recurrent Memory Transformer (2022), section 3.2.

@@ -1,6 +1,6 @@
 """What a rival carries from piece to piece.
 
-The sequences of a batch are kept in *lanes*: those of one lane have read equally many tokens and stand at the same
+The sequences of a batch are kept in *lanes*: those of one lane have read equally many tokens and are at the same
 place of their segment, so that a rival never meets a ragged batch. Lanes split when their sequences part.
 """
 
@@ -33,7 +33,7 @@ class RivalState(ReadingState):
         has_memory: whether the rival has a memory of fixed size.
     """
 
-    why_no_gradients = "a rival's rows are parted by where they stand; take those of a model with FAM"
+    why_no_gradients = "a rival's rows are split by their places; take those of a model with FAM"
     why_positions_grow = "full attention counts positions from the text's beginning"
 
     def __init__(self, lanes: Sequence[Lane], config: RivalConfig, identity: ModelIdentity, has_memory: bool) -> None:
@@ -119,7 +119,7 @@ class RivalState(ReadingState):
         self.set_lanes(lanes)
 
     def zero_memory(self) -> "RivalState":
-        """Set the memory to zero; what stands in the segment at hand stays."""
+        """Set the memory to zero; the current segment stays."""
         for lane in self.lanes:
             lane.memory = {name: torch.zeros_like(tensor) for name, tensor in lane.memory.items()}
         return self
@@ -128,7 +128,7 @@ class RivalState(ReadingState):
         """Give every sequence the memory of the previous one at the same place.
 
         Raises:
-            TransformerFamError: one stands alone.
+            TransformerFamError: one is alone.
         """
         for lane in self.lanes:
             require_several(len(lane.rows))
@@ -183,7 +183,7 @@ class RivalState(ReadingState):
 
         Args:
             path: a file that `save` wrote.
-            model: the model, with its rival, that goes on with it.
+            model: the model, with its rival, that continues it.
 
         Raises:
             CorruptFileError: the file is missing, foreign, damaged or of another version.

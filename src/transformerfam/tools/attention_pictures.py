@@ -231,7 +231,7 @@ def plot_memory(records: Sequence[BlockRecord], path: str | Path) -> None:
 def plot_writing(records: Sequence[BlockRecord], path: str | Path) -> None:
     """Draw what each FAM row wrote, block by block: dark where its attention fell on the block, not on the FAM.
 
-    Layers stand one above the other, the lowest at the bottom, each with its rows.
+    Layers are stacked, the lowest at the bottom, each with its rows.
 
     Args:
         records: of all blocks and layers, of a model with FAM.

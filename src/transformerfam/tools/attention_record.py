@@ -1,6 +1,6 @@
 """Record attention while a converted model reads: who looks at what, and what becomes of the FAM, block by block.
 
-A back end of transformers' attention that keeps its weights stands in for the model's own while the recording lasts.
+A back end of transformers' attention that keeps its weights replaces the model's own while the recording lasts.
 It makes dense masks and whole matrices of weights, and is for looking, not for reading long texts.
 
 Source: figures 4 and 11 of arXiv 2404.09173.
@@ -34,7 +34,7 @@ class BlockRecord:
         block_idx: number of the block, from 0.
         layer_idx: number of the layer.
         weights_HRS: attention weights of the block's rows, FAM rows first, over all keys in sight; None where the
-            layer was not asked for.
+            layer was not chosen.
         num_fam_rows: FAM rows in front of the tokens.
         num_memory: keys of sink tokens and memory segments in sight, in front of the FAM's.
         num_fam: keys of FAMs in sight.

@@ -16,8 +16,8 @@ class TrainerCallbacks:
     """Let callbacks of transformers' Trainer see a training, as `on_step` of `Trainer.run`.
 
     They are called when the training begins and ends, and after every step, on the main process of several. They get
-    every number of the log; one that sets `control.should_training_stop` stops the run, which can be resumed. What
-    else a callback may ask of a Trainer, to evaluate or to save, is not heard: checkpoints are written by the recipe's
+    every number of the log; one that sets `control.should_training_stop` stops the run, which can be resumed. Other
+    requests of a callback, to evaluate or to save, are ignored: checkpoints are written by the recipe's
     `schedule.checkpoint_seconds`.
 
         with TrainerCallbacks(trainer, ["tensorboard"]) as callbacks:
@@ -67,7 +67,7 @@ class TrainerCallbacks:
         self.control = self.handler.on_train_end(self.arguments, self.state, self.control)
 
     def __call__(self, trainer: Trainer, row: Mapping[str, Any]) -> bool:
-        """Pass a step on, and return whether a callback asks the training to stop."""
+        """Pass a step on, and return whether a callback wants the training to stop."""
         self.state.global_step = trainer.step
         numbers = {name: value for name, value in row.items() if isinstance(value, int | float)}
         self.state.log_history.append(numbers)

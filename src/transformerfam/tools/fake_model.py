@@ -110,7 +110,7 @@ def convert_fake(model: PreTrainedModel, fam: FamConfig) -> None:
     layouts = []
     for layer_idx, window in enumerate(own_windows(config)):
         key_shape, value_shape = recorder.shapes[layer_idx]
-        # Which table a layer turns by is found with values; here one that is not too wide for its keys stands for it.
+        # Which table a layer turns by is found with values; here one that is not too wide for its keys is taken.
         table = next(table for table in inverse_frequencies(decoder.rotary_emb) if 2 * len(table) <= key_shape[1])
         layouts.append(LayerLayout(key_shape, value_shape, Turner(table), window))
     attach(model, fam, layouts)

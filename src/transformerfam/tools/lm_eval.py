@@ -1,7 +1,7 @@
 """Converted models in EleutherAI's lm-evaluation-harness: model `fam`, with prompts of any length in constant memory.
 
 `python -m transformerfam.tools.lm_eval run --model fam --model_args pretrained=FOLDER --tasks hellaswag` is the
-harness's own command line, where this model is known; `import transformerfam.tools.lm_eval` makes it known to a script.
+harness's own command line with this model registered; a script registers it by `import transformerfam.tools.lm_eval`.
 """
 
 import logging
@@ -38,7 +38,7 @@ LOGITS_AT_ONCE = 512
 class FamLM(TemplateLM):
     """Score and continue prompts of any length with a converted model.
 
-    A context is read once for all continuations that are asked of it, in constant memory, and nothing is cut off.
+    A context is read once for all of its continuations, in constant memory, and nothing is cut off.
     """
 
     def __init__(
@@ -172,7 +172,7 @@ class FamLM(TemplateLM):
         )
 
     def chat_template(self, chat_template: bool | str = False) -> str | None:
-        """Return the template, or none where none was asked for."""
+        """Return the template, or none where none was chosen."""
         return self.tokenizer.chat_template if chat_template else None
 
     # Scores
@@ -184,7 +184,7 @@ class FamLM(TemplateLM):
         disable_tqdm: bool = False,
         **kwargs: Any,
     ) -> list[tuple[float, bool]]:
-        """Score continuations; those of one context, which stand side by side, share its reading."""
+        """Score continuations; those of one context, which are adjacent, share its reading."""
         results: list[tuple[float, bool]] = []
         with tqdm(total=len(requests), desc="log-likelihoods", disable=disable_tqdm) as bar:
             while len(results) < len(requests):
@@ -332,7 +332,7 @@ def _cut(text: str, until: Iterable[str]) -> str:
 
 
 def main() -> None:
-    """Run the harness's own command line, where model `fam` is known."""
+    """Run the harness's own command line with model `fam` registered."""
     from lm_eval.__main__ import cli_evaluate
 
     cli_evaluate()

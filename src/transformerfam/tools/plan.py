@@ -68,14 +68,14 @@ class Plan:
     bytes_gradients: int
     bytes_optimizer: int
     bytes_activations: int
-    """The most that a training step holds beside weights, gradients and optimizer: one block's activations, its logits
+    """The most that a training step holds besides weights, gradients and optimizer: one block's activations, its logits
     and the states of all blocks."""
     bytes_reading: int
-    """The most that reading holds beside the weights, the state included."""
+    """The most that reading holds besides the weights, the state included."""
     flops_per_token_reading: float
     flops_per_token_training: float
     hours: float | None
-    """To train on the tokens that were asked for; None without them."""
+    """To train on `training_tokens`; None without them."""
 
     @property
     def bytes_training(self) -> int:
@@ -122,7 +122,7 @@ def make_plan(
     """Plan a model.
 
     Args:
-        model: for `find_config`, or any name beside `config`.
+        model: for `find_config`, or any name together with `config`.
         fam: the memory.
         context_tokens: tokens of a training sequence.
         gpus: devices that share weights, gradients and optimizer (FSDP); each trains its own sequences.
@@ -184,14 +184,14 @@ def _fake_run(
     piece_mask.cache_clear()
     try:
         with warnings.catch_warnings(), FakeTensorMode(allow_non_fake_inputs=True):
-            # With torch up to 2.10 transformers' experts ask how their tensors are aligned.
+            # With torch up to 2.10 transformers' experts check how their tensors are aligned.
             warnings.filterwarnings("ignore", "Accessing the data pointer of FakeTensor")
             make_fake(converted)
             convert_fake(converted, fam)
             for parameter in fam_parameters(converted):
                 parameter.requires_grad_(training != "none")
             peak = _measured(converted, batch_size, training, optimizer, context_tokens)
-    except RuntimeError as error:  # torch's way of saying that an operation knows no fake tensors of this kind
+    except RuntimeError as error:  # so torch reports an operation without support for such fake tensors
         reason = str(error).splitlines()[0]
         raise UnsupportedModelError(
             f"{config.model_type} cannot be planned in {dtype} ({reason}); try bfloat16"
@@ -253,7 +253,7 @@ def _hidden(model: Any, state: FamState, batch_size: int) -> torch.Tensor:
 
 
 def _training_peak(model: Any, batch_size: int, trained: Any, averages: Any, steady: int, num_more: int) -> int:
-    """Return the most that a step holds beside weights, gradients and averages: `num_more` blocks from `steady` on."""
+    """Return the most that a step holds besides weights, gradients and averages: `num_more` blocks from `steady` on."""
     head, size = model.get_output_embeddings(), model.fam_config.block_size
     labels_N = torch.zeros(batch_size * size, dtype=torch.long)
 

@@ -241,7 +241,7 @@ class FamAdapter:
             others = f"other base weights: SHA-256 {self.base_digest[:12]} there, {base_digest[:12]} here"
             if None not in (self.base_dtype, base_dtype) and self.base_dtype != base_dtype:
                 others = (
-                    f"base weights in {self.base_dtype}, which are in {base_dtype} here, so that nothing tells whether "
+                    f"base weights in {self.base_dtype}, which are in {base_dtype} here, so it is unknown whether "
                     "they are the same"
                 )
             warnings.warn(

@@ -21,7 +21,7 @@ def require_own_folder(folder: str | os.PathLike[str], is_model: bool, overwrite
         folder: where to; there may be none yet.
         is_model: whether the weights of the base model go there, too.
         overwrite: take the place of what this package wrote there, if it is of the same kind.
-        remedy: how a user asks for that, for the message.
+        remedy: how a user gets that, for the message.
 
     Raises:
         TransformerFamError: the folder holds something else, or the same and it is not to be overwritten.

@@ -109,7 +109,7 @@ def load_model(
             PEFT wrote for such a model, or any model that transformers loads (without a trained memory).
         system: "fam" is the trained memory; "bswa" the rival without memory: the one trained alike where the folder
             has it (sub-folder `bswa`), else the base weights with `fam_length` 0; "fam_untrained" the base weights
-            with a memory that nobody trained; the name of a rival is the one that was trained in the folder.
+            with an untrained memory; the name of a rival is the one that was trained in the folder.
         config_overrides: fields of `FamConfig` to change.
         merge: add LoRA to the weights, which is faster, unless it acts on FAM rows alone; False keeps it apart for
             further training.
@@ -163,7 +163,7 @@ def _load_peft(
     base = _base_of_peft(folder)
     if system != "fam" or not base:
         raise TransformerFamError(
-            f"{folder} holds an adapter of PEFT for the base model {base!r}, asked is for system {system!r}; required "
+            f"{folder} holds an adapter of PEFT for the base model {base!r}, requested is system {system!r}; required "
             "is system 'fam' and the folder of a converted model as base_model_name_or_path"
         )
     seen, place = [folder.resolve()], _find_folder(base)

