@@ -31,7 +31,7 @@ $(STAMP): requirements.lock pyproject.toml
 	@$(PIP) install --no-deps --no-build-isolation -e .
 	@touch $@
 
-demo: $(STAMP)  ## hide a passkey on the first page of a novel, read it in constant memory, ask (ARGS="--seed 7")
+demo: $(STAMP)  ## hide a passkey on the first page of a novel, read it in constant memory, query it (ARGS="--seed 7")
 	@$(OFFLINE) $(BIN)/fam demo $(ARGS)
 
 test: $(STAMP)  ## all tests but the slow ones, offline (ARGS="-k passkey")
@@ -63,7 +63,7 @@ prove: $(STAMP)  ## the slow tests, minutes to an hour, and all others with the 
 package: $(STAMP)  ## build wheel and sdist into dist/; install the wheel, use it elsewhere (ARGS=--alone: without .venv's packages)
 	@$(OFFLINE) $(BIN)/python scripts/package.py $(ARGS)
 
-bench: $(STAMP)  ## speed and memory beside what you would use instead, some hours (ARGS="overhead --model smollm2")
+bench: $(STAMP)  ## speed and memory against what you would use instead, some hours (ARGS="overhead --model smollm2")
 	@$(OFFLINE) $(BIN)/python -m benchmarks $(ARGS)
 
 clean:  ## remove the virtual environment and caches
