@@ -22,12 +22,12 @@ QUESTIONS = {  # by cost: seconds first, then minutes, then an hour
     "state": "save, load and fork",
     "overhead": "FAM over BSWA",
     "efficiency": "reading over the machine's matrix products",
-    "decode": "decoding after long texts, beside full caches and llama.cpp",
-    "training": "training on long texts, beside transformers' Trainer",
-    "training_dtype": "LoRA with frozen weights in bfloat16, beside float32",
+    "decode": "decoding after long texts, against full caches and llama.cpp",
+    "training": "training on long texts, against transformers' Trainer",
+    "training_dtype": "LoRA with frozen weights in bfloat16, against float32",
     "time_to_memory": "from the plain model to keys recalled",
     "peers": "other memories that can be installed",
-    "prefill": "reading against length, beside transformers' caches",
+    "prefill": "reading by length, against transformers' caches",
 }
 DTYPES = ("float32", "bfloat16", "float16")
 RESULTS = Path("benchmarks/results")

@@ -36,7 +36,7 @@ class OperatorCount(TorchDispatchMode):
 
 
 def storage_of(tensor: torch.Tensor) -> int:
-    """Return what tells a tensor's memory from another's."""
+    """Return what distinguishes a tensor's memory from another's."""
     return tensor.untyped_storage().data_ptr()
 
 

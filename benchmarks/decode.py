@@ -45,7 +45,7 @@ def with_int8_weights(model: Any) -> Any:
     for name, module in list(model.named_modules()):
         if isinstance(module, nn.Linear):
             model.set_submodule(name, Int8Linear(module))
-    model.lm_head.compile(dynamic=False)  # it stands outside the compiled layers
+    model.lm_head.compile(dynamic=False)  # it is outside the compiled layers
     return model
 
 
@@ -97,7 +97,7 @@ def llama_cpp_step(name: str, ids: torch.Tensor, new_ids: torch.Tensor) -> Step:
 def run(
     model: str = "smollm2", repeats: int = 7, quick: bool = False, lengths: Sequence[int] = LENGTHS
 ) -> Iterator[Row]:
-    """Decode after texts of growing length with every system in turn; of llama.cpp's settings the best goes on."""
+    """Decode after texts of growing length with every system in turn; of llama.cpp's settings only the best is kept."""
     fields = {"block_size": BLOCK_SIZE, "fam_length": FAM_LENGTH, "num_memory_segments": 0}
     own = [name for name in OWN if "int8" not in name or PLACEMENT.is_cpu]
     readers = {name: converted(model, is_shared="int8" not in name, **fields) for name in own}

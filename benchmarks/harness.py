@@ -52,7 +52,7 @@ def spread(name: str, values: Sequence[float]) -> Row:
 
 
 def ratios(over: Sequence[float], under: Sequence[float]) -> list[float]:
-    """Return the ratio of every pair of runs that stood beside each other."""
+    """Return the ratio of every pair of adjacent runs."""
     return [a / b for a, b in zip(over, under, strict=True)]
 
 
@@ -72,7 +72,7 @@ def row(figure: str, **fields: Any) -> Row:
 
 
 def peak_bytes_of(side: Side) -> int:
-    """Run a side and return how far memory rose above what stood there before, in bytes: resident, or the device's."""
+    """Run a side and return how far memory rose above what was there before, in bytes: resident, or the device's."""
     gc.collect()
     if not PLACEMENT.is_cpu:
         torch.accelerator.empty_cache()
@@ -89,7 +89,7 @@ def peak_bytes_of(side: Side) -> int:
 
 
 def in_fresh_process(function: Callable[..., Any], *arguments: Any) -> Any:
-    """Return `function(*arguments)`, computed in a process of its own, so that memory is that of this call alone."""
+    """Return `function(*arguments)`, computed in a separate process, so that memory is that of this call alone."""
     context = multiprocessing.get_context("spawn")
     initial = (torch.get_num_threads(), PLACEMENT.device, PLACEMENT.dtype)
     with ProcessPoolExecutor(1, context, initializer=_set_up, initargs=initial) as pool:

@@ -1,4 +1,4 @@
-"""What does the memory cost over BSWA? Time of FAM over time of BSWA, beside the ratio of counted operations.
+"""What does the memory cost over BSWA? Time of FAM over time of BSWA, against the ratio of counted operations.
 
 Every preset of the update is measured: `fam_update` of a row is its name.
 """

@@ -125,7 +125,7 @@ def run(model: str = "random_8m", repeats: int = 5, quick: bool = False) -> Iter
     for package in list(readers):
         try:
             readers[package](ids[:, : 2 * SEGMENT_LENGTH])
-        except Exception as error:  # in whatever way a peer fails, the others go on
+        except Exception as error:  # whatever way a peer fails, the others continue
             del readers[package]
             yield row("peers", system=package, skipped=f"its newest version does not run: {error}")
     seconds = alternate({name: lambda read=read: read(ids) for name, read in readers.items()}, repeats)

@@ -1,4 +1,4 @@
-"""Where the models of a benchmark stand, and in which dtype: set once per process, as the number of threads is."""
+"""Where the models of a benchmark are, and in which dtype: set once per process, as the number of threads is."""
 
 import dataclasses
 
@@ -20,7 +20,7 @@ class Placement:
 
     @property
     def is_cpu(self) -> bool:
-        """Whether resident memory is what counts, and nothing runs behind Python's back."""
+        """Whether resident memory is what counts, and nothing runs asynchronously."""
         return self.device.type == "cpu"
 
     @property

@@ -28,7 +28,7 @@ class System:
         read: takes token ids `(1, T)` and returns what is carried on.
         flops: operations for T tokens.
         bytes_carried: bytes of what is carried on after T tokens.
-        bytes_working: bytes beside that while T tokens are read.
+        bytes_working: further bytes while T tokens are read.
     """
 
     read: Callable[[torch.Tensor], Any]
@@ -149,7 +149,7 @@ def measure_once(system: System, ids: torch.Tensor) -> tuple[float, int, int]:
 def run(
     model: str = "smollm2", repeats: int = 5, quick: bool = False, lengths: Sequence[int] = LENGTHS
 ) -> Iterator[Row]:
-    """Read texts of growing length with every system in turn; long ones once, in a process of its own."""
+    """Read texts of growing length with every system in turn; long ones once, in a separate process."""
     compared = {name: build(model, name) for name in systems()}
     speeds: dict[str, float] = {}  # operations per second at the last length
     for num_tokens in lengths[:2] if quick else lengths:

@@ -21,7 +21,7 @@ class Plot:
         name: part of the file's name.
         measure: the field that is drawn.
         label: of its axis.
-        has_slope: whether the exponent of its growth is said.
+        has_slope: whether the exponent of its growth is shown.
     """
 
     name: str
@@ -54,7 +54,7 @@ def slope(lengths: Sequence[float], seconds: Sequence[float]) -> float:
 
 
 def write_report(path: Path) -> Iterator[Path]:
-    """Write `NAME.md`, and for every plot and model `NAME_FIGURE_PLOT_MODEL.svg`, beside the rows; yield the paths."""
+    """Write `NAME.md`, and for every plot and model `NAME_FIGURE_PLOT_MODEL.svg`, next to the rows; yield the paths."""
     rows = last_of_each_cell(read_rows([path]))
     text = [f"# Benchmarks\n\nRows: `{path.name}`. Medians, with the smallest and largest of all runs in brackets.\n"]
     for machine in dict.fromkeys((row["machine"], row["threads"], row["torch"], row["transformers"]) for row in rows):

@@ -23,9 +23,9 @@ NUM_KEYS = 20
 
 
 def run(model: str = "smollm2", quick: bool = False, lengths: Sequence[int] = LENGTHS) -> Iterator[Row]:
-    """Train by the recipes, one after the other, then ask for keys; loading counts, asking does not.
+    """Train by the recipes, one after the other, then query keys; loading counts, querying does not.
 
-    What was trained is kept in `FOLDER` until all keys are asked for, and the same command goes on with it.
+    What was trained is kept in `FOLDER` until all keys are queried, and the same command resumes from it.
     """
     if model != "smollm2":
         return  # a random model has nothing to recall with

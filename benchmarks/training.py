@@ -1,4 +1,4 @@
-"""What does training on long texts take? Tokens per second and memory, beside transformers' Trainer.
+"""What does training on long texts take? Tokens per second and memory, against transformers' Trainer.
 
 Both train all weights with AdamW on one sequence per step: FAM through all its blocks with a checkpoint per block, the
 Trainer with full attention and a checkpoint per layer.
@@ -41,7 +41,7 @@ def fam_steps(model: str, num_tokens: int) -> Callable[[], Any]:
 
 
 def full_steps(model: str, num_tokens: int) -> Callable[[], Any]:
-    """Return what lets transformers' Trainer go one step."""
+    """Return what lets transformers' Trainer do one step."""
     from transformers import Trainer, TrainingArguments
 
     ids = random_tokens(model, num_tokens)[0].cpu()

@@ -1,4 +1,4 @@
-"""What does training with frozen weights in bfloat16 gain, and how near are its gradients? LoRA, beside float32."""
+"""What does training with frozen weights in bfloat16 gain, and how near are its gradients? LoRA, against float32."""
 
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -54,7 +54,7 @@ def run(model: str = "smollm2", repeats: int = 5, quick: bool = False) -> Iterat
     """Train LoRA on five blocks in both types in turn, and compare the gradients of one step.
 
     `gradient_distance` is that of bfloat16 from float32, `gradient_distance_rounded` that of float32 products whose
-    frozen weights were rounded to bfloat16: what no arithmetic can give back.
+    frozen weights were rounded to bfloat16: which no arithmetic can restore.
     """
     block_size, fam_length = (16, 4) if quick else (256, 16)
     fields = {"block_size": block_size, "fam_length": fam_length, "num_memory_segments": 1}

@@ -182,7 +182,7 @@ def losses(model: Any, ids: torch.Tensor, system: str) -> torch.Tensor:
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    """Return all cells as a Markdown table, the yardsticks beside each."""
+    """Return all cells as a Markdown table, with the yardsticks next to each."""
     yardsticks = {
         (row["system"], *(row[name] for name in SHAPE[:3])): row["nats_above_full"]
         for row in rows

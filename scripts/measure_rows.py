@@ -2,7 +2,7 @@
 
     python scripts/measure_rows.py --model smollm2 --output runs/smollm2_fam_rows.jsonl
 
-24 keys are told and one block is read. Per layer: the mean cosine between two rows of one FAM (1: they are all the
+24 keys are given and one block is read. Per layer: the mean cosine between two rows of one FAM (1: they are all the
 same), and the effective rank (participation ratio) of what differs from key to key, over the rows of one FAM.
 """
 

@@ -35,7 +35,7 @@ PROMISES = [
     "tests/weights/test_peft.py::test_adapter_and_prompt_are_trained_saved_loaded_and_merged[lora]",
     "tests/training/test_blocks.py",
 ]
-"""Conversion, reading, generation, state files, one rival and training steps: what `.ci/run` asks of both edges."""
+"""Conversion, reading, generation, state files, one rival and training steps: what `.ci/run` requires of both edges."""
 
 
 def make_environment(name: str, requirements: list[str]) -> Path:
@@ -53,7 +53,7 @@ def make_environment(name: str, requirements: list[str]) -> Path:
     below = f"import site; site.addsitedir({sysconfig.get_path('purelib')!r})\n"
     (Path(packages) / "below.pth").write_text(below)
     pip = [str(python), "-m", "pip", "--disable-pip-version-check", "--quiet", "--quiet", "install"]
-    # pip reports that what lies below asks for other versions, which is the purpose.
+    # pip reports that what lies below requires other versions, which is the purpose.
     result = subprocess.run([*pip, *requirements], cwd=ROOT, capture_output=True, text=True)
     if result.returncode:
         sys.exit(f"{name}: {' '.join(requirements)} cannot be installed:\n{result.stderr}")
@@ -69,7 +69,7 @@ def versions_of(python: Path | str) -> dict[str, str]:
 
 
 def say_what_is_newer() -> None:
-    """Print the releases that the index has beyond the newest tested one; say nothing where it cannot be asked."""
+    """Print the releases that the index has beyond the newest tested one; print nothing where it cannot be reached."""
     sys.path.insert(0, str(ROOT / "src"))
     from transformerfam.versions import TESTED, release
 
