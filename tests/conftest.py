@@ -10,7 +10,7 @@ from tiny_models import PASSKEY_TEXT, save_passkey_model
 
 from transformerfam import comparison
 
-# One thread for each test process: two that wait for each other on a busy machine are many times slower than one.
+# One thread for each test process: two that block each other on a busy machine are many times slower than one.
 torch.set_num_threads(1)
 torch.set_flush_denormal(True)
 # Thousands of small models and graphs: looking for cycles at Python's own pace takes a sixth of the tests' time.

@@ -40,7 +40,7 @@ def wrong_values(config: Any, name: str) -> list[Any]:
 
 @pytest.mark.parametrize("config", [FamConfig(), RivalConfig(system="rmt")], ids=["fam", "rival"])
 def test_value_of_another_type_is_refused_by_name(config: Any) -> None:
-    """Catches a flag that is a word, a length with a fraction, a number that is none."""
+    """Catches a flag that is a word, a length with a fraction, a number that is not a number."""
     kind = type(config)
     for field in dataclasses.fields(config):
         for wrong in wrong_values(config, field.name):

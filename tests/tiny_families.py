@@ -238,7 +238,7 @@ OWN_CLASSES = {
 
 
 def is_at_hand(case: str) -> bool:
-    """Say whether the installed transformers has a case's classes."""
+    """Return whether the installed transformers has a case's classes."""
     return all(hasattr(transformers, name) for name in class_names(case))
 
 

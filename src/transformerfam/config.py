@@ -297,7 +297,7 @@ class FamConfig:
         return self.fam_length > 0 and (self.has_slots or "initial" in (self.fam_query, self.fam_residual))
 
     def carries_fam(self, layer_idx: int) -> bool:
-        """Say whether the decoder layer `layer_idx` has a FAM."""
+        """Return whether the decoder layer `layer_idx` has a FAM."""
         return self.fam_length > 0 and (self.fam_layers is None or layer_idx in self.fam_layers)
 
     def replace(self, **changes: Any) -> "FamConfig":

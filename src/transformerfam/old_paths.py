@@ -104,7 +104,7 @@ def names_of(old: str, new: str) -> Callable[[str], Any]:
 
 
 def _warn(old: str, new: str) -> None:
-    warnings.warn(f"{old} is {new} now; the old path goes with the next version", DeprecationWarning, stacklevel=3)
+    warnings.warn(f"{old} is {new} now; the old path is removed in the next version", DeprecationWarning, stacklevel=3)
 
 
 class _Package(ModuleType):

@@ -38,7 +38,7 @@ def test_read_from_standard_input_equals_read_from_file(folder, tmp_path, book):
 
 
 def test_weights_are_held_in_another_type_on_request(folder, tmp_path, book):
-    """Catches a type that is not heard, rounds the tables of RoPE, or is missing from the model's name in rows."""
+    """Catches a type that is ignored, rounds the tables of RoPE, or is missing from the model's name in rows."""
     state, output = tmp_path / "s.safetensors", tmp_path / "rows.jsonl"
     half = ("--dtype", "bfloat16")
     run("read", book, "--model", folder, "--save", state, *half)
@@ -201,7 +201,7 @@ def test_report_prints_and_draws(folder, tmp_path):
         (("read", "{latin}", "--model", "{folder}", "--save", "{tmp}/s"), "not UTF-8: byte 0xff at position 3"),
         (("read", "{empty}", "--model", "{folder}", "--save", "{tmp}/s"), "the text has 0 tokens"),
         (("read", "{book}", "--model", "{folder}", "--save", "{tmp}/none/s"), "could not write"),
-        (("generate", "x", "--model", "{folder}", "--state", "{book}"), "no readable safetensors file"),
+        (("generate", "x", "--model", "{folder}", "--state", "{book}"), "not a readable safetensors file"),
         (("train", "{tmp}/none.toml"), "cannot read the recipe"),
         (("average", "{tmp}/none", "--output", "{tmp}/mean"), "1 memory cannot be averaged"),
         (("report", "{tmp}/none.jsonl"), "cannot read"),
@@ -222,7 +222,7 @@ def test_bad_input_is_one_line_and_status_2(folder, tmp_path, book, arguments, m
 
 
 def test_error_is_not_wrapped(folder, tmp_path):
-    """Would catch messages cut into several lines, which nobody can search for."""
+    """Would catch messages cut into several lines, which cannot be searched for."""
     result = CliRunner().invoke(app, ["report", str(tmp_path / ("x" * 150))])
     assert len(result.output.strip().splitlines()) == 1
 
@@ -233,7 +233,7 @@ def test_name_of_a_file_in_brackets_is_printed_as_it_is(tmp_path):
 
 
 def test_provenance_names_commit_and_machine(tmp_path):
-    """Would catch rows that nobody can trace."""
+    """Would catch rows that cannot be traced."""
     fields = provenance.provenance()
     assert set(fields) == {"schema", "version", "git_commit", "machine"}
     assert all(fields.values())
@@ -247,7 +247,7 @@ def test_card_goes_before_the_notes_of_training(folder, tmp_path):
     assert provenance.memory_notes(tmp_path)["proven_filler_tokens"] == 30_000
     assert provenance.memory_notes(tmp_path, "fam_untrained") == {}
     (tmp_path / "card.json").write_text("{")
-    with pytest.raises(ValueError, match="card.json is no JSON object"):
+    with pytest.raises(ValueError, match="card.json is not a JSON object"):
         provenance.memory_notes(tmp_path)
 
 

@@ -139,7 +139,7 @@ def test_usage_is_explained_as_before():
         (("read", "{link}", "--model", "{folder}", "--save", "{tmp}/s"), "it is a named pipe"),
         (("train", "{recipe}", "--set", "schedule.steps=" + "[" * 2000), "steps is '[["),
         (("report", "{deep_rows}"), "line 1 of"),
-        (("train", "{deep}"), "is no valid TOML"),
+        (("train", "{deep}"), "is not valid TOML"),
         (("read", "", "--model", "{folder}", "--save", "{tmp}/s"), "the path is empty, required is a UTF-8 text"),
         (("read", "{book}", "--model", "", "--save", "{tmp}/s"), "model is '', required is one of tiny, smollm2"),
         (
@@ -301,7 +301,7 @@ NUMERIC = sorted(set(numeric_options()))
 
 
 def test_every_command_with_a_number_is_tried():
-    """Would catch a new command whose numbers nobody tries."""
+    """Would catch a new command whose numbers are untested."""
     assert {name for name, _, _ in NUMERIC} == set(COMMANDS)
     assert {option for _, option, _ in NUMERIC} >= {"--seed", "--tokens", "--tflops", "--key", *SEVERAL}
 
@@ -357,7 +357,7 @@ def test_run_does_not_take_the_place_of_what_it_starts_from(places, name):
     run("train", places["recipe"], "--output", start, "--set", "schedule.steps=1")
     before = {path.name: path.stat().st_size for path in start.iterdir()}
     text = run("train", places["recipe"], "--output", start, "--overwrite", "--set", f"model.{name}={start}", status=2)
-    assert f"is model.{name}, which the run starts from and would take the place of; train into another folder" in text
+    assert f"is model.{name}, which the run starts from and would replace; train into another folder" in text
     assert {path.name: path.stat().st_size for path in start.iterdir()} == before
 
 

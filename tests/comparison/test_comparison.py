@@ -119,7 +119,7 @@ def test_variants_are_systems_with_changes(recipe: Path) -> None:
 
 
 def test_bad_comparisons_are_refused(recipe: Path, tmp_path: Path) -> None:
-    """Catches systems that nobody knows, and budgets that differ unasked."""
+    """Catches unknown systems, and budgets that differ by mistake."""
     with pytest.raises(RecipeError, match="no system 'rnt'; did you mean rmt"):
         load_comparison(recipe, ['systems=["fam","rnt"]'])
     with pytest.raises(RecipeError, match=r"changes.rmt gives schedule.steps, so that rmt would be trained"):
@@ -191,7 +191,7 @@ def test_rival_is_trained_saved_and_asked(
 
 
 def test_trained_rival_is_loaded_strictly(recipe: Path, tmp_path: Path) -> None:
-    """Catches a rival's parameters that come back as another system, or into other weights."""
+    """Catches a rival's parameters that are loaded as another system, or into other weights."""
     comparison = load_comparison(recipe, ['systems=["rmt"]', "max_filler_tokens={}"])
     run_one(comparison, RunName("rmt", 0), tmp_path)
     folder, runner = tmp_path / "rmt-0", CliRunner()
@@ -267,7 +267,7 @@ FACTS = ('task="facts"', "recipe.data={facts=[1, 2]}")
         ([*FACTS, "num_supports=[4]"], "num_supports is 4 and num_sentences 10, required is 1 to 3"),
         ([*FACTS, "num_sentences=1"], "num_supports is 2 and num_sentences 1, required is 1 to 3"),
         (["--figure", "a.xyz"], "figure 'a.xyz' ends in '.xyz', required is one of .svg, .png, .pdf"),
-        (["--figure", "taken.svg"], "could not write taken.svg: it is no .svg figure that this package drew"),
+        (["--figure", "taken.svg"], "could not write taken.svg: it is not a .svg figure of this package"),
         (["--figure", "small.toml/a.svg"], "could not make the folder small.toml"),
         (["--table", "none/t.md"], "could not write none/t.md: No such file or directory; make its folder"),
         (["--table", "."], "could not write .: it is a folder, required is a file"),

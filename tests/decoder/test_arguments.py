@@ -1,4 +1,4 @@
-"""Every argument of a call is heard as transformers hears it, or refused by name."""
+"""Every argument of a call is treated as in transformers, or refused by name."""
 
 from collections.abc import Callable
 from typing import Any
@@ -161,16 +161,16 @@ def test_options_of_the_harness_are_heard() -> None:
 
 
 WRONG_CALLS: dict[str, tuple[Callable[[Any, Any], Any], str]] = {
-    "ragged ids": (lambda m, s: m.read([[1, 2], [3]]), "input_ids is no tensor"),
-    "text as ids": (lambda m, s: m.read("abc"), "input_ids is no tensor"),
-    "no ids": (lambda m, s: m.read(None), "input_ids is no tensor"),
-    "text as mask": (lambda m, s: m.read([1, 2], attention_mask="x"), "attention_mask is no tensor"),
+    "ragged ids": (lambda m, s: m.read([[1, 2], [3]]), "input_ids is not a tensor"),
+    "text as ids": (lambda m, s: m.read("abc"), "input_ids is not a tensor"),
+    "no ids": (lambda m, s: m.read(None), "input_ids is not a tensor"),
+    "text as mask": (lambda m, s: m.read([1, 2], attention_mask="x"), "attention_mask is not a tensor"),
     "plain values": (lambda m, s: convert(make_tiny_llama(), {"block_size": 8}), "config is a dict, required is a Fam"),
     "no configuration": (lambda m, s: convert(make_tiny_llama(), None), "config is a NoneType"),
     "rival's plain values": (lambda m, s: attach(make_tiny_llama(), {}), "config is a dict, required is a Rival"),
     "one flag": (lambda m, s: m.init_state(is_saved=3), "is_saved is 3, required are True or False"),
-    "text as rows": (lambda m, s: s.select("a"), "rows is no tensor"),
-    "no rows": (lambda m, s: s.select(None), "rows is no tensor"),
+    "text as rows": (lambda m, s: s.select("a"), "rows is not a tensor"),
+    "no rows": (lambda m, s: s.select(None), "rows is not a tensor"),
     "text as number": (lambda m, s: s.crop("a"), "tokens_to_remove is 'a', required is an integer"),
     "no path": (lambda m, s: s.save(None), "the path is None, required is the name of a file"),
     "no path to load": (lambda m, s: FamState.load(None, m), "the path is None, required is the name of a file"),

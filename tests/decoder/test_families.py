@@ -41,7 +41,7 @@ UPDATES = ("default", "block", "gated", "slots")
 
 
 def is_fast(case: str, options: str) -> bool:
-    """Say whether the fast tests read a family with these options.
+    """Return whether the fast tests read a family with these options.
 
     Those that differ the most are read with all, the other cases by the paper's update and ours, and the families whose
     layers are made of their parts by one of the two in turn.
@@ -215,8 +215,8 @@ COMPILED = [
 
 
 def is_fast_when_compiled(case: str, options: str, compile_step: Any) -> bool:
-    """Say whether the fast tests compile a pair: blocks of the families that differ the most, some in our update, and
-    tokens one by one."""
+    """Return whether the fast tests compile a pair: blocks of the families that differ the most, some in our update,
+    and tokens one by one."""
     if compile_step is compile_decoding:
         return case in ("llama", "deepseek_v3") and options == "gated"
     return case in (DIFFERENT if options == "default" else ("llama", "gemma3_text") if options == "slots" else ())
@@ -288,8 +288,8 @@ def test_every_served_family_has_a_case() -> None:
 
 
 WRONG_ENTRIES: dict[str, tuple[str, dict[str, Any], str]] = {
-    "norm behind attention not known": ("gemma2", {"branch": "self_attn"}, "first residual seam"),
-    "norm behind attention and none in front": ("olmo2", {"branch": "self_attn"}, "first residual seam"),
+    "norm after attention not known": ("gemma2", {"branch": "self_attn"}, "first residual seam"),
+    "norm after attention and none in front": ("olmo2", {"branch": "self_attn"}, "first residual seam"),
     "factor not known": ("granite", {"branch_factor": lambda config: 1.0}, "first residual seam"),
     "parallel residual not known": (
         "gpt_neox",
@@ -357,7 +357,7 @@ def test_what_a_family_cannot_do_is_refused(name: str) -> None:
 
 
 def test_hybrid_model_names_its_layers_and_keeps_the_rest() -> None:
-    """Catches local layers that carry FAM unasked, and a choice of the user that is not taken."""
+    """Catches local layers that carry FAM by default, and a user's choice that is ignored."""
     model = convert(make_tiny("gemma3_text"), CONFIG)
     assert model.fam_config.fam_layers == (1,)
     shapes = [tuple(layer.keys.shape) for layer in model.init_state().layers]

@@ -92,7 +92,7 @@ def test_padded_pieces_are_pairs_of_ids_and_mask(model: Any) -> None:
         ([0.5, 1.0], "token ids are of type torch.float32"),
         ([3, 61], "token id 61 is out of range"),
         (7, r"token ids have shape \(\)"),
-        ("text", "input_ids is no tensor"),
+        ("text", "input_ids is not a tensor"),
         ([[1, 2], [3, 4]], "state holds 1 sequences, input has 2"),
         (([1, 2], [1]), "attention_mask has shape"),
         (([1, 2], [1, 2]), "attention_mask has the entry 2"),
@@ -158,7 +158,7 @@ def test_what_is_no_iterator_of_ids_is_refused(model: Any) -> None:
     """Catches keys of a tokenizer's output read as pieces, an empty reading, and a mask that says nothing of pieces."""
     with pytest.raises(TransformerFamError, match="input is empty"):
         model.read(iter([]))
-    with pytest.raises(TransformerFamError, match="input_ids is no tensor"):
+    with pytest.raises(TransformerFamError, match="input_ids is not a tensor"):
         model.read({"input_ids": [1, 2]})
     with pytest.raises(TransformerFamError, match="attention_mask is given with an iterator"):
         model.read(iter([[1, 2]]), attention_mask=torch.ones(1, 2))

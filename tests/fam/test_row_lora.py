@@ -129,7 +129,7 @@ def test_other_forms_of_lora_are_peft_s_own(fields: dict[str, Any]) -> None:
 
 @torch.no_grad()
 def test_saved_memory_stays_apart_from_the_weights(tmp_path: Path) -> None:
-    """Catches a folder whose LoRA comes back on all tokens, or merged."""
+    """Catches a folder whose LoRA is loaded on all tokens, or merged."""
     model, ids = make_model(), random_ids(1, 17)
     FamAdapter.from_model(model).save_pretrained(tmp_path)
     found: Any = FamAdapter.from_pretrained(tmp_path).apply(make_tiny_llama(), merge=True)

@@ -273,7 +273,7 @@ def test_load_refuses_a_foreign_file(saved: tuple[Any, Path]) -> None:
     with pytest.raises(CorruptFileError, match="not written by transformerfam"):
         FamState.load(saved[1], saved[0])
     saved[1].write_text("Call me Ishmael.")
-    with pytest.raises(CorruptFileError, match="no readable safetensors file"):
+    with pytest.raises(CorruptFileError, match="not a readable safetensors file"):
         FamState.load(saved[1], saved[0])
 
 
@@ -373,7 +373,7 @@ def test_reading_that_no_load_would_take_is_not_written(system: str, tmp_path: P
 
 
 @pytest.mark.parametrize(
-    ("name", "match"), [("x" * 300, "choose a shorter name"), ("a\0b", "which is no name of a file")]
+    ("name", "match"), [("x" * 300, "choose a shorter name"), ("a\0b", "which is not a file name")]
 )
 def test_name_that_no_file_can_have_is_refused(name: str, match: str, tmp_path: Path) -> None:
     """Catches Python's own errors, which no `except TransformerFamError` around a save sees."""

@@ -269,7 +269,7 @@ REFUSED: dict[str, tuple[Callable[[Any], None], str]] = {
     "residual with a factor in the last layer": (lambda model: _scale(model, 2, 0.5), "the first residual seam"),
     "input of the lowest layer added above": (_add_first_input, "layer 2 is not given what the layer below gave"),
     "layer that runs twice": (_run_twice, "do not run once each, one after the other: they ran as \\[0, 1, 0, 2\\]"),
-    "token ids used beside their embeddings": (_use_ids, "which it uses elsewhere, too"),
+    "token ids used besides their embeddings": (_use_ids, "which it uses elsewhere, too"),
     "attention that counts keys": (_grow_with_keys, "the attention of layer 1 gives something else .* counts them"),
     "attention that knows the position": (_grow_with_position, "the queries' size in layer 1 changes with the absol"),
     "queries that grow slowly": (_grow_slowly, "the queries' size in layer 1 changes with the absolute position"),
@@ -277,7 +277,7 @@ REFUSED: dict[str, tuple[Callable[[Any], None], str]] = {
         lambda model: _hooked_layer(model, lambda out, at: torch.where(at % 16 == 15, -out, out)),
         "layer 2 changes with the absolute position",
     ),
-    "layer that is stronger behind some tokens": (
+    "layer that is stronger after some tokens": (
         lambda model: _hooked_layer(model, lambda out, at: out * (1 + 0.5 * (at >= 64))),
         "layer 2 changes with the absolute position",
     ),
@@ -286,7 +286,7 @@ REFUSED: dict[str, tuple[Callable[[Any], None], str]] = {
         "layer 2 changes with the absolute position",
     ),
     "experts with a limited capacity": (_fill_experts, "share something out among the tokens"),
-    "layer that stops behind many tokens": (_forget_late_tokens, "share something out among the tokens"),
+    "layer that stops after many tokens": (_forget_late_tokens, "share something out among the tokens"),
     "values of a lower layer": (_keep_values_of_lower_layer, "layer 2 changes with .* another layer's input"),
     "embeddings in a layer": (_embed_in_every_layer, "layer 2 changes with the token ids"),
     "head that looks at the cache": (_halve_logits_beside_a_state, "without FAM it gives other logits"),

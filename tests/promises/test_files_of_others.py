@@ -48,7 +48,7 @@ def test_rows_are_not_written_into_a_file_of_something_else(tmp_path, content):
     if content == b'{"task':  # the beginning of a row, and nothing else
         RowFile(path).__exit__(None, None, None)
         return
-    with pytest.raises(CorruptFileError, match="is no result row"):
+    with pytest.raises(CorruptFileError, match="is not a result row"):
         RowFile(path)
     assert path.read_bytes() == content
 
@@ -65,9 +65,7 @@ def test_last_row_without_its_newline_is_a_row(tmp_path):
 def test_state_takes_the_place_of_states_alone(folder, notes, tmp_path):
     """Would catch `fam read notes.txt --save notes.txt`."""
     before = notes.read_bytes()
-    assert "only a state may take the place of a state" in run(
-        "read", notes, "--model", folder, "--save", notes, status=2
-    )
+    assert "only a state may replace a state" in run("read", notes, "--model", folder, "--save", notes, status=2)
     assert notes.read_bytes() == before
     model, _ = load_model(folder)
     save_tensors(tmp_path / "other", {}, {"kind": "adapter", "format_version": 1})
@@ -159,7 +157,7 @@ def test_memory_does_not_take_the_place_of_a_peft_adapter(tmp_path):
         adapter.save_pretrained(tmp_path)
     assert bytes_of(tmp_path) == before
     (tmp_path / "fam.safetensors").write_bytes(b"something else")
-    with pytest.raises(TransformerFamError, match="only an adapter may take the place of an adapter"):
+    with pytest.raises(TransformerFamError, match="only an adapter may replace an adapter"):
         adapter.save_pretrained(tmp_path)
     (tmp_path / "fam.safetensors").unlink()
     assert bytes_of(tmp_path) == before
@@ -197,7 +195,7 @@ def test_own_figures_are_replaced(tmp_path):
             for _ in range(2):
                 save_figure(figure, tmp_path / "sub" / f"new.{suffix}")
         (tmp_path / "sub" / "new.png").replace(tmp_path / "png.svg")
-        with pytest.raises(TransformerFamError, match="is no .svg figure that this package drew"):
+        with pytest.raises(TransformerFamError, match="is not a .svg figure of this package"):
             save_figure(figure, tmp_path / "png.svg")
 
 
@@ -266,7 +264,7 @@ def test_pictures_of_attention_go_into_a_folder_of_their_own(folder, tmp_path):
         "report", "attention", "--model", folder, "--output", tmp_path, status=2
     )
     (tmp_path / "attention.jsonl").write_text("not rows")
-    assert "is no result row" in run("report", "attention", "--model", folder, "--output", tmp_path, status=2)
+    assert "is not a result row" in run("report", "attention", "--model", folder, "--output", tmp_path, status=2)
     assert maps.read_bytes() == b"a map of the town"
 
 

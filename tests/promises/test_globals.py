@@ -180,7 +180,7 @@ def test_random_numbers_are_those_of_a_seeded_process() -> None:
 
 @pytest.mark.parametrize("command", ["train", "compare"])
 def test_command_sets_threads_and_denormals(command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Catches `schedule.threads` that nobody sets any more, and steps slowed down by denormal numbers."""
+    """Catches `schedule.threads` that is not applied any more, and steps slowed down by denormal numbers."""
     done: list[Any] = []
     monkeypatch.setattr(torch, "set_num_threads", lambda number: done.append(("threads", number)))
     monkeypatch.setattr(torch, "set_flush_denormal", lambda flag: done.append(("denormals", flag)))

@@ -90,7 +90,7 @@ def test_rows_are_read_beside_their_writer(tmp_path):
     path.write_text('{"task": "a"}\n{"task": "b", "ke')
     assert read_rows([path]) == [{"task": "a"}]
     path.write_text('{"task": "a"}\nnotes')
-    with pytest.raises(CorruptFileError, match="line 2 of .* is no result row"):
+    with pytest.raises(CorruptFileError, match="line 2 of .* is not a result row"):
         read_rows([path])
 
 

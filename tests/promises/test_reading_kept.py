@@ -101,7 +101,7 @@ def test_signal_waits_for_the_piece_at_hand(folder):
 
 @pytest.mark.parametrize("ends", ["by Ctrl-C", "by an error", "whole"])
 def test_second_ctrl_c_does_not_hide_where_the_reading_is(folder, book, tmp_path, monkeypatch, ends):
-    """Would catch a held key after which nobody knows where hours of reading were saved, or whether they were."""
+    """Would catch a held key that hides where hours of reading were saved, or whether they were."""
     plain_read, plain_save = cli_read.read_text_stream, cli_read.save_somewhere
 
     def read(*arguments, progress, **options):

@@ -118,7 +118,7 @@ def test_ids_of_a_rival_s_state_are_checked_too(tmp_path):
 
 
 def test_state_with_other_tensors_is_refused(model, saved):
-    """Would catch NaN that answers with nonsense, and tensors that nobody reads."""
+    """Would catch NaN that gives nonsense answers, and tensors that are never read."""
     path = saved(block_fill=[8])
     with pytest.raises(CorruptFileError, match="has 8 tokens in a block of 8"):
         FamState.load(path, model)
@@ -165,14 +165,14 @@ ADAPTER_TENSORS = {
     "extra": ({"junk": torch.zeros(3)}, "has a tensor 'junk', which a memory with fam_init 'prompt'"),
     "both": ({"prefix": torch.zeros(2, 2, 32)}, "has a tensor 'prefix', which a memory with fam_init 'prompt'"),
     "saved_fam": ({"saved_fam": torch.zeros(9, 9)}, r"saved_fam is \(9, 9\), required is .* \(2, 2, 32\)"),
-    "integers": ({"prompt": torch.zeros(2, 32, dtype=torch.long)}, "tensors that are no floating numbers"),
+    "integers": ({"prompt": torch.zeros(2, 32, dtype=torch.long)}, "tensors that are not floating numbers"),
     "shape": ({"prompt": torch.zeros(32)}, r"prompt is \(32,\), required is \(2, 32\)"),
 }
 
 
 @pytest.mark.parametrize("name", ADAPTER_TENSORS)
 def test_adapter_with_other_tensors_is_refused(model, tmp_path, name):
-    """Would catch tensors that nobody reads, and a saved FAM that fails when the first reading starts."""
+    """Would catch tensors that are never read, and a saved FAM that fails when the first reading starts."""
     changes, message = ADAPTER_TENSORS[name]
     FamAdapter.from_model(model).save_pretrained(tmp_path)
     tensors, metadata = load_tensors(tmp_path / "fam.safetensors", "adapter", 1)
@@ -190,10 +190,10 @@ LORA_CONFIGS = {
     "another type": ({"peft_type": "IA3"}, "peft_type is 'IA3', required is 'LORA'"),
     "no number": ({"lora_alpha": float("nan")}, "lora_config has lora_alpha nan"),
     "endless": ({"lora_alpha": float("inf")}, "lora_config has lora_alpha inf"),
-    "letters": ({"lora_alpha": "x"}, "lora_config is none that PEFT takes"),
-    "no layer": ({"target_modules": ["zzz"]}, "lora_config is none that PEFT takes"),
-    "a number of layers": ({"target_modules": 5}, "lora_config is none that PEFT takes"),
-    "dropout": ({"lora_dropout": 5}, "lora_config is none that PEFT takes"),
+    "letters": ({"lora_alpha": "x"}, "lora_config is not one that PEFT accepts"),
+    "no layer": ({"target_modules": ["zzz"]}, "lora_config is not one that PEFT accepts"),
+    "a number of layers": ({"target_modules": 5}, "lora_config is not one that PEFT accepts"),
+    "dropout": ({"lora_dropout": 5}, "lora_config is not one that PEFT accepts"),
     "another layer": ({"target_modules": ["v_proj"]}, "LoRA for unknown parts|does not fit|has no tensor"),
 }
 
@@ -249,7 +249,7 @@ def test_recipe_that_is_cut_is_named(finished, content):
     before = path.read_bytes()
     path.write_text(content, encoding="latin-1")
     text = run("train", recipe, "--output", folder, "--resume", status=2)
-    assert "recipe.json is cut or damaged" in text or "recipe.json is no recipe of this package" in text
+    assert "recipe.json is cut or damaged" in text or "recipe.json is not a recipe of this package" in text
     with pytest.raises(CorruptFileError, match="recipe.json is"):
         recipe_of_run(folder)
     path.write_bytes(before)

@@ -136,7 +136,7 @@ def test_pictures_of_unknown_words_are_refused(asked: list[Any], tmp_path: Path)
 
 
 def test_wording_of_unknown_words_is_refused_or_said(tmp_path: Path) -> None:
-    """Catches keys that are given and queried in words of which the model knows none."""
+    """Catches keys that are given and queried in words that are all unknown to the model."""
     model, tokenizer = make_passkey_model()
 
     def evaluate(question: str) -> None:
@@ -269,5 +269,5 @@ def _called(call: ast.Call) -> str:
 
 
 def _is_of_string(call: ast.Call) -> bool:
-    """Say whether a call is `str.encode`, which has no text among its arguments."""
+    """Return whether a call is `str.encode`, which has no text among its arguments."""
     return not call.args or any(keyword.arg == "errors" for keyword in call.keywords)

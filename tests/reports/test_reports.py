@@ -108,7 +108,7 @@ def test_file_that_holds_no_rows_is_refused_and_left_alone(tmp_path, content):
     path = tmp_path / "rows.jsonl"
     path.write_text('{"task": "a"}\n' + content)
     for use in (RowFile, lambda p: read_rows([p])):
-        with pytest.raises(CorruptFileError, match="line 2 of .*rows.jsonl is no result row.*field task"):
+        with pytest.raises(CorruptFileError, match="line 2 of .*rows.jsonl is not a result row.*field task"):
             use(path)
     assert path.read_text().endswith(content)
 

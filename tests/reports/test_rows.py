@@ -54,22 +54,22 @@ def test_damaged_compressed_rows_are_refused(compressed):
 def test_half_a_row_in_a_whole_compressed_file_is_refused(compressed):
     """Would catch rows that were compressed while they were written: in a plain file half a row is one to come."""
     compressed.write_bytes(gzip.compress(LINES[:-20]))
-    with pytest.raises(CorruptFileError, match="line 300 of .*rows.jsonl.gz is no result row"):
+    with pytest.raises(CorruptFileError, match="line 300 of .*rows.jsonl.gz is not a result row"):
         read_rows([compressed])
 
 
 def test_plain_rows_named_as_compressed_are_refused(compressed):
     """Would catch a bare BadGzipFile."""
     compressed.write_bytes(LINES)
-    with pytest.raises(CorruptFileError, match=r"rows.jsonl.gz is no gzip file; .*gzip -9n.*ends in .jsonl"):
+    with pytest.raises(CorruptFileError, match=r"rows.jsonl.gz is not a gzip file; .*gzip -9n.*ends in .jsonl"):
         read_rows([compressed])
     compressed.write_bytes(b"")
-    with pytest.raises(CorruptFileError, match="is no gzip file"):
+    with pytest.raises(CorruptFileError, match="is not a gzip file"):
         read_rows([compressed])
 
 
 def test_compressed_rows_are_not_appended_to(compressed, tmp_path):
-    """Would catch plain lines after compressed ones, and a file named .gz that is none."""
+    """Would catch plain lines after compressed ones, and a file named .gz that is not compressed."""
     before = compressed.read_bytes()
     remedy = re.escape(f"give {tmp_path / 'rows.jsonl'}, which `gunzip -k {compressed}` makes")
     with pytest.raises(TransformerFamError, match=f"could not write {re.escape(str(compressed))}: .*{remedy}"):

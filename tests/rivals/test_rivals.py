@@ -170,7 +170,7 @@ def test_state_of_another_rival_or_damaged_is_refused(tmp_path: Any) -> None:
     with pytest.raises(StateMismatchError, match="FamState, required is a RivalState"):
         model(input_ids=random_ids(1, 2), past_key_values=fam.init_state())
     path.write_bytes(path.read_bytes()[:-9])
-    with pytest.raises(CorruptFileError, match="no readable safetensors"):
+    with pytest.raises(CorruptFileError, match="not a readable safetensors"):
         RivalState.load(path, model)
 
 
@@ -189,7 +189,7 @@ def test_gradient_reaches_the_first_of_ten_segments(system: str) -> None:
 
 
 def test_gradient_of_the_feedback_segment_reaches_the_first_of_ten_segments() -> None:
-    """A layer's outputs come back into the layer itself: unlike BSWA, one segment in sight reaches back for good."""
+    """A layer's outputs feed back into the layer itself: unlike BSWA, one segment in sight has unlimited reach."""
     assert all(blocks_with_gradient(with_rival("feedback_segment", num_layers=1), 10))
 
 

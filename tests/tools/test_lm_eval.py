@@ -105,7 +105,7 @@ OPTIONS = (
 @pytest.mark.parametrize("ends", [None, [2, 44]])
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 def test_generating_is_that_of_the_harness_own_model(options: dict[str, Any], ends: list[int] | None) -> None:
-    """Catches options of a task that look at the context and see its last token alone, and ends that are not heard."""
+    """Catches options of a task that look at the context and see its last token alone, and ends that are ignored."""
     converted, tokenizer = make_passkey_model()
     torch.manual_seed(0)
     weights = {

@@ -119,7 +119,7 @@ def keys(values: dict[str, Any]) -> set[str]:
 
 
 def test_key_that_no_recipe_sets_has_a_reason() -> None:
-    """Catches a field that is kept for nobody, and a reason for one that is in use."""
+    """Catches a field that is kept without use, and a reason for one that is in use."""
     used = {key for path in RECIPES for key in keys(tomllib.loads(path.read_text()))}
     for path in COMPARISONS:
         used |= {key for changes in load_comparison(path).changes.values() for key in changes}

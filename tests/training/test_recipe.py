@@ -255,7 +255,7 @@ def test_unreadable_recipe_is_refused(tmp_path):
     with pytest.raises(RecipeError, match="cannot read the recipe"):
         load_recipe(tmp_path / "none.toml")
     (tmp_path / "bad.toml").write_text("steps = = 3")
-    with pytest.raises(RecipeError, match="is no valid TOML"):
+    with pytest.raises(RecipeError, match="is not valid TOML"):
         load_recipe(tmp_path / "bad.toml")
 
 

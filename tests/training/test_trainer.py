@@ -405,7 +405,7 @@ def test_trainer_that_ran_does_not_run_again(tmp_path):
 
 
 def test_finished_memory_stays_until_the_next_run_begins(tmp_path):
-    """A memory that --overwrite deletes before it turns out that nothing can be trained, and a folder shut for good."""
+    """A memory that --overwrite deletes before it turns out that nothing can be trained, or a folder left locked."""
     Trainer(small_recipe(), tmp_path).run()
     files = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
     with pytest.raises(TransformerFamError, match=r"typo\.txt"):

@@ -49,13 +49,13 @@ def logits_of(model: Any) -> torch.Tensor:
 
 @pytest.mark.parametrize("value", [5, "five", None])
 def test_configuration_in_two_files_is_one(value: Any, tmp_path: Path) -> None:
-    """Catches a field that a person changes in `config.json`, and that nobody reads."""
+    """Catches a field that a user changes in `config.json`, and that is never read."""
     folder = tmp_path / "model"
     save_passkey_model(folder)
     values = json.loads((folder / "config.json").read_text())
     values["fam_config"] = values["fam_config"] | {"block_size": value} if value else 3
     (folder / "config.json").write_text(json.dumps(values))
-    match = "has 5 as block_size of fam_config, and fam.safetensors" if value == 5 else "a fam_config that is none"
+    match = "has 5 as block_size of fam_config, and fam.safetensors" if value == 5 else "a fam_config that is invalid"
     for load in (transformerfam.from_pretrained, load_model):
         with pytest.raises(CorruptFileError, match=match):
             load(folder)
@@ -93,7 +93,7 @@ def test_named_models_and_adapters_are_loaded_too(tmp_path: Path) -> None:
     ids = random_ids(1, 30).clamp(max=50)
     assert torch.equal(loaded(input_ids=ids).logits, model(input_ids=ids).logits)
     for name in ("tiny", tmp_path / "memory"):
-        with pytest.raises(TransformerFamError, match="dtype is given, and .* is no folder that transformers loads"):
+        with pytest.raises(TransformerFamError, match="dtype is given, and .* is not a folder that transformers loads"):
             transformerfam.from_pretrained(name, dtype=torch.float16)
 
 

@@ -1,4 +1,4 @@
-"""Models by name and folder: what is written comes back, systems differ as they say, errors name the remedy."""
+"""Models by name and folder: what is written is restored, systems differ as they say, errors name the remedy."""
 
 import errno
 import importlib.util

@@ -75,7 +75,7 @@ def compare_command(
 
 def _run_alone(comparison: Comparison, run: RunName, folder: Path, device: torch.device) -> None:
     if run not in comparison.runs:
-        raise TransformerFamError(f"{run} is no run of this comparison, required is one of its systems and seeds")
+        raise TransformerFamError(f"{run} is not a run of this comparison, required is one of its systems and seeds")
     last = [-1.0]
 
     def update(what: str, done: int, total: int) -> None:

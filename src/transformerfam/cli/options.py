@@ -22,7 +22,7 @@ DtypeOption = Annotated[
 ]
 DeviceOption = Annotated[str, typer.Option("--device", help="cpu, cuda, cuda:1 or another of torch.")]
 SetOption = Annotated[list[str] | None, typer.Option("--set", help="key=value; may be given more than once.")]
-OverwriteOption = Annotated[bool, typer.Option("--overwrite", help="Take the place of what this package wrote there.")]
+OverwriteOption = Annotated[bool, typer.Option("--overwrite", help="Replace what this package wrote there.")]
 
 OR_OVERWRITE = "add --overwrite to replace it, or "
 """What a message about a taken target adds in front of its remedy."""

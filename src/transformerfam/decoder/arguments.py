@@ -56,7 +56,7 @@ def as_tensor(name: str, value: Any, required: str) -> torch.Tensor:
     try:
         return torch.as_tensor(value)
     except (TypeError, ValueError, RuntimeError) as error:
-        raise TransformerFamError(f"{name} is no tensor ({error}); required are {required}") from error
+        raise TransformerFamError(f"{name} is not a tensor ({error}); required are {required}") from error
 
 
 def saved_flags(is_saved: Any, batch_size: int, has_fam: bool) -> list[bool]:

@@ -183,7 +183,7 @@ def _find_history(
 
 
 def _has_history(state: ReadingState, rows: list[list[int]]) -> bool:
-    """Say whether rows begin with all that their sequences have read, or are new tokens alone.
+    """Return whether rows begin with all that their sequences have read, or are new tokens alone.
 
     Raises:
         StateMismatchError: it is unknown, or differs from row to row, or there is nothing else.
@@ -289,4 +289,4 @@ GENERATION_METHODS: dict[str, Callable[..., Any]] = {
     "init_continuous_batching": init_continuous_batching,
     "_get_stopping_criteria": get_stopping_criteria,
 }
-"""What a model with a memory has in the place of its class's methods."""
+"""What a model with a memory has in place of its class's methods."""

@@ -14,7 +14,7 @@ PEFT_MARKS = ("lora_", "trainable_tokens_", ".modules_to_save.")
 
 
 def is_memory_parameter(name: str) -> bool:
-    """Say whether a parameter belongs to a memory, or to PEFT, and not to the base model."""
+    """Return whether a parameter belongs to a memory, or to PEFT, and not to the base model."""
     return any(mark in name for mark in (*PEFT_MARKS, *(f"{slot}." for slot in SLOTS)))
 
 

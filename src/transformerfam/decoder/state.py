@@ -219,10 +219,10 @@ class ReadingState(SteppedCache, abc.ABC):
         return twin
 
     def make_room(self) -> None:
-        """Give back what `drop_complete_block` took."""
+        """Restore what `drop_complete_block` freed."""
 
     def drop_complete_block(self) -> None:
-        """Let go of a complete block's keys and values: no backward pass needs them."""
+        """Free a complete block's keys and values: no backward pass needs them."""
 
     # The contract of a transformers cache
 

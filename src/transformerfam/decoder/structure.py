@@ -15,7 +15,7 @@ ATTENTION_BACK_ENDS = ("eager", "sdpa", "flex_attention", BACK_END, *FLASH_BACK_
 
 
 def check_model(model: Any) -> None:
-    """Refuse what is no causal decoder of transformers with RoPE, whatever its family.
+    """Refuse what is not a causal decoder of transformers with RoPE, whatever its family.
 
     Raises:
         UnsupportedModelError: with what it is, or what it has not.

@@ -183,7 +183,7 @@ class FamLayer(CacheLayerMixin):
         return torch.cat(parts, dim=-1)
 
     def drop_block(self) -> None:
-        """Let go of the keys and values of a complete block: what is seen of it later has been copied from there."""
+        """Free the keys and values of a complete block: what is seen of it later has been copied from there."""
         kept = self.sections.block
         self.keys, self.values = self.keys[..., :kept, :].clone(), self.values[..., :kept, :].clone()
 

@@ -90,7 +90,7 @@ def _check_layers_apart(model: PreTrainedModel, ids: torch.Tensor, whole: Calls)
     """What a layer gives must follow from its input alone, whatever the ids and the other layers' inputs are."""
     num_layers = len(decoder_layers(model))
     mask = open_mask(model, ids.shape[1], ids.shape[1])
-    for bit in range(max(1, (num_layers - 1).bit_length())):  # so that any two layers are parted once, either way
+    for bit in range(max(1, (num_layers - 1).bit_length())):  # so that any two layers are separated once, either way
         for value in (0, 1):
             disturbed = frozenset(i for i in range(num_layers) if i >> bit & 1 == value)
             with Calls(model, whole, disturbed) as calls:

@@ -1,6 +1,6 @@
 """LoRA on FAM rows alone: tokens go through the base model's own weights.
 
-PEFT puts its layers in the place of linear ones, which see FAM rows and tokens side by side and do not know which is
+PEFT replaces linear layers by its own, which see FAM rows and tokens side by side and do not know which is
 which. The caller of a pass says how many of its first rows are FAM rows; a bound layer adds its product to those.
 """
 

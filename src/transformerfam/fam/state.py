@@ -142,7 +142,7 @@ class FamState(ReadingState):
             layer.make_room()
 
     def drop_complete_block(self) -> None:
-        """Let go of the block's keys and values if all rows have completed theirs: no backward pass needs them."""
+        """Free the block's keys and values if all rows have completed theirs: no backward pass needs them."""
         if not any(self.block_fill):
             for layer in self.layers:
                 layer.drop_block()

@@ -88,7 +88,7 @@ def convert_by_checks(model: PreTrainedModel, convert_as: Callable[[], None]) ->
 
 @contextlib.contextmanager
 def neutral_weights_drawn(model: PreTrainedModel) -> Iterator[None]:
-    """Put random values in the place of a decoder's vectors and constant weights, and put their own back.
+    """Replace a decoder's vectors and constant weights by random values, and restore them.
 
     A norm's weight of 1, a bias of 0 or a gate that has not been trained yet would hide what the layer does with it.
     """

@@ -26,7 +26,7 @@ def digest_tensors(tensors: Mapping[str, torch.Tensor], salt: str = "") -> str:
     """Return the SHA-256 of names, types, shapes and values, as a hexadecimal string.
 
     Args:
-        tensors: by their names; each is looked up when its turn comes, and let go of.
+        tensors: by their names; each is looked up when its turn comes, and then freed.
         salt: text that is digested before them.
     """
     digest = hashlib.sha256(salt.encode())
@@ -92,7 +92,7 @@ def load_tensors(
         raise CorruptFileError(f"{path} does not exist; give the path of a saved {kind}") from error
     except (OSError, SafetensorError, UnicodeDecodeError, ValueError) as error:
         raise CorruptFileError(
-            f"{path} is no readable safetensors file ({error}); it is truncated or of another program: "
+            f"{path} is not a readable safetensors file ({error}); it is truncated or of another program: "
             f"make the {kind} again"
         ) from error
     if METADATA_KEY not in header or CHECKSUM_KEY not in header:
@@ -124,7 +124,7 @@ def metadata_form(path: str | os.PathLike[str], kind: str) -> contextlib.Abstrac
 
 
 def is_ours(path: Path, kind: str) -> bool:
-    """Say whether there is a file of this package and kind; an empty file is as good as none.
+    """Return whether there is a file of this package and kind; an empty file is as good as none.
 
     Raises:
         TransformerFamError: there is something else, which must not be overwritten.
@@ -141,7 +141,7 @@ def is_ours(path: Path, kind: str) -> bool:
             there = _with_article(found)
     if there != _with_article(kind):
         raise TransformerFamError(
-            f"could not write {path}: it is {there}, and only {_with_article(kind)} may take the place of "
+            f"could not write {path}: it is {there}, and only {_with_article(kind)} may replace "
             f"{_with_article(kind)}; choose another file, or move that one away"
         )
     return True
@@ -157,7 +157,7 @@ def require_target(path: str | os.PathLike[str], kind: str, overwrite: bool = Fa
     Args:
         path: file to write.
         kind: what will be in it, for example "state".
-        overwrite: take the place of a file of that kind.
+        overwrite: replace a file of that kind.
         option: how a user selects that, for the message.
 
     Raises:
@@ -192,6 +192,6 @@ def refuse_to_write(tensors: Mapping[str, torch.Tensor], path: str | os.PathLike
     for name, tensor in tensors.items():
         if not bool(torch.isfinite(tensor).all()):
             raise TransformerFamError(
-                f"could not write {path}: the reading has numbers in {name} that are not finite, so nothing can be "
-                "asked of it; look for such numbers in the model's weights, or load it in float32"
+                f"could not write {path}: the reading has numbers in {name} that are not finite, so it "
+                "cannot be queried; look for such numbers in the model's weights, or load it in float32"
             )

@@ -17,7 +17,7 @@ from transformerfam.errors import TransformerFamError
 
 @contextlib.contextmanager
 def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """Yield a new file that takes the place of `path` once the body has written it.
+    """Yield a new file that replaces `path` once the body has written it.
 
     A link stays, and what it leads to is replaced. An old file keeps its rights, a new one has those of the umask.
 
@@ -87,7 +87,7 @@ def as_path(path: Any) -> Path:
     try:
         os.lstat(path)
     except ValueError as error:  # a null byte
-        raise TransformerFamError(f"the path is {os.fspath(path)!r}, which is no name of a file ({error})") from error
+        raise TransformerFamError(f"the path is {os.fspath(path)!r}, which is not a file name ({error})") from error
     except OSError as error:
         if error.errno == errno.ENAMETOOLONG:
             raise TransformerFamError(f"could not use {path}: {error.strerror}; choose a shorter name") from error

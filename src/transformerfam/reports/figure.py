@@ -104,13 +104,13 @@ def require_figure(path: str | Path, suffixes: Sequence[str] = FIGURE_SUFFIXES) 
         raise TransformerFamError(f"could not write {path}: {error.strerror}; choose another file") from error
     if content and not is_marked(content, path.suffix):
         raise TransformerFamError(
-            f"could not write {path}: it is no {path.suffix} figure that this package drew; choose another file, or "
+            f"could not write {path}: it is not a {path.suffix} figure of this package; choose another file, or "
             "move that one away"
         )
 
 
 def is_marked(content: bytes, suffix: str) -> bool:
-    """Say whether a file is a figure of this package, in the format of its name's suffix."""
+    """Return whether a file is a figure of this package, in the format of its name's suffix."""
     begins, mark = MARKS[suffix]
     return content.startswith(begins) and mark in content
 

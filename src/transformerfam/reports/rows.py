@@ -155,7 +155,7 @@ def _decompress(content: bytes, path: Path) -> bytes:
     """
     if not content.startswith(GZIP_BEGINS):
         raise CorruptFileError(
-            f"{path} is no gzip file; compress the rows with `gzip -9n`, or give the file a name that ends in .jsonl"
+            f"{path} is not a gzip file; compress the rows with `gzip -9n`, or give the file a name that ends in .jsonl"
         )
     try:
         return gzip.decompress(content)
@@ -180,7 +180,7 @@ def _rows_and_end(content: bytes, path: Path) -> tuple[list[Row], int]:
 
 
 def _is_begun(line: bytes) -> bool:
-    """Say whether a line is the beginning of a row, and no other text."""
+    """Return whether a line is the beginning of a row, and no other text."""
     size = min(len(line), len(ROW_BEGINS))
     try:
         parse_json(line)
@@ -199,8 +199,8 @@ def _parse(content: bytes, path: Path, first: int = 1) -> Iterator[Row]:
             row = None
         if not isinstance(row, dict) or "task" not in row:
             raise CorruptFileError(
-                f"line {number} of {path} is no result row: {line[:60].decode(errors='replace')!r}; required is a JSON "
-                "object with the field task, as `fam evaluate` writes them"
+                f"line {number} of {path} is not a result row: {line[:60].decode(errors='replace')!r}; required is a "
+                "JSON object with the field task, as `fam evaluate` writes them"
             )
         schema = row.get("schema", 0)
         if type(schema) is not int or not 0 <= schema <= ROW_SCHEMA:

@@ -44,7 +44,7 @@ def preset(name: str, config: FamConfig) -> FamConfig:
 
 
 def sections_of(system: str, fam: FamConfig) -> dict[str, dict[str, Any] | None]:
-    """Return the sections of a recipe that train a system in the place of FAM.
+    """Return the sections of a recipe that train a system in place of FAM.
 
     Args:
         system: one of `PRESETS` or of `RIVAL_NAMES`.

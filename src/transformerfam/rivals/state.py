@@ -45,7 +45,7 @@ class RivalState(ReadingState):
         self.begin_history()
 
     def set_lanes(self, lanes: Sequence[Lane]) -> None:
-        """Put other lanes in the place of those that there are; together they hold every sequence once."""
+        """Replace the lanes; together they hold every sequence once."""
         self.lanes = list(lanes)
         placed = {row: lane for lane in lanes for row in lane.rows}
         assert sorted(placed) == list(range(sum(len(lane.rows) for lane in lanes))), "a sequence is missing or twice"

@@ -1,4 +1,4 @@
-"""Named keys measured: how many of several keys come back, by their number, their order and the filler after them."""
+"""Named keys measured: how many of several keys are recalled, by number, order and the filler after them."""
 
 import math
 import random
@@ -21,7 +21,7 @@ from transformerfam.tasks.unknown_words import require_filler, require_wording
 
 TASK = "named-keys"
 KEY_BITS = math.log2(LAST_KEY + 1 - FIRST_KEY)
-"""What a key of five digits says."""
+"""The information of a key of five digits, in bits."""
 
 
 @dataclass(kw_only=True)
@@ -150,8 +150,8 @@ def _surprise(
 ) -> list[float]:
     """Return how little a state reveals of each key: minus the logarithm of its probability, in nats.
 
-    What a key says, less that, is on average at most what the state holds of it (the bound of Barber and Agakov), and
-    below 0 where the model is sure of another key.
+    The information of a key, less that, is on average at most what the state holds of it (the bound of Barber and
+    Agakov), and below 0 where the model is sure of another key.
 
     Args:
         model: a model with a memory.

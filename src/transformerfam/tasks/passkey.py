@@ -51,7 +51,7 @@ class PasskeySequence:
     """The question, up to the place where the key has to follow."""
 
     answer_ids: list[int]
-    """The key, as the model has to say it."""
+    """The key, as the model has to answer it."""
 
     @property
     def ids(self) -> list[int]:

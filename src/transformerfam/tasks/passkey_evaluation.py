@@ -37,7 +37,7 @@ class PasskeyEvaluation(PasskeyQuestions):
         missing = [key for key in own if any(self.systems_missing(key, n) for n in self.filler_lengths)]
         batches = [missing[start : start + self.batch_size] for start in range(0, len(missing), self.batch_size)]
         if len(batches) > 1 and len(batches[-1]) == 1 and self.swaps:
-            batches[-2:] = [batches[-2][:-1], batches[-2][-1:] + batches[-1]]  # nobody is read alone
+            batches[-2:] = [batches[-2][:-1], batches[-2][-1:] + batches[-1]]  # no text is read alone
         total = len(missing) * sum(group[-1] for group in readings)
         done = 0
         for batch in batches:

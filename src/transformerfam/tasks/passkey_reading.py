@@ -233,7 +233,7 @@ class PasskeyReading:
 
     @torch.no_grad()
     def _answers(self, state: ReadingState) -> list[tuple[str, bool]]:
-        """Ask, and return each row's answer and whether it is the whole key."""
+        """Query, and return each row's answer and whether it is the whole key."""
         wanted = [self.text.key_ids(key) for key in self.keys]
         question_BT = torch.tensor(self.text.question_ids).expand(len(self.keys), -1)
         said_BT = greedy_tokens(self.model, question_BT, state, max(len(ids) for ids in wanted))

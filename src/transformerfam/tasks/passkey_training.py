@@ -38,7 +38,7 @@ class PasskeySection(KeySection):
     """Give the key without the two sentences in front, so that a step of the same cost has more keys: for the first
     part of a training."""
     boundary_share: Share = 0.0
-    """Share of the steps in which a block boundary parts question and answer, where the filler's range allows it. Only
+    """Share of the steps in which a block boundary splits question and answer, where the filler's range allows it. Only
     FAM can then carry into the second block that there was a question."""
 
     @model_validator(mode="after")

@@ -137,5 +137,5 @@ def memory_notes(name_or_folder: str | Path, system: str = "fam") -> dict[str, A
         try:
             notes = notes | parse_json(read_whole(card))
         except (ValueError, TypeError) as error:
-            raise CorruptFileError(f"{card} is no JSON object ({error}); copy it again") from error
+            raise CorruptFileError(f"{card} is not a JSON object ({error}); copy it again") from error
     return notes

@@ -31,7 +31,7 @@ Positive = Annotated[float, Field(gt=0, le=LARGEST_FLOAT, allow_inf_nan=False)]
 Share = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
 Decay = Annotated[float, Field(ge=0, lt=1, allow_inf_nan=False)]
 
-# Strict but for lists, which TOML and JSON have in the place of tuples.
+# Strict but for lists, which TOML and JSON have in place of tuples.
 Integers = Annotated[tuple[Integer, ...], Strict(False)]
 Texts = Annotated[tuple[str, ...], Strict(False)]
 Decays = Annotated[tuple[Decay, Decay], Strict(False)]

@@ -106,7 +106,7 @@ def save_somewhere(state: FamState, path: Path, overwrite: bool = False) -> tupl
     Args:
         state: the reading.
         path: where it should go.
-        overwrite: take the place of a state that is there; another process may have put it there meanwhile.
+        overwrite: replace a state that is there; another process may have put it there meanwhile.
 
     Returns:
         Where it is, and why it is elsewhere; None if it is not.

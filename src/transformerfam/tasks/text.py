@@ -58,7 +58,7 @@ def _files_in(folder: Path, above: set[Path]) -> Iterator[Path]:
     """
     own = folder.resolve()
     if own in above:
-        raise TransformerFamError(f"{folder} is a link to a folder that it is in, and has no end; take it away")
+        raise TransformerFamError(f"{folder} is a link to a folder that it is in, and has no end; remove it")
     for path in folder.iterdir():
         if path.name.startswith("."):
             continue
@@ -67,12 +67,12 @@ def _files_in(folder: Path, above: set[Path]) -> Iterator[Path]:
         elif path.is_file():
             yield path
         else:
-            what = "is a link that leads nowhere" if path.is_symlink() else "is no file"
-            raise TransformerFamError(f"{path} {what}, and a folder is read whole; take it away")
+            what = "is a link that leads nowhere" if path.is_symlink() else "is not a file"
+            raise TransformerFamError(f"{path} {what}, and a folder is read whole; remove it")
 
 
 def is_read_once(path: str | Path) -> bool:
-    """Say whether a text cannot be opened a second time: standard input, or a pipe as `<(command)` of a shell."""
+    """Return whether a text cannot be opened a second time: standard input, or a pipe as `<(command)` of a shell."""
     if str(path) == STANDARD_INPUT:
         return True
     try:
@@ -260,7 +260,7 @@ def encode_rest(tokenizer: Any, text: str) -> list[int]:
 
 
 def _has_start(tokenizer: Any, text: str, ids: list[int], start: list[int]) -> bool:
-    """Say whether a text has the special tokens in front itself; an unknown word may have the same token as they."""
+    """Return whether a text has the special tokens in front itself; an unknown word may have the same token as they."""
     return ids[: len(start)] == start and text.startswith(str(tokenizer.decode(start[:1])) if start else "")
 
 
@@ -275,7 +275,7 @@ def _last_cut(text: str) -> int:
 
 
 def _joins_space_in_front(tokenizer: Any) -> bool:
-    """Say whether the tokenizer puts its own space in front of a text, so that a piece must not bring one."""
+    """Return whether the tokenizer puts its own space in front of a text, so that a piece must not bring one."""
     return encode(tokenizer, "the sun") != encode(tokenizer, "the") + encode(tokenizer, " sun")
 
 

@@ -1,6 +1,6 @@
 """What a run keeps: its recipe, and in safetensors files, replaced atomically, all that the next step depends on.
 
-Where several processes share the layers' weights out among them, each writes its own shares of weights, averages and
+Where several processes shard the layers' weights, each writes its own shares of weights, averages and
 moments; they are joined when the run resumes, in any number of processes.
 """
 
@@ -207,7 +207,7 @@ def cut_log(path: Path, num_steps: int) -> None:
             if not line.endswith(b"\n") and line[: len(LOG_BEGINS)] == LOG_BEGINS[: len(line)]:
                 break
             raise CorruptFileError(
-                f"line {number} of {path} is no next step of a training ({error}): "
+                f"line {number} of {path} is not the next step of a training ({error}): "
                 f"{line[:60].decode(errors='replace')!r}; take the line out, and resume"
             ) from error
         last = step
@@ -250,7 +250,9 @@ def recipe_of_run(folder: str | Path) -> Recipe:
         values = {name: value for name, value in _read_recipe(folder).items() if name != SOURCES}
         return build_recipe(without_removed(values))
     except RecipeError as error:
-        raise CorruptFileError(f"{path} is no recipe of this package: {error}; put it back, or train again") from error
+        raise CorruptFileError(
+            f"{path} is not a recipe of this package: {error}; restore it, or train again"
+        ) from error
 
 
 def _read_recipe(folder: str | Path) -> dict[str, Any]:
@@ -266,7 +268,7 @@ def _read_recipe(folder: str | Path) -> dict[str, Any]:
         ) from error
     if not isinstance(values, dict) or not _are_texts(values.get(SOURCES, {})):
         raise CorruptFileError(
-            f"{path} is no recipe of this package: it is {str(values)[:60]!r}; put it back, or train again"
+            f"{path} is not a recipe of this package: it is {str(values)[:60]!r}; restore it, or retrain"
         )
     return values
 

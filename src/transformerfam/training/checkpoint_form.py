@@ -23,7 +23,7 @@ TENSOR_NAMES = "tensor_names"
 
 
 def require_progress(metadata: Mapping[str, Any], path: Path) -> None:
-    """Check what a checkpoint says of how far it is.
+    """Check the progress that a checkpoint states.
 
     Args:
         metadata: of the file.
@@ -58,7 +58,7 @@ def require_progress(metadata: Mapping[str, Any], path: Path) -> None:
 
 
 def _are_questions(value: Any) -> bool:
-    """Say whether a value is a list of questions, each with its answer, and some with the sentences that give it."""
+    """Return whether a value is a list of questions, each with its answer, and some with the sentences that give it."""
     return isinstance(value, list) and all(
         isinstance(question, list)
         and len(question) in (2, 3)
@@ -79,7 +79,7 @@ def require_tensors(
     """Check that a checkpoint holds all tensors that a trainer resumes from, and no others.
 
     Args:
-        tensors: of the file, those that processes shared out included.
+        tensors: of the file, those that processes sharded included.
         metadata: of the file, which `require_progress` has checked.
         model: with its trainable weights.
         optimizer: of them.

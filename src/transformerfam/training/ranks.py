@@ -2,7 +2,7 @@
 
 Every process builds the whole batch of a step, which is cheap, and reads its own share of the rows; gradients are
 averaged by DistributedDataParallel through accelerate, or by torch's `fully_shard`, which accelerate starts on
-accelerators alone, with the layers' weights shared out. Losses, keys and accuracies are those of the whole batch, so
+accelerators alone, with the layers' weights sharded. Losses, keys and accuracies are those of the whole batch, so
 that the curriculum advances alike in all processes. State passing: with `rows = "first"` the FAM of the whole batch's
 first sequence, which rank 0 reads, goes to all; with `rows = "all"` each sequence's FAM stays with the process that
 reads it.
@@ -51,7 +51,7 @@ class Ranks:
         """Join the other processes.
 
         Raises:
-            RecipeError: the batch cannot be shared out evenly, or the processes have different recipes.
+            RecipeError: the batch cannot be split evenly, or the processes have different recipes.
             UnsupportedVersionError: `schedule.shard` with a torch that cannot train so.
             MissingPackageError: several processes without the package accelerate.
         """
@@ -88,7 +88,7 @@ class Ranks:
         for name, value in alone.items():
             if value:
                 raise RecipeError(
-                    f"{name} is {value}, required for {self.world} processes is 0, since it is not shared out; set it "
+                    f"{name} is {value}, required for {self.world} processes is 0, since it is not split; set it "
                     "to 0, or train in one process"
                 )
 
@@ -153,7 +153,7 @@ class Ranks:
         return outputs[0] if num_parts == 1 else _joined(own, outputs, share)
 
     def share_gradients(self, parameters: list[nn.Parameter]) -> None:
-        """Average the gradients of what is whole in every process; layers that are shared out have done so."""
+        """Average the gradients of what is whole in every process; sharded layers have done so."""
         if not self.is_sharded:
             return
         kept = [parameter for parameter in parameters if not isinstance(parameter, DTensor)]
@@ -212,7 +212,7 @@ class Ranks:
         return first.expand_as(fam_LBFD)
 
     def any(self, flag: bool) -> bool:
-        """Say whether it holds in any process."""
+        """Return whether it holds in any process."""
         if self.world == 1:
             return flag
         return bool(self._sum(torch.tensor(float(flag))) > 0)

@@ -33,7 +33,7 @@ WRITTEN = (
     ),
     *("pytorch_model*", "tokenizer*", "special_tokens_map.json", "vocab*", "merges.txt", "chat_template*"),
 )
-"""Files that a run, or the model at its end, takes the place of."""
+"""Files that a run, or the model at its end, replaces."""
 
 KINDS = {CHECKPOINT_FILE: "checkpoint"} | MEMORY_FILES
 """Files of which one at least is in the folder of a run that has got anywhere, and what is in each."""
@@ -45,7 +45,7 @@ FREE_TO_CHANGE = ("max_seconds", "checkpoint_seconds", "threads")
 def claim_folder(
     folder: Path, recipe: Recipe, resume: bool, ranks: Ranks, overwrite: bool = False
 ) -> BaseFileLock | None:
-    """Make the folder of a run, hold it, and write its recipe there, unless it may take the place of an earlier run.
+    """Make the folder of a run, hold it, and write its recipe there, unless it may replace an earlier run.
 
     That run is kept until `begin_run`, since the new one may fail while it is built.
 
@@ -54,7 +54,7 @@ def claim_folder(
         recipe: of the run.
         resume: whether a run that is there continues.
         ranks: the processes of the run; the first one holds the folder.
-        overwrite: start over in the place of a run that is there.
+        overwrite: start over and replace a run that is there.
 
     Returns:
         The lock, which is held, of the first process.
@@ -103,7 +103,7 @@ def save_recipe(folder: Path, recipe: Recipe) -> None:
 
 
 def release(lock: BaseFileLock | None) -> None:
-    """Let go of a folder."""
+    """Release a folder."""
     if lock is not None:
         lock.release()
 
@@ -163,8 +163,7 @@ def _require_no_input(folder: Path, recipe: Recipe) -> None:
         start = getattr(recipe.model, name)
         if start is not None and Path(start).is_dir() and Path(start).resolve() == folder.resolve():
             raise RecipeError(
-                f"{folder} is model.{name}, which the run starts from and would take the place of; train into another "
-                "folder"
+                f"{folder} is model.{name}, which the run starts from and would replace; train into another folder"
             )
 
 

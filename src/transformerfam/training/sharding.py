@@ -1,4 +1,4 @@
-"""Weights that several processes share out among them: whole ones for files, and shares of whole ones."""
+"""Weights that several processes shard: whole ones for files, and shares of whole ones."""
 
 import torch
 from torch.distributed.tensor import DTensor, distribute_tensor
@@ -10,7 +10,7 @@ def whole(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def shared_like(tensor: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
-    """Return this process's share of a whole tensor, where `like` is shared out; every process must call it."""
+    """Return this process's share of a whole tensor, where `like` is sharded; every process must call it."""
     if not isinstance(like, DTensor) or tensor.shape != like.shape:
         return tensor
     return distribute_tensor(tensor.to(like.device), like.device_mesh, like.placements)

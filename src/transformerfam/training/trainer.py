@@ -66,7 +66,7 @@ class Trainer:
             folder: where to; made if need be.
             resume: continue from the folder's checkpoint.
             device: where model and teacher are; a run may resume on another device.
-            overwrite: start over in the place of a run that is there.
+            overwrite: start over and replace a run that is there.
 
         Raises:
             RecipeError: the folder holds a run already and `resume` is False, or another recipe's and it is True.

@@ -297,7 +297,8 @@ class FamAdapter:
 def _lora_that_fits() -> contextlib.AbstractContextManager[None]:
     """Return `required_form` of a configuration of LoRA."""
     return required_form(
-        "adapter's lora_config is none that PEFT takes", "load it with the PEFT and the model that it was made with"
+        "adapter's lora_config is not one that PEFT accepts",
+        "load it with the PEFT and the model that it was made with",
     )
 
 
@@ -314,7 +315,7 @@ def _check_metadata(metadata: dict[str, Any], tensors: dict[str, torch.Tensor], 
     if not isinstance(metadata.get("base_dtype"), str | None):
         raise ValueError(f"base_dtype is {metadata['base_dtype']!r}")
     if not all(tensor.is_floating_point() for tensor in (*tensors.values(), *lora.values())):
-        raise ValueError("tensors that are no floating numbers")
+        raise ValueError("tensors that are not floating numbers")
     for name, value in (lora_config or {}).items():
         if isinstance(value, float) and not math.isfinite(value):
             raise ValueError(f"lora_config has {name} {value}")

@@ -39,7 +39,7 @@ def from_pretrained(name_or_folder: str | os.PathLike[str], *, kind: Any = None,
         given = sorted(options) + ([] if kind is None else ["kind"])
         if given:
             raise TransformerFamError(
-                f"{given[0]} is given, and {name_or_folder} is no folder that transformers loads; leave it out, and "
+                f"{given[0]} is given, and {name_or_folder} is not a folder that transformers loads; leave it out, and "
                 "move or cast the model afterwards"
             )
         return load_model(name_or_folder)[0]

@@ -20,7 +20,7 @@ def require_own_folder(folder: str | os.PathLike[str], is_model: bool, overwrite
     Args:
         folder: where to; there may be none yet.
         is_model: whether the weights of the base model go there, too.
-        overwrite: take the place of what this package wrote there, if it is of the same kind.
+        overwrite: replace what this package wrote there, if it is of the same kind.
         remedy: how a user gets that, for the message.
 
     Raises:

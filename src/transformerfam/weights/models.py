@@ -286,8 +286,8 @@ def load_base(
             )
         if base != "smollm2" and not (_find_folder(base) / CONFIG_FILE).is_file():
             raise TransformerFamError(
-                f"{folder} names {base!r} as its base model, and that is none; load the base model yourself and call "
-                "FamAdapter.from_pretrained(folder).apply(model)"
+                f"{folder} names {base!r} as its base model, which is not a model; load the base model yourself and "
+                "call FamAdapter.from_pretrained(folder).apply(model)"
             )
         return load_smollm2() if base == "smollm2" else load_base(base)
     with plain_loading():

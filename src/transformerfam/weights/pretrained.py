@@ -60,7 +60,7 @@ class _WithoutOwnRows(logging.Filter):
         self.thread = threading.get_ident()
 
     def filter(self, record: logging.LogRecord) -> bool:
-        """Say whether a record is shown."""
+        """Return whether a record is shown."""
         named = re.findall(r"^(\S+) *\| (?!Status)[A-Z]+", record.getMessage(), re.MULTILINE)
         own = record.thread == self.thread and named and all(re.search(OWN_ROWS, name) for name in named)
         return not own
@@ -129,7 +129,7 @@ def _require_files(folder: Path) -> None:
         try:
             refuse_endless(path)
         except OSError as error:
-            raise CorruptFileError(f"{path} is no file that can be read: {error.strerror}") from error
+            raise CorruptFileError(f"{path} is not a readable file: {error.strerror}") from error
 
 
 def load_pretrained_model(kind: Any, folder: str | os.PathLike[str], **options: Any) -> PreTrainedModel:
@@ -293,7 +293,8 @@ def require_one_configuration(model: Any, config: FamConfig, folder: str | os.Pa
         there = FamConfig.from_dict(stored).to_dict()
     except (TransformerFamError, TypeError, AttributeError) as error:
         raise CorruptFileError(
-            f"{folder}/{CONFIG_FILE} has a {CONFIG_KEY} that is none ({error}); remove the key, and {FAM_FILE} says it"
+            f"{folder}/{CONFIG_FILE} has a {CONFIG_KEY} that is invalid ({error}); remove the key, since {FAM_FILE} "
+            "has it"
         ) from error
     for name, value in config.to_dict().items():
         if there[name] != value:

@@ -226,7 +226,7 @@ class Recipe(Section):
         return self.fam.fam_length > 0 if self.rival is None else rival_class(self.rival.system).has_memory
 
     def _require_parts(self) -> None:
-        """Refuse batches and weights that cannot be parted, or held in another type, as the recipe says."""
+        """Refuse batches and weights that cannot be split, or held in another type, as the recipe says."""
         require(
             self.model.dtype == "float32" or (self.lora is not None and self.rival is None),
             f"model.dtype is {self.model.dtype!r}, required is 'float32' where all weights, or those of a rival, are "
@@ -234,7 +234,7 @@ class Recipe(Section):
         )
         require(
             not self.schedule.shard or self.optimizer.kind == "adamw",
-            "schedule.shard is true and optimizer.kind is 'adafactor', whose row and column sums are not shared out; "
+            "schedule.shard is true and optimizer.kind is 'adafactor', whose row and column sums are not sharded; "
             "set optimizer.kind = 'adamw'",
         )
         parts = self.schedule.accumulate

@@ -134,11 +134,12 @@ class Stage(Section):
     filler_tokens: Limits
     """Least and most tokens of filler; every step draws one number from this range."""
     advance_accuracy: Share | None = None
-    """Go on when the share of right keys over the last `window` steps is at least this; None waits for `max_steps`."""
+    """Begin the next stage when the share of right keys over the last `window` steps is at least this; None waits for
+    `max_steps`."""
     window: Count = 30
     """Steps whose keys `advance_accuracy` counts."""
     max_steps: Count | None = None
-    """Go on after so many steps in any case."""
+    """Begin the next stage after so many steps in any case."""
     data: dict[str, Any] = Field(default_factory=dict)
     """Values that replace those of the section `data` in this stage: keys anywhere in a block are learned after keys at
     one place, and two names after one."""
@@ -194,7 +195,7 @@ class ScheduleSection(Section):
     steps_per_stored_block: Integer = 2
     """Steps between stored blocks that are read again."""
     shard: bool = False
-    """With several processes: share the layers' weights, gradients and optimizer averages out among them (FSDP2, by
+    """With several processes: shard the layers' weights, gradients and optimizer averages (FSDP2, by
     torch's `fully_shard`), where by default every process has all. Embeddings, norms and the initial FAM stay whole."""
     random_position_offset: bool = False
     """Random position offset, RPO (B.2.2): every second step on average moves all positions by one number up to the

@@ -32,7 +32,7 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
             f"cannot read the recipe {str(path)!r}: {error.strerror}; give the path of a TOML file"
         ) from error
     except ValueError as error:  # TOML syntax and UTF-8
-        raise RecipeError(f"{path} is no valid TOML: {error}; correct the file") from error
+        raise RecipeError(f"{path} is not valid TOML: {error}; correct the file") from error
     for override in overrides:
         apply_override(values, override)
     return build_recipe(values)

@@ -153,7 +153,7 @@ def _return_freed_memory(state: ReadingState) -> None:
 
 
 def _drops(model: nn.Module) -> bool:
-    """Say whether the model draws random numbers, so that recomputing must draw the same ones again."""
+    """Return whether the model draws random numbers, so that recomputing must draw the same ones again."""
     return any(isinstance(module, nn.Dropout) and module.p > 0 for module in model.modules())
 
 

@@ -85,7 +85,7 @@ class PackedBlock(Step):
         return packed.unflatten(dim, (len(self.is_first_B), -1))
 
     def enter_layer(self, layer: int, hidden_1ND: torch.Tensor) -> torch.Tensor:
-        """Put the layer's FAM in the place of the FAM rows; zeros in a first update, which has no residual."""
+        """Replace the FAM rows by the layer's FAM; zeros in a first update, which has no residual."""
         rows = self.fams[layer]
         if self._has_first_update:
             rows = rows.masked_fill(self.is_first_B[:, None, None].to(rows.device), 0)
@@ -142,7 +142,7 @@ def run_packed_batch(
 ) -> StepOutput:
     """Read a batch that was written on stored filler; `run_batch` for such batches.
 
-    Behind the last whole block in front of the question the FAM is updated by further stored blocks, as many as the
+    After the last whole block before the question the FAM is updated by further stored blocks, as many as the
     batch names. The filler has no gradient, and does not see the key in front of it in its block.
 
     Args:

@@ -35,7 +35,7 @@ class Teaching:
     """Weight of the distance to the teacher's hidden states."""
 
     def is_about(self, columns_N: torch.Tensor) -> bool:
-        """Say whether any of these tokens is compared with the teacher's hidden states."""
+        """Return whether any of these tokens is compared with the teacher's hidden states."""
         return bool(self.lesson.is_taught_BT[:, columns_N].any())
 
 
