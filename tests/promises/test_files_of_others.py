@@ -1,4 +1,4 @@
-"""What a command writes takes the place of nothing that is not its own, and of finished work only if it must."""
+"""A command replaces nothing that is not its own, and finished work only if it must."""
 
 import json
 import os
@@ -70,7 +70,7 @@ def test_state_takes_the_place_of_states_alone(folder, notes, tmp_path):
     model, _ = load_model(folder)
     save_tensors(tmp_path / "other", {}, {"kind": "adapter", "format_version": 1})
     for path in (notes, tmp_path / "other", folder / "fam.safetensors", folder):
-        with pytest.raises(TransformerFamError, match="only a state may take"):
+        with pytest.raises(TransformerFamError, match="only a state may replace"):
             model.init_state().save(path)
 
 
@@ -180,12 +180,12 @@ def test_figures_take_the_place_of_figures_of_this_package_alone(tmp_path, name)
     """Would catch `--figure photo.png`, and a figure of the user's own that matplotlib signed."""
     path = tmp_path / name
     path.write_bytes(FOREIGN_FIGURES[name])
-    with new_figure(None, (2, 2)) as (figure, _), pytest.raises(TransformerFamError, match="that this package drew"):
+    with new_figure(None, (2, 2)) as (figure, _), pytest.raises(TransformerFamError, match="figure of this package"):
         save_figure(figure, path)
-    with pytest.raises(TransformerFamError, match="that this package drew"), new_figure(path, (2, 2)):
+    with pytest.raises(TransformerFamError, match="figure of this package"), new_figure(path, (2, 2)):
         pass
     rows = tmp_path / "rows.jsonl"
-    assert "that this package drew" in run("report", rows, "--figure", path, status=2)  # before it reads the rows
+    assert "figure of this package" in run("report", rows, "--figure", path, status=2)  # before it reads the rows
     assert path.read_bytes() == FOREIGN_FIGURES[name]
 
 
@@ -275,7 +275,7 @@ def test_pictures_of_attention_take_the_place_of_their_kind_alone(folder, tmp_pa
     content = b'{"task": "passkey"}\n' if name == "attention.jsonl" else b"my own"
     (tmp_path / name).write_bytes(content)
     text = run("report", "attention", "--model", folder, "--output", tmp_path, status=2)
-    assert "holds rows of task 'passkey'" in text or "that this package drew" in text
+    assert "holds rows of task 'passkey'" in text or "figure of this package" in text
     assert (tmp_path / name).read_bytes() == content
 
 

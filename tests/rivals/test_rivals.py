@@ -364,7 +364,7 @@ def test_reading_that_goes_on_with_other_weights_warns_once(system: str) -> None
 def test_router_logits_are_refused_by_name() -> None:
     """Catches a head that is handed none and fails on them."""
     model: Any = attach(make_tiny("mixtral"), RivalConfig(system="rmt", block_size=8))
-    with pytest.raises(TransformerFamError, match="output_router_logits is True, and a rival's rows are parted"):
+    with pytest.raises(TransformerFamError, match="output_router_logits is True, and a rival's rows are split"):
         model(input_ids=random_ids(1, 20), output_router_logits=True)
     model.config.output_router_logits = True
     with pytest.raises(TransformerFamError, match="output_router_logits is True"):
