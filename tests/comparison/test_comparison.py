@@ -128,7 +128,7 @@ def test_bad_comparisons_are_refused(recipe: Path, tmp_path: Path) -> None:
     assert free.recipe_of(RunName("rmt", 0)).schedule.steps == 9
     with pytest.raises(RecipeError, match="armt is not among systems"):
         load_comparison(recipe, ["max_filler_tokens.armt=9"])
-    with pytest.raises(RecipeError, match="fam_memory_zeroed is asked for passkeys of the memory that fam trained"):
+    with pytest.raises(RecipeError, match="fam_memory_zeroed is a control of the memory that fam trained"):
         load_comparison(recipe, ['systems=["fam_memory_zeroed"]', "max_filler_tokens={}"])
     with pytest.raises(RecipeError, match="unknown key num_key in the recipe; did you mean num_keys"):
         load_comparison(recipe, ["num_key=3"])

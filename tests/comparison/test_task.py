@@ -193,7 +193,7 @@ def test_toy_task_is_trained_asked_reported_and_drawn(path: Path, tmp_path: Path
         ('task="eccho"', "task is 'eccho', required is one of passkey, named-keys, facts, echo"),
         ("task=3", "task is 3, required is one of"),
         ("num_told=[2]", "num_told is a key of task 'named-keys', and task is 'echo'"),
-        ('systems=["fam","fam_memory_zeroed"]', "fam_memory_zeroed is asked for passkeys"),
+        ('systems=["fam","fam_memory_zeroed"]', "fam_memory_zeroed is a control of the memory"),
         ("times=[1,1]", r"times is \[1, 1\], required are different ones"),
         ("time=[1]", "unknown key time in the recipe; did you mean times"),
     ],

@@ -61,7 +61,7 @@ def evaluate_answers_command(
     dtype: DtypeOption = None,
     overrides: SetOption = None,
 ) -> None:
-    """Ask your own questions of texts that were read, beside controls; a killed run continues where it was.
+    """Ask your own questions of texts that were read, with controls; a killed run continues where it was.
 
     --system also takes question_alone (no text), full_context (all of it in sight) and bm25 (what is retrieved into the
     window), besides fam, bswa and controls.

@@ -50,7 +50,7 @@ OverwrittenOption = Annotated[
     bool, typer.Option("--overwritten", help="Tell another key in front of those: the last must come back.")
 ]
 DigitsOption = Annotated[int, typer.Option("--digits", min=1, max=9, help="Digits of a key.")]
-MentionsOption = Annotated[int, typer.Option("--mentions", min=1, max=MAX_MENTIONS, help="Times that a key is told.")]
+MentionsOption = Annotated[int, typer.Option("--mentions", min=1, max=MAX_MENTIONS, help="Times that a key is given.")]
 WordingOption = Annotated[
     Path | None, typer.Option("--wording", help="TOML file with intro, question and answer, which hold {key}.")
 ]

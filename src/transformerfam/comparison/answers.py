@@ -62,7 +62,7 @@ class AnswersComparison(FillerComparison):
 
     @property
     def kinds(self) -> tuple[str, ...]:
-        """One kind: groups are told apart in the tables."""
+        """One kind: the tables distinguish groups."""
         return ("",)
 
     def kind_of(self, row: Row) -> str:

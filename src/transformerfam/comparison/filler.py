@@ -43,7 +43,7 @@ class FillerComparison(Comparison):
 
     @property
     def of_systems(self) -> list[str]:
-        """The systems that a key names beside `systems`."""
+        """The systems that other keys than `systems` name."""
         return [*self.max_filler_tokens, *super().of_systems]
 
     @property

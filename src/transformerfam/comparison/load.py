@@ -15,7 +15,7 @@ def load_comparison(path: str | Path, overrides: Sequence[str] = ()) -> Comparis
     """Read a comparison.
 
     Args:
-        path: a TOML file with the fields of `Comparison` and of its task; `recipe` is a recipe beside it, or
+        path: a TOML file with the fields of `Comparison` and of its task; `recipe` is a path relative to it, or
             its values.
         overrides: each `key=value`, or `recipe.section.key=value`.
 
@@ -35,7 +35,7 @@ def load_comparison(path: str | Path, overrides: Sequence[str] = ()) -> Comparis
             recipe = comparison.recipe_of(run)
             if recipe.instructions is not None and "task" not in values:
                 raise RecipeError(
-                    "the recipe trains on [instructions] and the comparison names no task, so it would be asked for "
+                    "the recipe trains on [instructions] and the comparison names no task, so it would be evaluated on "
                     f"passkeys, which it was not trained on; set task to one of {', '.join(comparison_classes())}"
                 )
             if recipe.instructions is None and comparison.task in ON_TEXTS:

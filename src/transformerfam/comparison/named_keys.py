@@ -28,13 +28,13 @@ class NamedKeysComparison(TextsComparison):
     """What is asked."""
 
     num_told: Integers = (1,)
-    """How many keys a text tells; every number has different texts."""
+    """How many keys a text gives; every number has different texts."""
 
     num_retold: Integer = 0
-    """Names that are told a second key, which counts."""
+    """Names that are given a second key, which counts."""
 
     keys_apart: Pair = (0, 0)
-    """Least and most tokens of filler between two keys that are told."""
+    """Least and most tokens of filler between two keys."""
 
     @property
     def kinds(self) -> tuple[int, ...]:
@@ -47,7 +47,7 @@ class NamedKeysComparison(TextsComparison):
         return self.num_keys * sum(self.num_told)
 
     def kind_of(self, row: Row) -> int | None:
-        """Return how many keys a row's text tells."""
+        """Return how many keys a row's text gives."""
         return row.get("num_told")
 
     def question_of(self, row: Row) -> tuple[int | None, ...]:
@@ -60,7 +60,7 @@ class NamedKeysComparison(TextsComparison):
         return NamedKeysEvaluation(**self.common_options(seed) | own | options)
 
     def asked(self, kind: int, seed: int, length: int, block_size: int) -> Asked:
-        """Return the keys of all texts that tell so many; see `Comparison.asked`."""
+        """Return the keys of all texts with that many; see `Comparison.asked`."""
         return {
             (number, order): {"key": key, "is_retold": name in keys.outdated}
             for number, keys in enumerate(self.evaluation(seed).texts(kind))
@@ -68,11 +68,11 @@ class NamedKeysComparison(TextsComparison):
         }
 
     def tables(self, rows: Sequence[Row]) -> list[Table]:
-        """Return keys recalled and bits held, by how many were told."""
+        """Return keys recalled and bits held, by how many were given."""
         return [_capacity_table(self, rows)]
 
     def plot(self, rows: Sequence[Row], path: str | Path) -> None:
-        """Draw keys recalled and bits held against keys told; see `Comparison.plot`."""
+        """Draw keys recalled and bits held against keys given; see `Comparison.plot`."""
         _plot_capacity(self, rows, path)
 
 
@@ -81,7 +81,7 @@ class Capacity(NamedTuple):
 
     Attributes:
         recalled: keys of a text that were right, mean over texts, by seed.
-        bits: what was told of all keys of a text, mean over texts and seeds, a lower bound of what is held; None where
+        bits: what the model knows of all keys of a text, mean over texts and seeds, a lower bound of what is held; None where
             nothing was measured.
         outdated: share of the names with a second key for which the model gave the first; None without such names.
     """
@@ -106,7 +106,7 @@ class Capacity(NamedTuple):
 
 
 def capacities(comparison: NamedKeysComparison, rows: Iterable[Row]) -> dict[str, dict[tuple[int, int], Capacity]]:
-    """Return how many keys come back, by system, filler and number of keys told.
+    """Return how many keys come back, by system, filler and number of keys given.
 
     Raises:
         StateMismatchError: see `current_rows`.
@@ -139,10 +139,10 @@ def _capacity_table(comparison: NamedKeysComparison, rows: Sequence[Row]) -> Tab
     caption = f"{comparison.num_keys} texts per seed, length and number of keys; bits: held at least, of "
     caption += f"{KEY_BITS:.1f} for each key"
     if comparison.num_retold:
-        caption += f"; {comparison.num_retold} names told a second key, old: answered with the old key"
+        caption += f"; {comparison.num_retold} names given a second key, old: answered with the old key"
     return new_table(
-        f"{comparison.name}: keys recalled of those told, {over_seeds(comparison)}",
-        ["filler tokens", *(f"{num_told} told" for num_told in comparison.num_told)],
+        f"{comparison.name}: keys recalled of those given, {over_seeds(comparison)}",
+        ["filler tokens", *(f"{num_told} given" for num_told in comparison.num_told)],
         (
             [system, f"{length:,}", *(str(found[length, n]) for n in comparison.num_told)]
             for system, found in capacities(comparison, rows).items()
@@ -153,7 +153,7 @@ def _capacity_table(comparison: NamedKeysComparison, rows: Sequence[Row]) -> Tab
 
 
 def _plot_capacity(comparison: NamedKeysComparison, rows: Sequence[Row], path: str | Path) -> None:
-    """Draw keys recalled, and beside them bits held, against keys told: one row of panels per length and group.
+    """Draw keys recalled and, next to them, bits held against keys given: one row of panels per length and group.
 
     With several FAMs the last row has the most that each holds at the shortest length, against its rows, one line per
     width.
@@ -175,7 +175,7 @@ def _plot_capacity(comparison: NamedKeysComparison, rows: Sequence[Row], path: s
             for drawn, values, per_key in zip(axes, (keys, bits), (1.0, KEY_BITS), strict=True):
                 drawn.plot(comparison.num_told, [n * per_key for n in comparison.num_told], color="#bbbbbb", lw=0.8)
                 _draw_capacity(drawn, comparison.num_told, values, max(comparison.num_told) * per_key)
-                drawn.set_xlabel("keys told")
+                drawn.set_xlabel("keys given")
             _name_capacity(axes, "")
         if len(fams) > 1:
             _draw_fams(all_axes[-2:], comparison, {system: found[system] for system in fams})

@@ -1,4 +1,4 @@
-"""Passkeys compared: one key, told at the start, deeper, or after another one."""
+"""Passkeys compared: one key, given at the start, deeper, or after another one."""
 
 import itertools
 from collections.abc import Iterable, Mapping, Sequence
@@ -31,11 +31,11 @@ class PasskeyComparison(AccuracyComparison):
     """What is asked."""
 
     prefix_tokens: Integers = (0,)
-    """Tokens of filler in front of the sentences that tell the key, how deep it stands; each number has questions of
+    """Tokens of filler in front of the sentences that give the key, that is, its depth; each number has questions of
     its own."""
 
     overwritten_tokens: Integers = ()
-    """Tokens of filler between another key, which is told first, and the one that counts; each number has questions of
+    """Tokens of filler between another key, which is given first, and the one that counts; each number has questions of
     its own."""
 
     @model_validator(mode="after")
@@ -46,13 +46,13 @@ class PasskeyComparison(AccuracyComparison):
 
     @property
     def kinds(self) -> list[Telling]:
-        """How keys are told: tokens of filler in front of the key, and whether another key stands before those."""
+        """How keys are given: tokens of filler before the key, and whether another key precedes those."""
         return [Telling(n) for n in self.prefix_tokens] + [
             Telling(n, is_overwritten=True) for n in self.overwritten_tokens
         ]
 
     def kind_of(self, row: Row) -> Telling:
-        """Return how a row's key was told."""
+        """Return how a row's key was given."""
         return Telling.of_row(row)
 
     def question_of(self, row: Row) -> tuple[int | None, ...]:
@@ -64,7 +64,7 @@ class PasskeyComparison(AccuracyComparison):
         return PasskeyEvaluation(**self.common_options(seed) | {"num_keys": self.num_keys} | options)
 
     def asked(self, kind: Telling, seed: int, length: int, block_size: int) -> Asked:
-        """Return the keys that are told in one way; see `Comparison.asked`."""
+        """Return the keys that are given in one way; see `Comparison.asked`."""
         evaluation = self.evaluation(seed, prefix_tokens=kind.prefix_tokens, overwritten=kind.is_overwritten)
         jitters = evaluation.jitters(length, block_size)
         found: dict[Any, dict[str, Any]] = {
@@ -80,7 +80,7 @@ class PasskeyComparison(AccuracyComparison):
         return self.evaluation(self.seeds[0]).questions["questions"]
 
     def ask(self, asking: Asking) -> Iterable[Row]:
-        """Ask for keys told in one way after the other; see `Comparison.ask`."""
+        """Query keys given in one way after the other; see `Comparison.ask`."""
         return itertools.chain.from_iterable(
             self._evaluation_of(kind, asking).rows(asking.model, asking.tokenizer) for kind in self.kinds
         )
@@ -125,11 +125,11 @@ class PasskeyComparison(AccuracyComparison):
         return batch[idx - first - 1]
 
     def title_of(self, kind: Telling) -> str:
-        """Return what is right, by how keys are told."""
+        """Return what is right, by how keys are given."""
         if len(self.kinds) == 1:
             return "passkeys recalled"
         before = "another key" if kind.is_overwritten else "the start"
-        return f"passkeys recalled, told {kind.prefix_tokens:,} tokens after {before}"
+        return f"passkeys recalled, given {kind.prefix_tokens:,} tokens after {before}"
 
     def plot(self, rows: Sequence[Row], path: str | Path) -> None:
         """Draw one panel for each way of telling; of one way alone many variants are a matrix."""

@@ -69,8 +69,8 @@ class Comparison(Section, abc.ABC):
     Attributes:
         lengths_key: name of the key that has the lengths.
         parted_by: names of the keys that part the questions, each number once.
-        has_controls: whether controls of the memory, as `fam_memory_swapped`, are asked beside it.
-        also_trained_by: names of further tasks whose training teaches what is asked, beside its own.
+        has_controls: whether controls of the memory, as `fam_memory_swapped`, are queried, too.
+        also_trained_by: names of further tasks whose training teaches what is asked.
     """
 
     lengths_key: ClassVar[str]
@@ -79,7 +79,7 @@ class Comparison(Section, abc.ABC):
     also_trained_by: ClassVar[tuple[str, ...]] = ()
 
     task: str
-    """What is asked; it tells the classes apart."""
+    """What is asked; it selects the class."""
 
     name: str
     """What the rows call the model."""
@@ -124,7 +124,7 @@ class Comparison(Section, abc.ABC):
             control = control_of(name)
             if control is not None and (not self.has_controls or control[0] not in self.systems):
                 raise RecipeError(
-                    f"{name} is asked for passkeys of the memory that {control[0]} trained; add {control[0]} to systems"
+                    f"{name} is a control of the memory that {control[0]} trained; add {control[0]} to systems"
                 )
         return self
 
@@ -152,7 +152,7 @@ class Comparison(Section, abc.ABC):
         return [system for system in self.systems if control_of(system) is None]
 
     def system_of(self, name: str) -> str:
-        """Return the system that a name stands for: itself, or that of a variant.
+        """Return the system that a name means: itself, or that of a variant.
 
         Raises:
             RecipeError: it is no system; the message has the nearest names.
@@ -179,7 +179,7 @@ class Comparison(Section, abc.ABC):
 
     @property
     def of_systems(self) -> list[str]:
-        """The systems that a key names beside `systems`."""
+        """The systems that other keys than `systems` name."""
         return list(self.changes)
 
     @property
@@ -193,7 +193,7 @@ class Comparison(Section, abc.ABC):
 
     @abc.abstractmethod
     def question_of(self, row: Row) -> tuple[int | None, ...]:
-        """Return what tells questions of one kind and length apart; None where an earlier version did not say it."""
+        """Return what distinguishes questions of one kind and length; None where an earlier version did not note it."""
 
     @abc.abstractmethod
     def asked(self, kind: Kind, seed: int, length: int, block_size: int) -> Asked:

@@ -116,7 +116,7 @@ def comparison_tables(comparison: Comparison, rows: Sequence[Row]) -> list[Table
 
 
 def _systems_tables(comparison: Comparison, rows: Sequence[Row]) -> list[Table]:
-    """Two tables, as both do not fit beside one another on a terminal of 80 columns; what seeds differ in as mean."""
+    """Two tables, as both do not fit next to each other on a terminal of 80 columns; what seeds differ in as mean."""
     own = current_rows(comparison, rows)
     trained, carried = defaultdict(list), defaultdict(list)
     for row in own:
@@ -132,16 +132,16 @@ def _systems_tables(comparison: Comparison, rows: Sequence[Row]) -> list[Table]:
             reading.append([system, *[EMPTY] * (1 + len(BYTES_LENGTHS))])
             continue
         num_parameters = by_seed[0]["num_parameters"]
-        beside = f"{num_parameters / trained['fam'][0]['num_parameters'] - 1:+.1%}" if trained["fam"] else "-"
+        more = f"{num_parameters / trained['fam'][0]['num_parameters'] - 1:+.1%}" if trained["fam"] else "-"
         tokens = "-" if by_seed[0]["num_tokens"] is None else f"{mean(row['num_tokens'] for row in by_seed):,.0f}"
-        training.append([system, f"{num_parameters:,}", beside, tokens, _mean_on_cpu(by_seed, "cpu_seconds")])
+        training.append([system, f"{num_parameters:,}", more, tokens, _mean_on_cpu(by_seed, "cpu_seconds")])
         speed = _mean_on_cpu(carried[system, BYTES_LENGTHS[-1]], "tokens_per_second")
         carries = (carried[system, length][0]["bytes_carried"] for length in BYTES_LENGTHS)
         reading.append([system, speed, *(f"{number:,}" for number in carries)])
     of_seeds = ", mean over seeds" if len(comparison.seeds) > 1 else ""
     bytes_at = [f"bytes at {n:,}" for n in BYTES_LENGTHS]
     return [
-        new_table(f"{comparison.name}: training{of_seeds}", ["parameters", "beside FAM", "tokens", "CPU s"], training),
+        new_table(f"{comparison.name}: training{of_seeds}", ["parameters", "over FAM", "tokens", "CPU s"], training),
         new_table(f"{comparison.name}: reading{of_seeds}", ["tokens/s", *bytes_at], reading),
     ]
 

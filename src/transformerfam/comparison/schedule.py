@@ -1,7 +1,7 @@
 """Run all of a comparison, some runs side by side, without supervision: doit decides what is left to do and does it.
 
-Every run is a process of its own with a log of its own. What is finished stands in one file of rows, by which a
-comparison that was stopped goes on.
+Every run has its own process and its own log. What is finished is in one file of rows, by which a
+stopped comparison resumes.
 """
 
 import subprocess
@@ -34,7 +34,7 @@ WAITING, RUNNING, DONE, FAILED = "waiting", "running", "done", "failed"
 
 
 class Schedule:
-    """The runs of one comparison, and where each of them stands.
+    """The runs of one comparison, and how far each is.
 
     Args:
         comparison: what is to be done.
@@ -62,7 +62,7 @@ class Schedule:
             MissingPackageError: doit is not installed.
             RecipeError: the file of rows holds runs of another recipe.
             TransformerFamError: a question cannot be asked; nothing is trained.
-            KeyboardInterrupt: Ctrl-C; every run has saved what it has, and the same call goes on.
+            KeyboardInterrupt: Ctrl-C; every run has saved what it has, and the same call resumes.
         """
         try:
             from doit.cmd_base import ModuleTaskLoader
@@ -199,7 +199,7 @@ class Schedule:
 
 
 class _SilentReporter:
-    """Say nothing, since the table says it; what a run says stands in its log."""
+    """Say nothing, since the table shows it; the output of a run is in its log."""
 
     desc = "nothing"
 
@@ -233,7 +233,7 @@ def run_all(
         comparison: what is to be done.
         source: its file, from which the processes of the runs read it again.
         folder: where the runs go.
-        rows: file of the finished runs' rows; a run whose rows stand there is done.
+        rows: file of the finished runs' rows; a run whose rows it has is done.
         overrides: what was changed of the file.
         num_jobs: runs at a time.
         device: where the runs train and are asked.
@@ -243,7 +243,7 @@ def run_all(
 
     Raises:
         TransformerFamError: as `Schedule.run`.
-        KeyboardInterrupt: Ctrl-C; the same call goes on.
+        KeyboardInterrupt: Ctrl-C; the same call resumes.
     """
     changes = [part for override in overrides for part in ("--set", override)]
     command = [

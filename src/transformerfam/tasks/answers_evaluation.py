@@ -227,7 +227,7 @@ class AnswersEvaluation:
         return swapped.select([2 * row + 1 for row in range(last + 1)])
 
     def fields_of_questions(self, filler_digest: str | None, length: int) -> dict[str, str]:
-        """Return the field `questions` of rows, which tells this evaluation's questions from others of their names."""
+        """Return the field `questions` of rows, which distinguishes them from others of their names."""
         asked = "chat" if self.chat else self.template
         digest = filler_digest if length else None
         return questions_of(self.questions.digest.hexdigest(), asked, self.max_new_tokens, digest)
@@ -284,7 +284,7 @@ class AnswersEvaluation:
         left = window - num_question - longest
         if left < 1 and len(ids):
             raise TransformerFamError(
-                f"the window of {window} tokens has no room for passages beside the question of {item.name} "
+                f"the window of {window} tokens has no room for passages with the question of {item.name} "
                 f"({num_question} tokens) and its answer (up to {longest}); ask for shorter answers "
                 "(--max-new-tokens), or leave bm25 out"
             )
