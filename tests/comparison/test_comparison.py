@@ -432,7 +432,7 @@ def test_keys_are_asked_at_every_depth_and_behind_another(recipe: Path, tmp_path
     plot_comparison(comparison, rows, tmp_path / "figure.svg")
     drawn = (tmp_path / "figure.svg").read_text()
     for where in ("0 tokens after the start", "9 tokens after the start", "9 tokens after another key"):
-        assert drawn.count(f"told {where}") == 1
+        assert drawn.count(f"given {where}") == 1
     assert len(comparison_tables(comparison, rows)) == 5
     with pytest.raises(RecipeError, match="prefix_tokens and overwritten_tokens are empty or negative"):
         load_comparison(recipe, ["prefix_tokens=[-1]"])

@@ -81,8 +81,8 @@ class Capacity(NamedTuple):
 
     Attributes:
         recalled: keys of a text that were right, mean over texts, by seed.
-        bits: what the model knows of all keys of a text, mean over texts and seeds, a lower bound of what is held; None where
-            nothing was measured.
+        bits: what the model knows of all keys of a text, mean over texts and seeds, a lower bound of what is held; None
+            where nothing was measured.
         outdated: share of the names with a second key for which the model gave the first; None without such names.
     """
 
