@@ -22,6 +22,7 @@ from transformerfam.files.reading import parse_json, read_whole
 from transformerfam.files.tensors import is_ours
 from transformerfam.files.writing import share_rights
 from transformerfam.weights.adapter import FamAdapter
+from transformerfam.weights.eight_bit import EIGHT_BIT_FILE, load_eight_bit
 from transformerfam.weights.folders import CHECKPOINT_FILE, CONFIG_FILE, FAM_FILE
 from transformerfam.weights.memories import KINDS, MEMORY_FILES, System, kind_of, kind_to_load
 from transformerfam.weights.peft_adapters import LORA_CONFIG_FILE, has_adapters, load_peft_folder
@@ -290,6 +291,8 @@ def load_base(
                 "call FamAdapter.from_pretrained(folder).apply(model)"
             )
         return load_smollm2() if base == "smollm2" else load_base(base)
+    if (folder / EIGHT_BIT_FILE).is_file():
+        return load_eight_bit(folder), load_pretrained(AutoTokenizer, folder)
     with plain_loading():
         model = load_pretrained_model(AutoModelForCausalLM, folder, dtype=torch.float32)
     return model.eval(), load_pretrained(AutoTokenizer, folder)
