@@ -2,6 +2,7 @@
 
 import json
 import random
+import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -11,6 +12,10 @@ from transformerfam.tasks.text import encode, encode_rest, start_ids
 
 MANY_TRIES = 16
 """Texts that are written for one item before their sizes are halved, not interpolated."""
+CUT = re.compile(r"(?<=[.!?:]) (?=[\w\"'(])")
+"""Spaces between two words, where tokenizers do not join: pieces are about sentences, of which many come again."""
+MOST_PIECES = 500_000
+"""Whose tokens are remembered."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,6 +66,7 @@ class Lengths:
 
     def __init__(self, tokenizer: Any) -> None:
         self._tokenizer = tokenizer
+        self._known: dict[str, int] = {}  # tokens of pieces, most of which are in many texts
         self._num_start = len(start_ids(tokenizer))
         self._encode = encode_rest if self._num_start else encode  # the same, and much faster for short texts
 
@@ -68,6 +74,17 @@ class Lengths:
         """Return the tokens of an item."""
         parts = (self._encode(self._tokenizer, part) for part in (question.text, question.prompt))
         return self._num_start + sum(map(len, parts)) + question.max_new_tokens
+
+    def by_pieces(self, question: MadeQuestion) -> int:
+        """Return the sum of the tokens of its pieces: with most tokenizers what `of` returns, and many times faster."""
+        first, *others = CUT.split(question.text)
+        pieces = [first, *(f" {piece}" for piece in others), question.prompt]
+        if len(self._known) > MOST_PIECES:
+            self._known.clear()
+        if new := [piece for piece in dict.fromkeys(pieces) if piece not in self._known]:
+            ids = self._tokenizer(new, add_special_tokens=False, verbose=False)["input_ids"]
+            self._known.update(zip(new, map(len, ids), strict=True))
+        return self._num_start + sum(self._known[piece] for piece in pieces) + question.max_new_tokens
 
     def fit(
         self, write: Write, num_tokens: int, least: int, most: int | None = None, near: int | None = None
@@ -84,33 +101,52 @@ class Lengths:
         Raises:
             TransformerFamError: it is longer with the least text, or shorter with all there is.
         """
-        low = self._written(write, least)
-        if low.num_tokens > num_tokens:
-            raise TransformerFamError(
-                f"a text of {num_tokens:,} tokens is too short, required are about {round(1.05 * low.num_tokens):,}"
-            )
-        high: Fitted | None = None
-        ceiling = (num_tokens if most is None else most) + 1
-        tries, size = 0, near or max(least + 1, least + (num_tokens - low.num_tokens) // 8)
-        while (high.size if high else ceiling) - low.size > 1:
-            top = high.size if high else ceiling
-            size = (low.size + top) // 2 if tries > MANY_TRIES else size
-            found = self._written(write, min(max(size, low.size + 1), top - 1))
-            slope = max((found.num_tokens - low.num_tokens) / (found.size - low.size), 1e-3)
-            if found.num_tokens <= num_tokens:
-                low = found
-            else:
-                high = found
-            size, tries = low.size + int((num_tokens - low.num_tokens) / slope), tries + 1
-        if low.size == most:
-            raise TransformerFamError(
-                f"a text of {num_tokens:,} tokens is too long, there is text for fewer than {low.num_tokens:,} here"
-            )
-        return low
+        low = write(least)
+        sizes = (num_tokens, least, most)
+        if self.by_pieces(low) == self.of(low):
+            found = _search(write, self.by_pieces, *sizes, near)
+            if self.of(found.question) == found.num_tokens:
+                return found
+            near = found.size
+        return _search(write, self.of, *sizes, near)
 
-    def _written(self, write: Write, size: int) -> Fitted:
+
+def _search(
+    write: Write,
+    length_of: Callable[[MadeQuestion], int],
+    num_tokens: int,
+    least: int,
+    most: int | None,
+    near: int | None,
+) -> Fitted:
+    """Look for the largest size that fits, by interpolation; arguments and errors are those of `Lengths.fit`."""
+
+    def written(size: int) -> Fitted:
         question = write(size)
-        return Fitted(question, size, self.of(question))
+        return Fitted(question, size, length_of(question))
+
+    low = written(least)
+    if low.num_tokens > num_tokens:
+        raise TransformerFamError(
+            f"a text of {num_tokens:,} tokens is too short, required are about {round(1.05 * low.num_tokens):,}"
+        )
+    high: Fitted | None = None
+    ceiling = (num_tokens if most is None else most) + 1
+    tries, size = 0, near or max(least + 1, least + (num_tokens - low.num_tokens) // 8)
+    while (top := high.size if high else ceiling) - low.size > 1:
+        size = (low.size + top) // 2 if tries > MANY_TRIES else size
+        found = written(min(max(size, low.size + 1), top - 1))
+        slope = max((found.num_tokens - low.num_tokens) / (found.size - low.size), 1e-3)
+        if found.num_tokens <= num_tokens:
+            low = found
+        else:
+            high = found
+        size, tries = low.size + int((num_tokens - low.num_tokens) / slope), tries + 1
+    if low.size == most:
+        raise TransformerFamError(
+            f"a text of {num_tokens:,} tokens is too long, there is text for fewer than {low.num_tokens:,} here"
+        )
+    return low
 
 
 @dataclass(frozen=True, kw_only=True)
