@@ -14,6 +14,8 @@ MANY_TRIES = 16
 """Texts that are written for one item before their sizes are halved, not interpolated."""
 CUT = re.compile(r"(?<=[.!?:]) (?=[\w\"'(])")
 """Spaces between two words, where tokenizers do not join: pieces are about sentences, of which many come again."""
+PROBE_UNITS = 64
+"""Of text by which it is seen whether a tokenizer joins pieces."""
 MOST_PIECES = 500_000
 """Whose tokens are remembered."""
 
@@ -91,6 +93,8 @@ class Lengths:
     ) -> Fitted:
         """Return the item with the most text that is no longer than `num_tokens`.
 
+        With a tokenizer that joins some pieces, and only in some texts, there may be room for a little more.
+
         Args:
             write: writes it.
             num_tokens: the length.
@@ -101,9 +105,9 @@ class Lengths:
         Raises:
             TransformerFamError: it is longer with the least text, or shorter with all there is.
         """
-        low = write(least)
         sizes = (num_tokens, least, most)
-        if self.by_pieces(low) == self.of(low):
+        sample = write(least + PROBE_UNITS if most is None else min(least + PROBE_UNITS, most))
+        if self.by_pieces(sample) == self.of(sample):
             found = _search(write, self.by_pieces, *sizes, near)
             if self.of(found.question) == found.num_tokens:
                 return found
