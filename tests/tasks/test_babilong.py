@@ -18,11 +18,13 @@ from transformerfam.tasks.novels import load_novel
 from transformerfam.training.tiny import build_tiny_tokenizer
 
 NAMES = tuple(NUM_SENTENCES)
-MOVED = re.compile(r"(\w+) (?:moved to|went to|journeyed to|travelled to|went back to) the (\w+)\.")
-TOOK = re.compile(r"(\w+) (?:got|took|grabbed|picked up) the (\w+)(?: there)?\.")
-DROPPED = re.compile(r"(\w+) (?:dropped|put down|left|discarded) the (\w+)(?: there)?\.")
-GAVE = re.compile(r"(\w+) (?:gave|handed|passed) the (\w+) to (\w+)\.")
-LIES = re.compile(r"The (\w+) is (north|south|east|west) of the (\w+)\.")
+PERSON, THING = "(Mary|John|Sandra|Daniel|Fred|Bill|Jeff)", "(apple|football|milk)"
+PLACE = "(kitchen|garden|office|bathroom|hallway|bedroom)"  # and not the house that a novel's people leave
+MOVED = re.compile(rf"{PERSON} (?:moved to|went to|journeyed to|travelled to|went back to) the {PLACE}\.")
+TOOK = re.compile(rf"{PERSON} (?:got|took|grabbed|picked up) the {THING}(?: there)?\.")
+DROPPED = re.compile(rf"{PERSON} (?:dropped|put down|left|discarded) the {THING}(?: there)?\.")
+GAVE = re.compile(rf"{PERSON} (?:gave|handed|passed) the {THING} to {PERSON}\.")
+LIES = re.compile(rf"The {PLACE} is (north|south|east|west) of the {PLACE}\.")
 TURNED = {"north": "south", "south": "north", "east": "west", "west": "east"}
 
 
@@ -121,9 +123,9 @@ def test_story_is_whole_and_in_order_among_the_sentences_of_a_novel(lengths: Len
     """Catches a sentence that is lost or in another's place, a length that is exceeded, and items of chance."""
     novels = " ".join((load_novel("persuasion") + load_novel("northanger_abbey")).split())
     kinds = re.compile("|".join(f"(?:{kind.pattern})" for kind in (MOVED, TOOK, DROPPED, GAVE, LIES)))
-    items = made(lengths, name, 3000)
+    items = made(lengths, name, 2500, 3)
     for item in items:
-        assert 2990 <= lengths.of(item) <= 3000
+        assert 2490 <= lengths.of(item) <= 2500
         assert item.text.startswith(instruction(name))
         text = item.text.removeprefix(instruction(name))
         sentences = [found[0] for found in kinds.finditer(text)]
@@ -133,8 +135,8 @@ def test_story_is_whole_and_in_order_among_the_sentences_of_a_novel(lengths: Len
         rest = " ".join(kinds.sub(" ", text).split())
         assert rest[:500] in novels
         assert rest[-500:] in novels
-    assert items == made(lengths, name, 3000)
-    assert [item.text for item in items] != [item.text for item in made(lengths, name, 3000, seed=1)]
+    assert items == made(lengths, name, 2500, 3)
+    assert items[0].text != made(lengths, name, 2500, 1, seed=1)[0].text
     assert len({item.text[-200:] for item in items}) == len(items)
 
 

@@ -71,7 +71,7 @@ def make_command(
         with replacing(output) as temporary, temporary.open("w", encoding="utf-8") as file:
             for name, questions in parts:
                 number = sum(bool(file.write(question.line())) for question in questions)
-                say(f"{name}: {number:,} questions")
+                say(f"{name}: {number:,} written")
     except KeyboardInterrupt as interrupt:
         say(f"interrupted; {output} was not written")
         raise typer.Exit(INTERRUPTED) from interrupt

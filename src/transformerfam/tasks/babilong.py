@@ -6,6 +6,7 @@ Source: Kuratov et al., 2024, BABILong; its prompts and its rule of scoring are 
 import importlib.resources
 import math
 import random
+from collections.abc import Callable
 from functools import cache, partial
 from typing import Any
 
@@ -26,16 +27,16 @@ TOKENS_PER_SENTENCE = 20
 
 def babilong_tasks() -> dict[str, MadeTask]:
     """Return the tasks by name."""
-    novels = cache(_novels)
-    return {name: MadeTask(name=name, prepare=partial(_prepare, name, novels)) for name in NUM_SENTENCES}
+    return {name: MadeTask(name=name, prepare=partial(_prepare, name, _novels)) for name in NUM_SENTENCES}
 
 
+@cache
 def _novels() -> Haystack:
     return Haystack("\n\n".join(map(load_novel, HELD_OUT_NOVELS)), "novels", is_shuffled=True)
 
 
 def _prepare(
-    name: str, novels: Any, num_tokens: int, place: tuple[int, int], draw: random.Random
+    name: str, novels: Callable[[], Haystack], num_tokens: int, place: tuple[int, int], draw: random.Random
 ) -> tuple[Write, int, int | None]:
     """Draw a story and where its sentences are; the rest is as for `Prepare`.
 
@@ -47,7 +48,7 @@ def _prepare(
     last = (number + draw.random()) / num_items
     shares = sorted(draw.uniform(0, last) for _ in range(story.supports[-1])) + [last]
     shares += sorted(draw.uniform(last, 1) for _ in range(len(story.sentences) - len(shares)))
-    haystack: Haystack = novels()
+    haystack = novels()
     passage = haystack.passage(num_tokens, draw)
 
     def write(size: int) -> MadeQuestion:
