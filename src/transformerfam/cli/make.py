@@ -11,6 +11,7 @@ import typer
 from transformerfam.cli.loading import hide_loading_bars, warnings_said
 from transformerfam.cli.options import ModelOption
 from transformerfam.cli.output import say
+from transformerfam.cli.progress import questions_bar
 from transformerfam.errors import TransformerFamError
 from transformerfam.fields import LARGEST_INTEGER, whole_numbers
 from transformerfam.files.writing import replacing, require_writable
@@ -27,8 +28,8 @@ from transformerfam.weights.models import load_tokenizer
 
 BENCHMARKS = ("ruler", "babilong", "longbench")
 NUM_ITEMS = 50
-Part = tuple[str, Iterator[MadeQuestion]]
-"""What a progress line calls some questions, and these."""
+Part = tuple[str, int | None, Iterator[MadeQuestion]]
+"""What a progress line calls some questions, their number if it is known, and these."""
 
 
 def make_command(
@@ -69,8 +70,12 @@ def make_command(
         parts = _of_made(benchmark, chosen, tokens, model, num_items or NUM_ITEMS, seed)
     try:
         with replacing(output) as temporary, temporary.open("w", encoding="utf-8") as file:
-            for name, questions in parts:
-                number = sum(bool(file.write(question.line())) for question in questions)
+            for name, total, questions in parts:
+                number = 0
+                with questions_bar(total, name) as update:
+                    for number, question in enumerate(questions, start=1):
+                        file.write(question.line())
+                        update(number)
                 say(f"{name}: {number:,} written")
     except KeyboardInterrupt as interrupt:
         say(f"interrupted; {output} was not written")
@@ -102,7 +107,7 @@ def _of_longbench(names: list[str] | None, tokens: str | None, given: Path | Non
     _named(names or (), (*longbench_tasks(), *WITHOUT_SCORER), "task")
     files = longbench_files(given, names)
     return [
-        (f"longbench {name}", itertools.islice(longbench_questions(name, path), num_items))
+        (f"longbench {name}", num_items, itertools.islice(longbench_questions(name, path), num_items))
         for name, path in files.items()
     ]
 
@@ -122,5 +127,6 @@ def _of_made(
             questions = make_questions(task, lengths, number, num_items, seed)
             first = next(questions)
             say_unknown(tokenizer, encode(tokenizer, first.text), f"the text of {task.name}")
-            parts.append((f"{benchmark} {task.name}, {number:,} tokens", itertools.chain((first,), questions)))
+            name = f"{benchmark} {task.name}, {number:,} tokens"
+            parts.append((name, num_items, itertools.chain((first,), questions)))
     return parts

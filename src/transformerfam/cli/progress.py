@@ -101,11 +101,11 @@ def tokens_bar(description: str) -> Iterator[Callable[[int, int | None, "Reading
 
 
 @contextlib.contextmanager
-def questions_bar(num_questions: int, description: str) -> Iterator[Callable[[float], None]]:
+def questions_bar(num_questions: int | None, description: str) -> Iterator[Callable[[float], None]]:
     """Show a bar of questions on standard error and yield the function that moves it.
 
     Args:
-        num_questions: all questions, those of earlier runs included.
+        num_questions: all questions, those of earlier runs included; None where the number is not known.
         description: text in front of the bar.
 
     Yields:
