@@ -124,7 +124,7 @@ def test_longbench_is_taken_from_its_files(tmp_path: Path) -> None:
         (("babilong",), "babilong is made in lengths, required is --tokens, for example 4096,32768"),
         (("babilong", "--tokens", "1e3"), "--tokens has '1e3', required are whole numbers"),
         (("babilong", "--tokens", "50"), "qa1: a text of 50 tokens is too short, required are about"),
-        (("babilong", "--tokens", "50", "--from", "x"), "--from has the files of longbench, and babilong is made"),
+        (("babilong", "--tokens", "50", "--from", "x"), "--from has published files, and babilong is made"),
         (("longbench", "--from", "x", "--tokens", "5"), "leave --tokens out, and give --from FOLDER"),
         (("longbench",), "leave --tokens out, and give --from FOLDER"),
         (("longbench", "--from", "nowhere"), "nowhere/narrativeqa.jsonl is not there"),

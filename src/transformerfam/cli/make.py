@@ -20,13 +20,15 @@ from transformerfam.sources.source import CACHE_VARIABLE
 from transformerfam.tasks.babilong import babilong_tasks
 from transformerfam.tasks.longbench import WITHOUT_SCORER, longbench_files, longbench_questions, longbench_tasks
 from transformerfam.tasks.made_questions import Lengths, MadeQuestion, MadeTask, make_questions
+from transformerfam.tasks.published import PUBLISHED, published_questions
 from transformerfam.tasks.ruler import ruler_tasks
 from transformerfam.tasks.ruler.parts import Parts
 from transformerfam.tasks.text import encode
 from transformerfam.tasks.unknown_words import say_unknown
 from transformerfam.weights.models import load_tokenizer
 
-BENCHMARKS = ("ruler", "babilong", "longbench")
+MADE = ("ruler", "babilong")
+BENCHMARKS = (*MADE, "longbench", *PUBLISHED)
 NUM_ITEMS = 50
 Part = tuple[str, int | None, Iterator[MadeQuestion]]
 """What a progress line calls some questions, their number if it is known, and these."""
@@ -47,23 +49,25 @@ def make_command(
         ),
     ] = None,
     seed: Annotated[int, typer.Option("--seed", min=0, max=LARGEST_INTEGER, help="Of all that is drawn.")] = 0,
-    given: Annotated[Path | None, typer.Option("--from", help="The folder of LongBench's files.")] = None,
+    given: Annotated[
+        Path | None, typer.Option("--from", help="The folder of published files, for benchmarks that are not made.")
+    ] = None,
     folder: Annotated[
         Path | None, typer.Option("--folder", help=f"Where data is kept; {CACHE_VARIABLE}, else the user's cache.")
     ] = None,
 ) -> None:
-    """Write RULER's or BABILong's questions in texts of any length, or LongBench's from its files.
+    """Write RULER's or BABILong's questions in texts of any length, or those of others from their published files.
 
     Lengths are in tokens of --model, of which the tokenizer alone is loaded.
     """
     _named([benchmark], BENCHMARKS, "benchmark")
     _require_new(output)
     names = list(dict.fromkeys(part.strip() for part in task.split(","))) if task is not None else None
-    if benchmark == "longbench":
-        parts = _of_longbench(names, tokens, given, num_items)
+    if benchmark not in MADE:
+        parts = _on_disk(benchmark, names, tokens, given, num_items)
     else:
         if given is not None:
-            raise TransformerFamError(f"--from has the files of longbench, and {benchmark} is made; leave it out")
+            raise TransformerFamError(f"--from has published files, and {benchmark} is made; leave it out")
         tasks = ruler_tasks(Parts(folder)) if benchmark == "ruler" else babilong_tasks()
         _named(names or (), tasks, "task")
         chosen = [tasks[name] for name in names or tasks]
@@ -99,17 +103,24 @@ def _named(names: Iterable[str], known: Iterable[str], what: str) -> None:
             raise TransformerFamError(f"there is no {what} {name!r}; {hint}")
 
 
-def _of_longbench(names: list[str] | None, tokens: str | None, given: Path | None, num_items: int | None) -> list[Part]:
+def _on_disk(
+    benchmark: str, names: list[str] | None, tokens: str | None, given: Path | None, num_items: int | None
+) -> list[Part]:
+    """Return the questions of published files."""
     if tokens is not None or given is None:
         raise TransformerFamError(
-            "longbench has texts of their own lengths from files on disk; leave --tokens out, and give --from FOLDER"
+            f"{benchmark} has texts with lengths of their own, from files on disk; leave --tokens out, and give --from "
+            "FOLDER"
         )
-    _named(names or (), (*longbench_tasks(), *WITHOUT_SCORER), "task")
-    files = longbench_files(given, names)
-    return [
-        (f"longbench {name}", num_items, itertools.islice(longbench_questions(name, path), num_items))
-        for name, path in files.items()
-    ]
+    if benchmark in PUBLISHED:
+        if names is not None:
+            raise TransformerFamError(f"--task names the tasks of a benchmark, and {benchmark} is one; leave it out")
+        found = {benchmark: published_questions(benchmark, given)}
+    else:
+        _named(names or (), (*longbench_tasks(), *WITHOUT_SCORER), "task")
+        files = longbench_files(given, names)
+        found = {f"longbench {name}": longbench_questions(name, path) for name, path in files.items()}
+    return [(name, num_items, itertools.islice(questions, num_items)) for name, questions in found.items()]
 
 
 def _of_made(

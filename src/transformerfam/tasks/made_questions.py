@@ -34,10 +34,11 @@ class MadeQuestion:
     group: str = ""
     depth: float | None = None
     first_line: bool = False
+    choices: Sequence[str] = ()
 
     def line(self) -> str:
         """Return it as JSON, without fields that have no value."""
-        values = {name: value for name, value in asdict(self).items() if value not in (None, "", False)}
+        values = {name: value for name, value in asdict(self).items() if value not in (None, "", False, ())}
         return json.dumps(values, ensure_ascii=False) + "\n"
 
 
