@@ -127,7 +127,6 @@ def test_parts_that_rows_have_are_not_measured_again(pair: Any, book: Path) -> N
     for change in ({"far_tokens": 9}, {"system": "bswa"}, {"places": (0, 21)}):
         assert not finished_parts(rows, DocumentLosses(**options | change))
     book.write_text(LINE * 21)
-    document_losses.digest_of_texts.cache_clear()
     assert not finished_parts(rows, DocumentLosses(**options))
 
 

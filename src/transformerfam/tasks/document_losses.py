@@ -69,7 +69,7 @@ class DocumentLosses:
     @cached_property
     def digest(self) -> str:
         """Digest of the text."""
-        return digest_of_texts(str(self.path))
+        return digest_of_texts(self.path)
 
     def documents(self, tokenizer: Any) -> list[Document]:
         """Return what is read; see `read_documents`."""

@@ -36,15 +36,28 @@ class Document:
     gap_T: Tensor
 
 
-@functools.cache
-def digest_of_texts(path: str) -> str:
-    """Return a digest of a file, or of all files of a folder.
+def digest_of_texts(path: str | Path) -> str:
+    """Return a digest of a file, or of all files of a folder; files that have not changed are not read again.
 
     Raises:
         TransformerFamError: a file cannot be read, or is not UTF-8.
     """
+    return _digest(tuple((str(file), *_version(file)) for file in list_files(path)))
+
+
+def _version(file: str | Path) -> tuple[int, ...]:
+    """Return size and time of a file; nothing of a novel of the package, which does not change."""
+    try:
+        status = Path(file).stat()
+    except OSError:
+        return ()
+    return status.st_size, status.st_mtime_ns
+
+
+@functools.lru_cache(maxsize=64)
+def _digest(files: tuple[tuple[Any, ...], ...]) -> str:
     digest = hashlib.sha256()
-    for file in list_files(path):
+    for file, *_ in files:
         digest.update(hashlib.sha256(read_text(file).encode()).digest())
     return digest.hexdigest()[:16]
 
