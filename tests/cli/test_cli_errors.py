@@ -274,6 +274,7 @@ COMMANDS = {
     ("evaluate", "next-token"): ("{book}", "--model", "{folder}"),
     ("data", "export"): ("{questions}", "--output", "{tmp}/tasks"),
     ("evaluate", "documents"): ("{book}", "--model", "{folder}", "--output", "{tmp}/o"),
+    ("report", "gap"): ("{bare}", "--fam", "fam", "--bswa", "bswa"),
     ("report", "attention"): ("--model", "{folder}", "--output", "{tmp}/pictures"),
     ("data", "make"): ("babilong", "--tokens", "999", "--model", "{folder}", "--output", "{tmp}/new"),
 }

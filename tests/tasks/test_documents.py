@@ -198,3 +198,21 @@ def test_command_measures_once_and_compares_with_bswa(folder: Path, book: Path, 
     refused = CliRunner().invoke(app, [*command, "--system", "fam_memory_zeroed"])
     assert refused.exit_code != 0
     assert "control of questions" in refused.output
+
+
+def test_stride_gives_every_token_as_many_before_it_and_no_more(pair: Any, book: Path) -> None:
+    """Catches tokens at the seam of two stretches that are lost, counted twice or predicted from too little."""
+    model, tokenizer = pair
+    losses = DocumentLosses(path=book, num_documents=2, document_tokens=50, places=(0, 20), stride=15)
+    rows = list(losses.rows(model, tokenizer))
+    for number, document in enumerate(losses.documents(tokenizer)):
+        expected = []
+        for place in range(1, 50):
+            begin = place - place % 15
+            with torch.no_grad():
+                logits = model(document.ids_T[None, max(0, begin - 15) : place]).logits[0, -1]
+            expected.append(F.cross_entropy(logits, document.ids_T[place]).item())
+        own = [row for row in rows if row["document"] == number]
+        assert own[0]["loss"] == pytest.approx(sum(expected[:19]) / 19, abs=1e-5)
+        assert own[1]["loss"] == pytest.approx(sum(expected[19:]) / 30, abs=1e-5)
+    assert not finished_parts(rows, DocumentLosses(path=book, num_documents=2, document_tokens=50, places=(0, 20)))

@@ -40,6 +40,15 @@ def evaluate_documents_command(
     far_tokens: Annotated[
         int, typer.Option("--far-tokens", min=1, max=LARGEST_INTEGER, help="Names last seen so long ago are far.")
     ] = 1024,
+    stride: Annotated[
+        int | None,
+        typer.Option(
+            "--stride",
+            min=1,
+            max=LARGEST_INTEGER,
+            help="full_context sees so many tokens before each stretch of as many, for texts beyond its context.",
+        ),
+    ] = None,
     batch_size: Annotated[
         int, typer.Option("--batch-size", min=1, max=LARGEST_INTEGER, help="Documents that are read side by side.")
     ] = 4,
@@ -72,6 +81,7 @@ def evaluate_documents_command(
         for loaded in groups:
             loaded_model, tokenizer = load_system(model, loaded, overrides, device, dtype)
             losses.system = loaded if loaded == FULL_CONTEXT else name_in_rows(loaded, loaded_model)
+            losses.stride = stride if loaded == FULL_CONTEXT else None
             require_same_weights(rows.rows, losses.model_name, [losses.system], **weights_of(loaded_model))
             with fields_of_rows():
                 losses.finished = finished_parts(rows.rows, losses)

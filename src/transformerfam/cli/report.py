@@ -15,10 +15,12 @@ from transformerfam.fields import LARGEST_INTEGER, whole_numbers
 from transformerfam.files.writing import make_folder
 from transformerfam.reports.answers import answers_tables
 from transformerfam.reports.figure import require_figure
+from transformerfam.reports.gap import gap_rows, gap_table
 from transformerfam.reports.losses import documents_tables
 from transformerfam.reports.next_token import next_token_table
 from transformerfam.reports.passkey import passkey_table, plot_passkey
 from transformerfam.reports.rows import RowFile, fields_of_rows, read_rows
+from transformerfam.tasks.answers_evaluation import FULL_CONTEXT
 from transformerfam.tasks.passkey import PasskeyText
 from transformerfam.tasks.provenance import provenance, weights_of
 from transformerfam.tasks.unknown_words import require_filler, require_wording
@@ -79,6 +81,33 @@ def report_rows(
         Console().print(table)
     for figure in figures or []:
         plot_passkey(loaded, figure)
+
+
+@report_app.command("gap")
+def report_gap(
+    rows: Annotated[list[Path], typer.Argument(help="Rows of fam evaluate documents.")],
+    fam: Annotated[str, typer.Option("--fam", help="The memory: MODEL, SYSTEM as in the table, or the system alone.")],
+    bswa: Annotated[str, typer.Option("--bswa", help="A window of the same bytes, trained alike.")],
+    full: Annotated[str, typer.Option("--full", help="Full attention, trained alike.")] = FULL_CONTEXT,
+    least_place: Annotated[
+        int, typer.Option("--least-place", min=0, max=LARGEST_INTEGER, help="Leave out parts that begin before it.")
+    ] = 1024,
+    output: Annotated[Path | None, typer.Option("--output", help="JSON lines; rows are appended.")] = None,
+) -> None:
+    """Show how much of what full attention gains over a window the memory gains, by text."""
+    loaded = read_rows(rows)
+    with fields_of_rows():
+        found = gap_rows(loaded, {"fam": fam, "bswa": bswa, "full": full}, least_place)
+    if not found:
+        raise TransformerFamError(
+            f"no text was measured with all of {fam}, {bswa} and {full} from token {least_place:,} on; run fam "
+            "evaluate documents with each on the same text"
+        )
+    if output is not None:
+        with RowFile(output) as file:
+            for row in found:
+                file.append({"system": fam, "model": fam, "seed": 0, **row, **provenance()})
+    Console().print(gap_table(found))
 
 
 @report_app.command("attention")

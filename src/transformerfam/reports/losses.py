@@ -90,7 +90,7 @@ class Interval(NamedTuple):
 
 def mean_loss(rows: Iterable[Row], part: Part) -> Interval | None:
     """Return the mean loss of all tokens of a part; None where there are none."""
-    sums = _sums(rows, part)
+    sums = sums_of(rows, part)
     return _bootstrapped([sums[key] for key in sorted(sums)])
 
 
@@ -99,7 +99,7 @@ def difference(rows: Iterable[Row], others: Iterable[Row], part: Part) -> Interv
 
     Both are of the same tokens, so the interval is that of the difference, document by document.
     """
-    own, other = _sums(rows, part, by_seed=True), _sums(others, part, by_seed=True)
+    own, other = sums_of(rows, part, by_seed=True), sums_of(others, part, by_seed=True)
     of_document: defaultdict[Any, list[float]] = defaultdict(lambda: [0.0, 0.0])
     for document, seed in sorted(own.keys() & other.keys()):
         (loss, count), (other_loss, other_count) = own[document, seed], other[document, seed]
@@ -110,7 +110,7 @@ def difference(rows: Iterable[Row], others: Iterable[Row], part: Part) -> Interv
     return _bootstrapped(list(of_document.values()))
 
 
-def _sums(rows: Iterable[Row], part: Part, by_seed: bool = False) -> dict[Any, list[float]]:
+def sums_of(rows: Iterable[Row], part: Part, by_seed: bool = False) -> dict[Any, list[float]]:
     """Return the sum of losses and the number of tokens of each document, or of each document and seed."""
     found: dict[Any, list[float]] = {}
     for row in rows:

@@ -46,6 +46,9 @@ class DocumentLosses:
     """First token of each part of a document; the last part ends with the document."""
     far_tokens: int = 1024
     """Tokens since a name was last seen, from which on it counts as far."""
+    stride: int | None = None
+    """Read so many tokens at a time, each time after the same number of tokens before them and nothing else: full
+    attention in texts that are longer than the model's context. None reads a document from its beginning."""
     batch_size: int = 4
     """Documents that are read side by side."""
     system: str = "fam"
@@ -56,8 +59,8 @@ class DocumentLosses:
     """Called after every piece with the tokens done, those to do, and the state."""
 
     def __post_init__(self) -> None:
-        for name, least in (("far_tokens", 1), ("batch_size", 1)):
-            if getattr(self, name) < least:
+        for name, least in (("far_tokens", 1), ("batch_size", 1), ("stride", 1)):
+            if getattr(self, name) is not None and getattr(self, name) < least:
                 raise TransformerFamError(f"{name} is {getattr(self, name)}, required is at least {least}; change it")
         places = list(self.places)
         if not places or places != sorted(set(places)) or places[0] < 0 or places[-1] >= self.document_tokens - 1:
@@ -90,7 +93,7 @@ class DocumentLosses:
         Raises:
             TransformerFamError: see `read_documents`.
         """
-        documents = self.documents(tokenizer)
+        documents, config = self.documents(tokenizer), memory_of(model).config
         parts = list(itertools.pairwise([*self.places, self.document_tokens]))
         begins = [begin for begin, _ in parts]
         todo = [n for n in range(len(documents)) if any((n, begin) not in self.finished for begin in begins)]
@@ -114,7 +117,10 @@ class DocumentLosses:
                         "num_tokens": end - begin,
                         **self._measured(model, documents[number], loss_T, is_right_T, begin, end),
                         "far_tokens": self.far_tokens,
+                        "stride": self.stride,
                         "state_bytes": state.num_bytes // state.batch_size,
+                        "fam_length": getattr(config, "fam_length", None),
+                        "num_memory_segments": getattr(config, "num_memory_segments", None),
                         "questions": self.questions,
                         **weights_of(model),
                         **provenance(),
@@ -123,12 +129,23 @@ class DocumentLosses:
     def _read(
         self, model: Any, documents: Sequence[Document], first: int, num_documents: int
     ) -> tuple[Tensor, Tensor, ReadingState]:
-        def update(state: ReadingState) -> None:
+        def update(state: ReadingState, num_before: int = 0) -> None:
             if self.progress is not None:
-                done = first * self.document_tokens + len(documents) * state.num_tokens_read
+                done = first * self.document_tokens + len(documents) * (num_before + state.num_tokens_read)
                 self.progress(done, num_documents * self.document_tokens, state)
 
-        return token_losses(model, torch.stack([document.ids_T for document in documents]), update)
+        ids_BT = torch.stack([document.ids_T for document in documents])
+        if self.stride is None:
+            return token_losses(model, ids_BT, update)
+        losses, rights = [], []
+        for begin in range(0, self.document_tokens, self.stride):
+            first_read = max(0, begin - self.stride)
+            loss_BT, is_right_BT, state = token_losses(model, ids_BT[:, first_read : begin + self.stride])
+            num_before = max(0, begin - first_read - 1)  # the first token that is read is not predicted
+            losses.append(loss_BT[:, num_before:])
+            rights.append(is_right_BT[:, num_before:])
+            update(state, first_read)
+        return torch.cat(losses, dim=1), torch.cat(rights, dim=1), state
 
     def _measured(
         self, model: Any, document: Document, loss_T: Tensor, is_right_T: Tensor, begin: int, end: int
@@ -157,10 +174,10 @@ class DocumentLosses:
 
 def finished_parts(rows: Sequence[dict[str, Any]], losses: DocumentLosses) -> set[Finished]:
     """Return the parts of documents that rows have already."""
-    own = (losses.system, losses.model_name, losses.seed, losses.digest, losses.questions)
+    own = (losses.system, losses.model_name, losses.seed, losses.digest, losses.questions, losses.stride)
     return {
         (row["document"], row["first_token"])
         for row in rows
         if row["task"] == TASK
-        and (row["system"], row["model"], row["seed"], row["text_digest"], row["questions"]) == own
+        and (row["system"], row["model"], row["seed"], row["text_digest"], row["questions"], row.get("stride")) == own
     }

@@ -1,0 +1,154 @@
+"""The share of the gap: how much of what full attention gains over a window a memory of the same bytes gains."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from rich.box import SIMPLE_HEAD
+from rich.table import Table
+
+from transformerfam.errors import TransformerFamError
+from transformerfam.reports.losses import LOSS, NUM_RESAMPLES, Interval, sums_of
+from transformerfam.reports.rows import Row
+
+TASK = "gap_share"
+LEAST_GAP = 0.03
+"""Nats per token that full attention must gain over the window for a share to count."""
+
+
+class Gap(NamedTuple):
+    """A text measured with three systems that were trained alike.
+
+    Attributes:
+        fam: loss with the memory, nats per token.
+        bswa: loss of a window of the same bytes.
+        full: loss of full attention.
+        gain: by how much the memory is better than the window, `bswa - fam`.
+        gap: by how much full attention is, `bswa - full`.
+        share: `gain / gap`; 0: the memory is worth no more than its bytes as a window; 1: as good as full attention.
+    """
+
+    fam: float
+    bswa: float
+    full: float
+    gain: Interval
+    gap: Interval
+    share: Interval
+
+    @property
+    def counts(self) -> bool:
+        """Whether the gap is large enough for its share to mean something."""
+        return self.gap.mean >= LEAST_GAP
+
+
+def gap_of(fam: Iterable[Row], bswa: Iterable[Row], full: Iterable[Row]) -> Gap | None:
+    """Return the gap over the documents that all three have measured; None where there are none.
+
+    Rows are those of `fam evaluate documents`; intervals come from resampling documents, all three together.
+    """
+    sums = [sums_of(rows, LOSS) for rows in (fam, bswa, full)]
+    shared = sorted(set.intersection(*(set(of_system) for of_system in sums)))
+    sums_D32 = torch.tensor([[of_system[key] for of_system in sums] for key in shared], dtype=torch.float64)
+    if not shared or not bool((sums_D32[..., 1] > 0).all()):
+        return None
+    draw = torch.Generator().manual_seed(0)
+    chosen_ND = torch.randint(len(shared), (NUM_RESAMPLES, len(shared)), generator=draw)
+    means = _means(sums_D32)
+    resampled = _means(sums_D32[chosen_ND])
+
+    def interval(value: torch.Tensor, values_N: torch.Tensor) -> Interval:
+        low, high = torch.quantile(values_N, torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
+        return Interval(value.item(), low, high)
+
+    fam_loss, bswa_loss, full_loss = (mean.item() for mean in means)
+    return Gap(
+        fam=fam_loss,
+        bswa=bswa_loss,
+        full=full_loss,
+        gain=interval(means[1] - means[0], resampled[1] - resampled[0]),
+        gap=interval(means[1] - means[2], resampled[1] - resampled[2]),
+        share=interval(
+            (means[1] - means[0]) / (means[1] - means[2]),
+            (resampled[1] - resampled[0]) / (resampled[1] - resampled[2]),
+        ),
+    )
+
+
+def _means(sums: torch.Tensor) -> Sequence[torch.Tensor]:
+    """Return the mean losses of the three systems, from `(..., documents, 3, 2)` sums and counts."""
+    loss, count = sums.sum(dim=-3).unbind(dim=-1)
+    return (loss / count).unbind(dim=-1)
+
+
+def gap_rows(rows: Iterable[Row], systems: Mapping[str, str], least_place: int = 1024) -> list[dict[str, Any]]:
+    """Return a row for every text that three systems have measured.
+
+    Args:
+        rows: of `fam evaluate documents`.
+        systems: of "fam", "bswa" and "full", how the rows call each: `MODEL, SYSTEM`, or the system alone.
+        least_place: parts of documents that begin before this token are left out.
+
+    Raises:
+        TransformerFamError: a system has no rows.
+    """
+    chosen = [row for row in rows if row["task"] == "documents" and row["first_token"] >= least_place]
+    names = {f"{row['model']}, {row['system']}": row["system"] for row in chosen}
+    by_system = {}
+    for part, name in systems.items():
+        full_names = [full for full, system in names.items() if name in (full, system)]
+        if len(full_names) != 1:
+            raise TransformerFamError(
+                f"--{part} is {name!r}, required is one of {', '.join(sorted(names)) or 'the systems of the rows'}"
+            )
+        model, _, system = full_names[0].rpartition(", ")
+        by_system[part] = [row for row in chosen if (str(row["model"]), row["system"]) == (model, system)]
+    found = []
+    for text, questions in sorted({(row["text"], row["questions"]) for row in chosen}):
+        own = {
+            part: [row for row in rows_of if (row["text"], row["questions"]) == (text, questions)]
+            for part, rows_of in by_system.items()
+        }
+        gap = gap_of(own["fam"], own["bswa"], own["full"])
+        if gap is None:
+            continue
+        first = {part: rows_of[0] for part, rows_of in own.items()}
+        found.append(
+            {
+                "task": TASK,
+                "text": text,
+                "loss_fam": gap.fam,
+                "loss_bswa": gap.bswa,
+                "loss_full": gap.full,
+                "gain": list(gap.gain),
+                "gap": list(gap.gap),
+                "share": list(gap.share),
+                "counts": gap.counts,
+                "state_bytes": first["fam"]["state_bytes"],
+                "state_bytes_bswa": first["bswa"]["state_bytes"],
+                **{name: first["fam"].get(name) for name in ("fam_length", "num_memory_segments")},
+                "systems": dict(systems),
+                **{f"weights_{part}": row.get("weights") for part, row in first.items()},
+            }
+        )
+    return found
+
+
+def gap_table(rows: Sequence[Mapping[str, Any]]) -> Table:
+    """Return a line for every text."""
+    table = Table(
+        title="share of the gap (losses in nats per token)",
+        caption=f"[95 % interval over documents]; a share counts where the gap is at least {LEAST_GAP}",
+        box=SIMPLE_HEAD,
+    )
+    for name in ("text", "FAM", "window", "full", "window - FAM", "window - full", "share", "bytes", "window's"):
+        table.add_column(name, justify="left" if name == "text" else "right")
+    for row in rows:
+        share = Interval(*row["share"]).shown(is_signed=True)
+        table.add_row(
+            row["text"],
+            *(f"{row[name]:.3f}" for name in ("loss_fam", "loss_bswa", "loss_full")),
+            *(Interval(*row[name]).shown(is_signed=True) for name in ("gain", "gap")),
+            share if row["counts"] else "gap too small",
+            *(f"{row[name]:,}" for name in ("state_bytes", "state_bytes_bswa")),
+        )
+    return table
