@@ -109,6 +109,16 @@ def test_rows_of_other_questions_are_not_answers(path: Path, tmp_path: Path) -> 
     assert num_answered() == 0
 
 
+def test_rows_are_shown_without_the_questions(path: Path, tmp_path: Path) -> None:
+    """Catches a report that needs what it is a report of."""
+    comparison = load_comparison(path)
+    run_one(comparison, comparison.runs[0], tmp_path / "runs")
+    rows = read_rows([tmp_path / "runs" / str(comparison.runs[0]) / ROWS_FILE])
+    before = [str(table.title) for table in comparison_tables(comparison, rows)]
+    (tmp_path / "questions.jsonl").unlink()
+    assert [str(table.title) for table in comparison_tables(load_comparison(path), rows)] == before
+
+
 @pytest.mark.parametrize(
     ("change", "match"),
     [

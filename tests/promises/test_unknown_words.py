@@ -211,6 +211,8 @@ SAID = {
     "tasks.named_keys.__init__": "wording_ids, which the evaluation and the training look at",
     "tasks.next_token.evaluate_next_token": "known_pieces",
     "tasks.documents.__init__": "require_known in read_documents",
+    "cli.make._of_made": "say_unknown",
+    "tasks.made_questions.of": "counts the tokens of a text that _of_made has looked at",
     "tasks.answers_evaluation._encoded": "require_known",
     "tasks.answers_evaluation._asked": "say_unknown",
     "tasks.answers_evaluation._question_ids": "_asked looks at the question",

@@ -401,6 +401,10 @@ def test_prompt_is_asked_word_for_word_and_scored_by_its_rule(tmp_path: Path, fo
         ("numbers", "none", ["3"], 0.0),
         ("numbers", "13", ["3"], 0.0),
         ("rouge", "the cat sat", ["the cat sat on the mat", "dogs"], 2 / 3),
+        ("rouge", "The cat, sat_on: 2 mats.", ["the cat sat on 2 mats"], 1.0),
+        ("rouge", "Это правильный ответ", ["Это правильный ответ"], 1.0),
+        ("rouge", "这是正确的答案", ["这是正确的"], 10 / 12),
+        ("rouge", "un café", ["un cafe"], 0.5),
     ],
 )
 def test_answer_is_scored_by_the_rule_of_its_item(scorer: str, answer: str, wanted: list[str], score: float) -> None:

@@ -200,6 +200,26 @@ def test_command_measures_once_and_compares_with_bswa(folder: Path, book: Path, 
     assert "control of questions" in refused.output
 
 
+def test_texts_of_one_name_have_tables_of_their_own(pair: Any, book: Path) -> None:
+    """Catches means over two texts, or over a text before and after it was changed."""
+    model, tokenizer = pair
+    options: dict[str, Any] = {"path": book, "num_documents": 2, "document_tokens": 40, "places": (0, 20)}
+    rows = list(DocumentLosses(**options).rows(model, tokenizer))
+    book.write_text(LINE * 3 + "12345 is it. " * 30)
+    rows += DocumentLosses(**options).rows(model, tokenizer)
+    tables = documents_tables(rows)
+    assert len(tables) == 2
+    assert len({str(table.title) for table in tables}) == 2
+
+
+def test_blocks_of_another_size_can_be_measured(pair: Any, book: Path) -> None:
+    """Catches full attention whose block starts are those of no other system."""
+    model, tokenizer = pair
+    options: dict[str, Any] = {"path": book, "num_documents": 1, "document_tokens": 40, "places": (0,)}
+    (row,) = DocumentLosses(**options, block_size=30).rows(model, tokenizer)
+    assert row["num_block_start"] == 10
+
+
 def test_stride_gives_every_token_as_many_before_it_and_no_more(pair: Any, book: Path) -> None:
     """Catches tokens at the seam of two stretches that are lost, counted twice or predicted from too little."""
     model, tokenizer = pair

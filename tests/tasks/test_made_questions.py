@@ -1,5 +1,6 @@
 """The most text that fits is found, whatever a tokenizer does with the spaces between two pieces."""
 
+import json
 from typing import Any
 
 import pytest
@@ -8,6 +9,15 @@ from hypothesis import strategies as st
 
 from transformerfam.errors import TransformerFamError
 from transformerfam.tasks.made_questions import Lengths, MadeQuestion
+
+
+def test_line_keeps_a_depth_of_zero() -> None:
+    """Catches a number that is left out since it is False in Python."""
+    made = MadeQuestion(
+        text="a", prompt="b", question="c", answers=["d"], scorer="all", max_new_tokens=1, id="e", depth=0.0
+    )
+    assert json.loads(made.line())["depth"] == 0.0
+    assert "choices" not in made.line()
 
 
 class Words:

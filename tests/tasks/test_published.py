@@ -38,7 +38,7 @@ PAPER = {
         },
     ],
 }
-ARTICLE = {
+ARTICLE: dict[str, Any] = {
     "article_id": "7",
     "article": GRASS,
     "questions": [
@@ -46,6 +46,10 @@ ARTICLE = {
         {"question": "What is blue?", "options": ["The sky", "The grass", "It", "Here"], "gold_label": 1},
     ],
 }
+
+
+def changed_quality(**changes: Any) -> str:
+    return json.dumps(ARTICLE | {"questions": [ARTICLE["questions"][0] | changes]})
 
 
 @pytest.fixture
@@ -113,6 +117,9 @@ def test_folder_without_the_files_is_refused_by_name(tmp_path: Path, name: str) 
         ("qasper", "qasper-test-v0.3.json", "{"),
         ("quality", "QuALITY.v1.0.1.htmlstripped.dev", '{"article": "a"}\n'),
         ("quality", "QuALITY.v1.0.1.htmlstripped.dev", json.dumps({**ARTICLE, "questions": [{"question": "a"}]})),
+        ("quality", "QuALITY.v1.0.1.htmlstripped.dev", changed_quality(gold_label=0)),
+        ("quality", "QuALITY.v1.0.1.htmlstripped.dev", changed_quality(gold_label=5)),
+        ("quality", "QuALITY.v1.0.1.htmlstripped.dev", changed_quality(options=["a", "a ", "b", "c"])),
         ("xlsum", "english_test.jsonl", '{"id": "a", "text": "b"}\n'),
         ("xlsum", "english_test.jsonl", '{"id": "a", "text": "b", "summary": " "}\n'),
     ],
@@ -122,6 +129,16 @@ def test_file_of_another_form_is_refused(data: Path, name: str, file: str, conte
     (data / file).write_text(content)
     with pytest.raises(CorruptFileError, match="another form|no text or no answer"):
         list(published_questions(name, data))
+
+
+def test_lines_of_one_id_and_questions_asked_twice_have_names_of_their_own(data: Path) -> None:
+    """Catches a file that is made and then refused."""
+    for name in ("qaps.csv", "english_test.jsonl"):
+        lines = (data / name).read_text().splitlines(keepends=True)
+        (data / name).write_text("".join([*lines, *lines[-1:]]).replace("d3", "d1"))
+    for name in ("narrativeqa", "xlsum"):
+        names = [question.id for question in published_questions(name, data)]
+        assert len(names) == len(set(names)) > 1
 
 
 def test_options_of_made_benchmarks_are_refused(tmp_path: Path) -> None:

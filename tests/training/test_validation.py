@@ -1,6 +1,7 @@
 """Evaluation while training: what is measured is what will be read, the best weights are kept, resuming is exact."""
 
 import json
+import math
 import shutil
 from pathlib import Path
 from typing import Any
@@ -159,7 +160,7 @@ def test_run_without_a_checkpoint_begins_again_and_a_damaged_best_is_refused(
         ({"every": 0, "files": ["held_out.txt"]}, "every"),
         ({"every": 2, "questions": "questions.jsonl", "keep": "loss"}, "keep is 'loss', and evaluation has no files"),
         ({"every": 2, "files": ["held_out.txt"], "keep": "score"}, "keep is 'score', and evaluation has no questions"),
-        ({"every": 2, "files": ["trained.txt"]}, "trained.txt', which instructions.files has, too"),
+        ({"every": 2, "files": ["trained.txt"]}, "trained.txt, which instructions.files has, too"),
         ({"every": 2, "files": ["nowhere.txt"]}, "evaluation.files: cannot read"),
         ({"every": 2, "files": []}, "neither files nor questions"),
     ],
@@ -174,6 +175,26 @@ def test_what_cannot_be_evaluated_is_refused(
         section["questions"] = named[section["questions"]]
     with pytest.raises(RecipeError, match=match):
         Trainer(make_recipe(texts, section), tmp_path / "run")
+
+
+def test_text_that_is_trained_on_is_refused_by_whatever_path(texts: dict[str, str], tmp_path: Path) -> None:
+    """Catches a folder that holds the held-out text."""
+    recipe = make_recipe(
+        texts, {"every": 2, "files": [texts["held_out.txt"]]}, instructions={"files": [str(tmp_path)], "length": 40}
+    )
+    with pytest.raises(RecipeError, match=r"held_out.txt, which instructions.files has, too"):
+        Trainer(recipe, tmp_path / "run")
+
+
+def test_what_is_not_finite_is_never_the_best(
+    texts: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Catches NaN that takes the place of the best weights, since nothing is greater."""
+    measured = iter([math.nan, 1.0, math.nan])
+    monkeypatch.setattr(Validation, "_loss", lambda *_: next(measured))
+    trainer = Trainer(make_recipe(texts, {"every": 2, "files": [texts["held_out.txt"]]}), tmp_path / "run")
+    trainer.run()
+    assert trainer.validation.notes["best"]["step"] == 4
 
 
 def test_held_out_texts_without_instructions_are_refused(texts: dict[str, str]) -> None:

@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 from tiny_models import make_tokenizer
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from transformerfam.errors import CorruptFileError
+from transformerfam.errors import CorruptFileError, TransformerFamError
 from transformerfam.files.tensors import load_tensors, save_tensors
 from transformerfam.weights.eight_bit import EIGHT_BIT_FILE, FORMAT_VERSION, KIND, load_eight_bit, save_eight_bit
 from transformerfam.weights.models import load_base
@@ -53,6 +53,23 @@ def test_weights_are_within_half_a_step_and_logits_near(tmp_path: Path, is_tied:
     save_eight_bit(loaded, make_tokenizer(), tmp_path / "again")  # what is rounded stays as it is
     first, second = (load_file(tmp_path / name / EIGHT_BIT_FILE) for name in ("model", "again"))
     assert all(torch.equal(first[name], second[name]) for name in first if first[name].dtype == torch.int8)
+
+
+def test_ends_of_texts_are_kept(tmp_path: Path) -> None:
+    """Catches a chat model that does not stop."""
+    model = make_model()
+    model.generation_config.eos_token_id = [1, 5]
+    save_eight_bit(model, make_tokenizer(), tmp_path / "model")
+    assert load_eight_bit(tmp_path / "model").generation_config.eos_token_id == [1, 5]
+
+
+def test_numbers_that_are_not_finite_are_refused(tmp_path: Path) -> None:
+    """Catches a row that one number spoils without a word."""
+    model = make_model()
+    with torch.no_grad():
+        model.get_input_embeddings().weight[3, 4] = float("nan")
+    with pytest.raises(TransformerFamError, match="embed_tokens.weight holds numbers that are not finite"):
+        save_eight_bit(model, make_tokenizer(), tmp_path / "model")
 
 
 def test_file_has_a_quarter_of_the_bytes(saved: Path) -> None:

@@ -11,6 +11,7 @@ from transformerfam.cli.loading import load_system, named_with, systems_by_model
 from transformerfam.cli.options import DeviceOption, DtypeOption, ModelOption, SetOption, SystemOption
 from transformerfam.cli.progress import tokens_bar
 from transformerfam.config import FamConfig
+from transformerfam.decoder.memory import memory_of
 from transformerfam.errors import TransformerFamError
 from transformerfam.fields import LARGEST_INTEGER, values_to_fields, whole_numbers
 from transformerfam.reports.losses import documents_tables
@@ -78,8 +79,10 @@ def evaluate_documents_command(
         model_name=named_with(model, overrides, dtype),
     )
     with RowFile(output) as rows:
-        for loaded in groups:
+        for loaded in sorted(groups, key=lambda name: name == FULL_CONTEXT):
             loaded_model, tokenizer = load_system(model, loaded, overrides, device, dtype)
+            if loaded != FULL_CONTEXT:  # which is measured at the starts of the same blocks
+                losses.block_size = memory_of(loaded_model).config.block_size
             losses.system = loaded if loaded == FULL_CONTEXT else name_in_rows(loaded, loaded_model)
             losses.stride = stride if loaded == FULL_CONTEXT else None
             require_same_weights(rows.rows, losses.model_name, [losses.system], **weights_of(loaded_model))

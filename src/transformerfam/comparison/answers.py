@@ -99,12 +99,15 @@ class AnswersComparison(FillerComparison):
         }
         return AnswersEvaluation(questions=self._file, seed=seed, systems=systems, **own | options)
 
-    def asked(self, kind: str, seed: int, length: int, block_size: int) -> Asked:
+    def asked(self, kind: str, seed: int, length: int, block_size: int) -> Asked | None:
         """Return the items of the file; see `Comparison.asked`."""
+        if not Path(self.questions).exists():
+            return None
         return {(item.name,): {} for places in self._file.texts() for item in self._file.items(places)}
 
     def require_askable(self) -> None:
         """Read the file; see `Comparison.require_askable`."""
+        _ = self._file
         for run in self.runs:
             self.evaluation(run.seed, self.rows_of(run))
 
@@ -112,8 +115,10 @@ class AnswersComparison(FillerComparison):
         """Check that a tokenizer knows enough of the filler; see `Comparison.require_tokens`."""
         self.evaluation(self.seeds[0], self.trained[:1]).require_tokens(tokenizer)
 
-    def questions_digest(self, length: int) -> str:
-        """Return the field `questions` of its rows of one length."""
+    def questions_digest(self, length: int) -> str | None:
+        """Return the field `questions` of its rows of one length; None without the file."""
+        if not Path(self.questions).exists():
+            return None
         digest = self._filler_digest if length else None
         return self.evaluation(0, self.trained[:1]).fields_of_questions(digest, length)["questions"]
 

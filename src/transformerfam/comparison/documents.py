@@ -198,10 +198,12 @@ class DocumentsComparison(Comparison):
             places, found = zip(*points, strict=True)
             errors = [[cell.mean - cell.low for cell in found], [cell.high - cell.mean for cell in found]]
             style = line_style(system, number)
-            drawn = axes.errorbar(
-                places, [cell.mean for cell in found], yerr=errors, elinewidth=0.6, capsize=2, **style
-            )
-            lines.append((drawn.lines[0], system))
+            means = [cell.mean for cell in found]
+            axes.errorbar(places, means, yerr=errors, elinewidth=0.6, capsize=2, **style | {"linestyle": "none"})
+            num_parts = sum(place < len(self.places) for place in places)  # the other columns have no order
+            axes.plot(places[:num_parts], means[:num_parts], **style)
+            (line,) = axes.plot(places[-1:], means[-1:], **style)
+            lines.append((line, system))
         axes.axhline(0, **GUIDE)
         axes.set_title(f"{text}: loss minus that of {self.reference} (nats per token)", loc="left", fontsize=9)
         axes.set_xticks(range(len(self.columns)), [column.title.replace(" to ", " to\n") for column in self.columns])

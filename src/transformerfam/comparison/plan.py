@@ -196,8 +196,8 @@ class Comparison(Section, abc.ABC):
         """Return what distinguishes questions of one kind and length; None where an earlier version did not note it."""
 
     @abc.abstractmethod
-    def asked(self, kind: Kind, seed: int, length: int, block_size: int) -> Asked:
-        """Return the questions of one kind, seed and length.
+    def asked(self, kind: Kind, seed: int, length: int, block_size: int) -> Asked | None:
+        """Return the questions of one kind, seed and length; None where they are not at hand, and rows are shown.
 
         Args:
             kind: of `kinds`.
@@ -218,8 +218,8 @@ class Comparison(Section, abc.ABC):
         """
 
     @abc.abstractmethod
-    def questions_digest(self, length: int) -> str:
-        """Return the field `questions` of its rows of one length."""
+    def questions_digest(self, length: int) -> str | None:
+        """Return the field `questions` of its rows of one length; None where what is asked is not at hand."""
 
     @abc.abstractmethod
     def ask(self, asking: Asking) -> Iterable[Row]:

@@ -28,7 +28,7 @@ def answers_tables(rows: Iterable[Row]) -> list[Table]:
         if row["task"] != "answers":
             continue
         series = (str(row["model"]), row["system"])
-        require_alike(row, known.setdefault((*series, row["questions"], row["seed"]), {}))
+        require_alike(row, known.setdefault((*series, row["questions"], row.get("seed", 0)), {}))
         group = (row["group"], row["filler_tokens"], row["questions"], "num_choices" in row)
         groups.setdefault(group, {}).setdefault(series, []).append(row)
     return [_table(key[0], key[1], groups[key]) for key in sorted(groups)]

@@ -161,15 +161,18 @@ def documents_tables(rows: Iterable[Row]) -> list[Table]:
         StateMismatchError: rows of one model and system are of different weights or configurations.
     """
     known: dict[tuple[str, str], Row] = {}
-    texts: defaultdict[tuple[str, str], defaultdict[str, list[Row]]] = defaultdict(lambda: defaultdict(list))
+    texts: defaultdict[tuple[str, str, str], defaultdict[str, list[Row]]] = defaultdict(lambda: defaultdict(list))
     chosen = [row for row in rows if row["task"] == "documents"]
     models = {str(row["model"]) for row in chosen}
     for row in chosen:
         require_alike(row, known.setdefault((str(row["model"]), row["system"]), {}))
         name = row["system"] if len(models) == 1 else f"{row['model']}, {row['system']}"
-        texts[row["text"], row["questions"]][name].append(row)
+        texts[row["text"], row["text_digest"], row["questions"]][name].append(row)
     found = []
-    for (text, _), by_system in sorted(texts.items()):
+    digests = {(text, digest) for text, digest, _ in texts}
+    for (text, digest, _), by_system in sorted(texts.items()):
+        several = len([name for name, _ in digests if name == text]) > 1
+        text = f"{text} ({digest})" if several else text
         of_text = [row for own in by_system.values() for row in own]
         places = sorted({row["first_token"] for row in of_text})
         num_tokens = max(row["first_token"] + row["num_tokens"] for row in of_text)

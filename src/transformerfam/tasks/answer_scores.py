@@ -17,6 +17,9 @@ ABSTAINING = re.compile(
     re.IGNORECASE,
 )
 """Words of a first sentence by which a model says that it has no answer."""
+UNSPACED = r"\u0e00-\u0e7f\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff"
+ROUGE_WORD = re.compile(rf"[{UNSPACED}]|[^\W_{UNSPACED}]+")
+"""A word; of Thai, Japanese and Chinese, which have no spaces, a character."""
 PUNCTUATION = ".,;:!?\"'()[]\u2018\u2019\u201c\u201d"
 
 
@@ -111,18 +114,26 @@ def require_scorers(names: Iterable[str]) -> None:
 
 @cache
 def rouge_scorer() -> Any:
-    """Return what computes ROUGE-L, words as they are written.
+    """Return what computes ROUGE-L, words as they are written, in any script; of scripts without spaces each character.
 
     Raises:
         MissingPackageError: rouge-score is not installed.
     """
     try:
         from rouge_score.rouge_scorer import RougeScorer
+        from rouge_score.tokenizers import Tokenizer
     except ImportError as error:
         raise MissingPackageError(
             'rouge-score is needed to score summaries; pip install "transformerfam[answers]"'
         ) from error
-    return RougeScorer(["rougeL"])
+
+    class Words(Tokenizer):
+        """rouge-score's own knows the letters a to z alone."""
+
+        def tokenize(self, text: str) -> list[str]:
+            return ROUGE_WORD.findall(text.lower())
+
+    return RougeScorer(["rougeL"], tokenizer=Words())
 
 
 def worth(row: Mapping[str, Any]) -> float:

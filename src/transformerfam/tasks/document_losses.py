@@ -46,6 +46,8 @@ class DocumentLosses:
     """First token of each part of a document; the last part ends with the document."""
     far_tokens: int = 1024
     """Tokens since a name was last seen, from which on it counts as far."""
+    block_size: int | None = None
+    """Of the blocks whose first tokens are measured; None: the memory's."""
     stride: int | None = None
     """Read so many tokens at a time, each time after the same number of tokens before them and nothing else: full
     attention in texts that are longer than the model's context. None reads a document from its beginning."""
@@ -153,7 +155,7 @@ class DocumentLosses:
         """Return the fields of a part: means over its tokens, over those that begin a block, and over far names."""
         place_T = torch.arange(1, self.document_tokens)  # the first token is read and not predicted
         is_here_T = (begin <= place_T) & (place_T < end)
-        block_size = memory_of(model).config.block_size
+        block_size = self.block_size or memory_of(model).config.block_size
         is_start_T = is_here_T & (place_T >= block_size) & (place_T % block_size < BLOCK_START)
         is_far_T = is_here_T & (document.gap_T[1:] >= self.far_tokens)
 

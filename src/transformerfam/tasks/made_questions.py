@@ -38,7 +38,7 @@ class MadeQuestion:
 
     def line(self) -> str:
         """Return it as JSON, without fields that have no value."""
-        values = {name: value for name, value in asdict(self).items() if value not in (None, "", False, ())}
+        values = {n: v for n, v in asdict(self).items() if v is not None and v is not False and v not in ("", ())}
         return json.dumps(values, ensure_ascii=False) + "\n"
 
 

@@ -42,7 +42,7 @@ def narrativeqa(folder: Path) -> Iterator[MadeQuestion]:
         return
     for number, row in enumerate(csv.DictReader(io.StringIO(read_text(path), newline="")), start=1):
         with required_form(f"{path}, question {number} has another form", "required is that of NarrativeQA"):
-            name, answers = f"{row['document_id']} {row['question']}", [row["answer1"], row["answer2"]]
+            name, answers = f"{row['document_id']} {number}", [row["answer1"], row["answer2"]]
             story, is_test = folder / "tmp" / f"{row['document_id']}.content", row["set"] == "test"
         if is_test and story.exists():
             yield _question("narrativeqa", name, read_text(story), row["question"], answers, "rouge")
@@ -77,8 +77,10 @@ def quality(folder: Path) -> Iterator[MadeQuestion]:
         for number, article in _lines(path, "QuALITY"):
             with required_form(f"{path}, line {number} has another form", "required is that of QuALITY"):
                 for idx, asked in enumerate(article["questions"]):
-                    choices = [option.strip() for option in asked["options"]]
-                    identity = asked.get("question_unique_id") or f"{article['article_id']} {number} {idx}"
+                    choices, gold = [option.strip() for option in asked["options"]], asked["gold_label"]
+                    if not 1 <= gold <= len(choices) or len(set(choices)) < len(choices):
+                        raise ValueError(f"question {idx} has gold_label {gold} of the options {choices}")
+                    identity = f"{article['article_id']} {number} {idx}"
                     yield MadeQuestion(
                         id=f"quality {identity}",
                         group="quality",
@@ -86,7 +88,7 @@ def quality(folder: Path) -> Iterator[MadeQuestion]:
                         prompt=PROMPT.replace("{question}", asked["question"].strip()),
                         question=asked["question"].strip(),
                         choices=choices,
-                        answers=[choices[asked["gold_label"] - 1]],
+                        answers=[choices[gold - 1]],
                         scorer="squad",
                         max_new_tokens=1,
                     )
@@ -98,7 +100,7 @@ def xlsum(folder: Path) -> Iterator[MadeQuestion]:
         language = path.name.removesuffix("_test.jsonl")
         for number, line in _lines(path, "XL-Sum"):
             with required_form(f"{path}, line {number} has another form", "required is that of XL-Sum"):
-                name, answers = f"{language} {line['id']}", [line["summary"]]
+                name, answers = f"{language} {number} {line['id']}", [line["summary"]]
                 question = _question("xlsum", name, line["text"], SUMMARY, answers, "rouge", 64)
             yield question
 

@@ -1,10 +1,11 @@
 """Write a file of questions as tasks of lm-evaluation-harness, so that all of its models can be asked the same."""
 
+import itertools
 import json
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from transformerfam.errors import TransformerFamError
 from transformerfam.files.writing import make_folder, replacing, write_text
@@ -36,10 +37,11 @@ def process_results(line: Mapping[str, Any], results: Sequence[str]) -> dict[str
 def write_tasks(
     questions: QuestionFile, folder: str | Path, template: str = TEMPLATE, max_new_tokens: int = 32
 ) -> list[str]:
-    """Write a task for every group of questions, those with choices apart, into a folder for `--include_path`.
+    """Write tasks into a folder for `--include_path`: for every group of questions one, or several.
 
-    Answers in a model's own words are scored as by `fam evaluate answers`, choices by the harness. A line holds the
-    whole text of its question.
+    The harness has one scorer, one length of answer and one end of it for all of a task, so that questions that differ
+    in these, or have choices, are in separate tasks. Answers in a model's own words are scored as by `fam evaluate
+    answers`, choices by the harness. A line holds the whole text of its question.
 
     Args:
         questions: the file.
@@ -59,33 +61,56 @@ def write_tasks(
         raise TransformerFamError(f"{folder} is not empty, and no file is replaced; give a new folder")
     if "{question}" not in template:
         raise TransformerFamError(f"the template is {template!r}, required is {{question}} in it")
-    tasks: dict[str, list[tuple[int, int]]] = {}
+    tasks: dict[_Kind, list[tuple[int, int]]] = {}
     for places in questions.texts():
         for place, item in zip(places, questions.items(places), strict=True):
-            tasks.setdefault(_name_of(questions.path.stem, item), []).append(place)
-    for name, places in tasks.items():
-        path, one_line, longest = folder / f"{name}.jsonl", True, 0
+            tasks.setdefault(_kind_of(item, max_new_tokens), []).append(place)
+    names: list[str] = []
+    for kind, places in tasks.items():
+        name = _name_of(questions.path.stem, kind, names)
+        names.append(name)
+        path = folder / f"{name}.jsonl"
         with replacing(path) as temporary, temporary.open("w", encoding="utf-8") as file:
             for place in places:
                 (item,) = questions.items([place])
-                one_line, longest = one_line and item.first_line, max(longest, item.max_new_tokens or max_new_tokens)
                 file.write(json.dumps(_line_of(item, template), ensure_ascii=False) + "\n")
-        kind = _of_choices() if item.choices else _of_words(item.scorer, longest, one_line)
-        write_text(folder / f"{name}.yaml", _as_yaml(_common(name, path) | kind))
+        values = _common(name, path) | (_of_choices() if kind.has_choices else _of_words(kind))
+        write_text(folder / f"{name}.yaml", _as_yaml(values))
     write_text(folder / SCORES_FILE, SCORES)
-    return list(tasks)
+    return names
 
 
-def _name_of(stem: str, item: Item) -> str:
-    kind = "choices" if item.choices else "" if item.scorer == SQUAD else item.scorer
-    return re.sub(r"\W+", "_", "_".join(part for part in (stem, item.group, kind) if part)).strip("_").lower()
+class _Kind(NamedTuple):
+    """What the questions of a task have in common: the harness has one of each for all of a task."""
+
+    group: str
+    scorer: str
+    has_choices: bool
+    has_several: bool
+    max_new_tokens: int
+    is_one_line: bool
+
+
+def _kind_of(item: Item, max_new_tokens: int) -> _Kind:
+    if item.choices:
+        return _Kind(item.group, SQUAD, True, len(item.answers) > 1, 0, False)
+    return _Kind(item.group, item.scorer, False, False, item.max_new_tokens or max_new_tokens, item.first_line)
+
+
+def _name_of(stem: str, kind: _Kind, taken: Sequence[str]) -> str:
+    """Return a name that no task has yet."""
+    what = "choices" if kind.has_choices else "" if kind.scorer == SQUAD else kind.scorer
+    name = re.sub(r"\W+", "_", "_".join(part for part in (stem, kind.group, what) if part)).strip("_").lower()
+    numbered = (f"{name}_{number}" for number in itertools.count(2))
+    return next(one for one in itertools.chain([name], numbered) if one not in taken)
 
 
 def _line_of(item: Item, template: str) -> dict[str, Any]:
     text, prompt = item.whole_text(), item.prompt or template.replace("{question}", item.question)
     line: dict[str, Any] = {"id": item.name, "context": text + prompt if text else prompt.lstrip()}
     if item.choices:
-        return line | {"choices": list(item.choices), "gold": item.choices.index(item.answers[0])}
+        gold = [item.choices.index(answer) for answer in item.answers]
+        return line | {"choices": list(item.choices), "gold": gold if len(gold) > 1 else gold[0]}
     return line | {"answers": list(item.answers), "scorer": item.scorer}
 
 
@@ -117,17 +142,17 @@ def _of_choices() -> dict[str, Any]:
     }
 
 
-def _of_words(scorer: str, max_new_tokens: int, one_line: bool) -> dict[str, Any]:
+def _of_words(kind: _Kind) -> dict[str, Any]:
     return {
         "output_type": "generate_until",
         "doc_to_target": "{{answers | first if answers else ''}}",
         "process_results": SCORES_FILE,
         "generation_kwargs": {
             "do_sample": False,
-            "max_gen_toks": max_new_tokens,
-            "until": ["\n"] if one_line else [],
+            "max_gen_toks": kind.max_new_tokens,
+            "until": ["\n"] if kind.is_one_line else [],
         },
-        "metric_list": _metric_list(_metrics_of(scorer)),
+        "metric_list": _metric_list(_metrics_of(kind.scorer)),
     }
 
 

@@ -1,6 +1,7 @@
 """Evaluation while training, on held-out texts and questions, and the weights of the best step."""
 
 import contextlib
+import math
 from collections.abc import Iterator
 from pathlib import Path
 from statistics import mean
@@ -10,12 +11,13 @@ import torch
 from torch import nn
 
 from transformerfam.decoder.memory import memory_of, set_configuration
+from transformerfam.errors import RecipeError
 from transformerfam.files.tensors import load_tensors, save_tensors
 from transformerfam.tasks.answer_scores import worth
 from transformerfam.tasks.answers import QuestionFile
 from transformerfam.tasks.answers_evaluation import AnswersEvaluation
 from transformerfam.tasks.next_token import token_losses
-from transformerfam.training.data.instructions import PackedInstructions
+from transformerfam.training.data.instructions import PackedInstructions, files_of
 from transformerfam.training.optimizer import AverageOfWeights
 from transformerfam.training.recipe.recipe import Recipe
 from transformerfam.training.sharding import shared_like, whole
@@ -50,6 +52,7 @@ class Validation:
             changed = {"files": self.section.files, "repeat_tokens": 0, "mix_sequences": True}
             instructions = recipe.instructions.model_copy(update=changed)
             held_out = recipe.model_copy(update={"instructions": instructions})
+            _require_held_out(recipe)
             self.texts = PackedInstructions(held_out, tokenizer, "evaluation.files")
         if self.section.questions is not None:
             self.questions = QuestionFile(self.section.questions)
@@ -107,7 +110,7 @@ class Validation:
         if self.kept_by == "last":
             return
         value = found[LOSS] if self.kept_by == "loss" else -found[SCORE]
-        if self.best is not None and value >= self.best:
+        if not value < (math.inf if self.best is None else self.best):  # what is not finite is never the best
             return
         self.best = value
         with _averaged(model, average):
@@ -162,6 +165,13 @@ class Validation:
     def _score(self, model: nn.Module, questions: QuestionFile) -> float:
         evaluation = AnswersEvaluation(questions=questions, batch_size=self.batch_size)
         return mean(worth(row) for row in evaluation.rows(model, self.tokenizer))
+
+
+def _require_held_out(recipe: Recipe) -> None:
+    """Refuse a held-out text that is trained on, by whatever path."""
+    trained, held_out = ({path.resolve() for path in files_of(names, key)} for key, names in recipe.text_files.items())
+    if both := sorted(trained & held_out):
+        raise RecipeError(f"evaluation.files has {both[0]}, which instructions.files has, too; hold out another text")
 
 
 @contextlib.contextmanager

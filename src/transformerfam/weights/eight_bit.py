@@ -7,9 +7,10 @@ import os
 from pathlib import Path
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import GENERATION_CONFIG_NAME
 
-from transformerfam.errors import CorruptFileError
+from transformerfam.errors import CorruptFileError, TransformerFamError
 from transformerfam.files.tensors import load_tensors, save_tensors
 from transformerfam.files.writing import make_folder
 from transformerfam.weights.pretrained import load_pretrained
@@ -29,7 +30,7 @@ def save_eight_bit(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, f
         folder: where to; made if need be.
 
     Raises:
-        TransformerFamError: the disk is full, or a file there is not of this package.
+        TransformerFamError: a weight is not finite, the disk is full, or a file there is not of this package.
     """
     folder = Path(folder)
     make_folder(folder)
@@ -38,6 +39,8 @@ def save_eight_bit(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, f
         if name not in model.state_dict():
             continue
         value = parameter.detach().float()
+        if not bool(value.isfinite().all()):
+            raise TransformerFamError(f"{name} holds numbers that are not finite; store a model without such weights")
         if value.ndim == 2:
             scale_R1 = value.abs().amax(dim=1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny) / LARGEST
             tensors[name] = (value / scale_R1).round().to(torch.int8)
@@ -46,6 +49,8 @@ def save_eight_bit(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, f
             tensors[name] = value
     save_tensors(folder / EIGHT_BIT_FILE, tensors, {"kind": KIND, "format_version": FORMAT_VERSION})
     model.config.save_pretrained(folder)
+    if model.generation_config is not None:
+        model.generation_config.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 
 
@@ -84,5 +89,7 @@ def load_eight_bit(folder: str | os.PathLike[str]) -> PreTrainedModel:
         model.load_state_dict(weights, strict=False)
     except RuntimeError as error:
         raise CorruptFileError(f"{folder} holds weights of other sizes than its config.json says: {error}") from error
+    if (folder / GENERATION_CONFIG_NAME).is_file():
+        model.generation_config = load_pretrained(GenerationConfig, folder)
     model.name_or_path = model.config._name_or_path = str(folder)
     return model.eval()

@@ -106,7 +106,7 @@ class EvaluationSection(Section):
         return self
 
     def require_held_out(self, instructions: InstructionSection | None) -> None:
-        """Refuse texts whose sequences have no length, and texts that are trained on.
+        """Refuse texts whose sequences have no length.
 
         Raises:
             RecipeError: with the key.
@@ -116,11 +116,6 @@ class EvaluationSection(Section):
             "evaluation.files is given without a section instructions, whose length their sequences have; add it, or "
             "give evaluation.questions alone",
         )
-        for name in self.files:
-            require(
-                instructions is None or name not in instructions.files,
-                f"evaluation.files has {name!r}, which instructions.files has, too; hold out another text",
-            )
 
     @property
     def kept_by(self) -> str:
