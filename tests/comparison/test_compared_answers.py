@@ -71,7 +71,7 @@ def path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def test_systems_answer_beside_controls_and_resume(path: Path, tmp_path: Path) -> None:
     """Catches a run that is never done, questions that are asked twice, and a control without its rows."""
-    comparison, rows = load_comparison(path, ["seeds=[0, 1]"]), []
+    comparison, rows = load_comparison(path), []
     for run in comparison.runs:
         run_one(comparison, run, tmp_path / "runs")
         file = tmp_path / "runs" / str(run) / ROWS_FILE
