@@ -5,12 +5,10 @@ import json
 import math
 import os
 import signal
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
+from launched import CONTEXT, SECONDS
 from training_recipes import small_recipe, small_values
 
 from transformerfam.errors import CorruptFileError, RecipeError, TransformerFamError
@@ -36,22 +34,22 @@ SECTIONS = {
     "optimizer": {"average_decay": 0.9, "schedule": "cosine"},
     "key_bias": {"start_value": -4.0, "end_step": 8},
 }
-KILLED = """
-import json, os, signal, sys
-from transformerfam.training.recipe.toml import build_recipe
-from transformerfam.training.trainer import Trainer
-
-def kill(trainer, row):
-    if row["step"] == 6:
-        os.kill(os.getpid(), signal.SIGKILL)  # the log has step 6, the checkpoint only the steps before it
-
-Trainer(build_recipe(json.loads(sys.argv[1])), sys.argv[2]).run(kill)
-"""
 
 
 def log_of(folder):
     lines = (folder / "log.jsonl").read_text().splitlines()
     return [json.loads(line) for line in lines]
+
+
+def train_and_be_killed(values, folder, threads):
+    """Train in a process that is killed when the log has step 6 and the checkpoint the steps before it alone."""
+
+    def kill(trainer, row):
+        if row["step"] == 6:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    torch.set_num_threads(threads)
+    Trainer(build_recipe(values), folder).run(kill)
 
 
 def without_times(rows):
@@ -62,12 +60,10 @@ def test_run_killed_and_resumed_gives_the_losses_of_one_that_ran_through(tmp_pat
     """A resumed run that differs: lost moments, passed states, random numbers, or log lines written twice."""
     values = small_values(**SECTIONS)
     threads = torch.get_num_threads()
-    environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
-    source = str(Path(sys.modules["transformerfam"].__file__).parents[1])
-    environment["PYTHONPATH"] = source
-    command = [sys.executable, "-c", KILLED, json.dumps(values), str(tmp_path / "killed")]
-    killed = subprocess.run(command, env=environment, capture_output=True, check=False)
-    assert killed.returncode == -signal.SIGKILL, killed.stderr.decode()
+    process = CONTEXT.Process(target=train_and_be_killed, args=(values, tmp_path / "killed", threads))
+    process.start()
+    process.join(SECONDS)
+    assert process.exitcode == -signal.SIGKILL
     assert len(log_of(tmp_path / "killed")) == 7
     recipe = build_recipe(values)
     resumed = Trainer(recipe, tmp_path / "killed", resume=True)

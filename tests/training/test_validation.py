@@ -12,11 +12,12 @@ from torch.nn import functional as F
 from training_recipes import small_values
 
 from transformerfam.errors import CorruptFileError, RecipeError
+from transformerfam.files.tensors import load_tensors, save_tensors
 from transformerfam.tasks.text import encode
 from transformerfam.training.recipe.toml import build_recipe
 from transformerfam.training.trainer import Trainer
-from transformerfam.training.validation import LOSS, SCORE, Validation
-from transformerfam.weights.folders import BEST_FILE
+from transformerfam.training.validation import FORMAT_VERSION, LOSS, SCORE, Validation
+from transformerfam.weights.folders import BEST_FILE, BEST_KIND
 from transformerfam.weights.models import load_model
 
 TRAINED = "The grass is green. The sky is blue. Here we go again. What is the pass key? 12345 is it. " * 8
@@ -151,6 +152,20 @@ def test_run_without_a_checkpoint_begins_again_and_a_damaged_best_is_refused(
     (folder / BEST_FILE).write_bytes(content)
     with pytest.raises(CorruptFileError, match="checksum does not match"):
         Trainer(recipe, folder, resume=True)
+
+
+def test_best_file_of_another_form_is_refused(texts: dict[str, str], tmp_path: Path) -> None:
+    """Catches a KeyError after hours of training, and weights of another model that become the memory."""
+    recipe, folder = make_recipe(texts, {"every": 1, "files": [texts["held_out.txt"]]}), tmp_path / "run"
+    trainer = Trainer(recipe, folder)
+    trainer.run(lambda trainer, row: True)
+    tensors, metadata = load_tensors(folder / BEST_FILE, BEST_KIND, FORMAT_VERSION)
+    save_tensors(folder / BEST_FILE, tensors, metadata | {"best": {"step": 1}})
+    with pytest.raises(CorruptFileError, match="metadata of another form"):
+        Trainer(recipe, folder, resume=True)
+    save_tensors(folder / BEST_FILE, dict(list(tensors.items())[1:]), metadata)
+    with pytest.raises(CorruptFileError, match="holds other weights than those that are trained here"):
+        Trainer(recipe, folder, resume=True).validation.load_best(folder, trainer.model)
 
 
 @pytest.mark.parametrize(

@@ -1,10 +1,8 @@
 """Your own questions compared: systems that were trained alike answer what a file asks about its texts."""
 
-from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from statistics import mean
 from typing import Any, ClassVar, Literal
 
 from rich.table import Table
@@ -12,7 +10,7 @@ from rich.table import Table
 from transformerfam.comparison.figures import draw_shares
 from transformerfam.comparison.filler import FillerComparison
 from transformerfam.comparison.plan import Asked, Asking
-from transformerfam.comparison.report import Cell, current_rows
+from transformerfam.comparison.report import cells, current_rows
 from transformerfam.reports.answers import answers_tables
 from transformerfam.reports.figure import length_axis
 from transformerfam.reports.rows import Row
@@ -136,21 +134,12 @@ class AnswersComparison(FillerComparison):
 
     def plot(self, rows: Sequence[Row], path: str | Path) -> None:
         """Draw how good the answers are by length, one panel a group; see `Comparison.plot`."""
-        groups: defaultdict[str, defaultdict[str, defaultdict[int, defaultdict[int, list[float]]]]] = defaultdict(
-            lambda: defaultdict(lambda: defaultdict(lambda: defaultdict(list)))
-        )
-        for row in current_rows(self, rows):
-            if row["task"] == self.task:
-                groups[row["group"]][row["system"]][row["filler_tokens"]][row["seed"]].append(worth(row))
+        groups = sorted({row["group"] for row in current_rows(self, rows) if row["task"] == self.task})
         panels = {
-            group or Path(self.questions).name: {
-                system: {
-                    length: Cell({seed: mean(found) for seed, found in by_seed.items()}, 0)
-                    for length, by_seed in sorted(by_length.items())
-                }
-                for system, by_length in by_system.items()
-            }
-            for group, by_system in sorted(groups.items())
+            group or Path(self.questions).name: cells(
+                self, (row for row in rows if row.get("group", group) == group), value=worth
+            )
+            for group in groups
         }
         lengths = sorted(self.filler_tokens)
         draw_shares(panels, lambda axes: length_axis(axes, lengths, "filler (tokens)", "F1, score or right"), path)

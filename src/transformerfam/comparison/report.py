@@ -1,7 +1,7 @@
 """A comparison's rows as tables: mean over seeds and their spread; what is missing is shown as missing."""
 
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from statistics import mean
 from typing import Any, NamedTuple
 
@@ -64,23 +64,26 @@ def current_rows(comparison: Comparison, rows: Iterable[Row]) -> list[Row]:
     return [*answers, *described.values()]
 
 
-def cells(comparison: Comparison, rows: Iterable[Row], kind: Kind = None) -> dict[str, dict[int, Cell]]:
+def cells(
+    comparison: Comparison, rows: Iterable[Row], kind: Kind = None, value: Callable[[Row], float] = was_right
+) -> dict[str, dict[int, Cell]]:
     """Return every cell, by system and length, empty ones too.
 
     Args:
         comparison: what was to be done.
         rows: what was done.
         kind: of the questions, one of `comparison.kinds`; the first if not given.
+        value: how good the answer of a row is, 0 to 1.
 
     Raises:
         StateMismatchError: see `current_rows`.
     """
     own, kind = current_rows(comparison, rows), comparison.kinds[0] if kind is None else kind
-    answers: dict[tuple[str, int, int], list[bool]] = {}
+    answers: dict[tuple[str, int, int], list[float]] = {}
     for row in own:
         if row["task"] == comparison.task and comparison.kind_of(row) == kind:
             key = (row["system"], comparison.length_of(row), row["seed"])
-            answers.setdefault(key, []).append(was_right(row))
+            answers.setdefault(key, []).append(value(row))
     found: dict[str, dict[int, Cell]] = {}
     for system in comparison.systems:
         for length in comparison.lengths_of(system):

@@ -11,8 +11,8 @@ import torch
 from torch import nn
 
 from transformerfam.decoder.memory import memory_of, set_configuration
-from transformerfam.errors import RecipeError
-from transformerfam.files.tensors import load_tensors, save_tensors
+from transformerfam.errors import CorruptFileError, RecipeError
+from transformerfam.files.tensors import load_tensors, metadata_form, save_tensors
 from transformerfam.tasks.answer_scores import worth
 from transformerfam.tasks.answers import QuestionFile
 from transformerfam.tasks.answers_evaluation import AnswersEvaluation
@@ -130,8 +130,8 @@ class Validation:
             CorruptFileError: their file cannot be read.
         """
         if (folder / BEST_FILE).exists():
-            _, metadata = load_tensors(folder / BEST_FILE, BEST_KIND, FORMAT_VERSION)
-            self.best = metadata["best"]["value"]
+            _, best = _read_best(folder)
+            self.best = best["value"]
 
     def load_best(self, folder: Path, model: nn.Module) -> bool:
         """Put the best weights into the model; False: the recipe keeps the last ones, or none were measured.
@@ -141,12 +141,16 @@ class Validation:
         """
         if self.kept_by == "last" or not (folder / BEST_FILE).exists():
             return False
-        tensors, metadata = load_tensors(folder / BEST_FILE, BEST_KIND, FORMAT_VERSION)
+        tensors, best = _read_best(folder)
+        trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        if {n: t.shape for n, t in tensors.items()} != {n: p.shape for n, p in trained.items()}:
+            raise CorruptFileError(
+                f"{folder / BEST_FILE} holds other weights than those that are trained here; train into another folder"
+            )
         with torch.no_grad():
-            for name, parameter in model.named_parameters():
-                if parameter.requires_grad:
-                    parameter.copy_(shared_like(tensors[name], parameter))
-        self.notes = {"best": {"step": metadata["best"]["step"], **metadata["best"]["measured"]}}
+            for name, parameter in trained.items():
+                parameter.copy_(shared_like(tensors[name], parameter))
+        self.notes = {"best": {"step": best["step"], **best["measured"]}}
         return True
 
     def _loss(self, model: nn.Module, texts: PackedInstructions) -> float:
@@ -165,6 +169,15 @@ class Validation:
     def _score(self, model: nn.Module, questions: QuestionFile) -> float:
         evaluation = AnswersEvaluation(questions=questions, batch_size=self.batch_size)
         return mean(worth(row) for row in evaluation.rows(model, self.tokenizer))
+
+
+def _read_best(folder: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    """Return the best weights, and their step, value and all that was measured."""
+    path = folder / BEST_FILE
+    tensors, metadata = load_tensors(path, BEST_KIND, FORMAT_VERSION)
+    with metadata_form(path, BEST_KIND):
+        best = metadata["best"]
+        return tensors, {"step": int(best["step"]), "value": float(best["value"]), "measured": dict(best["measured"])}
 
 
 def _require_held_out(recipe: Recipe) -> None:
