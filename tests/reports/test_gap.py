@@ -20,6 +20,7 @@ def row(system: str, document: int, loss: float, **more: Any) -> dict[str, Any]:
         "model": "m",
         "seed": 0,
         "text": "novel",
+        "text_digest": "d",
         "document": document,
         "first_token": 1024,
         "loss": loss,
@@ -66,6 +67,13 @@ def test_documents_that_one_system_lacks_do_not_count() -> None:
     assert gap is not None
     assert gap.bswa == pytest.approx(3.2 + 1.5)
     assert gap_of([], *by_system(rows)[1:]) is None
+
+
+def test_texts_of_one_name_are_not_pooled() -> None:
+    """Catches a share over a text before and after it was changed."""
+    rows = rows_of(3.1, 3.2, 3.0) + [r | {"text_digest": "e"} for r in rows_of(3.2, 3.2, 3.0)]
+    found = gap_rows(rows, {"fam": "fam", "bswa": "bswa", "full": "full_context"})
+    assert [round(one["share"][0], 6) for one in found] == [0.5, 0.0]
 
 
 def test_parts_before_the_least_place_are_left_out() -> None:

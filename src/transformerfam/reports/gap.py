@@ -1,14 +1,16 @@
 """The share of the gap: how much of what full attention gains over a window a memory of the same bytes gains."""
 
+from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
+from torch import Tensor
 
 from transformerfam.errors import TransformerFamError
-from transformerfam.reports.losses import LOSS, NUM_RESAMPLES, Interval, sums_of
+from transformerfam.reports.losses import LOSS, Interval, bootstrap, means_of, sums_of
 from transformerfam.reports.rows import Row
 
 TASK = "gap_share"
@@ -51,33 +53,27 @@ def gap_of(fam: Iterable[Row], bswa: Iterable[Row], full: Iterable[Row]) -> Gap 
     sums_D32 = torch.tensor([[of_system[key] for of_system in sums] for key in shared], dtype=torch.float64)
     if not shared or not bool((sums_D32[..., 1] > 0).all()):
         return None
-    draw = torch.Generator().manual_seed(0)
-    chosen_ND = torch.randint(len(shared), (NUM_RESAMPLES, len(shared)), generator=draw)
-    means = _means(sums_D32)
-    resampled = _means(sums_D32[chosen_ND])
 
-    def interval(value: torch.Tensor, values_N: torch.Tensor) -> Interval:
-        low, high = torch.quantile(values_N, torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
-        return Interval(value.item(), low, high)
+    def losses(totals: Tensor) -> tuple[Tensor, ...]:
+        return means_of(totals).unbind(dim=-1)
 
-    fam_loss, bswa_loss, full_loss = (mean.item() for mean in means)
+    def gain(totals: Tensor) -> Tensor:
+        own, window, _ = losses(totals)
+        return window - own
+
+    def gap(totals: Tensor) -> Tensor:
+        _, window, whole = losses(totals)
+        return window - whole
+
+    fam_loss, bswa_loss, full_loss = (loss.item() for loss in losses(sums_D32.sum(dim=0)))
     return Gap(
         fam=fam_loss,
         bswa=bswa_loss,
         full=full_loss,
-        gain=interval(means[1] - means[0], resampled[1] - resampled[0]),
-        gap=interval(means[1] - means[2], resampled[1] - resampled[2]),
-        share=interval(
-            (means[1] - means[0]) / (means[1] - means[2]),
-            (resampled[1] - resampled[0]) / (resampled[1] - resampled[2]),
-        ),
+        gain=bootstrap(sums_D32, gain),
+        gap=bootstrap(sums_D32, gap),
+        share=bootstrap(sums_D32, lambda totals: gain(totals) / gap(totals)),
     )
-
-
-def _means(sums: torch.Tensor) -> Sequence[torch.Tensor]:
-    """Return the mean losses of the three systems, from `(..., documents, 3, 2)` sums and counts."""
-    loss, count = sums.sum(dim=-3).unbind(dim=-1)
-    return (loss / count).unbind(dim=-1)
 
 
 def gap_rows(rows: Iterable[Row], systems: Mapping[str, str], least_place: int = 1024) -> list[dict[str, Any]]:
@@ -92,20 +88,20 @@ def gap_rows(rows: Iterable[Row], systems: Mapping[str, str], least_place: int =
         TransformerFamError: a system has no rows.
     """
     chosen = [row for row in rows if row["task"] == "documents" and row["first_token"] >= least_place]
-    names = {f"{row['model']}, {row['system']}": row["system"] for row in chosen}
+    named: defaultdict[tuple[str, str], list[Row]] = defaultdict(list)
+    for row in chosen:
+        named[f"{row['model']}, {row['system']}", row["system"]].append(row)
     by_system = {}
     for part, name in systems.items():
-        full_names = [full for full, system in names.items() if name in (full, system)]
-        if len(full_names) != 1:
-            raise TransformerFamError(
-                f"--{part} is {name!r}, required is one of {', '.join(sorted(names)) or 'the systems of the rows'}"
-            )
-        model, _, system = full_names[0].rpartition(", ")
-        by_system[part] = [row for row in chosen if (str(row["model"]), row["system"]) == (model, system)]
+        meant = [names for names in named if name in names]
+        if len(meant) != 1:
+            known = ", ".join(sorted(full for full, _ in named))
+            raise TransformerFamError(f"--{part} is {name!r}, required is one of {known or 'the systems of the rows'}")
+        by_system[part] = named[meant[0]]
     found = []
-    for text, questions in sorted({(row["text"], row["questions"]) for row in chosen}):
+    for text, digest, questions in sorted({_text_of(row) for row in chosen}):
         own = {
-            part: [row for row in rows_of if (row["text"], row["questions"]) == (text, questions)]
+            part: [row for row in rows_of if _text_of(row) == (text, digest, questions)]
             for part, rows_of in by_system.items()
         }
         gap = gap_of(own["fam"], own["bswa"], own["full"])
@@ -116,6 +112,7 @@ def gap_rows(rows: Iterable[Row], systems: Mapping[str, str], least_place: int =
             {
                 "task": TASK,
                 "text": text,
+                "text_digest": digest,
                 "loss_fam": gap.fam,
                 "loss_bswa": gap.bswa,
                 "loss_full": gap.full,
@@ -131,6 +128,11 @@ def gap_rows(rows: Iterable[Row], systems: Mapping[str, str], least_place: int =
             }
         )
     return found
+
+
+def _text_of(row: Row) -> tuple[str, str, str]:
+    """Return what is the same in rows of one text, and of one way to measure it."""
+    return row["text"], row["text_digest"], row["questions"]
 
 
 def gap_table(rows: Sequence[Mapping[str, Any]]) -> Table:

@@ -1,7 +1,7 @@
 """Mean losses over documents and their differences, with bootstrap intervals over documents."""
 
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -122,22 +122,29 @@ def sums_of(rows: Iterable[Row], part: Part, by_seed: bool = False) -> dict[Any,
     return found
 
 
-def _bootstrapped(sums: list[list[float]]) -> Interval | None:
-    """Return the mean and its interval, resampling documents."""
+def _bootstrapped(sums: Sequence[Sequence[float]]) -> Interval | None:
+    """Return the mean and its interval from sums and counts, resampling documents."""
     sums_D2 = torch.tensor([pair for pair in sums if pair[1]], dtype=torch.float64)
-    if not len(sums_D2):
-        return None
+    return bootstrap(sums_D2, means_of) if len(sums_D2) else None
+
+
+def means_of(totals: Tensor) -> Tensor:
+    """Return means from sums and counts, `(..., 2)`."""
+    return totals[..., 0] / totals[..., 1]
+
+
+def bootstrap(sums_D: Tensor, statistic: Callable[[Tensor], Tensor]) -> Interval:
+    """Return a statistic with its 95 % interval, resampling documents, the same ones for every statistic.
+
+    Args:
+        sums_D: what each document adds to the totals, `(documents, ...)`.
+        statistic: of the totals over documents, `(..., totals)`.
+    """
     draw = torch.Generator().manual_seed(0)
-    chosen_ND = torch.randint(len(sums_D2), (NUM_RESAMPLES, len(sums_D2)), generator=draw)
-    means_N = _mean(sums_D2[chosen_ND])
-    low, high = torch.quantile(means_N, torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
-    return Interval(_mean(sums_D2).item(), low, high)
-
-
-def _mean(sums: Tensor) -> Tensor:
-    """Return the mean of sums and counts, `(..., documents, 2)`."""
-    loss, count = sums.sum(dim=-2).unbind(dim=-1)
-    return loss / count
+    chosen_ND = torch.randint(len(sums_D), (NUM_RESAMPLES, len(sums_D)), generator=draw)
+    values_N = statistic(sums_D[chosen_ND].sum(dim=1))
+    low, high = torch.quantile(values_N, torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
+    return Interval(statistic(sums_D.sum(dim=0)).item(), low, high)
 
 
 def cells_of(
@@ -160,12 +167,12 @@ def documents_tables(rows: Iterable[Row]) -> list[Table]:
     Raises:
         StateMismatchError: rows of one model and system are of different weights or configurations.
     """
-    known: dict[tuple[str, str], Row] = {}
+    known: dict[tuple[str, str, int], Row] = {}
     texts: defaultdict[tuple[str, str, str], defaultdict[str, list[Row]]] = defaultdict(lambda: defaultdict(list))
     chosen = [row for row in rows if row["task"] == "documents"]
     models = {str(row["model"]) for row in chosen}
     for row in chosen:
-        require_alike(row, known.setdefault((str(row["model"]), row["system"]), {}))
+        require_alike(row, known.setdefault((str(row["model"]), row["system"], row["seed"]), {}))
         name = row["system"] if len(models) == 1 else f"{row['model']}, {row['system']}"
         texts[row["text"], row["text_digest"], row["questions"]][name].append(row)
     found = []
