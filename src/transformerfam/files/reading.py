@@ -67,6 +67,29 @@ def parse_toml(text: str | bytes) -> dict[str, Any]:
         raise ValueError("it is nested too deeply") from error
 
 
+def json_lines(path: Path, remedy: str) -> Iterator[tuple[int, Any]]:
+    """Yield the values of a JSON lines file with their line numbers, one line at a time; empty lines are left out.
+
+    Args:
+        path: the file.
+        remedy: what a line is to be, for the message.
+
+    Raises:
+        CorruptFileError: a line is no JSON.
+        TransformerFamError: the file cannot be read.
+    """
+    try:
+        refuse_endless(path)
+        with path.open("rb") as file:
+            for number, line in enumerate(file, start=1):
+                if line.strip():
+                    with required_form(f"{path}, line {number} has another form", remedy):
+                        values = parse_json(line)
+                    yield number, values
+    except OSError as error:
+        raise TransformerFamError(f"cannot read {str(path)!r}: {error.strerror}; check it") from error
+
+
 @contextlib.contextmanager
 def required_form(found: str, remedy: str) -> Iterator[None]:
     """Take what goes wrong in the body, which reads stored values, for values of another form than is required.

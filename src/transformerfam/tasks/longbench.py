@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from transformerfam.errors import CorruptFileError, TransformerFamError
-from transformerfam.files.reading import parse_json, parse_toml, refuse_endless, required_form
+from transformerfam.files.reading import json_lines, parse_toml, required_form
 from transformerfam.tasks.made_questions import MadeQuestion
 
 FORM = 'required are lines {"input": ..., "context": ..., "answers": [...], "_id": ...} of LongBench'
@@ -63,15 +63,10 @@ def longbench_questions(name: str, path: Path) -> Iterator[MadeQuestion]:
         CorruptFileError: a line has another form; the message has its number.
         TransformerFamError: the file cannot be read.
     """
-    try:
-        refuse_endless(path)
-        with path.open("rb") as file:
-            for number, line in enumerate(file, start=1):
-                if line.strip():
-                    with required_form(f"{path}, line {number} has another form", FORM):
-                        yield _question(name, parse_json(line))
-    except OSError as error:
-        raise TransformerFamError(f"cannot read {str(path)!r}: {error.strerror}; check it") from error
+    for number, line in json_lines(path, FORM):
+        with required_form(f"{path}, line {number} has another form", FORM):
+            question = _question(name, line)
+        yield question
 
 
 def _question(name: str, line: dict[str, Any]) -> MadeQuestion:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from transformerfam.errors import CorruptFileError, TransformerFamError
-from transformerfam.files.reading import parse_json, read_whole, refuse_endless, required_form
+from transformerfam.files.reading import json_lines, parse_json, read_whole, required_form
 from transformerfam.tasks.made_questions import MadeQuestion
 from transformerfam.tasks.text import read_text
 
@@ -74,7 +74,7 @@ def _qasper_answer(answer: Mapping[str, Any]) -> str:
 def quality(folder: Path) -> Iterator[MadeQuestion]:
     """Yield the questions of QuALITY's development split without markup, each with four choices."""
     for path in _found(folder, "QuALITY*htmlstripped.dev"):
-        for number, article in _lines(path, "QuALITY"):
+        for number, article in json_lines(path, "required is that of QuALITY"):
             with required_form(f"{path}, line {number} has another form", "required is that of QuALITY"):
                 for idx, asked in enumerate(article["questions"]):
                     choices, gold = [option.strip() for option in asked["options"]], asked["gold_label"]
@@ -98,7 +98,7 @@ def xlsum(folder: Path) -> Iterator[MadeQuestion]:
     """Yield the summaries of every `LANGUAGE_test.jsonl`; scored by ROUGE-L."""
     for path in _found(folder, "*_test.jsonl"):
         language = path.name.removesuffix("_test.jsonl")
-        for number, line in _lines(path, "XL-Sum"):
+        for number, line in json_lines(path, "required is that of XL-Sum"):
             with required_form(f"{path}, line {number} has another form", "required is that of XL-Sum"):
                 name, answers = f"{language} {number} {line['id']}", [line["summary"]]
                 question = _question("xlsum", name, line["text"], SUMMARY, answers, "rouge", 64)
@@ -153,15 +153,3 @@ def _question(
 
 def _found(folder: Path, pattern: str) -> list[Path]:
     return sorted(path for path in folder.glob(pattern) if path.is_file())
-
-
-def _lines(path: Path, what: str) -> Iterator[tuple[int, dict[str, Any]]]:
-    try:
-        refuse_endless(path)
-        with path.open("rb") as file:
-            for number, line in enumerate(file, start=1):
-                if line.strip():
-                    with required_form(f"{path}, line {number} has another form", f"required is that of {what}"):
-                        yield number, parse_json(line)
-    except OSError as error:
-        raise TransformerFamError(f"cannot read {str(path)!r}: {error.strerror}; check it") from error
