@@ -9,7 +9,15 @@ from rich.console import Console
 
 from transformerfam.cli.appending import append_rows
 from transformerfam.cli.loading import load_system, named_with, systems_by_model, warnings_said
-from transformerfam.cli.options import DeviceOption, DtypeOption, ModelOption, SetOption, SystemOption
+from transformerfam.cli.options import (
+    DeviceOption,
+    DtypeOption,
+    MaxNewTokensOption,
+    ModelOption,
+    SetOption,
+    SystemOption,
+    TemplateOption,
+)
 from transformerfam.cli.progress import questions_bar
 from transformerfam.config import FamConfig
 from transformerfam.fields import LARGEST_INTEGER, values_to_fields, whole_numbers
@@ -28,6 +36,8 @@ from transformerfam.tasks.provenance import weights_of
 from transformerfam.training.recipe.toml import parse_overrides
 from transformerfam.weights.models import SYSTEMS, name_in_rows, require_system
 
+SHOWN_TEMPLATE = TEMPLATE.replace("\n", "\\n")
+"""As a command line has it."""
 OWN = (QUESTION_ALONE, BM25)
 """Systems that the model with its memory answers for."""
 
@@ -43,12 +53,8 @@ def evaluate_answers_command(
         str, typer.Option("--filler", help="What texts are hidden in: sentences, a novel of the package, or a file.")
     ] = "persuasion",
     filler_tokens: Annotated[str, typer.Option("--filler-tokens", help="Tokens of filler: N or N,N,...")] = "0",
-    max_new_tokens: Annotated[
-        int, typer.Option("--max-new-tokens", min=1, max=LARGEST_INTEGER, help="Tokens of an answer at most.")
-    ] = 32,
-    template: Annotated[
-        str, typer.Option("--template", help="What a question looks like, with {question} in it; \\n is a new line.")
-    ] = TEMPLATE.replace("\n", "\\n"),
+    max_new_tokens: MaxNewTokensOption = 32,
+    template: TemplateOption = SHOWN_TEMPLATE,
     chat: Annotated[bool, typer.Option("--chat", help="Ask in the tokenizer's chat template.")] = False,
     allow_unknown: Annotated[
         bool, typer.Option("--allow-unknown", help="Read texts of words that the tokenizer does not know, too.")

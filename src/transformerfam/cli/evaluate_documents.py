@@ -62,12 +62,7 @@ def evaluate_documents_command(
     --system also takes full_context (the base model with all of the document in sight), besides fam and bswa. A killed
     run continues where it was.
     """
-    for name in (part.strip() for part in (system or "").split(",")):
-        if control_of(name) is not None:
-            raise TransformerFamError(f"system {name!r} is a control of questions; take another, such as bswa")
-    groups = systems_by_model(system)
-    for loaded in groups:
-        require_system(loaded, (*SYSTEMS, FULL_CONTEXT))
+    groups = _groups(system)
     values_to_fields(FamConfig, parse_overrides(overrides))  # which full_context does not look at
     losses = DocumentLosses(
         path=text,
@@ -79,9 +74,9 @@ def evaluate_documents_command(
         model_name=named_with(model, overrides, dtype),
     )
     with RowFile(output) as rows:
-        for loaded in sorted(groups, key=lambda name: name == FULL_CONTEXT):
+        for loaded in groups:
             loaded_model, tokenizer = load_system(model, loaded, overrides, device, dtype)
-            if loaded != FULL_CONTEXT:  # which is measured at the starts of the same blocks
+            if loaded != FULL_CONTEXT:
                 losses.block_size = memory_of(loaded_model).config.block_size
             losses.system = loaded if loaded == FULL_CONTEXT else name_in_rows(loaded, loaded_model)
             losses.stride = stride if loaded == FULL_CONTEXT else None
@@ -94,3 +89,14 @@ def evaluate_documents_command(
         tables = documents_tables(read_rows([output]))
     for table in tables:
         Console().print(table)
+
+
+def _groups(system: str | None) -> list[str]:
+    """Return what is loaded, full attention last: it is measured at the starts of the others' blocks."""
+    groups = systems_by_model(system)
+    for loaded, names in groups.items():
+        require_system(loaded, (*SYSTEMS, FULL_CONTEXT))
+        for name in names:
+            if control_of(name) is not None:
+                raise TransformerFamError(f"system {name!r} is a control of questions; take another, such as bswa")
+    return sorted(groups, key=lambda name: name == FULL_CONTEXT)

@@ -5,22 +5,18 @@ from typing import Annotated
 
 import typer
 
+from transformerfam.cli.evaluate_answers import SHOWN_TEMPLATE
+from transformerfam.cli.options import MaxNewTokensOption, TemplateOption
 from transformerfam.cli.output import say
-from transformerfam.fields import LARGEST_INTEGER
 from transformerfam.tasks.answers import QuestionFile
-from transformerfam.tasks.answers_evaluation import TEMPLATE
 from transformerfam.tools.lm_eval_tasks import write_tasks
 
 
 def export_command(
     questions: Annotated[Path, typer.Argument(help="JSON lines, as fam evaluate answers takes them.")],
     output: Annotated[Path, typer.Option("--output", help="A new folder, for the harness's --include_path.")],
-    max_new_tokens: Annotated[
-        int, typer.Option("--max-new-tokens", min=1, max=LARGEST_INTEGER, help="Tokens of an answer at most.")
-    ] = 32,
-    template: Annotated[
-        str, typer.Option("--template", help="What a question looks like, with {question} in it; \\n is a new line.")
-    ] = TEMPLATE.replace("\n", "\\n"),
+    max_new_tokens: MaxNewTokensOption = 32,
+    template: TemplateOption = SHOWN_TEMPLATE,
 ) -> None:
     """Write questions as tasks of lm-evaluation-harness, by which any of its models can be asked the same."""
     names = write_tasks(QuestionFile(questions), output, template.replace("\\n", "\n"), max_new_tokens)

@@ -5,6 +5,7 @@ from typing import Annotated
 import typer
 
 from transformerfam.config import FAM_DTYPES
+from transformerfam.fields import LARGEST_INTEGER
 from transformerfam.tasks.controls import CONTROLS
 
 ModelOption = Annotated[str, typer.Option("--model", help="tiny, smollm2, or a folder.")]
@@ -22,6 +23,12 @@ DtypeOption = Annotated[
 ]
 DeviceOption = Annotated[str, typer.Option("--device", help="cpu, cuda, cuda:1 or another of torch.")]
 SetOption = Annotated[list[str] | None, typer.Option("--set", help="key=value; may be given more than once.")]
+MaxNewTokensOption = Annotated[
+    int, typer.Option("--max-new-tokens", min=1, max=LARGEST_INTEGER, help="Tokens of an answer at most.")
+]
+TemplateOption = Annotated[
+    str, typer.Option("--template", help="What a question looks like, with {question} in it; \\n is a new line.")
+]
 OverwriteOption = Annotated[bool, typer.Option("--overwrite", help="Replace what this package wrote there.")]
 
 OR_OVERWRITE = "add --overwrite to replace it, or "
