@@ -131,7 +131,7 @@ def test_needles_are_those_that_the_question_is_answered_by(parts: Parts, length
 def test_needle_texts_are_the_published_ones(
     name: str, published: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Catches another wording, other places of needles, and a plural where one value is asked for."""
+    """Catches another wording, other places of needles, and a plural where one value is wanted."""
     judge, task = published["prepare_niah"], niah.NEEDLES[name]
     num_keys, size = task.num_keys, 120
     keys = [f"key-{number}" for number in range(num_keys)]

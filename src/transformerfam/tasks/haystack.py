@@ -60,7 +60,7 @@ class Haystack:
 
 
 class Passage:
-    """Words of a text from one place on, as many as are asked for."""
+    """Words of a text from one place on, any number of them."""
 
     def __init__(self, paragraphs: Iterator[tuple[Sequence[str], Sequence[int]]]) -> None:
         self._paragraphs = paragraphs

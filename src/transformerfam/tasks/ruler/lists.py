@@ -124,7 +124,7 @@ def prepare_cwe(
 def prepare_fwe(num_tokens: int, place: tuple[int, int], draw: random.Random) -> tuple[Write, int, int | None]:
     """Draw coded words, whose frequencies fall with the square of their rank; the rest is as for `Prepare`.
 
-    The most frequent is "...", which is not asked for.
+    The most frequent is "...", which the question leaves out.
     """
     words = ["...", *letters(max(num_tokens // 50, 6) - 1, CODED_LENGTH, draw, upper=False)]
     seed = draw.random()

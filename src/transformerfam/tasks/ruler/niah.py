@@ -1,4 +1,4 @@
-"""RULER's needles in a haystack: magic numbers or UUIDs hidden under keys, one or several of which are asked for."""
+"""RULER's needles in a haystack: magic numbers or UUIDs hidden under keys, and a question for one or several keys."""
 
 import random
 from collections.abc import Sequence
@@ -24,7 +24,7 @@ MAX_NEW_TOKENS = 128
 
 @dataclass(frozen=True)
 class Needles:
-    """What is hidden, where, and how much of it is asked for."""
+    """What is hidden, where, and how much of it the question wants."""
 
     haystack: Literal["repeat", "essay", "needle"]
     keys: Literal["words", "uuids"] = "words"
@@ -94,7 +94,7 @@ def among_lines(lines: Sequence[str], needles: Sequence[str], places: Sequence[i
 
 
 def worded(task: Needles, context: str, queries: Sequence[str], answers: Sequence[str], note: str = "") -> MadeQuestion:
-    """Return an item in the published words, singular where one value is asked for."""
+    """Return an item in the published words, singular where one value is wanted."""
     query = ", ".join(queries[:-1]) + ", and " + queries[-1] if len(queries) > 1 else queries[0]
     text, question, answer, kind, depth = TEXT, QUESTION, ANSWER, str(task.values), None
     if len(answers) == 1:
