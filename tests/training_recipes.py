@@ -88,3 +88,32 @@ filler_tokens = [8, 40]
 full = 8
 """
 """A whole file of a comparison, next to `training.toml`."""
+
+
+ONE_STEP = """
+[model]
+base = "tiny"
+hidden_size = 32
+num_hidden_layers = 2
+num_attention_heads = 2
+intermediate_size = 64
+
+[fam]
+block_size = 16
+fam_length = 2
+
+[schedule]
+steps = 1
+batch_size = 2
+"""
+"""The beginning of a recipe file that trains the tiny tokenizer's model for a step; `schedule` is its last section."""
+
+
+def one_step_on_texts(path):
+    """Return a recipe file that trains so on the texts of a file."""
+    return f'''{ONE_STEP}
+[instructions]
+files = ["{path}"]
+length = 40
+repeat_tokens = 0
+'''

@@ -5,10 +5,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from training_recipes import ONE_STEP, one_step_on_texts
 
 from transformerfam.comparison import load_comparison, run_one
-from transformerfam.comparison import report as comparison_report
-from transformerfam.comparison import run as comparison_run
 from transformerfam.comparison.figures import plot_comparison
 from transformerfam.comparison.questions import Questions
 from transformerfam.comparison.report import comparison_tables
@@ -16,28 +15,6 @@ from transformerfam.comparison.run import ROWS_FILE, is_finished
 from transformerfam.errors import RecipeError, TransformerFamError
 from transformerfam.reports.rows import read_rows
 
-TRAINING = """
-[model]
-base = "tiny"
-hidden_size = 32
-num_hidden_layers = 2
-num_attention_heads = 2
-intermediate_size = 64
-
-[fam]
-block_size = 16
-fam_length = 2
-
-[schedule]
-steps = 1
-batch_size = 2
-curriculum = []
-
-[instructions]
-files = ["{lines}"]
-length = 40
-repeat_tokens = 0
-"""
 COMPARISON = """
 recipe = "training.toml"
 task = "answers"
@@ -56,14 +33,12 @@ ITEMS: list[dict[str, Any]] = [
 
 
 @pytest.fixture
-def path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def path(tmp_path: Path, short_bytes: None) -> Path:
     """Write a small comparison on a file of questions."""
-    for module in (comparison_run, comparison_report):
-        monkeypatch.setattr(module, "BYTES_LENGTHS", (8,))
     (tmp_path / "questions.jsonl").write_text("".join(json.dumps(item) + "\n" for item in ITEMS))
     lines = [{"prompt": "What is the grass? The grass is", "answer": " green."}] * 20
     (tmp_path / "lines.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    (tmp_path / "training.toml").write_text(TRAINING.replace("{lines}", str(tmp_path / "lines.jsonl")))
+    (tmp_path / "training.toml").write_text(one_step_on_texts(tmp_path / "lines.jsonl"))
     path = tmp_path / "small.toml"
     path.write_text(COMPARISON.replace("{questions}", str(tmp_path / "questions.jsonl")))
     return path
@@ -139,7 +114,6 @@ def test_what_cannot_be_asked_is_refused_before_training(path: Path, tmp_path: P
 
 def test_recipe_without_instructions_is_refused(path: Path, tmp_path: Path) -> None:
     """Catches systems that were trained on passkeys and are asked about manuals."""
-    training = (tmp_path / "training.toml").read_text().partition("[instructions]")[0]
-    (tmp_path / "training.toml").write_text(training.replace("[]", "[{ filler_tokens = [8, 16] }]"))
+    (tmp_path / "training.toml").write_text(ONE_STEP + "curriculum = [{ filler_tokens = [8, 16] }]\n")
     with pytest.raises(RecipeError, match=r"does not teach it; give the recipe a section \[instructions\]"):
         load_comparison(path)

@@ -4,10 +4,9 @@ from pathlib import Path
 
 import pytest
 from rich.console import Console
+from training_recipes import ONE_STEP, one_step_on_texts
 
 from transformerfam.comparison import load_comparison, run_one
-from transformerfam.comparison import report as comparison_report
-from transformerfam.comparison import run as comparison_run
 from transformerfam.comparison.figures import plot_comparison
 from transformerfam.comparison.questions import Questions
 from transformerfam.comparison.report import comparison_tables
@@ -16,28 +15,6 @@ from transformerfam.errors import RecipeError, TransformerFamError
 from transformerfam.reports.rows import read_rows
 
 LINE = "The grass is green. The sky is blue. Here we go again. What is the pass key? 12345 is it.\n"
-TRAINING = """
-[model]
-base = "tiny"
-hidden_size = 32
-num_hidden_layers = 2
-num_attention_heads = 2
-intermediate_size = 64
-
-[fam]
-block_size = 16
-fam_length = 2
-
-[schedule]
-steps = 1
-batch_size = 2
-curriculum = []
-
-[instructions]
-files = ["{text}"]
-length = 40
-repeat_tokens = 0
-"""
 COMPARISON = """
 recipe = "training.toml"
 task = "documents"
@@ -51,12 +28,10 @@ batch_size = 2
 
 
 @pytest.fixture
-def path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def path(tmp_path: Path, short_bytes: None) -> Path:
     """Write a small comparison on a text."""
-    for module in (comparison_run, comparison_report):
-        monkeypatch.setattr(module, "BYTES_LENGTHS", (8,))
     (tmp_path / "book.txt").write_text(LINE * 9)
-    (tmp_path / "training.toml").write_text(TRAINING.replace("{text}", str(tmp_path / "book.txt")))
+    (tmp_path / "training.toml").write_text(one_step_on_texts(tmp_path / "book.txt"))
     path = tmp_path / "small.toml"
     path.write_text(f'{COMPARISON}[texts]\nbook = "{tmp_path / "book.txt"}"\n')
     return path
@@ -126,10 +101,7 @@ def test_numbers_that_no_comparison_can_have_are_refused(path: Path, change: str
 
 def test_recipe_without_texts_is_refused(path: Path, tmp_path: Path) -> None:
     """Catches systems that were trained on passkeys and are measured on novels."""
-    training = (tmp_path / "training.toml").read_text()
-    (tmp_path / "training.toml").write_text(
-        training.partition("[instructions]")[0].replace("[]", "[{ filler_tokens = [8, 16] }]")
-    )
+    (tmp_path / "training.toml").write_text(ONE_STEP + "curriculum = [{ filler_tokens = [8, 16] }]\n")
     with pytest.raises(RecipeError, match=r"does not teach it; give the recipe a section \[instructions\]"):
         load_comparison(path)
 

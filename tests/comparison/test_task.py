@@ -10,6 +10,7 @@ from typing import Any, ClassVar, Literal
 
 import pytest
 import torch
+from training_recipes import ONE_STEP
 
 import transformerfam
 from transformerfam.comparison import load_comparison, run_one
@@ -30,22 +31,7 @@ from transformerfam.tasks.ranges import Count, Integers
 from transformerfam.tasks.registry import TASKS, Task
 from transformerfam.tasks.writing import TaskSection, Writer
 
-TRAINING = """
-[model]
-base = "tiny"
-hidden_size = 32
-num_hidden_layers = 2
-num_attention_heads = 2
-intermediate_size = 64
-
-[fam]
-block_size = 16
-fam_length = 2
-
-[schedule]
-steps = 1
-batch_size = 2
-curriculum = [{ filler_tokens = [8, 16], data = { num_said = 3 } }]
+TRAINING = f"""{ONE_STEP}curriculum = [{{ filler_tokens = [8, 16], data = {{ num_said = 3 }} }}]
 
 [data]
 task = "echo"
