@@ -88,6 +88,24 @@ def run_in_processes(folder: Path, arguments: list[str], number: int = 1) -> Don
     return Done(next((status for status in statuses if status), 0), *written)
 
 
+def start_in_session(folder: Path, arguments: list[str]) -> Any:
+    """Start a command of this package in a session: what it starts gets the signals of its group too.
+
+    Returns:
+        the process; what it writes is in `said.out` and `said.err` of `folder`.
+    """
+    environment = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    paths = (folder / "said.out", folder / "said.err")
+    process: Any = CONTEXT.Process(target=_run_in_session, args=(paths, arguments, environment))
+    process.start()
+    return process
+
+
+def _run_in_session(*arguments: Any) -> None:
+    os.setsid()
+    _run(*arguments)
+
+
 def _run(
     paths: tuple[str | Path, str | Path],
     arguments: list[str],

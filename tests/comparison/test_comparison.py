@@ -5,8 +5,6 @@ import os
 import re
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 from statistics import mean
@@ -15,7 +13,7 @@ from unittest.mock import Mock
 
 import pytest
 from filelock import FileLock
-from launched import Forked
+from launched import Forked, start_in_session
 from rich.console import Console
 from training_recipes import SMALL_COMPARISON as SMALL
 from training_recipes import SMALL_TRAINING
@@ -321,26 +319,27 @@ def test_failed_run_is_named(recipe: Path, tmp_path: Path, monkeypatch: pytest.M
 def test_interrupted_comparison_goes_on(recipe: Path, tmp_path: Path, is_killed: bool) -> None:
     """Catches a Ctrl-C, or a killed scheduler, that leaves processes running or loses what they have trained."""
     folder = tmp_path / "runs"
-    command = [sys.executable, "-m", "transformerfam", "compare", str(recipe), "--output", str(folder)]
-    command += ["--set", 'systems=["fam"]', "--set", "max_filler_tokens={}", "--set", "recipe.schedule.steps=100000"]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True)
+    command = ["compare", str(recipe), "--output", str(folder), "--set", 'systems=["fam"]']
+    process = start_in_session(
+        tmp_path, [*command, "--set", "max_filler_tokens={}", "--set", "recipe.schedule.steps=100000"]
+    )
+    said = tmp_path / "said.err"
     log = folder / "fam-0" / "log.jsonl"
     deadline = time.monotonic() + 120
     while not (log.exists() and log.read_text().count("\n") > 3):
-        assert process.poll() is None, process.communicate()
+        assert process.is_alive(), said.read_text()
         assert time.monotonic() < deadline
         time.sleep(0.2)
     if is_killed:
         process.kill()
-        process.communicate()
     else:
         os.killpg(process.pid, signal.SIGINT)
-        _, errors = process.communicate(timeout=120)
-        assert process.returncode == 130, errors
+    process.join(120)
+    assert process.exitcode == (-signal.SIGKILL if is_killed else 130), said.read_text()
     with FileLock(folder / "fam-0" / "run.lock").acquire(timeout=120):  # which its run has let go
         pass
     assert (folder / "fam-0" / "checkpoint.safetensors").exists()
-    assert is_killed or "run the same command again to continue" in " ".join(errors.decode().split())
+    assert is_killed or "run the same command again to continue" in " ".join(said.read_text().split())
 
 
 def row(system: str, seed: int, length: int, correct: bool, **more: Any) -> dict[str, Any]:

@@ -219,7 +219,7 @@ def is_fast_when_compiled(case: str, options: str, compile_step: Any) -> bool:
     and tokens one by one."""
     if compile_step is compile_decoding:
         return case == "deepseek_v3" and options == "gated"
-    of_defaults = ("llama", "gemma3_text", "olmo2", "falcon")
+    of_defaults = ("llama", "gemma3_text")
     return case in (of_defaults if options == "default" else ("gemma3_text",) if options == "slots" else ())
 
 
