@@ -11,7 +11,7 @@ from transformerfam.errors import RecipeError
 from transformerfam.training.data.sequences import SequenceBuilder
 from transformerfam.training.setup import build_trainee
 from transformerfam.training.step.blocks import run_batch
-from transformerfam.training.step.teacher import Teacher, Teaching, distance_to_teacher
+from transformerfam.training.step.teacher import ReadsText, Teacher, Teaching, distance_to_teacher
 from transformerfam.training.tiny import build_tiny_model, build_tiny_tokenizer
 from transformerfam.training.trainer import Trainer
 from transformerfam.weights.models import load_base
@@ -170,7 +170,7 @@ def test_other_tokens_are_to_be_predicted_as_full_attention_does(base):
     """A divergence of another token or row, of the keys too, or from a teacher that reads another text. Without FAM and
     with everything in sight the trainee is the teacher."""
     loss = {"full_attention": True, "other_tokens": 1.0, "num_other_tokens": 1000, "key": 0.0}
-    teacher = Teacher(base, reads_text=True)
+    teacher = Teacher(base, reads_text=ReadsText())
     found = []
     for block_size in (512, 16):
         fam = {"block_size": block_size, "fam_length": 0, "num_memory_segments": 0}

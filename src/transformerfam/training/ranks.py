@@ -194,6 +194,7 @@ class Ranks:
         return dataclasses.replace(
             output,
             loss=self._sum(output.loss),
+            attention_distance=self._sum(output.attention_distance),
             key_loss=self._sum(output.key_loss * share.to(output.key_loss)),
             is_right_B=self.accelerator.gather(output.is_right_B.to(self.accelerator.device)).cpu(),
         )

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from transformerfam.config import FamConfig
@@ -13,6 +14,9 @@ from transformerfam.tasks.text import encode, read_text
 from transformerfam.tasks.unknown_words import say_unknown
 from transformerfam.training.lora import fuse_lora
 from transformerfam.training.recipe.recipe import Recipe
+from transformerfam.training.step.attention_outputs import AttentionOutputs
+from transformerfam.training.step.lessons import LessonStore
+from transformerfam.training.step.teacher import ReadsText, Teacher
 from transformerfam.training.tiny import build_tiny_model, build_tiny_tokenizer, draw_prompt, frequent_words
 from transformerfam.versions import require_peft
 from transformerfam.weights.memories import give_memory
@@ -65,6 +69,36 @@ def build_trainee(recipe: Recipe) -> tuple[PreTrainedModel, PreTrainedTokenizerB
     if recipe.lora is not None and recipe.lora.fused and recipe.fam.fam_lora == "all":
         fuse_lora(model)
     return model, tokenizer
+
+
+def build_teacher(
+    recipe: Recipe, trainee: PreTrainedModel, device: torch.device | str
+) -> tuple[Teacher | None, AttentionOutputs | None]:
+    """Return the teacher of a recipe, and what notes the outputs of the trained model's attention.
+
+    Where LoRA leaves the base weights as they are, the trained model itself is read as its base; where they are trained
+    or sharded, the base is loaded a second time.
+
+    Args:
+        recipe: says whether there is one, and what of it.
+        trainee: the model that is trained, on its device.
+        device: where that is.
+
+    Raises:
+        TransformerFamError: the folder of lessons cannot be made.
+    """
+    loss, fam = recipe.loss, recipe.fam
+    if not loss.teacher and not loss.full_attention:
+        return None, None
+    dtype = getattr(torch, recipe.model.dtype)
+    base: str | PreTrainedModel = trainee if recipe.lora and not recipe.schedule.shard else recipe.model.base
+    attention = AttentionOutputs(trainee) if loss.attention_outputs else None
+    teacher = Teacher(base, device, dtype, attention=attention)
+    if loss.full_attention:
+        near = fam.block_size * (fam.num_memory_segments + 1)
+        store = None if loss.lessons is None else LessonStore(loss.lessons, teacher.weights, dtype)
+        teacher.reads_text = ReadsText(near, loss.far_context, store)
+    return teacher, attention
 
 
 def _words_of(recipe: Recipe) -> list[str]:

@@ -27,14 +27,13 @@ from transformerfam.training.ranks import Ranks
 from transformerfam.training.recipe.recipe import Recipe
 from transformerfam.training.result import TrainingResult, save_trained
 from transformerfam.training.run_folder import LOG_FILE, begin_run, claim_folder, release
-from transformerfam.training.setup import build_trainee
+from transformerfam.training.setup import build_teacher, build_trainee
 from transformerfam.training.sharding import whole
 from transformerfam.training.state_passing import SavedFam, StatePassing, held_keys
 from transformerfam.training.step.auxiliary import auxiliary_losses
 from transformerfam.training.step.blocks import TRY_AGAIN, find_non_finite, find_non_finite_gradient
 from transformerfam.training.step.step import read_on, start_state
 from transformerfam.training.step.stored_filler import StoredFiller, keep_filler
-from transformerfam.training.step.teacher import Teacher
 from transformerfam.training.validation import Validation
 from transformerfam.weights.models import BASE_NOTE
 
@@ -99,10 +98,7 @@ class Trainer:
         self.step_module = self.ranks.wrap(self.model)
         self.auxiliary = auxiliary_losses(self.model, recipe)
         self.started_from = None if recipe.model.memory is None else memory_notes(recipe.model.memory)
-        self.teacher: Teacher | None = None
-        if recipe.loss.teacher > 0 or recipe.loss.full_attention:
-            dtype = getattr(torch, recipe.model.dtype)
-            self.teacher = Teacher(recipe.model.base, device, dtype, reads_text=recipe.loss.full_attention)
+        self.teacher, self.attention = build_teacher(recipe, self.model, device)
         self.sequences: Any = (SequenceBuilder if recipe.instructions is None else PackedInstructions)(
             recipe, self.tokenizer
         )
@@ -222,7 +218,7 @@ class Trainer:
         rows = self.ranks.own_rows(len(batch.keys))
         state = start_state(self.model, recipe, self.passing, step, batch, saved, rows)
         self.optimizer.zero_grad()
-        rest = (self.stored, lesson, num_repeats, self.auxiliary)
+        rest = (self.stored, lesson, num_repeats, self.auxiliary, self.attention)
         output = self.ranks.read_in_parts(self.step_module, recipe, own, state, *rest)
         output = self.ranks.whole_output(output, own, batch)
         self._require_finite(output.loss, batch, saved)

@@ -49,7 +49,8 @@ class Validation:
             return
         if self.section.files:
             assert recipe.instructions is not None
-            changed = {"files": self.section.files, "repeat_tokens": 0, "mix_sequences": True}
+            changed: dict[str, Any] = {"files": self.section.files, "repeat_tokens": 0, "mix_sequences": True}
+            changed |= {"sampled_tokens": None, "early_share": 0.0}
             instructions = recipe.instructions.model_copy(update=changed)
             held_out = recipe.model_copy(update={"instructions": instructions})
             _require_held_out(recipe)

@@ -3,6 +3,7 @@
 Source: section 3.1.1 of arXiv 2404.09173.
 """
 
+import math
 import random
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -161,7 +162,8 @@ class PackedInstructions:
         self.schedule = recipe.schedule
         self.seed = recipe.schedule.seed
         self.batch_size = recipe.schedule.batch_size
-        self.block_sizes = recipe.schedule.block_sizes or (recipe.fam.block_size,)
+        self.least_block_size = recipe.fam.block_size
+        self.block_sizes = recipe.schedule.block_sizes or (self.least_block_size,)
         self.pieces = read_instructions(tokenizer, self.section, key)
         self.announcement = encode(tokenizer, REPEAT_PROMPT) if self.section.repeat_tokens else []
         self.num_packed = self.section.length - len(self.announcement) - self.section.repeat_tokens
@@ -215,9 +217,25 @@ class PackedInstructions:
 
     def batch(self, step: int, *args: Any) -> Batch:
         """Return the batch of a step; its weights sum to 1."""
-        rows = [self.sequence(step * self.batch_size + row) for row in range(self.batch_size)]
-        ids, weights = (torch.stack(column) for column in zip(*rows, strict=True))
+        numbers = range(step * self.batch_size, (step + 1) * self.batch_size)
+        ids, weights = (torch.stack(column) for column in zip(*map(self.sequence, numbers), strict=True))
+        if self.section.sampled_tokens is not None:
+            weights = weights * torch.stack([self._is_sampled(number) for number in numbers])
         return weighed_batch(ids, weights)
+
+    def _is_sampled(self, number: int) -> torch.Tensor:
+        """Draw the tokens of sequence `number` that are predicted, `(length,)`, some in every block."""
+        assert self.section.sampled_tokens is not None
+        draw, length = random.Random(f"{self.seed}/sampled/{number}"), self.section.length
+        is_sampled = torch.zeros(length + 1, dtype=torch.bool)
+        for start in range(0, length, self.least_block_size):
+            places = range(start, min(start + self.least_block_size, length))
+            count = min(len(places), math.ceil(self.section.sampled_tokens * len(places) / self.least_block_size))
+            quarter = places[: math.ceil(len(places) / 4)]
+            early = draw.sample(quarter, min(len(quarter), round(count * self.section.early_share)))
+            rest = draw.sample([place for place in places if place not in early], count - len(early))
+            is_sampled[torch.tensor(early + rest) + 1] = True  # a token is predicted at the place before it
+        return is_sampled[:length]
 
 
 def weighed_batch(ids_BT: torch.Tensor, weights_BT: torch.Tensor) -> Batch:

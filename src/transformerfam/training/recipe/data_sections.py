@@ -5,7 +5,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import BeforeValidator, SerializeAsAny, ValidationError, model_validator
 
 from transformerfam.errors import RecipeError
-from transformerfam.tasks.ranges import Count, Integer, Limits, Natural, NotNegative, Texts
+from transformerfam.tasks.ranges import Count, Integer, Limits, Natural, NotNegative, Share, Texts
 from transformerfam.tasks.registry import TASKS, task_of_keys
 from transformerfam.tasks.section import Section, require
 from transformerfam.tasks.writing import TaskSection
@@ -59,6 +59,12 @@ class InstructionSection(Section):
     """Consecutive tokens, drawn from the sequence, that it ends with once more; 0 repeats nothing."""
     repeat_weight: NotNegative = 0.1
     """Weight of the repeated tokens; answers and plain texts weigh 1, prompts, examples and other roles 0."""
+    sampled_tokens: Count | None = None
+    """Random tokens of every `fam.block_size` that are predicted; None is all. With fewer a step is faster, above all
+    where the vocabulary is large."""
+    early_share: Share = 0.0
+    """Share of the sampled tokens that is drawn from the first quarter of each block, where the memory is all that
+    there is of the text before; the rest is drawn from the whole block."""
     mix_sequences: bool = False
     """Draw the sequences of a batch from all over the texts, as plain training does. False reads each text from its
     beginning to its end, one sequence after the other, so that a passed state continues its text."""
@@ -70,6 +76,11 @@ class InstructionSection(Section):
             self.length > 2 * self.repeat_tokens + 1,
             f"instructions.length is {self.length}, required is more than twice instructions.repeat_tokens "
             f"({self.repeat_tokens})",
+        )
+        require(
+            self.early_share == 0 or self.sampled_tokens is not None,
+            f"instructions.early_share is {self.early_share} without instructions.sampled_tokens, of which it is a "
+            "share; add that, or leave it out",
         )
         return self
 
@@ -142,6 +153,17 @@ class LossSection(Section):
     """Let the other tokens be predicted as the base model with full attention predicts them, which reads the same
     sequence: their loss is the divergence KL(base, own), in place of that of the next token. It says more per token,
     and leaves the model what it is."""
+    attention_outputs: NotNegative = 0.0
+    """Weight of the distance of every layer's attention from that of the base model with full attention, at the tokens
+    that are predicted: the squared length of the difference, relative to the mean squared length of the base's. It
+    says at every layer what should have been read from the FAM. Needs `full_attention` and LoRA."""
+    far_context: NotNegative = 0.0
+    """With `full_attention`: by how much the weight of a token grows for each nat that the text before its stretch of
+    (m + 1) blocks saves the base model. It trains most where a memory can help; 0 weighs all alike."""
+    lessons: str | None = None
+    """With `full_attention`: folder in which the base model's hidden states are kept, in bfloat16 (SmolLM2: 1.2 kB a
+    token, twice with `far_context`), so that every run on the same sequences reads them in place of the base model.
+    None reads with it in every step."""
     diversity: NotNegative = 0.0
     """Weight of the paper's diversity loss (C.4): the negative entropy of the tokens' attention over the FAM's rows."""
     reconstruction: NotNegative = 0.0
@@ -149,3 +171,28 @@ class LossSection(Section):
     fam_change: NotNegative = 0.0
     """Weight of the change of the FAM, relative to its length and before `fam.fam_norm_bound`, in the updates by blocks
     that give no key: changes in one constant direction drown what was written, bound or not."""
+
+    def require_teacher(self, has_own_base: bool) -> None:
+        """Refuse what is about full attention without it, and comparisons for which the base model is not there.
+
+        Args:
+            has_own_base: whether the trained model has its base's weights, frozen and whole.
+
+        Raises:
+            RecipeError: with the key.
+        """
+        require(
+            self.full_attention or (self.attention_outputs == self.far_context == 0 and self.lessons is None),
+            "loss.attention_outputs, loss.far_context or loss.lessons is given without loss.full_attention, which "
+            "they are about; set loss.full_attention = true, or leave them out",
+        )
+        require(
+            self.attention_outputs == 0 or has_own_base,
+            "loss.attention_outputs is above 0 and there is no section lora, or schedule.shard is true, required is "
+            "a base model whose weights stay as they are and whole; add a lora section, or set it to 0",
+        )
+        require(
+            self.attention_outputs == 0 or self.lessons is None,
+            "loss.lessons is given with loss.attention_outputs, for which the base model reads every step anyway; "
+            "leave one of them out",
+        )

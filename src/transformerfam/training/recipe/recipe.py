@@ -118,6 +118,8 @@ class Recipe(Section):
             "of them out",
         )
 
+        self.loss.require_teacher(has_own_base=self.lora is not None and not self.schedule.shard)
+
     def _require_key_bias(self) -> None:
         """Refuse a bias that does not end at 0 within the run."""
         if self.key_bias is not None:

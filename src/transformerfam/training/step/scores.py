@@ -30,6 +30,9 @@ class StepOutput:
     """Mean change of the FAM, relative to its length, over the updates that `FamChange` looks at, detached; 0
     where there is none."""
 
+    attention_distance: torch.Tensor = field(default_factory=lambda: torch.zeros(()))
+    """Weighed mean distance of attention's outputs from the teacher's, detached; 0 where they are not compared."""
+
     @property
     def fam_norm(self) -> float | None:
         """Root mean square of the passed FAM's rows, the largest of all layers; None where there is none."""
@@ -46,6 +49,7 @@ class StepOutput:
             "key_accuracy_asked_later": self.accuracy_of(asks_B & ~batch.is_told_B),
             "fam_norm": self.fam_norm,
             "teacher_loss": self.teacher_loss.item(),
+            "attention_distance": self.attention_distance.item(),
             "fam_change": self.fam_change.item(),
         }
 
@@ -121,6 +125,8 @@ def score(
     """
     lesson = None if teaching is None else teaching.lesson
     weights_BN = batch.weights_BT[:, columns_N]
+    if lesson is not None and lesson.emphasis_BT is not None:
+        weights_BN = weights_BN * lesson.emphasis_BT[:, columns_N]
     device = last_hidden_BND.device
     scores = Scores.zero(len(weights_BN), device)
     if lesson is not None and hidden_states is not None:

@@ -12,6 +12,8 @@ from transformerfam.tasks.batch import Batch
 from transformerfam.training.data.sequences import SequenceBuilder
 from transformerfam.training.recipe.recipe import Recipe
 from transformerfam.training.state_passing import SavedFam, StatePassing
+from transformerfam.training.step.attention_outputs import AttentionOutputs
+from transformerfam.training.step.attention_teaching import AttentionTeaching
 from transformerfam.training.step.auxiliary import AuxiliaryLosses
 from transformerfam.training.step.blocks import run_batch
 from transformerfam.training.step.packed import run_packed_batch, update_by_stored
@@ -66,6 +68,7 @@ def run_step(
     lesson: Lesson | None,
     num_repeats: int,
     auxiliary: AuxiliaryLosses | None = None,
+    attention: AttentionOutputs | None = None,
 ) -> StepOutput:
     """Read a batch, packed where it was written on stored filler, else block after block.
 
@@ -78,6 +81,7 @@ def run_step(
         lesson: what the teacher had in mind; None without a teacher.
         num_repeats: repeated updates of a batch with its own filler.
         auxiliary: further losses; None is none.
+        attention: what notes the outputs of the model's attention, where they are compared with the teacher's.
     """
     teaching = None if lesson is None else Teaching(lesson, recipe.loss.teacher)
     pass_before_question = recipe.state_passing.before_question
@@ -85,11 +89,14 @@ def run_step(
         return run_packed_batch(
             model, batch, state, stored, pass_before_question=pass_before_question, teaching=teaching
         )
+    parts = parts_of(recipe, num_repeats, auxiliary)
+    if attention is not None and lesson is not None and lesson.attention_LND is not None:
+        parts.append(AttentionTeaching(attention, lesson.attention_LND, batch, recipe.loss.attention_outputs))
     return run_batch(
         model,
         batch,
         state,
-        parts_of(recipe, num_repeats, auxiliary),
+        parts,
         checkpoint_blocks=recipe.schedule.checkpoint_blocks,
         pass_before_question=pass_before_question,
         teaching=teaching,
