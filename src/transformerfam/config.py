@@ -102,6 +102,11 @@ class FamConfig:
     """The initial FAM: a learnable prompt of F embeddings that goes up through the layers, or F learnable rows per
     layer."""
 
+    fam_starts_empty: bool = False
+    """Begin a reading with a memory that nobody sees: in its first block tokens and FAM rows see no FAM, so the base
+    model reads a text of up to one block as ever, and the first tokens, which `num_sink_tokens` keeps, are to the model
+    what they always were. False is the paper: the initial FAM is seen. A saved FAM always is. Ours, not the paper's."""
+
     zero_first_residual: bool = True
     """Leave the initial FAM out of the first update's residual, since it holds no context. It concerns
     `fam_residual="previous"` alone."""

@@ -206,6 +206,26 @@ def test_every_attention_back_end_gives_the_same(case: str, options: str) -> Non
         assert_near(logits, found["eager"], f"logits by {back_end}")
 
 
+@pytest.mark.parametrize("case", CASES)
+def test_first_block_of_an_empty_memory_is_the_bases(case: str) -> None:
+    """Catches a memory that changes a short text, and one that stays unseen when there is something in it."""
+    base, ids = make_tiny(case), draw_ids(2, 12)
+    model = make_converted(case, CONFIG.replace(fam_starts_empty=True))
+    with torch.no_grad():
+        expected = base(input_ids=ids[:, :5]).logits
+        found = model(input_ids=ids).logits
+        state = model.init_state(2)
+        in_pieces = torch.cat(
+            [model(input_ids=part, past_key_values=state).logits for part in ids.split([2, 7, 3], 1)], 1
+        )
+        other = model.init_state(2, fam=model.read(draw_ids(2, 5, seed=1)).fams)
+        model(input_ids=ids[:, :5], past_key_values=other)
+        of_another = model(input_ids=ids[:, 5:], past_key_values=other).logits
+    assert_near(found[:, :5], expected, "logits of the first block")
+    assert_near(in_pieces, found, "logits in pieces")
+    assert not torch.allclose(of_another, found[:, 5:], atol=1e-4)
+
+
 COMPILED = [
     *((case, "default") for case in CASES),
     *((case, "default") for case in at_hand if case in FURTHER_CASES),

@@ -181,6 +181,11 @@ OPTIONS: list[dict[str, Any]] = [
     {"fam_norm_bound": 0.5},
     {"fam_key_bias": -2.0},
     {"fam_key_bias": -2.0, "num_previous_fams": 2},
+    {"fam_starts_empty": True},
+    {"fam_starts_empty": True, "num_previous_fams": 3, "num_sink_tokens": 2},
+    GATED | {"fam_starts_empty": True, "num_memory_segments": 0},
+    SLOTS | {"fam_starts_empty": True, "num_previous_fams": 2, "window": 3},
+    BLOCK | {"fam_starts_empty": True, "num_sink_tokens": 2, "num_memory_segments": 0},
 ]
 
 
@@ -249,6 +254,7 @@ def configurations(draw: st.DrawFn) -> FamConfig:
         fam_init="prompt" if has_slots else draw(st.sampled_from(["prompt", "prefix"])),
         zero_first_residual=draw(st.booleans()),
         num_sink_tokens=draw(st.integers(0, block_size)),
+        fam_starts_empty=draw(st.booleans()),
         fam_layers=draw(st.sampled_from([None, None, (0,), (1,)])) if fam_feeds == "same" else None,
         fam_norm_bound=None if has_slots else draw(st.sampled_from([None, None, 0.5])),
         fam_key_bias=draw(st.sampled_from([0.0, -1.5])),

@@ -18,18 +18,20 @@ class Phase:
     """Where the rows of a batch are when a piece begins: one entry per sequence, or one for all of them.
 
     `fills` are tokens already in the block, `counts` tokens that the piece adds, `blocks` whole blocks that were read,
-    counted up to where more of them change nothing.
+    counted up to where more of them change nothing; `started_empty` says whose initial FAM is never seen.
     """
 
     fills: tuple[int, ...]
     counts: tuple[int, ...]
     blocks: tuple[int, ...]
+    started_empty: tuple[bool, ...]
 
     @classmethod
     def of(cls, state: FamState, counts: list[int]) -> "Phase":
         """Read the phase off a state."""
         blocks = (min(n, state.num_blocks_until_steady) for n in state.num_blocks_per_row)
-        entries = list(zip(state.block_fill, counts, blocks, strict=True))
+        started_empty = [state.config.fam_starts_empty and not saved for saved in state.starts_from_saved_fam]
+        entries = list(zip(state.block_fill, counts, blocks, started_empty, strict=True))
         if len(set(entries)) == 1:
             entries = entries[:1]
         return cls(*(tuple(column) for column in zip(*entries, strict=True)))
@@ -47,9 +49,15 @@ class Phase:
         """Return whether the sink tokens have left a layer's memory segments."""
         return [plan.num_sink_tokens > 0 and n * config.block_size > plan.num_memory_tokens for n in self.blocks]
 
+    @property
+    def is_empty(self) -> list[bool]:
+        """Return whether the FAM is one that nobody sees."""
+        return [n == 0 and empty for n, empty in zip(self.blocks, self.started_empty, strict=True)]
+
     def num_older_fams(self, config: FamConfig) -> list[int]:
-        """Return the valid older FAMs."""
-        return [min(n, config.num_previous_fams - 1) for n in self.blocks]
+        """Return the older FAMs that are seen."""
+        written = [max(0, n - empty) for n, empty in zip(self.blocks, self.started_empty, strict=True)]
+        return [min(n, config.num_previous_fams - 1) for n in written]
 
     def window_of_slots(self, config: FamConfig, plan: LayerPlan, sections: Sections) -> slice:
         """Return the slots that hold every key in sight; all of them when the sequences differ."""
@@ -117,6 +125,7 @@ def buffer_mask(config: FamConfig, plan: LayerPlan, num_rows: int, phase: Phase,
     seen = seen | (is_block & (distance >= 0))
     if plan.window is not None:
         seen = seen & (is_sink | (distance < plan.window))
+    is_fam = is_fam & ~torch.tensor(phase.is_empty)[:, None, None]
     seen = seen | (is_fam & (slot >= sections.fam - older * config.fam_length))
 
     shut = torch.finfo(dtype).min

@@ -71,7 +71,7 @@ class Piece(FamRows):
         """Return what the rows see, for the back end that needs no mask; None where a mask is needed.
 
         A mask is needed when sequences are at different places, when the window of a layer with FAM or sinks ends
-        within what it keeps, when the FAM keys have a bias, and when a slot in sight is still empty.
+        within what it keeps, when the FAM keys have a bias or are not seen, and when a slot in sight is still empty.
         """
         if layer.kind not in self._sights:
             self._sights[layer.kind] = self._sight(layer)
@@ -80,7 +80,7 @@ class Piece(FamRows):
 
     def _sight(self, layer: FamLayer) -> Sight | None:
         config, phase, plan, sections = self.config, self.phase, layer.plan, layer.sections
-        if not phase.is_uniform or (plan.has_fam and config.fam_key_bias != 0):
+        if not phase.is_uniform or (plan.has_fam and (config.fam_key_bias != 0 or phase.is_empty[0])):
             return None
         num_tokens = phase.num_memory_tokens(config, plan)[0] + phase.fills[0] + phase.counts[0]
         cuts = plan.window is not None and plan.window < num_tokens

@@ -188,9 +188,10 @@ def _run_block(
     if len(block_TD) == config.block_size:
         if has_fam and config.has_slots:
             rows_FD = memory.initial_fam_FD if below_FD is None else below_FD
-            queries, seen = make_queries(weights.rows, fam_layer, rows_FD), memory.fam_keys[-1] + block_keys
+            queries, before = make_queries(weights.rows, fam_layer, rows_FD), _last_fam_keys(config, memory)
+            seen = before + block_keys
             above_FD, shares_FHN = _run_rows(weights.rows, fam_layer, queries, fam_query_positions, seen, rows_FD)
-            shares_FHT = shares_FHN[:, :, config.fam_length :]
+            shares_FHT = shares_FHN[:, :, len(before) :]
             if config.takes_block:
                 value_FW = _means(weights, _slots(weights, layer, block_TD), shares_FHT)
             else:
@@ -229,9 +230,9 @@ def _compress(
     }[config.fam_residual]
     asking_FD = memory.fam_FD if config.fam_query == "previous" else memory.initial_fam_FD
     queries = make_queries(weights, layer, asking_FD)
-    seen = memory.fam_keys[-1] + block_keys
-    value_FD, shares_FHN = _run_rows(weights, layer, queries, query_positions, seen, residual_FD)
-    return value_FD, shares_FHN[:, :, config.fam_length :].sum(dim=2).mean(dim=1)
+    before = _last_fam_keys(config, memory)
+    value_FD, shares_FHN = _run_rows(weights, layer, queries, query_positions, before + block_keys, residual_FD)
+    return value_FD, shares_FHN[:, :, len(before) :].sum(dim=2).mean(dim=1)
 
 
 def _run_rows(
@@ -363,9 +364,21 @@ def _seen_fam_keys(config: FamConfig, memory: LayerMemory) -> list[SeenKey]:
     """List the keys of the last FAMs as tokens see them: with the bias, outside of every window."""
     return [
         dataclasses.replace(key, bias=config.fam_key_bias, is_in_window=False)
-        for fam in memory.fam_keys[-config.num_previous_fams :]
+        for fam in _written_fam_keys(config, memory)[-config.num_previous_fams :]
         for key in fam
     ]
+
+
+def _written_fam_keys(config: FamConfig, memory: LayerMemory) -> list[list[SeenKey]]:
+    """List the keys of every FAM that is seen, oldest first: the initial one is not, where a reading starts empty."""
+    is_unseen = config.fam_starts_empty and not memory.starts_from_saved_fam
+    return memory.fam_keys[1:] if is_unseen else memory.fam_keys
+
+
+def _last_fam_keys(config: FamConfig, memory: LayerMemory) -> list[SeenKey]:
+    """List the keys of the FAM that the FAM rows see besides their block."""
+    written = _written_fam_keys(config, memory)
+    return written[-1] if written else []
 
 
 def _within_window(config: FamConfig, query_position: float, keys: list[SeenKey]) -> list[SeenKey]:

@@ -313,7 +313,7 @@ class Recipe(Section):
         """Refuse what a batch on stored filler cannot do."""
         fam, why = self.fam, "schedule.stored_blocks is above 0, required is"
         is_plain = fam.is_papers_update and fam.fam_lora == "all" and fam.fam_layers is None
-        is_plain &= fam.num_memory_slots == 0 and fam.num_previous_fams == 1
+        is_plain &= fam.num_memory_slots == 0 and fam.num_previous_fams == 1 and not fam.fam_starts_empty
         require(
             is_plain and fam.fam_length > 0 and fam.fam_position != "zero",
             f"{why} a fam section with fam_length above 0, all layers, the paper's update, fam_lora 'all', a "
