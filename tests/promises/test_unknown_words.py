@@ -227,6 +227,11 @@ SAID = {
     "training.setup.build_trainee": "say_unknown",
     "tasks.worded_keys_training.__init__": "wording_ids, of which the training looks at the unknown share",
     "tasks.worded_keys_training._drawn": "wording_ids",
+    "tasks.passages_training.__init__": "wording_ids, of which the training looks at the unknown share",
+    "tasks.passages_training._load_texts": "unknown_share of the texts",
+    "tasks.passages_training._passage_ids": "wording_ids",
+    "tasks.passages_training._question": "asked about passages, whose words wording_ids has",
+    "tasks.passages_training._repeated": "words of the texts, which the training looks at",
     # The package's own texts, of which something else is looked at.
     "comparison.run._description": "BEFORE_KEY, to measure bytes",
     "cli.demo.first_page": "the text that prepare_demo has looked at",
@@ -249,6 +254,9 @@ SAID = {
     "tasks.facts_training.rows": "words that FactsText has looked at",
     "training.data.repeated.vocabulary": "single words",
     "tasks.worded_keys_training._encode": "itself",
+    "tasks.passages_training._encode": "itself",
+    "tasks.passages_training._pairs": "words of one token each",
+    "tasks.passages_training._word": "a probe",
 }
 
 

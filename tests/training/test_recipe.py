@@ -127,7 +127,10 @@ def in_stage(**data):
             r"schedule\.curriculum\.0\.(data is 3, required is a section|key_digits)",
         ),
         ({"data": 3}, "data is 3, required is a section with keys"),
-        ({"data": {"task": "fact"}}, "data.task is 'fact', required is one of passkey, named-keys, worded-keys, facts"),
+        (
+            {"data": {"task": "fact"}},
+            "data.task is 'fact', required is one of passkey, named-keys, worded-keys, passages, facts",
+        ),
         ({"data": {"named_kys": [1, 2]}}, "unknown key data.named_kys in the recipe; did you mean data.named_keys"),
         ({"data": {"facts": [1, 2], "few_digits": 0.5}}, "data.few_digits is a key of .*, and the task is 'facts'"),
         ({"no_such_section": {}}, r"unknown key no_such_section in the recipe; known keys are model, schedule"),

@@ -7,6 +7,7 @@ from typing import Any
 
 from transformerfam.tasks.facts_training import FactsSection, FactsWriter
 from transformerfam.tasks.named_keys_training import NamedKeysSection, NamedKeysWriter
+from transformerfam.tasks.passages_training import PassagesSection, PassagesWriter
 from transformerfam.tasks.passkey_training import PasskeySection, PasskeyWriter
 from transformerfam.tasks.worded_keys_training import WordedKeysSection, WordedKeysWriter
 from transformerfam.tasks.writing import TaskSection, Writer
@@ -37,6 +38,7 @@ TASKS = {
     "passkey": Task(PasskeySection, PasskeyWriter, "transformerfam.comparison.passkey:PasskeyComparison"),
     "named-keys": Task(NamedKeysSection, NamedKeysWriter, "transformerfam.comparison.named_keys:NamedKeysComparison"),
     "worded-keys": Task(WordedKeysSection, WordedKeysWriter),
+    "passages": Task(PassagesSection, PassagesWriter),
     "facts": Task(FactsSection, FactsWriter, "transformerfam.comparison.facts:FactsComparison"),
 }
 """By the key `task` of a recipe's section `data`, and of a comparison."""

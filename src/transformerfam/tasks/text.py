@@ -3,16 +3,18 @@
 import codecs
 import stat
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import IO, Any
 
-from transformerfam.errors import TransformerFamError
+from transformerfam.errors import RecipeError, TransformerFamError
 from transformerfam.files.reading import refuse_endless
 from transformerfam.tasks.novels import HELD_OUT_NOVELS, open_novel
 
 READ_BYTES = 1 << 16
 STANDARD_INPUT = "-"
+TEXT_SUFFIX = ".txt"
 START_PROBES = ("a", "The sun", "the", "1", "0 1 2", ". ?", "x y z", "是的", "да", "ABC", "\n")
 """Texts by which special tokens in front are found: some tokenizers have no token for one, or a special one."""
 
@@ -43,6 +45,33 @@ def list_files(path: str | Path) -> list[Path | str]:
         raise TransformerFamError(
             f"{str(path)!r} holds no file, required is at least one UTF-8 text; give another folder"
         )
+    return files
+
+
+def files_of(names: Sequence[str], key: str) -> list[Path]:
+    """Return files, those of a folder by name, without hidden ones.
+
+    Args:
+        names: files and folders.
+        key: of the recipe that has them, for messages.
+
+    Raises:
+        RecipeError: a folder holds no `.txt` file, or a file is named twice.
+    """
+    files: list[Path] = []
+    for name in names:
+        found = [Path(name)]
+        if not name or Path(name).is_dir():
+            try:
+                found = [path for path in map(Path, list_files(name)) if path.suffix.lower() == TEXT_SUFFIX]
+            except TransformerFamError as error:
+                raise RecipeError(f"{key}: {error}") from error
+            if not found:
+                raise RecipeError(f"{key}: {name!r} holds no {TEXT_SUFFIX} file; name another folder")
+        files += found
+    for path, number in Counter(path.resolve() for path in files).items():
+        if number > 1:
+            raise RecipeError(f"{key}: {path} is named {number} times, required is once; leave one out")
     return files
 
 

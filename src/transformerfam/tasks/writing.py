@@ -32,6 +32,7 @@ class TaskSection(Section):
         fixed_keys: keys that are the same in all stages of the curriculum.
         text_keys: keys that name a text: the passkey's sentences, a novel of the package, or a file.
         folder_keys: keys that name a folder of `.txt` files.
+        file_keys: keys that name files, and folders for the `.txt` files in them and their folders.
     """
 
     can_be_taught: ClassVar[bool] = False
@@ -40,6 +41,7 @@ class TaskSection(Section):
     fixed_keys: ClassVar[tuple[str, ...]] = ("task", "allow_unknown")
     text_keys: ClassVar[tuple[str, ...]] = ()
     folder_keys: ClassVar[tuple[str, ...]] = ()
+    file_keys: ClassVar[tuple[str, ...]] = ()
 
     task: str
     """The task, which decides on the other keys of the section."""

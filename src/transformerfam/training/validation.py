@@ -17,7 +17,8 @@ from transformerfam.tasks.answer_scores import worth
 from transformerfam.tasks.answers import QuestionFile
 from transformerfam.tasks.answers_evaluation import AnswersEvaluation
 from transformerfam.tasks.next_token import token_losses
-from transformerfam.training.data.instructions import PackedInstructions, files_of
+from transformerfam.tasks.text import files_of
+from transformerfam.training.data.instructions import PackedInstructions
 from transformerfam.training.optimizer import AverageOfWeights
 from transformerfam.training.recipe.recipe import Recipe
 from transformerfam.training.sharding import shared_like, whole

@@ -5,24 +5,21 @@ Source: section 3.1.1 of arXiv 2404.09173.
 
 import math
 import random
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 
-from transformerfam.errors import RecipeError, TransformerFamError
+from transformerfam.errors import RecipeError
 from transformerfam.files.reading import parse_json, read_whole
 from transformerfam.tasks.batch import Batch
-from transformerfam.tasks.text import encode, list_files
+from transformerfam.tasks.text import TEXT_SUFFIX, encode, files_of
 from transformerfam.tasks.unknown_words import require_known, unknown_share
 from transformerfam.training.data.sequences import draw_block_size
 from transformerfam.training.recipe.data_sections import InstructionSection
 from transformerfam.training.recipe.recipe import Recipe
 
-TEXT_SUFFIX = ".txt"
 REPEAT_PROMPT = "[repeat random segment]:"
 """What announces the repeated segment; its weight is 0."""
 
@@ -71,33 +68,6 @@ def read_instructions(tokenizer: Any, section: InstructionSection, key: str = "i
     if not any(weight for piece in pieces for weight in piece.weights):
         raise RecipeError(f"{key} hold no token of a weight above 0, which those of answers and texts have; give some")
     return pieces
-
-
-def files_of(names: Sequence[str], key: str) -> list[Path]:
-    """Return files, those of a folder by name, without hidden ones.
-
-    Args:
-        names: files and folders.
-        key: of the recipe that has them, for messages.
-
-    Raises:
-        RecipeError: a folder holds no `.txt` file, or a file is named twice.
-    """
-    files: list[Path] = []
-    for name in names:
-        found = [Path(name)]
-        if not name or Path(name).is_dir():
-            try:
-                found = [path for path in map(Path, list_files(name)) if path.suffix.lower() == TEXT_SUFFIX]
-            except TransformerFamError as error:
-                raise RecipeError(f"{key}: {error}") from error
-            if not found:
-                raise RecipeError(f"{key}: {name!r} holds no {TEXT_SUFFIX} file; name another folder")
-        files += found
-    for path, number in Counter(path.resolve() for path in files).items():
-        if number > 1:
-            raise RecipeError(f"{key}: {path} is named {number} times, required is once; leave one out")
-    return files
 
 
 def _piece(tokenizer: Any, values: dict[str, Any]) -> Piece:

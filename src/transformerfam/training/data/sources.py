@@ -8,7 +8,7 @@ from pathlib import Path
 
 from transformerfam.errors import RecipeError
 from transformerfam.tasks.novels import HELD_OUT_NOVELS
-from transformerfam.training.data.instructions import files_of
+from transformerfam.tasks.text import files_of
 from transformerfam.training.recipe.recipe import Recipe
 
 MODEL_FILES = (
@@ -65,7 +65,8 @@ def _files(recipe: Recipe) -> Iterator[tuple[str, Path]]:
     for key, name in texts.items():
         if name not in (None, "sentences", *HELD_OUT_NOVELS):
             yield key, Path(str(name))
-    for key, names_of_files in recipe.text_files.items():
+    of_data = {f"data.{key}": getattr(data, key) for key in data.file_keys}
+    for key, names_of_files in (recipe.text_files | of_data).items():
         yield from ((f"{key}.{number}", path) for number, path in enumerate(files_of(names_of_files, key)))
     if recipe.evaluation is not None and recipe.evaluation.questions is not None:
         yield "evaluation.questions", Path(recipe.evaluation.questions)
