@@ -46,8 +46,9 @@ lint: $(STAMP)  ## ruff: rules, docstrings, format
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
 
-types: $(STAMP)  ## mypy
+types: $(STAMP)  ## mypy, and what it sees of a converted model
 	@$(BIN)/mypy
+	@$(OFFLINE) $(BIN)/python -m pytest -q -m slow tests/promises/test_types.py
 
 layers: $(STAMP)  ## a module imports only what lies below it
 	@$(BIN)/lint-imports

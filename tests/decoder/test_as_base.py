@@ -14,6 +14,8 @@ from transformerfam.rivals import RivalConfig, attach
 from transformerfam.training.lora import fuse_lora
 from transformerfam.weights.peft_adapters import inject_lora
 
+FAST = ("llama", "gemma2", "gemma3_text", "gpt_oss", "falcon", "deepseek_v3")
+"""Families that the fast tests read as their base."""
 IDS = draw_ids(2, 20)
 """Longer than a block and its memory segments."""
 
@@ -30,7 +32,9 @@ def hidden_of(model: Any) -> torch.Tensor:
     return hidden
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(
+    "case", [case if case in FAST else pytest.param(case, marks=pytest.mark.slow) for case in CASES]
+)
 def test_reads_as_before_its_conversion(case: str) -> None:
     """Catches a seam, a mask, a position or an attention back end of ours that stays in force."""
     model = make_tiny(case)

@@ -51,12 +51,15 @@ def is_fast(case: str, options: str) -> bool:
     return case in DIFFERENT or options in UPDATES[:2]
 
 
+def is_fast_in_pieces(case: str, options: str) -> bool:
+    """Return whether the fast tests read a family in pieces with these options."""
+    return case in CASES and (options == "block" or (options == "default" and case in DIFFERENT))
+
+
 every_update = pytest.mark.parametrize(
     ("case", "options"),
     [
-        pytest.param(
-            case, options, marks=[] if case in DIFFERENT or (case in CASES and options == "block") else pytest.mark.slow
-        )
+        pytest.param(case, options, marks=[] if is_fast_in_pieces(case, options) else pytest.mark.slow)
         for case, options in itertools.product(at_hand, UPDATES)
     ],
 )
@@ -206,7 +209,9 @@ def test_every_attention_back_end_gives_the_same(case: str, options: str) -> Non
         assert_near(logits, found["eager"], f"logits by {back_end}")
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(
+    "case", [case if case in DIFFERENT else pytest.param(case, marks=pytest.mark.slow) for case in CASES]
+)
 def test_first_block_of_an_empty_memory_is_the_bases(case: str) -> None:
     """Catches a memory that changes a short text, and one that stays unseen when there is something in it."""
     base, ids = make_tiny(case), draw_ids(2, 12)

@@ -74,7 +74,8 @@ def make_flash(case: str, config: FamConfig = CONFIG) -> Any:
 @pytest.mark.parametrize(
     ("case", "update"),
     [
-        *((case, update) for case in CASES for update in ("paper", "gated_rows")),
+        *((case, "paper") for case in CASES),
+        *(pytest.param(case, "gated_rows", marks=pytest.mark.slow) for case in CASES),
         *(
             (case, "gated")
             for case in CASES

@@ -56,6 +56,7 @@ def check(folder: Path, text: str) -> list[str]:
     return [line.partition(": ")[2] for line in done.stdout.splitlines() if "snippet.py" in line]
 
 
+@pytest.mark.slow  # it is part of `make types`, whose cache it shares
 @pytest.mark.timeout(600)
 def test_what_convert_returns_is_known_and_mistakes_are_errors(tmp_path: Path) -> None:
     """Catches a method of ours that a checker takes for anything, and a misspelt one that it lets pass."""
