@@ -95,6 +95,14 @@ def cells(num_layers: int) -> list[dict[str, Any]]:
     block = BLOCK | {"prompt": "started_sentence"}
     found += [block | shape for shape in shapes] + [block | {"block_size": 1024}, BLOCK | {"prompt": "mean"}]
     found += [block | {"fam_share_threshold": threshold} for threshold in (0.25, 0.75, 0.9)]
+    empty = block | {"fam_starts_empty": True}
+    with_sinks = [{"num_memory_segments": m, "num_sink_tokens": 4} for m in (0, 1, 3)]
+    found += [empty | shape for shape in (*with_sinks, {"num_memory_segments": 0, "num_sink_tokens": 0})]
+    found += [empty | with_sinks[0] | {"fam_length": length} for length in (4, 32, 64)]
+    found += [BLOCK | {"fam_starts_empty": True, "prompt": "mean"} | shape for shape in with_sinks[:2]]
+    found += [slots | {"fam_starts_empty": True} | shape for shape in with_sinks[:2]]
+    found += [{"fam_starts_empty": True} | shape for shape in with_sinks[:2]]
+    found += [{"fam_starts_empty": True, "fam_share_threshold": 0.0} | BLOCK | with_sinks[0]]
     unique: list[dict[str, Any]] = []
     for changes in found:
         changes = {k: v for k, v in changes.items() if v != (BASE | PLAIN | ANY_SHARE).get(k, None)}
