@@ -24,6 +24,9 @@ CONFIGS = {
     "one layer": FamConfig(block_size=5, fam_length=2, num_memory_segments=1, fam_layers=(1,)),
     "static": FamConfig(block_size=5, fam_length=2, num_memory_segments=1, fam_copy=False),
     "gated slots": FamConfig.preset("gated", block_size=5, fam_length=2, num_memory_segments=1, num_sink_tokens=1),
+    "starts empty": FamConfig.preset(
+        "gated", block_size=5, fam_length=2, num_memory_segments=0, num_sink_tokens=1, fam_starts_empty=True
+    ),
     "gated": FamConfig.preset("gated_rows", block_size=5, fam_length=2, num_memory_segments=1, num_sink_tokens=1),
     "gated, with a mask": FamConfig(
         block_size=5, fam_length=2, num_memory_segments=1, fam_update="gated", fam_key_bias=-1.0
