@@ -12,6 +12,7 @@ from training_recipes import small_recipe
 
 from transformerfam import FamConfig, FamState, convert
 from transformerfam.errors import CorruptFileError, StateMismatchError, TransformerFamError
+from transformerfam.fam.state import STATE_FORMAT_VERSION
 from transformerfam.files import load_tensors, save_tensors
 from transformerfam.rivals import RivalConfig, attach
 from transformerfam.rivals.state import RivalState
@@ -36,7 +37,7 @@ def saved(model, tmp_path):
     model.read(torch.arange(20)[None]).save(path)
 
     def change(tensors=None, **metadata):
-        old_tensors, old = load_tensors(path, "state", 1)
+        old_tensors, old = load_tensors(path, "state", STATE_FORMAT_VERSION)
         values = {name: value for name, value in (old | metadata).items() if value is not None}
         save_tensors(path, old_tensors | (tensors or {}), values)
         return path
@@ -91,7 +92,7 @@ def test_state_with_metadata_of_another_form_is_refused(model, saved, metadata):
 @pytest.mark.parametrize("version", [True, 1.0, "1", None])
 def test_version_is_an_integer(model, saved, version):
     """Would catch True, which Python takes for 1."""
-    with pytest.raises(CorruptFileError, match=f"has format version {version!r}, this package reads 1"):
+    with pytest.raises(CorruptFileError, match=f"has format version {version!r}, this package reads 2"):
         FamState.load(saved(format_version=version), model)
 
 
@@ -130,7 +131,7 @@ def test_state_with_other_tensors_is_refused(model, saved):
 @pytest.mark.parametrize("number", [float("nan"), float("inf")])
 def test_state_with_numbers_that_are_not_finite_is_refused(model, saved, number):
     """Would catch a reading whose every answer is noise."""
-    fam = load_tensors(saved(), "state", 1)[0]["layers.1.fam"]
+    fam = load_tensors(saved(), "state", STATE_FORMAT_VERSION)[0]["layers.1.fam"]
     fam[0, 1, 2] = number
     with pytest.raises(CorruptFileError, match="has numbers in layers.1.fam that are not finite"):
         FamState.load(saved({"layers.1.fam": fam}), model)

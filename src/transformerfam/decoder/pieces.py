@@ -123,6 +123,7 @@ def read_in_pieces(
     inputs_BTD, valid, ids = inputs.embeds_BTD, inputs.valid_BT, inputs.ids
     batch_size, length = inputs_BTD.shape[:2]
     num_before = state.num_tokens_read
+    state.make_room()
     state.note_input(inputs_BTD, valid, ids)
     lengths = [length] * batch_size if valid is None else valid.sum(1).tolist()
     if valid is not None:  # move padding after the tokens

@@ -182,9 +182,13 @@ class FamLayer(CacheLayerMixin):
         parts = [share_BFG.repeat_interleave(tensor.shape[3], dim=-1) for tensor in (self.keys, self.values)]
         return torch.cat(parts, dim=-1)
 
-    def drop_block(self) -> None:
-        """Free the keys and values of a complete block: what is seen of it later has been copied from there."""
-        kept = self.sections.block
+    def drop_block(self, num_tokens: int = 0) -> None:
+        """Free the keys and values of a complete block: what is seen of it later has been copied from there.
+
+        Args:
+            num_tokens: first tokens of the block that stay.
+        """
+        kept = self.sections.block + num_tokens
         self.keys, self.values = self.keys[..., :kept, :].clone(), self.values[..., :kept, :].clone()
 
     def make_room(self) -> None:

@@ -17,12 +17,13 @@ from transformerfam.decoder.identity import ModelIdentity
 from transformerfam.decoder.state import ReadingState, require_several, take_stored
 from transformerfam.errors import CorruptFileError, StateMismatchError, TransformerFamError
 from transformerfam.fam.layer import FamLayer
+from transformerfam.fam.stacked import stack_states
+from transformerfam.fam.stored import num_packed_bytes, packed_tensors, stored_dtype, unpack_tensors
 from transformerfam.files.tensors import load_tensors, metadata_form, refuse_to_write, require_finite, save_tensors
 
-STATE_FORMAT_VERSION = 1
-
-FORMER_NAMES = {"initial_fam": "query_fam"}
-"""What files that were written before call a layer's tensors."""
+STATE_FORMAT_VERSION = 2
+OLDER_VERSIONS = (1,)
+"""Versions of files that `load` reads, too."""
 
 
 class FamState(ReadingState):
@@ -71,8 +72,13 @@ class FamState(ReadingState):
 
     @property
     def num_bytes(self) -> int:
-        """Bytes of all tensors; constant from `init_state` on."""
+        """Bytes of all tensors in RAM; constant from `init_state` on, less from `compact` to the next token."""
         return sum(t.numel() * t.element_size() for layer in self.layers for t in layer.tensors().values())
+
+    @property
+    def file_bytes(self) -> int:
+        """Bytes of all tensors in a file that `save` writes: filled slots alone. Names and metadata are not counted."""
+        return num_packed_bytes(self)
 
     @property
     def has_memory(self) -> bool:
@@ -136,8 +142,34 @@ class FamState(ReadingState):
             if layer.query is not None and layer.query.is_inference() and not torch.is_inference_mode_enabled():
                 layer.query = layer.query.clone()
 
+    def compact(self) -> "FamState":
+        """Free the slots of the block that hold no token, in place, and return the state: for a reading that is idle.
+
+        They come back when the state reads on.
+        """
+        for layer in self.layers:
+            layer.drop_block(max(self.block_fill))
+        return self
+
+    @classmethod
+    def stack(cls, states: Sequence["FamState"]) -> "FamState":
+        """Return a new state with the sequences of several, which may be at different places in their blocks.
+
+        `select` takes sequences out again.
+
+        Args:
+            states: of one model and configuration, each of any number of sequences.
+
+        Raises:
+            TransformerFamError: there is none.
+            StateMismatchError: they are of different models, configurations, types or devices, or a state was left by
+                beam search.
+        """
+        stacked: FamState = stack_states(states)
+        return stacked
+
     def make_room(self) -> None:
-        """Give every layer's block its slots back, where `drop_complete_block` took them."""
+        """Give every layer's block its slots back, where `drop_complete_block` or `compact` took them."""
         for layer in self.layers:
             layer.make_room()
 
@@ -212,13 +244,19 @@ class FamState(ReadingState):
 
     # Files
 
-    def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the state to a safetensors file, atomically.
+    def save(self, path: str | os.PathLike[str], dtype: str | None = None) -> None:
+        """Write the state to a safetensors file, atomically: the slots that are filled, `file_bytes` of them.
+
+        Args:
+            path: file to write; its folder must exist.
+            dtype: type of the numbers in the file, "bfloat16" for half the bytes of a float32 state; a state that is
+                loaded from it has the model's type again, with what rounding lost. None keeps every bit.
 
         Raises:
             TransformerFamError: the folder does not exist, the disk is full, or the reading has numbers that are not
-                finite; an old file is left as it was.
+                finite; an old file is left as it was. Or there is no such type.
         """
+        rounded = stored_dtype(dtype)
         metadata = {
             "kind": "state",
             "format_version": STATE_FORMAT_VERSION,
@@ -227,10 +265,9 @@ class FamState(ReadingState):
             "num_blocks_per_row": self.num_blocks_per_row,
             "starts_from_saved_fam": self.starts_from_saved_fam,
             "position_offset": self.position_offset,
+            "stored_dtype": dtype,
         } | self.to_store()
-        tensors = {
-            f"layers.{i}.{name}": t for i, layer in enumerate(self.layers) for name, t in layer.tensors().items()
-        }
+        tensors = packed_tensors(self, rounded)
         refuse_to_write(tensors, path)
         save_tensors(path, tensors, metadata)
 
@@ -252,7 +289,7 @@ class FamState(ReadingState):
         """
         if not hasattr(model, "init_state"):
             raise TransformerFamError("the model has no memory yet; call convert(model, FamConfig(...)) first")
-        tensors, metadata = load_tensors(path, "state", STATE_FORMAT_VERSION)
+        tensors, metadata = load_tensors(path, "state", STATE_FORMAT_VERSION, OLDER_VERSIONS)
         require_finite(tensors, path, "state")
         config: FamConfig = model.fam_config
         with metadata_form(path, "state"):
@@ -271,19 +308,10 @@ class FamState(ReadingState):
                 f"{path} has {max(metadata['block_fill'])} tokens in a block of {config.block_size}; make the state "
                 "again"
             )
-        for i, layer in enumerate(state.layers):
-            for name, tensor in layer.tensors().items():
-                stored = tensors.pop(f"layers.{i}.{FORMER_NAMES.get(name, name)}", None)
-                stored = tensors.pop(f"layers.{i}.{name}", stored)
-                if stored is None or stored.shape != tensor.shape or stored.dtype != tensor.dtype:
-                    there = "nothing" if stored is None else f"{stored.dtype} {tuple(stored.shape)}"
-                    raise StateMismatchError(
-                        f"{path} has {there} as {name} of layer {i}, required is {tensor.dtype} "
-                        f"{tuple(tensor.shape)}; load it into a model of the dtype that it was made on"
-                    )
-                tensor.copy_(stored)
-        if tensors:
-            raise CorruptFileError(f"{path} holds {min(tensors)}, which is of no layer here; make the state again")
+        places = list(zip(metadata["block_fill"], metadata["num_blocks_per_row"], strict=True))
+        with torch.no_grad(), metadata_form(path, "state"):
+            rounded = metadata.get("stored_dtype")
+            unpack_tensors(state, tensors, places, path, None if rounded is None else str(rounded))
         state.block_fill = list(metadata["block_fill"])
         state.num_blocks_per_row = list(metadata["num_blocks_per_row"])
         state.starts_from_saved_fam = list(metadata["starts_from_saved_fam"])

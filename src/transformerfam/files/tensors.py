@@ -4,7 +4,7 @@ import contextlib
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -68,7 +68,7 @@ def save_tensors(
 
 
 def load_tensors(
-    path: str | os.PathLike[str], kind: str, format_version: int
+    path: str | os.PathLike[str], kind: str, format_version: int, older_versions: Collection[int] = ()
 ) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
     """Read a file that `save_tensors` wrote.
 
@@ -76,6 +76,7 @@ def load_tensors(
         path: file to read.
         kind: what the file must be, for example "state".
         format_version: the version of that kind's layout that the caller reads.
+        older_versions: further ones that it reads.
 
     Returns:
         The tensors by name and the metadata.
@@ -103,7 +104,10 @@ def load_tensors(
         metadata = dict(parse_json(header[METADATA_KEY]))
     if metadata.get("kind") != kind:
         raise CorruptFileError(f"{path} holds a {metadata.get('kind')}, required is a {kind}")
-    if type(metadata.get("format_version")) is not int or metadata["format_version"] != format_version:
+    if type(metadata.get("format_version")) is not int or metadata["format_version"] not in (
+        format_version,
+        *older_versions,
+    ):
         raise CorruptFileError(
             f"{path} has format version {metadata.get('format_version')!r}, this package reads {format_version}; "
             f"make the {kind} again, or install the package version that wrote it"
