@@ -13,12 +13,14 @@ from transformerfam.cli.overview import COMMANDS, Commands, main
 from transformerfam.cli.plan import plan_command
 from transformerfam.cli.read import read_command
 from transformerfam.cli.report import report_app
+from transformerfam.cli.serve import serve_command
 from transformerfam.cli.train import train_command
 
 app = typer.Typer(cls=Commands, no_args_is_help=True, pretty_exceptions_show_locals=False, add_completion=False)
 app.callback()(main)
 app.command("read")(read_command)
 app.command("generate")(generate_command)
+app.command("serve")(serve_command)
 app.command("convert")(convert_command)
 app.command("train")(train_command)
 app.command("average")(average_command)
