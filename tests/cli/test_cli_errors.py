@@ -268,6 +268,8 @@ COMMANDS = {
     ("compare",): ("{recipe}", "--report"),
     ("read",): ("{book}", "--model", "{folder}", "--save", "{tmp}/s"),
     ("generate",): ("Who?", "--model", "{folder}", "--state", "{tmp}/s"),
+    ("chat",): ("--model", "{folder}"),
+    ("serve",): ("--model", "{folder}", "--store", "{tmp}/memories"),
     ("demo",): ("--model", "{folder}"),
     ("evaluate", "passkey"): ("--filler-tokens", "9", "--model", "{folder}", "--output", "{tmp}/o"),
     ("evaluate", "answers"): ("{questions}", "--model", "{folder}", "--output", "{tmp}/o"),

@@ -4,9 +4,6 @@ from typing import Any
 
 import pytest
 import torch
-
-pytest.importorskip("fastapi")
-
 from tiny_models import make_passkey_model
 
 from transformerfam import FamState
@@ -177,7 +174,7 @@ def test_error_of_the_whole_batch_is_tried_for_each_alone(model: Any, monkeypatc
     plain = engine._logits
 
     def failing(tokens: list[int], state: FamState) -> torch.Tensor:
-        if len(tokens) > 1 or state.num_tokens_read == 12 and torch.equal(state.fams, bad.state.fams):
+        if len(tokens) > 1 or (state.num_tokens_read == 12 and torch.equal(state.fams, bad.state.fams)):
             raise TransformerFamError("the FAM of layer 0 is not finite")
         return plain(tokens, state)
 

@@ -3,6 +3,7 @@
 import typer
 
 from transformerfam.cli.average import average_command
+from transformerfam.cli.chat import chat_command
 from transformerfam.cli.compare import compare_command
 from transformerfam.cli.convert import convert_command
 from transformerfam.cli.data import data_app
@@ -20,6 +21,7 @@ app = typer.Typer(cls=Commands, no_args_is_help=True, pretty_exceptions_show_loc
 app.callback()(main)
 app.command("read")(read_command)
 app.command("generate")(generate_command)
+app.command("chat")(chat_command)
 app.command("serve")(serve_command)
 app.command("convert")(convert_command)
 app.command("train")(train_command)

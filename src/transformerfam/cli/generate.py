@@ -6,10 +6,20 @@ from typing import Annotated
 import typer
 
 from transformerfam.cli.loading import load, warnings_said
-from transformerfam.cli.options import DeviceOption, DtypeOption, ModelOption
+from transformerfam.cli.options import (
+    DeviceOption,
+    DtypeOption,
+    ModelOption,
+    SeedOption,
+    StopOption,
+    TemperatureOption,
+    TopPOption,
+)
 from transformerfam.fam.state import FamState
 from transformerfam.fields import LARGEST_INTEGER
-from transformerfam.tasks.reading import generate_text
+from transformerfam.tasks.reading import question_ids
+from transformerfam.tasks.sampling import Sampling
+from transformerfam.tasks.speaking import speak, trimmed
 
 
 def generate_command(
@@ -17,13 +27,21 @@ def generate_command(
     state: Annotated[Path, typer.Option("--state", help="A state that `fam read` saved; it stays as it is.")],
     model: ModelOption = "tiny",
     max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", min=1, max=LARGEST_INTEGER)] = 32,
+    temperature: TemperatureOption = 0.0,
+    top_p: TopPOption = 1.0,
+    seed: SeedOption = None,
+    stop: StopOption = None,
     chat: Annotated[bool, typer.Option("--chat", help="Ask in the model's chat template.")] = False,
     device: DeviceOption = "cpu",
     dtype: DtypeOption = None,
 ) -> None:
-    """Answer a question on a saved reading with the likeliest tokens."""
+    """Answer a question on a saved reading, token by token: the likeliest ones, or drawn by --temperature."""
+    sampling = Sampling(temperature, top_p, seed)
     loaded_model, tokenizer = load(model, device=device, dtype=dtype)
     loaded_state = FamState.load(state, loaded_model, batch_size=1)
     with warnings_said():
-        answer = generate_text(loaded_model, tokenizer, question, loaded_state, max_new_tokens, chat)
-    typer.echo(answer)
+        ids = question_ids(tokenizer, question, loaded_state, chat)
+        pieces = speak(loaded_model, tokenizer, ids, loaded_state, max_new_tokens, sampling, stop or ())
+        for piece in trimmed(pieces):
+            typer.echo(piece, nl=False)
+    typer.echo()

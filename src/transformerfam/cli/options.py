@@ -26,6 +26,18 @@ SetOption = Annotated[list[str] | None, typer.Option("--set", help="key=value; m
 MaxNewTokensOption = Annotated[
     int, typer.Option("--max-new-tokens", min=1, max=LARGEST_INTEGER, help="Tokens of an answer at most.")
 ]
+TemperatureOption = Annotated[
+    float, typer.Option("--temperature", min=0, max=100, help="How freely tokens are drawn; 0 takes the likeliest.")
+]
+TopPOption = Annotated[
+    float, typer.Option("--top-p", min=0, max=1, help="Draw among the likeliest tokens of this share together.")
+]
+SeedOption = Annotated[
+    int | None, typer.Option("--seed", min=0, max=LARGEST_INTEGER, help="Draw the same tokens again.")
+]
+StopOption = Annotated[
+    list[str] | None, typer.Option("--stop", help="A text before which an answer ends; may be given more than once.")
+]
 TemplateOption = Annotated[
     str, typer.Option("--template", help="What a question looks like, with {question} in it; \\n is a new line.")
 ]

@@ -9,7 +9,8 @@ from transformerfam.cli.errors import TRACEBACK, ErrorsInOneLine
 
 COMMANDS = {
     "read": "Read a text of any length and save the state; if interrupted, save it and print the command that resumes.",
-    "generate": "Answer a question on a saved reading with the likeliest tokens.",
+    "generate": "Answer a question on a saved reading, token by token: the likeliest ones, or drawn by --temperature.",
+    "chat": "Chat in the terminal: a line is a turn, read once; /save, /load and /fork keep and continue the chat.",
     "serve": "Serve a model and its memories over HTTP: OpenAI's API, and /v1/memories.",
     "convert": "Give a model an untrained memory, and save it with its weights; gated with 4 sink tokens.",
     "train": "Train a memory by a recipe.",

@@ -1,6 +1,6 @@
 """States over HTTP: `fam serve` and what it is made of.
 
-`engine` is the one thread that runs the model: it decodes all answers in one batch and reads texts in slices in between.
+`engine` is the one thread that runs the model: it decodes all answers in one batch and reads texts in slices between.
 `store` keeps states in a folder or at another fsspec address, `cache` the last used ones in RAM, `memories` knows whose
 they are and what may be done with them. `answers` makes what OpenAI's API says of it, `chat` the turns of a chat,
 `routes_...` and `app` the HTTP of it. `schemas` has the bodies, `errors` how a refusal looks.

@@ -57,7 +57,14 @@ async def json_of(request: Request, limit: int) -> Any:
     except UnicodeDecodeError as error:
         raise invalid(f"the body is not UTF-8 at byte {error.start}; send UTF-8", code="not_utf8") from error
     try:
-        return json.loads(text)
+        value = json.loads(text)
+        if "\\u" in text:
+            json.dumps(value, ensure_ascii=False).encode()
+        return value
+    except UnicodeEncodeError as error:
+        raise invalid(
+            "the body has half a character (\\ud800 to \\udfff alone); send UTF-8", code="not_utf8"
+        ) from error
     except RecursionError as error:
         raise invalid("the body is nested too deeply; send plain JSON", code="invalid_json") from error
     except ValueError as error:

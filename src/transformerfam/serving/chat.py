@@ -77,7 +77,14 @@ class ChatTemplate:
             raise invalid("the chat template drops former answers, so that no memory can continue a chat", "messages")
         return whole.rpartition(MARK)[2]
 
-    def _rendered(self, messages: list[dict[str, str]]) -> str:
+    def closing(self) -> str:
+        """Return the text with which an answer ends, before the next turn begins; errors as `first`."""
+        before = [{"role": "user", "content": "."}, {"role": "assistant", "content": MARK}]
+        closed = self._rendered(before, False).rpartition(MARK)[2]
+        following = self.following([Message(role="user", content=".")])
+        return closed if following.startswith(closed) else ""
+
+    def _rendered(self, messages: list[dict[str, str]], is_asked: bool = True) -> str:
         if not self.template:
             raise invalid(
                 "the model has no chat template; use /v1/completions, or start the server with --chat-template FILE",
@@ -87,7 +94,7 @@ class ChatTemplate:
         try:
             return str(
                 self.tokenizer.apply_chat_template(
-                    messages, chat_template=self.template, tokenize=False, add_generation_prompt=True
+                    messages, chat_template=self.template, tokenize=False, add_generation_prompt=is_asked
                 )
             )
         except Exception as error:  # whatever the template leads to

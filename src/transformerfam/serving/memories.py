@@ -14,7 +14,7 @@ from transformerfam.fam.state import OLDER_VERSIONS, STATE_FORMAT_VERSION, FamSt
 from transformerfam.files.tensors import load_tensors
 from transformerfam.serving.cache import StateCache
 from transformerfam.serving.errors import ApiError
-from transformerfam.serving.records import NUM_KEYS, READY, Record, fingerprint_of, new_id
+from transformerfam.serving.records import NUM_KEYS, READING, READY, Record, fingerprint_of, new_id
 from transformerfam.serving.store import Store
 
 
@@ -47,6 +47,8 @@ class Memories:
         self._busy: set[str] = set()
         self._writing: dict[str, threading.RLock] = {}
         self._records = {record.id: record for record in map(Record.from_json, store.records())}
+        for record in self._records.values():
+            record.status = READING if record.pending else record.status
         self._by_key = {(r.owner, key): r.id for r in self._records.values() for key in r.keys}
 
     def now(self) -> int:
@@ -106,11 +108,16 @@ class Memories:
 
     # Who works on it
 
-    def claim(self, owner: str, memory: str) -> Record:
+    def claim(self, owner: str, memory: str, resumes: bool = False) -> Record:
         """Return a memory's record, to change it: until `release` nobody else does.
 
+        Args:
+            owner: whose it is.
+            memory: its id.
+            resumes: whether it is claimed to read a text that it has still to read, which comes before all else.
+
         Raises:
-            ApiError: 404; 409, somebody does.
+            ApiError: 404; 409, somebody does, or a text is waiting.
         """
         with self._lock:
             record = self.get(owner, memory)
@@ -121,6 +128,15 @@ class Memories:
                     "memory_busy",
                     "memory",
                     1,
+                )
+            if record.pending and not resumes:
+                raise ApiError(
+                    409,
+                    f"memory {memory} has a text that is not read yet ({record.error or record.status}); wait until "
+                    "its status is ready",
+                    "memory_not_ready",
+                    "memory",
+                    5,
                 )
             self._busy.add(memory)
         return record

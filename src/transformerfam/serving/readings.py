@@ -157,7 +157,7 @@ class Readings:
             if not record.pending and not (is_old and record.keep_text and record.texts):
                 continue
             with contextlib.suppress(ApiError):  # it was deleted, or its owner changes it
-                record = memories.claim(record.owner, record.id)
+                record = memories.claim(record.owner, record.id, resumes=True)
                 if is_old and record.keep_text:
                     pending = [*record.texts, *record.pending]
                     changes = {"fingerprint": memories.fingerprint, "state": None, "texts": [], "pending": pending}

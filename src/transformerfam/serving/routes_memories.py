@@ -111,7 +111,7 @@ async def _read(
         if text is None:
             await text_into(request, spool, service.settings.max_upload)
         else:
-            await run_in_threadpool(spool.write, _utf8(text))
+            await run_in_threadpool(spool.write, text.encode())
         spool.end()
     except BaseException as error:
         refusal = error if isinstance(error, Exception) else ApiError(499, "the client is gone", "client_gone")
@@ -119,15 +119,6 @@ async def _read(
         raise
     new_key = key if key not in record.keys else None
     return await run_in_threadpool(service.readings.acknowledge, reading, new_key)
-
-
-def _utf8(text: str) -> bytes:
-    try:
-        return text.encode()
-    except UnicodeEncodeError as error:
-        raise invalid(
-            f"the text has half a character at place {error.start}; send UTF-8", "text", "not_utf8"
-        ) from error
 
 
 @router.get("")

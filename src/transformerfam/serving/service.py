@@ -106,6 +106,7 @@ class Service:
     def _sweep(self) -> None:
         while not self._ended.wait(SWEEP_SECONDS):
             self.memories.sweep()
+            self.readings.resume()  # what the store did not take before
 
     def owner(self, authorization: str | None) -> str:
         """Return who sends a request, by its header `Authorization`.

@@ -136,18 +136,13 @@ def count_tokens(path: str | Path, tokenizer: Any, begins: bool = True) -> int:
     return sum(map(len, stream_token_ids(stream_text(path), tokenizer, begins=begins)))
 
 
-@torch.no_grad()
-def generate_text(
-    model: Any, tokenizer: Any, question: str, state: FamState, max_new_tokens: int, chat: bool = False
-) -> str:
-    """Return the likeliest continuation of what was read and `question`; the state advances.
+def question_ids(tokenizer: Any, question: str, state: FamState, chat: bool = False) -> list[int]:
+    """Return the tokens of a question that follows what a state has read.
 
     Args:
-        model: a converted model.
-        tokenizer: its tokenizer.
+        tokenizer: of the model.
         question: text that follows what the state has read.
         state: a reading of one sequence.
-        max_new_tokens: tokens at most; an end-of-text token ends it earlier.
         chat: put the question as a user does, in the tokenizer's chat template.
 
     Raises:
@@ -170,6 +165,27 @@ def generate_text(
             ) from error
     ids = (encode_rest if state.num_tokens_read else encode_start)(tokenizer, question)
     say_unknown(tokenizer, encode_rest(tokenizer, question), "the question")
+    return ids
+
+
+@torch.no_grad()
+def generate_text(
+    model: Any, tokenizer: Any, question: str, state: FamState, max_new_tokens: int, chat: bool = False
+) -> str:
+    """Return the likeliest continuation of what was read and `question`; the state advances.
+
+    Args:
+        model: a converted model.
+        tokenizer: its tokenizer.
+        question: text that follows what the state has read.
+        state: a reading of one sequence.
+        max_new_tokens: tokens at most; an end-of-text token ends it earlier.
+        chat: put the question as a user does, in the tokenizer's chat template.
+
+    Raises:
+        TransformerFamError: see `question_ids`.
+    """
+    ids = question_ids(tokenizer, question, state, chat)
     ends = end_ids(tokenizer, model.generation_config.eos_token_id)
     read_last_tokens(model, state)
     answer_1T = greedy_tokens(model, torch.tensor([ids]), state, max_new_tokens, end_ids=ends)

@@ -1,7 +1,14 @@
 """Tokens as text while they are drawn: characters that are whole, and nothing from a stop text on."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
+
+import torch
+
+from transformerfam.decoder.generation import read_last_tokens
+from transformerfam.fam.state import FamState
+from transformerfam.tasks.sampling import Sampler, Sampling
+from transformerfam.tasks.text import end_ids
 
 CONTEXT_TOKENS = 6
 HALF_CHARACTER = "\ufffd"
@@ -74,3 +81,56 @@ class TextStream:
 def _overlap(text: str, stop: str) -> int:
     """Return the most characters at the end of `text` that `stop` begins with, less than all of it."""
     return next((n for n in range(min(len(text), len(stop) - 1), 0, -1) if text.endswith(stop[:n])), 0)
+
+
+@torch.no_grad()
+def speak(
+    model: Any,
+    tokenizer: Any,
+    ids: Sequence[int],
+    state: FamState,
+    max_new_tokens: int,
+    sampling: Sampling,
+    stops: Sequence[str] = (),
+) -> Iterator[str]:
+    """Yield an answer as it is drawn; the state advances over the prompt and the answer.
+
+    Afterwards `state.unread_ids` has the last token, which the next reading reads first; a token that ends the text is
+    not among them. A stop text may be in the state in part.
+
+    Args:
+        model: a converted model.
+        tokenizer: its tokenizer.
+        ids: the prompt, at least one token.
+        state: a reading of one sequence.
+        max_new_tokens: tokens at most.
+        sampling: how tokens are drawn.
+        stops: texts before which the answer ends.
+    """
+    ends = end_ids(tokenizer, model.generation_config.eos_token_id)
+    read_last_tokens(model, state)
+    sampler, stream = Sampler(sampling), TextStream(tokenizer, stops, ids)
+    fresh = list(ids)
+    for _ in range(max_new_tokens):
+        ids_1T = torch.tensor([fresh], device=model.device)
+        token = sampler.draw(model(input_ids=ids_1T, past_key_values=state, logits_to_keep=1).logits[0, -1])
+        if token in ends:
+            break
+        state.unread_ids, fresh = [token], [token]
+        if piece := stream.push(token):
+            yield piece
+        if stream.is_stopped:
+            break
+    if rest := stream.end():
+        yield rest
+
+
+def trimmed(pieces: Iterable[str]) -> Iterator[str]:
+    """Yield a text without the white space around it."""
+    held, has_begun = "", False
+    for piece in pieces:
+        whole = held + (piece if has_begun else piece.lstrip())
+        given = whole.rstrip()
+        held, has_begun = whole[len(given) :], has_begun or bool(given)
+        if given:
+            yield given
