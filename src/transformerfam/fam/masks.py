@@ -60,17 +60,15 @@ class Phase:
         return [min(n, config.num_previous_fams - 1) for n in written]
 
     def window_of_slots(self, config: FamConfig, plan: LayerPlan, sections: Sections) -> slice:
-        """Return the slots that hold every key in sight; all of them when the sequences differ."""
-        if not self.is_uniform:
-            return slice(0, sections.num_slots)
-        stop = sections.block + self.fills[0] + self.counts[0]
-        num_memory_tokens = self.num_memory_tokens(config, plan)[0]
-        if self.has_sinks(config, plan)[0]:
+        """Return the slots that hold every key in sight of some sequence."""
+        stop = sections.block + max(fill + count for fill, count in zip(self.fills, self.counts, strict=True))
+        num_memory_tokens = max(self.num_memory_tokens(config, plan))
+        if any(self.has_sinks(config, plan)):
             start = 0
         elif num_memory_tokens:
             start = sections.older_fams - num_memory_tokens
         elif plan.has_fam:
-            start = sections.fam - self.num_older_fams(config)[0] * config.fam_length
+            start = sections.fam - max(self.num_older_fams(config)) * config.fam_length
         else:
             start = sections.block
         return slice(start, stop)

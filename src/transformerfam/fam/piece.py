@@ -33,6 +33,7 @@ class Piece(FamRows):
         super().__init__(state, counts, takes_queries)
         self._masks: dict[int, torch.Tensor] = {}  # by the kind of layer
         self._sights: dict[int, Sight | None] = {}
+        self._token_places: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None = None
 
     def position_ids(self, device: torch.device) -> torch.Tensor:
         """Return the positions of FAM rows and tokens, `(1 or B, num_rows + T)`; fractional ones are floats."""
@@ -177,9 +178,25 @@ class Piece(FamRows):
         if self.phase.is_uniform:
             layer.put(sections.block + self.phase.fills[0], key_BGTK, value_BGTK)
             return
+        if not torch.is_grad_enabled():  # written in place, so that the rest of the block is not copied
+            rows, columns, slots = self._places(key_BGTK.device)
+            for buffer, new in ((layer.keys, key_BGTK), (layer.values, value_BGTK)):
+                buffer[rows, :, sections.block + slots] = new[rows, :, columns].to(buffer.dtype)
+            return
         old = slice(sections.block, sections.num_slots)
         key = self._spread(key_BGTK, layer.keys[:, :, old])
         layer.put(sections.block, key, self._spread(value_BGTK, layer.values[:, :, old]))
+
+    def _places(self, device: torch.device) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Return the sequence of every token of the piece, its column there, and its place in the block."""
+        if self._token_places is None:
+            spans = list(zip(self.phase.fills, self.phase.counts, strict=True))
+            rows = torch.tensor([row for row, (_, count) in enumerate(spans) for _ in range(count)])
+            columns = torch.cat([torch.arange(count) for _, count in spans])
+            fills = torch.tensor(self.phase.fills)[rows]
+            self._token_places = rows.to(device), columns.to(device), (fills + columns).to(device)
+        rows, columns, slots = self._token_places
+        return rows.to(device), columns.to(device), slots.to(device)
 
     def _spread(self, new_BGTK: torch.Tensor, old_BGTK: torch.Tensor) -> torch.Tensor:
         """Put each sequence's tokens at its own place in the block."""
