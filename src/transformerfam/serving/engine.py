@@ -20,6 +20,10 @@ from transformerfam.serving.jobs import Generation, Job, Reading
 
 SMALLEST_SLICE = 16
 """Tokens of a slice at least."""
+ALONE_FACTOR = 2
+"""How many times longer a slice is while no answer is open: longer ones are read faster."""
+READINGS_TURN = 4
+"""Texts are read in one turn of so many while there are prompts, which somebody waits for."""
 RATE_SHARE = 0.5
 """Share of the last slice in the rate by which the next one is sized."""
 POLL_SECONDS = 0.02
@@ -70,7 +74,7 @@ class Engine:
         self._rows: list[Generation] = []
         self._batch: FamState | None = None
         self._rate = SMALLEST_SLICE / slice_seconds
-        self._is_readings_turn = False
+        self._turn = 0
         self._is_idle = True  # whether the last turn found nothing to do
         self._num_open = {Generation: 0, Reading: 0}
         self._is_stopped = False
@@ -165,9 +169,9 @@ class Engine:
             self._prompts.append(self._waiting.popleft())
         if self._rows:
             self._step()
-        self._is_readings_turn = not self._is_readings_turn
+        self._turn += 1
         self._is_idle = False
-        if self._prompts and not (self._is_readings_turn and self._read_slice()):
+        if self._prompts and not (self._turn % READINGS_TURN == 0 and self._read_slice()):
             self._prompt_slice()
         elif not self._prompts:
             self._is_idle = not self._read_slice()
@@ -259,7 +263,8 @@ class Engine:
     def _slice_length(self, state: FamState) -> int:
         """Return the tokens of the next slice: what `slice_seconds` allow, and not beyond the block."""
         room = state.config.block_size - state.block_fill[0]
-        return min(room, max(SMALLEST_SLICE, int(self._rate * self.slice_seconds)))
+        seconds = self.slice_seconds * (1 if self._has_work() else ALONE_FACTOR)
+        return min(room, max(SMALLEST_SLICE, int(self._rate * seconds)))
 
     def _timed(self, num_tokens: int, began: float) -> None:
         """Note how fast a slice was read."""
