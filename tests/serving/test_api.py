@@ -95,6 +95,7 @@ def test_logprobs_are_those_of_the_tokens(client: Any) -> None:
     assert chat(client, "The sky", logprobs=True).json()["choices"][0]["logprobs"]["content"][0]["top_logprobs"] == []
 
 
+@pytest.mark.slow
 def test_many_memories_are_answered_at_once_as_each_alone(client: Any) -> None:
     """Catches answers that change with the company they are generated in."""
     from concurrent.futures import ThreadPoolExecutor
@@ -154,6 +155,7 @@ def test_stop_text_is_not_in_the_memory_of_a_chat(client: Any) -> None:
     assert text_of(chat(client, "The grass", memory=memories[1])) == text_of(complete(client, prompt=plain))
 
 
+@pytest.mark.slow
 def test_memory_of_a_chat_may_stay_as_it_is_and_one_of_a_completion_may_move(client: Any) -> None:
     memory = new_memory(client)["id"]
     texts = {text_of(chat(client, "The sky", memory=memory, memory_update=False)) for _ in range(2)}
@@ -197,6 +199,7 @@ def test_state_goes_down_and_up_again(client: Any, tmp_path: Path) -> None:
     assert text_of(complete(client, memory=made.json()["id"])) == text_of(complete(client, memory=memory))
 
 
+@pytest.mark.slow
 def test_fork_append_rename_and_list(client: Any) -> None:
     """Catches a fork that moves with its origin, and fields that are not kept."""
     memory = new_memory(client, name="first")["id"]
@@ -216,6 +219,7 @@ def test_fork_append_rename_and_list(client: Any) -> None:
     assert wait_until_read(client, appended.json()["id"])["num_tokens_read"] > 141
 
 
+@pytest.mark.slow
 def test_progress_ends_when_the_text_is_read(client: Any) -> None:
     """Catches events that never end, or that do not count up."""
     memory = client.post("/v1/memories", json={"text": TEXT * 20}).json()["id"]
@@ -225,6 +229,7 @@ def test_progress_ends_when_the_text_is_read(client: Any) -> None:
     assert events[-1]["status"] == "ready"
 
 
+@pytest.mark.slow
 def test_time_to_live_ends_a_memory_and_a_clock_set_back_does_not(tmp_path: Path) -> None:
     """Catches memories that outlive their time, and a clock set back that ends others or goes below what was said."""
     with served(tmp_path) as client:
@@ -240,6 +245,7 @@ def test_time_to_live_ends_a_memory_and_a_clock_set_back_does_not(tmp_path: Path
         assert len(files_of(tmp_path)) == 2
 
 
+@pytest.mark.slow
 def test_idempotency_key_makes_one_memory_and_one_append(tmp_path: Path) -> None:
     """Catches a client that tries again and pays, or reads, twice; after a restart, too."""
     headers = {"Idempotency-Key": "a"}
@@ -272,6 +278,7 @@ def test_keys_do_not_see_each_other(client: Any) -> None:
     assert client.get("/v1/memories", **other(client)).json()["data"] == []
 
 
+@pytest.mark.slow
 def test_restart_loses_nothing_that_was_acknowledged(tmp_path: Path) -> None:
     """Catches memories, names, chats, and texts that were taken and not read yet, that end with the process."""
     with served(tmp_path) as client:
@@ -302,6 +309,7 @@ def test_text_that_was_being_read_is_read_after_a_restart(tmp_path: Path) -> Non
         assert wait_until_read(client, memory)["num_tokens_read"] == 141 + 29
 
 
+@pytest.mark.slow
 def test_ram_holds_what_its_budget_allows_and_the_store_all(tmp_path: Path) -> None:
     """Catches a tier that grows with the number of memories, and answers that depend on where a state was."""
     with served(tmp_path, memory_budget=4_000) as client:

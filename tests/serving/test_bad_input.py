@@ -197,7 +197,7 @@ def test_full_queue_is_429_and_leaves_no_memory(client: Any, monkeypatch: pytest
     assert chat(client, "The sky", memory=memory).status_code == 200
 
 
-@pytest.mark.parametrize("reason", [errno.ENOSPC, errno.EIO])
+@pytest.mark.parametrize("reason", [errno.ENOSPC, pytest.param(errno.EIO, marks=pytest.mark.slow)])
 def test_state_that_cannot_be_saved_leaves_the_old_one_and_says_so(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, reason: int
 ) -> None:
@@ -288,6 +288,20 @@ def test_kill_at_any_moment_leaves_the_old_or_the_new_state(tmp_path: Path) -> N
         assert len(files_of(tmp_path)) == 2
         store.close()
     assert found.num_tokens_read > 4
+
+
+def test_what_a_killed_process_leaves_is_removed(tmp_path: Path) -> None:
+    """Catches half of a state that stays in the store, where no deletion finds it."""
+    with served(tmp_path) as client:
+        memory = new_memory(client)["id"]
+        folder = next(tmp_path.rglob("record.json")).parent
+    for name in (".tmp48NRdc", f"state-{'0' * 16}.safetensors", f".state-{'0' * 16}.safetensors.{'0' * 8}"):
+        (folder / name).write_bytes(b"half")
+    with served(tmp_path) as client:
+        assert len(files_of(tmp_path)) == 2
+        (folder / ".tmpAbC123").write_bytes(b"half")
+        client.delete(f"/v1/memories/{memory}")
+        assert files_of(tmp_path) == []
 
 
 def test_client_that_goes_in_the_middle_leaves_the_memory(client: Any) -> None:

@@ -28,7 +28,8 @@ RECORD = "record.json"
 OWNER = r"[0-9a-f]{16}"
 MEMORY = r"mem_[0-9a-f]{24}"
 PART = r"(state|text)-[0-9a-f]{16}\.(safetensors|txt)"
-TEMPORARY = r"\.(record\.json|(state|text)-[0-9a-f]{16}\.(safetensors|txt))\.[0-9a-f]{8}"
+TEMPORARY = r"\.tmp\w+|\.(record\.json|(state|text)-[0-9a-f]{16}\.(safetensors|txt))\.[0-9a-f]{8}"
+"""Files that a killed process leaves: this package's, and those of safetensors (`.tmp...`)."""
 
 
 class Store:
