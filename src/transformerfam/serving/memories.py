@@ -230,8 +230,13 @@ class Memories:
             self._by_key |= {(owner, key): record.id for key in record.keys}
         return record
 
-    def write(self, record: Record, **changes: Any) -> Record:
+    def write(self, record: Record, releases: bool = False, **changes: Any) -> Record:
         """Change a memory's record in the store and here; files that it no longer names are removed.
+
+        Args:
+            record: of the memory.
+            releases: release the memory in the same moment, so that whoever sees the change can make the next.
+            **changes: fields of the record.
 
         Raises:
             ApiError: 404, it was deleted meanwhile; 507 or 503, and all is as it was.
@@ -246,6 +251,8 @@ class Memories:
             self.store.put_record(after.owner, after.id, after.to_json())
             with self._lock:
                 self._records[after.id] = after
+                if releases:
+                    self._busy.discard(after.id)
                 self._by_key |= {(after.owner, key): after.id for key in after.keys}
             rest = [name for name in before.files if name not in after.files]
             if rest:
@@ -265,7 +272,11 @@ class Memories:
         with self._writing_of(record.id):
             name = self.store.put_state(record.owner, record.id, state)
             try:
-                own = {"state": name, "bytes": state.file_bytes, "num_tokens_read": state.num_tokens_read}
+                own: dict[str, Any] = {
+                    "state": name,
+                    "bytes": state.file_bytes,
+                    "num_tokens_read": state.num_tokens_read,
+                }
                 after = self.write(record, **own, fingerprint=self.fingerprint, model=self.model_name, **changes)
             except Exception:
                 with contextlib.suppress(ApiError):

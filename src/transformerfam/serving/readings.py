@@ -70,7 +70,9 @@ class Readings:
     def num_tokens_of(self, record: Record) -> int:
         """Return the tokens that a memory has read, those of a text that it is reading included."""
         reading = self._open.get(record.id)
-        return record.num_tokens_read + (0 if reading is None else reading.num_tokens)
+        if reading is None or record.status != READING:
+            return record.num_tokens_read
+        return record.num_tokens_read + reading.num_tokens
 
     def cancel(self, memory: str) -> None:
         """Drop the text that a memory is reading: the memory was deleted."""
@@ -160,7 +162,12 @@ class Readings:
                 record = memories.claim(record.owner, record.id, resumes=True)
                 if is_old and record.keep_text:
                     pending = [*record.texts, *record.pending]
-                    changes = {"fingerprint": memories.fingerprint, "state": None, "texts": [], "pending": pending}
+                    changes: dict[str, Any] = {
+                        "fingerprint": memories.fingerprint,
+                        "state": None,
+                        "texts": [],
+                        "pending": pending,
+                    }
                     record = memories.write(record, status=READING, num_tokens_read=0, **changes)
                 self._read_pending(record)
 
@@ -182,18 +189,19 @@ class Readings:
     def _end(self, reading: OpenReading, error: BaseException | None) -> None:
         """Save what was read, once its sender knows that the text has arrived."""
         reading.is_settled.wait()
-        record, rest = reading.record, None
+        record, rest, is_released = reading.record, None, False
         try:
             if reading.refusal is not None or reading.text is None:
                 return
             if error is None:
                 rest = self._commit(reading)
+                is_released = rest is None
             elif not (isinstance(error, ApiError) and error.code in ("server_ending", "cancelled")):
                 self._fail(record, error)  # else it is resumed by the next server, or was deleted
         except Exception as failure:
             self._fail(record, failure)
         finally:
-            self._close(reading, releases=rest is None)
+            self._close(reading, releases=rest is None and not is_released)
         if rest is not None:
             self._savers.submit(self._read_pending, rest)
 
@@ -205,7 +213,7 @@ class Readings:
         unknown = record.unknown_tokens + reading.feed.num_unknown
         status = READING if pending else READY
         changes = {"status": status, "pending": pending, "texts": texts, "error": None, "unknown_tokens": unknown}
-        after = self.memories.commit(record, reading.job.state, **changes)
+        after = self.memories.commit(record, reading.job.state, releases=not pending, **changes)
         log.info("memory read", extra={"memory": after.id, "tokens": after.num_tokens_read})
         return after if pending else None
 
