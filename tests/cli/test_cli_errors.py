@@ -267,6 +267,7 @@ COMMANDS = {
     ("plan",): ("tiny",),
     ("compare",): ("{recipe}", "--report"),
     ("read",): ("{book}", "--model", "{folder}", "--save", "{tmp}/s"),
+    ("study",): ("{book}", "--model", "{folder}", "--save", "{tmp}/s"),
     ("generate",): ("Who?", "--model", "{folder}", "--state", "{tmp}/s"),
     ("chat",): ("--model", "{folder}"),
     ("serve",): ("--model", "{folder}", "--store", "{tmp}/memories"),

@@ -15,6 +15,7 @@ from transformerfam.cli.plan import plan_command
 from transformerfam.cli.read import read_command
 from transformerfam.cli.report import report_app
 from transformerfam.cli.serve import serve_command
+from transformerfam.cli.study import study_command
 from transformerfam.cli.train import train_command
 
 app = typer.Typer(cls=Commands, no_args_is_help=True, pretty_exceptions_show_locals=False, add_completion=False)
@@ -23,6 +24,7 @@ app.command("read")(read_command)
 app.command("generate")(generate_command)
 app.command("chat")(chat_command)
 app.command("serve")(serve_command)
+app.command("study")(study_command)
 app.command("convert")(convert_command)
 app.command("train")(train_command)
 app.command("average")(average_command)

@@ -12,6 +12,7 @@ COMMANDS = {
     "generate": "Answer a question on a saved reading, token by token: the likeliest ones, or drawn by --temperature.",
     "chat": "Chat in the terminal: a line is a turn, read once; /save, /load and /fork keep and continue the chat.",
     "serve": "Serve a model and its memories over HTTP: OpenAI's API, and /v1/memories.",
+    "study": "Read a text, then improve the rows of the reading by questions that the model makes of it itself.",
     "convert": "Give a model an untrained memory, and save it with its weights; gated with 4 sink tokens.",
     "train": "Train a memory by a recipe.",
     "average": "Average the weights of memories; --set changes what the mean is read with.",

@@ -140,3 +140,39 @@ def training_bar(num_steps: int) -> Iterator[Callable[[Mapping[str, Any]], None]
             progress.update(task, completed=row["step"], description=text)
 
         yield update
+
+
+@contextlib.contextmanager
+def study_bar(seconds: float | None, steps: int | None) -> Iterator[Callable[[Mapping[str, Any]], None]]:
+    """Show a bar of a study on standard error and yield the function that moves it.
+
+    Where standard error is no terminal, each look at the held-out lessons is a line.
+
+    Args:
+        seconds: time of training, all runs together; None where steps alone count.
+        steps: steps to be done, all runs together; None where time alone counts.
+
+    Yields:
+        A function of a step's row of the log.
+    """
+    console = screen(soft_wrap=True)
+    columns = (BarColumn(), TextColumn("{task.description}"), TextColumn("ETA {task.fields[left]}"))
+    with Progress(*columns, console=console, disable=process_share()[0] > 0) as progress:
+        task = progress.add_task("", total=1.0, left="-")
+        held_out = "-"
+
+        def update(row: Mapping[str, Any]) -> None:
+            nonlocal held_out
+            done = row["step"] + 1
+            shares = [row["seconds"] / seconds] if seconds else []
+            shares += [done / steps] if steps else []
+            share = min(1.0, max(shares, default=0.0))
+            left = f"{row['seconds'] * (1 - share) / share / 60:.1f} min" if share else "-"
+            if row["held_out_loss"] is not None:
+                held_out = f"{row['held_out_loss']:.3f}"
+            text = f"step {done:,}, loss {row['loss']:.3f}, held out {held_out}"
+            progress.update(task, completed=share, description=text, left=left)
+            if row["held_out_loss"] is not None and not console.is_terminal:
+                console.print(f"{text}, ETA {left}", highlight=False)
+
+        yield update

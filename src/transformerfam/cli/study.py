@@ -1,0 +1,135 @@
+"""The subcommand `fam study`."""
+
+import math
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from transformerfam.cli.loading import load, warnings_said
+from transformerfam.cli.options import (
+    OR_OVERWRITE,
+    DeviceOption,
+    DtypeOption,
+    ModelOption,
+    OverwriteOption,
+    device_argument,
+)
+from transformerfam.cli.output import say
+from transformerfam.cli.progress import study_bar, tokens_bar
+from transformerfam.errors import ReadInterrupted, TransformerFamError
+from transformerfam.fields import LARGEST_INTEGER
+from transformerfam.files.locks import hold
+from transformerfam.files.tensors import require_target
+from transformerfam.processes import INTERRUPTED, uninterrupted
+from transformerfam.study.begin import begin_study
+from transformerfam.study.checkpoint import StudyFiles, require_fresh
+from transformerfam.study.options import StudyOptions
+from transformerfam.study.study import Study
+from transformerfam.tasks.reading import save_somewhere
+from transformerfam.tasks.text import STANDARD_INPUT, is_read_once
+
+DEFAULTS = StudyOptions()
+
+
+def study_command(
+    file: Annotated[str, typer.Argument(help="UTF-8 text.")],
+    save: Annotated[Path, typer.Option("--save", help="Where the state goes; what a study keeps is beside it.")],
+    model: ModelOption = "tiny",
+    minutes: Annotated[
+        float, typer.Option("--minutes", min=0, max=1e6, help="Time of training, all resumed runs together.")
+    ] = 20.0,
+    steps: Annotated[
+        int | None, typer.Option("--steps", min=0, max=LARGEST_INTEGER, help="Steps at most, all runs together.")
+    ] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Continue the study that is beside --save.")] = False,
+    piece_tokens: Annotated[
+        int, typer.Option("--piece-tokens", min=16, max=LARGEST_INTEGER, help="Tokens of a piece of the text.")
+    ] = DEFAULTS.piece_tokens,
+    answer_tokens: Annotated[
+        int, typer.Option("--answer-tokens", min=1, max=LARGEST_INTEGER, help="Tokens of what the model says of it.")
+    ] = DEFAULTS.answer_tokens,
+    pieces_per_step: Annotated[
+        int, typer.Option("--pieces-per-step", min=1, max=LARGEST_INTEGER, help="Pieces that a step learns from.")
+    ] = DEFAULTS.pieces_per_step,
+    lr: Annotated[float, typer.Option("--lr", min=1e-6, max=10, help="Learning rate.")] = DEFAULTS.lr,
+    seed: Annotated[int, typer.Option("--seed", min=0, max=LARGEST_INTEGER, help="Of what is drawn.")] = DEFAULTS.seed,
+    hide_memory: Annotated[
+        bool, typer.Option("--hide-memory", help="Hide the memory from the teacher: for one that was never trained.")
+    ] = False,
+    allow_unknown: Annotated[
+        bool, typer.Option("--allow-unknown", help="Read a text of which the model knows next to no word, too.")
+    ] = False,
+    device: DeviceOption = "cpu",
+    dtype: DtypeOption = None,
+    overwrite: OverwriteOption = False,
+) -> None:
+    """Read a text, then improve the rows of the reading by questions that the model makes of it itself."""
+    if resume and overwrite:
+        raise TransformerFamError("--resume continues a study and --overwrite starts over; give one of them")
+    _require_number("--minutes", minutes)
+    _require_number("--lr", lr)
+    if file == STANDARD_INPUT or is_read_once(file):
+        raise TransformerFamError("a text is read again when a study is resumed; give a file, not a pipe")
+    options = StudyOptions(
+        piece_tokens=piece_tokens,
+        answer_tokens=answer_tokens,
+        pieces_per_step=pieces_per_step,
+        lr=lr,
+        seed=seed,
+        hide_memory=hide_memory,
+    )
+    files = StudyFiles(save)
+    require_target(save, "state", overwrite or resume, OR_OVERWRITE)
+    if not resume:
+        require_fresh(files, overwrite)
+    lock = hold(files.lock, f"the study of {save}")
+    try:
+        loaded, tokenizer = load(model, device=device, dtype=dtype)
+        try:
+            with tokens_bar("reading") as update, warnings_said():
+                study = begin_study(
+                    loaded,
+                    tokenizer,
+                    file,
+                    options,
+                    files,
+                    resume=resume,
+                    allow_unknown=allow_unknown,
+                    on_read=update,
+                )
+        except ReadInterrupted as interrupt:
+            _say_interrupted(f"interrupted while reading; {files.reading} keeps what was read", device)
+            raise typer.Exit(INTERRUPTED) from interrupt
+        _run(study, files, minutes * 60, steps, device, first=not resume)
+    finally:
+        lock.release()
+
+
+def _run(study: Study, files: StudyFiles, seconds: float, steps: int | None, device: str, first: bool) -> None:
+    """Study, save the state, and say how it went."""
+    if first:  # whatever comes, there is a reading to query
+        with uninterrupted():
+            study.state().save(files.save)
+    with study_bar(seconds, steps) as update:
+        result = study.run(seconds, steps, update)
+    with uninterrupted(and_forgotten=True):
+        kept, refusal = save_somewhere(result.state, files.save, overwrite=True)
+        size = f"state of {result.state.num_bytes:,} bytes in {kept}"
+        if result.reason == "interrupted":
+            _say_interrupted(f"{result.message}; {size}", device)
+            raise typer.Exit(INTERRUPTED)
+        say(f"{result.message}; {size}")
+        say(f"{files.checkpoint} and {files.reading} are needed to continue (--resume with more --minutes) alone")
+    if refusal is not None:
+        raise refusal
+
+
+def _say_interrupted(what: str, device: str) -> None:
+    say(f"{what}; resume with the same command and --resume{device_argument(device)}")
+
+
+def _require_number(option: str, value: float) -> None:
+    """Refuse what is no number, which no limit of the parser does."""
+    if not math.isfinite(value):
+        raise TransformerFamError(f"{option} is {value}, required is a finite number")
