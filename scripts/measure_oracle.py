@@ -26,7 +26,7 @@ from transformerfam import FamConfig, convert
 from transformerfam.decoder.positions import first_position
 from transformerfam.fam.layer import joined_slots
 from transformerfam.fam.state import FamState
-from transformerfam.reports.rows import RowFile
+from transformerfam.reports.rows import RowFile, read_rows
 from transformerfam.study.document import Pieces
 from transformerfam.study.lessons import CLOSED, Lesson, LessonMaker, divergence
 from transformerfam.study.rows import LearnedRows
@@ -48,7 +48,7 @@ PLAIN = ("full_context", "question_alone")
 LESSONS: dict[str, list[Lesson]] = {}
 """By passage."""
 MAX_QUESTIONS, ANSWER_TOKENS, NEXT_TOKENS, NUM_BEGUN = 4, 12, 96, 8
-MEASURES = ("said_accuracy", "said_greedy", "f1", "next_loss")
+MEASURES = ("said_accuracy", "said_greedy", "f1", "answer_loss", "next_loss")
 NUM_LESSONS, LESSON_PIECES, LESSON_TOKENS = 8, 2, 40
 
 
@@ -135,21 +135,30 @@ class Oracle:
         ids = said.ids_BT[0, said.num_prompt_tokens :]
         logits = self.model(input_ids=said.ids_BT[:, :-1], past_key_values=begin()).logits[0, -len(ids) :]
         accuracy = (logits.argmax(-1) == ids).float().mean().item()
-        following = torch.tensor([encode(self.tokenizer, "\n\n" + passage.next_text)[: NEXT_TOKENS + 1]])
-        expected = self.model(input_ids=following[:, :-1], past_key_values=begin()).logits[0]
-        scores = []
+        following = encode(self.tokenizer, "\n\n" + passage.next_text)[: NEXT_TOKENS + 1]
+        scores, losses = [], []
         for question, answers in passage.questions[:MAX_QUESTIONS]:
-            asked = torch.tensor([encode(self.tokenizer, TEMPLATE.replace("{question}", question))])
-            answer = self.tokenizer.decode(greedy_tokens(self.model, asked, begin(), ANSWER_TOKENS)[0])
-            scores.append(score_answer(answer.strip().partition("\n")[0].strip(), answers)["f1"])
+            asked = encode(self.tokenizer, TEMPLATE.replace("{question}", question))
+            said_BT = greedy_tokens(self.model, torch.tensor([asked]), begin(), ANSWER_TOKENS)
+            answer = self.tokenizer.decode(said_BT[0]).strip().partition("\n")[0].strip()
+            scores.append(score_answer(answer, answers)["f1"])
+            losses.append(self.loss_of(asked, encode(self.tokenizer, f" {answers[0]}"), begin()))
         return {
             "said_loss": torch.nn.functional.cross_entropy(logits, ids).item(),
             "said_accuracy": accuracy,
             "said_greedy": self.said_greedy(begin(), said) if accuracy > 0.9 else None,
             "f1": sum(scores) / len(scores),
+            "answer_loss": sum(losses) / len(losses),
             "num_questions": len(scores),
-            "next_loss": torch.nn.functional.cross_entropy(expected, following[0, 1:]).item(),
+            "next_loss": self.loss_of(following[:1], following[1:], begin()),
         }
+
+    @torch.no_grad()
+    def loss_of(self, before: list[int], ids: list[int], state: FamState) -> float:
+        """Return the loss of tokens after others, in nats a token."""
+        read = torch.tensor([before + ids[:-1]])
+        logits = self.model(input_ids=read, past_key_values=state, logits_to_keep=len(ids)).logits[0]
+        return torch.nn.functional.cross_entropy(logits, torch.tensor(ids)).item()
 
     @torch.no_grad()
     def said_greedy(self, state: FamState, said: Lesson) -> float:
@@ -210,6 +219,29 @@ class Oracle:
         return [made.lesson(number) for number in range(NUM_LESSONS)]
 
 
+def table(rows: list[dict[str, Any]]) -> str:
+    """Return the means over passages as a Markdown table, those passages alone that all lines have."""
+    names = ("system", "fam_length", "layers", "fitted_to")
+    groups: dict[tuple[Any, ...], dict[str, dict[str, Any]]] = {}
+    for row in rows:
+        groups.setdefault(tuple(row[name] for name in names), {})[row["passage"]] = row
+    shared = set.intersection(*(set(group) for group in groups.values()))
+    tokens = [row["passage_tokens"] for row in next(iter(groups.values())).values() if row["passage"] in shared]
+    lines = [
+        f"{len(shared)} passages of {min(tokens)} to {max(tokens)} tokens",
+        "| system | rows | layers | fitted to | said right | said greedily | F1 | answer loss | next loss |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for group, by_passage in groups.items():
+        cells = [str(part) or "-" for part in group]
+        for name in MEASURES:
+            values = [row[name] for passage, row in by_passage.items() if passage in shared]
+            given = [0.0 if value is None else value for value in values]
+            cells.append("-" if all(value is None for value in values) else f"{sum(given) / len(given):.2f}")
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--questions", type=Path, help="JSON lines of fam data fetch questions")
@@ -218,7 +250,11 @@ def main() -> None:
     parser.add_argument("--shapes", default=SHAPES, help="rows and layers, all or upper")
     parser.add_argument("--min-tokens", type=int, default=100)
     parser.add_argument("--max-tokens", type=int, default=200)
+    parser.add_argument("--table", action="store_true", help="print the table of the rows that are there")
     options = parser.parse_args()
+    if options.table:
+        print(table(read_rows([options.output])))
+        return
     torch.set_flush_denormal(True)
     shapes = [shape.partition(":") for shape in options.shapes.split(",")]
     oracles = [Oracle(int(length), layers) for length, _, layers in shapes]

@@ -27,13 +27,13 @@ from transformerfam.study.checkpoint import StudyFiles, require_fresh
 from transformerfam.study.options import StudyOptions
 from transformerfam.study.study import Study
 from transformerfam.tasks.reading import save_somewhere
-from transformerfam.tasks.text import STANDARD_INPUT, is_read_once
+from transformerfam.tasks.text import STANDARD_INPUT, is_read_once, list_files
 
 DEFAULTS = StudyOptions()
 
 
 def study_command(
-    file: Annotated[str, typer.Argument(help="UTF-8 text.")],
+    file: Annotated[str, typer.Argument(help="UTF-8 text, or a folder of them.")],
     save: Annotated[Path, typer.Option("--save", help="Where the state goes; what a study keeps is beside it.")],
     model: ModelOption = "tiny",
     minutes: Annotated[
@@ -83,6 +83,7 @@ def study_command(
     require_target(save, "state", overwrite or resume, OR_OVERWRITE)
     if not resume:
         require_fresh(files, overwrite)
+    list_files(file)  # before the model is loaded
     lock = hold(files.lock, f"the study of {save}")
     try:
         loaded, tokenizer = load(model, device=device, dtype=dtype)

@@ -16,7 +16,7 @@ from transformerfam.study.document import require_sentences
 from transformerfam.study.lessons import LessonMaker
 from transformerfam.study.options import StudyOptions
 from transformerfam.study.study import Study
-from transformerfam.tasks.text import read_text, stream_token_ids
+from transformerfam.tasks.text import stream_text, stream_token_ids
 from transformerfam.tasks.unknown_words import known_pieces
 
 ReadProgress = Callable[[int, int | None, ReadingState], None]
@@ -54,7 +54,7 @@ def begin_study(
     Args:
         model: a converted model.
         tokenizer: its tokenizer.
-        file: a UTF-8 file.
+        file: a UTF-8 file, or a folder of them.
         options: what the study is made with.
         files: where it is kept.
         resume: continue the reading, or the study, that is there.
@@ -71,7 +71,7 @@ def begin_study(
     config = memory_of(model).config
     if not config.fam_length:
         raise TransformerFamError("the model has no rows to study with (fam_length is 0); take one with a memory")
-    ids = text_ids(read_text(file), tokenizer, file, allow_unknown)
+    ids = text_ids("".join(stream_text(file)), tokenizer, file, allow_unknown)
     num_whole = len(ids) // config.block_size * config.block_size
     if not num_whole:
         raise TransformerFamError(
