@@ -43,7 +43,8 @@ def article(path: Path, title: str, count: int) -> tuple[str, list[Question]]:
         name, _, number = values["passages"][0]["title"].rpartition(" ")
         if name == title:
             paragraph = paragraphs.setdefault(int(number), (values["passages"][0]["text"], []))
-            paragraph[1].append((values["question"], values["answers"]))
+            if values["answers"]:
+                paragraph[1].append((values["question"], values["answers"]))
     found = [question for number in sorted(paragraphs) for question in paragraphs[number][1]]
     text = "\n\n".join(paragraphs[number][0] for number in sorted(paragraphs))
     return text, found[:: max(1, len(found) // count)][:count]

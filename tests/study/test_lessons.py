@@ -30,11 +30,11 @@ def test_lesson_depends_on_its_number_and_the_seed_alone():
     model, tokenizer = make_study_model()
     first, again = maker(model, tokenizer), maker(model, tokenizer)
     torch.manual_seed(5)
-    lessons = [first.lesson(number) for number in range(5)]
+    lessons = [first.lesson(number) for number in range(len(KINDS) + 1)]
     assert [lesson.kind for lesson in lessons] == [*KINDS, KINDS[0]]
     assert same(again.lesson(3), lessons[3])
     assert same(again.lesson(1), lessons[1])
-    assert not same(again.lesson(4), lessons[0])
+    assert not same(again.lesson(len(KINDS)), lessons[0])
     assert not same(maker(model, tokenizer, seed=1).lesson(1), lessons[1])
     assert not same(again.lesson(1, held_out=True), lessons[1])
 
@@ -78,7 +78,7 @@ def test_tokens_after_an_end_do_not_count():
     model, tokenizer = make_study_model()
     made = maker(model, tokenizer, answer_tokens=30, temperature=5.0)
     made.ends = set(range(4, 20))
-    lesson = next(lesson for lesson in map(made.lesson, range(1, 30, 4)) if not lesson.is_target_BN.all())
+    lesson = next(lesson for lesson in map(made.lesson, range(0, 80, len(KINDS))) if not lesson.is_target_BN.all())
     said_BN = lesson.ids_BT[:, lesson.num_prompt_tokens :]
     for said, counts in zip(said_BN.tolist(), lesson.is_target_BN.tolist(), strict=True):
         ends = [place for place, token in enumerate(said) if token in made.ends]
@@ -99,7 +99,7 @@ def test_drawn_tokens_follow_the_distribution_and_the_seed():
     assert not torch.equal(drawn(0, 1.0), drawn(1, 1.0))
     logits_V = model(input_ids=ids_BT[:1], past_key_values=model.init_state()).logits[0, -1]
     likeliest = int(logits_V.argmax())
-    for temperature in (1.0, 0.3):
+    for temperature in (1.0, 0.1):
         share = (drawn(0, temperature) == likeliest).float().mean()
         assert abs(share - (logits_V / temperature).softmax(-1)[likeliest]) < 0.1
 
@@ -134,8 +134,11 @@ def test_text_without_a_sentence_is_refused(text):
 def test_lesson_that_fits_no_block_or_window_is_refused():
     """Catches lessons that complete a block, whose rows are then others, or a teacher that has lost the piece."""
     model, tokenizer = make_study_model()
-    with pytest.raises(TransformerFamError, match="'continue' has 68 tokens after a piece of 16; a block has 64"):
-        LessonMaker.require_room(model.fam_config, tokenizer, 16, STUDY_BLOCK - NUM_CUE_TOKENS + 4)
+    with pytest.raises(
+        TransformerFamError,
+        match="after a piece of 16; a block has 64 tokens, the window 128",
+    ):
+        LessonMaker.require_room(model.fam_config.replace(num_memory_segments=1), tokenizer, 16, STUDY_BLOCK)
     with pytest.raises(TransformerFamError, match="'repeat' has .* give smaller pieces .--piece-tokens., or"):
         LessonMaker.require_room(model.fam_config, tokenizer, 30, 1)
     LessonMaker.require_room(model.fam_config.replace(num_memory_segments=1), tokenizer, 30, 1)

@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -40,9 +41,9 @@ def begun(text, name="s", *, options=SMALL, resume=False, made=None, **more):
 
 def test_rows_come_nearer_to_the_teacher_and_weights_stay(text):
     """Catches rows that move the wrong way, or best rows that are not those that are saved."""
-    study = begun(text, options=StudyOptions(**{**OPTIONS, "pool": 4}, num_held_out=4, lr=0.1))
+    study = begun(text, options=StudyOptions(**{**OPTIONS, "evaluate_every": 10}, num_held_out=4, lr=0.1))
     weights = {name: p.clone() for name, p in study.model.named_parameters()}
-    result = study.run(max_steps=60)
+    result = study.run(max_steps=40)
     progress = result.progress
     assert result.reason == "steps"
     assert result.is_better
@@ -52,7 +53,7 @@ def test_rows_come_nearer_to_the_teacher_and_weights_stay(text):
     assert study.held_out_loss() == pytest.approx(progress.best_loss, rel=1e-5)
     assert all(torch.equal(p, weights[name]) for name, p in study.model.named_parameters())
     rows = [json.loads(line) for line in study.files.log.read_text().splitlines()]
-    assert [row["step"] for row in rows] == list(range(60))
+    assert [row["step"] for row in rows] == list(range(40))
     assert min(row["held_out_loss"] for row in rows if row["held_out_loss"]) == progress.best_loss
 
 
@@ -132,7 +133,9 @@ def test_time_counts_over_all_runs(text, monkeypatch):
     monkeypatch.setattr(study_module.time, "monotonic", lambda: float(next(clock)))
     first = begun(text)
     assert "the time is up after 0 steps" in first.run(max_seconds=0).message
-    assert "before the held-out lessons were looked at; the rows are those of the reading" in first.run(0.0).message
+    assert (
+        "before the rows were compared on held-out lessons; the rows are those of the reading" in first.run(0.0).message
+    )
     done = begun(text, resume=True).run(max_seconds=4).progress
     assert done.seconds >= 4
     again = begun(text, resume=True)
@@ -234,7 +237,7 @@ def test_command_studies_saves_resumes_and_does_not_overwrite(studied, text):
     assert "all steps are done after 11 steps in 0.0 minutes; on the held-out lessons the rows of step 10 are" in said
     assert "step 10, loss" in said  # progress without a terminal
     assert "min" in said.partition("ETA")[2]
-    state = (text.parent / "s").read_bytes()
+    state = load_tensors(text.parent / "s", "state", 1)[0]
     answer = run("generate", "The pass key is", "--model", studied, "--state", text.parent / "s", "--max-new-tokens", 3)
     assert answer
     assert "s holds a state already; add --overwrite to replace it" in run(*command(studied, text), status=2)
@@ -242,7 +245,8 @@ def test_command_studies_saves_resumes_and_does_not_overwrite(studied, text):
     (text.parent / "s").unlink()
     assert "s.study holds a study already; add --resume" in run(*command(studied, text), status=2)
     assert "all steps are done after 11" in run(*command(studied, text, "--steps", 11, "--lr", 0.1, "--resume"))
-    assert (text.parent / "s").read_bytes() == state
+    again = load_tensors(text.parent / "s", "state", 1)[0]
+    assert all(torch.equal(tensor, again[name]) for name, tensor in state.items())
     assert "after 12 steps" in run(*command(studied, text, "--steps", 12, "--lr", 0.1, "--resume"))
     assert "after 1 steps" in run(*command(studied, text, "--steps", 1, "--overwrite"))
     assert len((text.parent / "s.study.jsonl").read_text().splitlines()) == 1
@@ -252,7 +256,7 @@ def test_command_studies_saves_resumes_and_does_not_overwrite(studied, text):
 def test_command_keeps_the_reading_where_the_study_has_no_time(studied, text):
     """Catches a command that ends without a state because its time was up at once."""
     said = run(*command(studied, text, "--minutes", 0))
-    assert "the time is up after 0 steps in 0.0 minutes, before the held-out lessons were looked at" in said
+    assert "the time is up after 0 steps in 0.0 minutes, before the rows were compared on held-out lessons" in said
     model, _ = load_model(studied)
     run("read", text, "--model", studied, "--save", text.parent / "plain")
     plain, state = (FamState.load(text.parent / name, model) for name in ("plain", "s"))
@@ -274,10 +278,11 @@ def test_command_that_is_ended_keeps_all_of_it(studied, text, monkeypatch, numbe
         patch.setattr(study_module.Study, "_step", step)
         said = run(*command(studied, text, "--steps", 9, "--lr", 0.1), status=130)
     assert "interrupted after 6 steps" in said
-    assert "resume with the same command and --resume" in said
     model, _ = load_model(studied)
     assert FamState.load(text.parent / "s", model).num_tokens_read > 3 * STUDY_BLOCK
-    run(*command(studied, text, "--steps", 9, "--lr", 0.1, "--resume"))
+    again = shlex.split(said.partition("resume with: fam ")[2])
+    assert again[-1] == "--resume"
+    run(*again)
     parts = load_tensors(text.parent / "s.study", "study", 1)[0]
     run(*command(studied, text, "--steps", 9, "--lr", 0.1, "--overwrite"))
     whole = load_tensors(text.parent / "s.study", "study", 1)[0]
@@ -299,7 +304,7 @@ def test_reading_that_is_ended_is_taken_up_again(studied, text, monkeypatch):
     monkeypatch.setattr(cli_study, "tokens_bar", bar)
     said = run(*command(studied, text, "--steps", 1), status=130)
     assert "interrupted while reading; " in said
-    assert "s.reading keeps what was read; resume with the same command and --resume" in said
+    assert "s.reading keeps what was read; resume with: fam study" in said
     assert not (text.parent / "s").exists()
     run(*command(studied, text, "--steps", 1, "--resume"))
     assert read == [STUDY_BLOCK, 2 * STUDY_BLOCK, 3 * STUDY_BLOCK]

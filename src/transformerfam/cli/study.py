@@ -1,6 +1,7 @@
 """The subcommand `fam study`."""
 
 import math
+import shlex
 from pathlib import Path
 from typing import Annotated
 
@@ -79,6 +80,11 @@ def study_command(
         seed=seed,
         hide_memory=hide_memory,
     )
+    more = ["--steps", str(steps)] * (steps is not None) + ["--allow-unknown"] * allow_unknown
+    more += ["--dtype", dtype] if dtype else []
+    again = ["fam", "study", file, "--model", model, "--save", str(save), "--minutes", f"{minutes:g}"]
+    again += [*_arguments(options), *more, "--resume"]
+    resumed = f"resume with: {shlex.join(again)}{device_argument(device)}"
     files = StudyFiles(save)
     require_target(save, "state", overwrite or resume, OR_OVERWRITE)
     if not resume:
@@ -100,14 +106,14 @@ def study_command(
                     on_read=update,
                 )
         except ReadInterrupted as interrupt:
-            _say_interrupted(f"interrupted while reading; {files.reading} keeps what was read", device)
+            say(f"interrupted while reading; {files.reading} keeps what was read; {resumed}")
             raise typer.Exit(INTERRUPTED) from interrupt
-        _run(study, files, minutes * 60, steps, device, first=not resume)
+        _run(study, files, minutes * 60, steps, resumed, first=not (resume and save.exists()))
     finally:
         lock.release()
 
 
-def _run(study: Study, files: StudyFiles, seconds: float, steps: int | None, device: str, first: bool) -> None:
+def _run(study: Study, files: StudyFiles, seconds: float, steps: int | None, resumed: str, first: bool) -> None:
     """Study, save the state, and say how it went."""
     if first:  # whatever comes, there is a reading to query
         with uninterrupted():
@@ -118,7 +124,7 @@ def _run(study: Study, files: StudyFiles, seconds: float, steps: int | None, dev
         kept, refusal = save_somewhere(result.state, files.save, overwrite=True)
         size = f"state of {result.state.num_bytes:,} bytes in {kept}"
         if result.reason == "interrupted":
-            _say_interrupted(f"{result.message}; {size}", device)
+            say(f"{result.message}; {size}; {resumed}")
             raise typer.Exit(INTERRUPTED)
         say(f"{result.message}; {size}")
         say(f"{files.checkpoint} and {files.reading} are needed to continue (--resume with more --minutes) alone")
@@ -126,8 +132,13 @@ def _run(study: Study, files: StudyFiles, seconds: float, steps: int | None, dev
         raise refusal
 
 
-def _say_interrupted(what: str, device: str) -> None:
-    say(f"{what}; resume with the same command and --resume{device_argument(device)}")
+def _arguments(options: StudyOptions) -> list[str]:
+    """Return the arguments of a command whose options differ from the defaults."""
+    arguments: list[str] = []
+    for name, value in options.to_dict().items():
+        if value != getattr(DEFAULTS, name):
+            arguments += [f"--{name.replace('_', '-')}", *([] if value is True else [str(value)])]
+    return arguments
 
 
 def _require_number(option: str, value: float) -> None:

@@ -19,12 +19,17 @@ from transformerfam.tasks.text import encode_rest, end_ids, start_ids
 
 CONTINUE, REPEAT = "continue", "repeat"
 PROMPTS = {
+    "what": "\n\nQuestion: What",
+    "facts": "\n\nThe facts in this text:\n1.",
+    "who": "\n\nQuestion: Who",
     CONTINUE: "",
-    "question": "\n\nQuestion:",
-    "summary": "\n\nSummary:",
+    "when": "\n\nQuestion: When",
+    "summary": "\n\nIn short, the text says that",
+    "how many": "\n\nQuestion: How many",
     REPEAT: "\n\nThe same text again, word for word:\n",
 }
-"""What follows a piece, by the kind of lesson. A continuation begins with the last tokens of the piece."""
+"""What follows a piece, by the kind of lesson. A continuation begins with the last tokens of the piece. Small models
+ask about the piece once a question has begun, and about anything after "Question:" alone."""
 NUM_CUE_TOKENS = 8
 """Last tokens of a piece with which its continuation begins."""
 CLOSED = -1e4
@@ -131,7 +136,7 @@ class LessonMaker:
         *,
         batch_size: int = 4,
         answer_tokens: int = 48,
-        temperature: float = 0.7,
+        temperature: float = 0.4,
         seed: int = 0,
         hides_memory: bool = False,
         kinds: Collection[str] = tuple(PROMPTS),

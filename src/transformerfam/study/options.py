@@ -25,9 +25,9 @@ class StudyOptions:
     """Lessons that are learned from in turn before others are made."""
     uses: int = 4
     """How often each of them is."""
-    temperature: float = 0.7
+    temperature: float = 0.4
     """With which continuations, questions and answers are drawn."""
-    lr: float = 0.05
+    lr: float = 0.02
     """Of Adam, as a share of a row's own size; it is reached after `warmup_steps`."""
     warmup_steps: int = 10
     """Steps in which the learning rate rises."""

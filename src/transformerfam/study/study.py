@@ -55,8 +55,8 @@ class StudyResult:
             "interrupted": "interrupted",
         }
         done = f"{ends[self.reason]} after {progress.step:,} steps in {progress.seconds / 60:.1f} minutes"
-        if progress.start_loss is None:
-            return f"{done}, before the held-out lessons were looked at; the rows are those of the reading"
+        if progress.start_loss is None or progress.best_step == progress.num_worse == 0:
+            return f"{done}, before the rows were compared on held-out lessons; the rows are those of the reading"
         if not self.is_better:
             return (
                 f"{done}; the study did not improve on the held-out lessons ({progress.start_loss:.3f} nats a token "
