@@ -154,6 +154,7 @@ def test_loss_that_is_not_finite_ends_the_study_and_keeps_the_checkpoint(text):
     assert begun(text, resume=True).progress.step == 2
 
 
+@pytest.mark.filterwarnings("always")  # which are errors in these tests, and are not for a user
 def test_what_does_not_fit_the_study_is_refused(text):
     """Catches a study that goes on with another text, other options or another model, and one that is damaged."""
     made = make_study_model()
