@@ -18,6 +18,7 @@ from tiny_models import make_passkey_model
 from transformerfam import FamState
 from transformerfam.cli import study as cli_study
 from transformerfam.errors import CorruptFileError, NonFiniteLossError, StateMismatchError, TransformerFamError
+from transformerfam.fam.state import STATE_FORMAT_VERSION
 from transformerfam.files.tensors import load_tensors, save_tensors
 from transformerfam.study import study as study_module
 from transformerfam.study.begin import begin_study
@@ -97,8 +98,8 @@ def test_resumed_study_is_that_of_one_run_to_the_last_bit(text, stops):
     for stop in (*stops, 7):
         parts = begun(text, "parts", resume=True)
         parts.run(max_steps=stop)
-    for ending, kind in (("reading", "state"), ("study", "study")):
-        one, other = (load_tensors(text.parent / f"{name}.{ending}", kind, 1)[0] for name in ("whole", "parts"))
+    for ending, kind, version in (("reading", "state", STATE_FORMAT_VERSION), ("study", "study", 1)):
+        one, other = (load_tensors(text.parent / f"{name}.{ending}", kind, version)[0] for name in ("whole", "parts"))
         assert one.keys() == other.keys()
         assert all(torch.equal(tensor, other[name]) for name, tensor in one.items())
     logs = []
@@ -238,7 +239,7 @@ def test_command_studies_saves_resumes_and_does_not_overwrite(studied, text):
     assert "all steps are done after 11 steps in 0.0 minutes; on the held-out lessons the rows of step 10 are" in said
     assert "step 10, loss" in said  # progress without a terminal
     assert "min" in said.partition("ETA")[2]
-    state = load_tensors(text.parent / "s", "state", 1)[0]
+    state = load_tensors(text.parent / "s", "state", STATE_FORMAT_VERSION)[0]
     answer = run("generate", "The pass key is", "--model", studied, "--state", text.parent / "s", "--max-new-tokens", 3)
     assert answer
     assert "s holds a state already; add --overwrite to replace it" in run(*command(studied, text), status=2)
@@ -246,7 +247,7 @@ def test_command_studies_saves_resumes_and_does_not_overwrite(studied, text):
     (text.parent / "s").unlink()
     assert "s.study holds a study already; add --resume" in run(*command(studied, text), status=2)
     assert "all steps are done after 11" in run(*command(studied, text, "--steps", 11, "--lr", 0.1, "--resume"))
-    again = load_tensors(text.parent / "s", "state", 1)[0]
+    again = load_tensors(text.parent / "s", "state", STATE_FORMAT_VERSION)[0]
     assert all(torch.equal(tensor, again[name]) for name, tensor in state.items())
     assert "after 12 steps" in run(*command(studied, text, "--steps", 12, "--lr", 0.1, "--resume"))
     assert "after 1 steps" in run(*command(studied, text, "--steps", 1, "--overwrite"))

@@ -199,7 +199,11 @@ FORMER_DATA = {
 """The section `data` as runs stored it before it had a task."""
 
 
-@pytest.mark.parametrize("path", sorted(Path("recipes").glob("*.toml")), ids=lambda path: path.stem)
+@pytest.mark.parametrize(
+    "path",
+    [path for path in RECIPES if 'task = "passages"' not in path.read_text()],  # which is younger
+    ids=lambda path: path.stem,
+)
 def test_run_stored_before_data_had_a_task_is_the_same_run(path):
     """A run that cannot be resumed, or rows that count as another recipe's, though no number of it is different."""
     recipe = load_recipe(path)
