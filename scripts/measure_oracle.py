@@ -132,7 +132,7 @@ class Oracle:
 
     @torch.no_grad()
     def measure(self, begin: Callable[[], FamState], passage: Passage, said: Lesson) -> dict[str, Any]:
-        """Return what a reading gives back of a passage, answers about it, and expects after it."""
+        """Return what a reading says of a passage, answers about it, and expects after it."""
         ids = said.ids_BT[0, said.num_prompt_tokens :]
         logits = self.model(input_ids=said.ids_BT[:, :-1], past_key_values=begin()).logits[0, -len(ids) :]
         accuracy = (logits.argmax(-1) == ids).float().mean().item()

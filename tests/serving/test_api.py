@@ -85,10 +85,10 @@ def test_seed_gives_the_same_draws_and_temperature_others(client: Any) -> None:
 def test_logprobs_are_those_of_the_tokens(client: Any) -> None:
     """Catches logarithms of other tokens than those that were drawn, and one form for both kinds of answer."""
     found = complete(client, logprobs=2).json()["choices"][0]
-    told = found["logprobs"]
-    assert "".join(told["tokens"]) == found["text"]
-    assert [max(top.values()) for top in told["top_logprobs"]] == told["token_logprobs"]  # greedy
-    assert all(len(top) == 2 for top in told["top_logprobs"])
+    given = found["logprobs"]
+    assert "".join(given["tokens"]) == found["text"]
+    assert [max(top.values()) for top in given["top_logprobs"]] == given["token_logprobs"]  # greedy
+    assert all(len(top) == 2 for top in given["top_logprobs"])
     named = chat(client, "The sky", logprobs=True, top_logprobs=1).json()["choices"][0]["logprobs"]["content"]
     assert [one["logprob"] for one in named] == [one["top_logprobs"][0]["logprob"] for one in named]
     assert bytes(named[0]["bytes"]).decode() == named[0]["token"]

@@ -123,7 +123,7 @@ def test_bodies_that_are_none_are_refused(client: Any) -> None:
 
 
 def test_text_that_is_not_utf8_is_refused_and_forgotten(client: Any) -> None:
-    """Catches half a text that is read as if it were all, and a memory that stays behind."""
+    """Catches half a text that is read as if it were all, and a memory that is left over."""
     count = len(client.get("/v1/memories").json()["data"])
     message = refusal(
         client.post("/v1/memories", content=iter([TEXT.encode(), b"\xff" + TEXT.encode()])), 400, "not_utf8"

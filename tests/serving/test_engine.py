@@ -129,7 +129,7 @@ def test_slices_grow_with_the_speed_of_the_machine(model: Any) -> None:
 
 
 def test_prompt_is_read_between_the_steps_of_others(model: Any) -> None:
-    """Catches a long prompt that stops the answers that are under way, and texts that starve behind prompts."""
+    """Catches a long prompt that stops the answers that are under way, and texts that wait for prompts without end."""
     engine = Engine(model)
     said, other = [], []
     ends = [Ended() for _ in range(3)]

@@ -157,7 +157,7 @@ def test_loss_that_is_not_finite_ends_the_study_and_keeps_the_checkpoint(text):
 
 @pytest.mark.filterwarnings("always")  # which are errors in these tests, and are not for a user
 def test_what_does_not_fit_the_study_is_refused(text):
-    """Catches a study that goes on with another text, other options or another model, and one that is damaged."""
+    """Catches a study that continues another text, other options or another model, and one that is damaged."""
     made = make_study_model()
     begun(text, made=made).run(max_steps=2)
     with pytest.raises(TransformerFamError, match=r"has seed = 0, given is 1; resume it with the same options"):

@@ -79,7 +79,7 @@ class Gate:
 
     Args:
         app: what answers.
-        service: whose keys are asked for and whose metrics count.
+        service: whose keys are checked and whose metrics count.
     """
 
     def __init__(self, app: ASGIApp, service: Service) -> None:

@@ -93,7 +93,7 @@ def new_id() -> str:
 
 
 def owner_of(key: str) -> str:
-    """Return what stands for a key in the store, which never holds the key itself."""
+    """Return what a key is called in the store, which never holds the key itself."""
     return hashlib.sha256(f"transformerfam key {key}".encode()).hexdigest()[:16]
 
 

@@ -74,7 +74,7 @@ class PassagesSection(TaskSection):
 
 
 class PassagesWriter(Writer[PassagesSection]):
-    """Hide passages in text, with what is asked for far behind them; see `Writer`."""
+    """Hide passages in text, with questions long after them; see `Writer`."""
 
     def __init__(self, section: PassagesSection, tokenizer: Any, seed: int, ask_later: float) -> None:
         """Read questions and texts; arguments and errors are those of `Writer`."""
