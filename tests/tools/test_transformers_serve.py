@@ -11,6 +11,7 @@ from transformers import GenerationConfig, PreTrainedModel
 import transformerfam
 from transformerfam.decoder.memory import memory_of
 from transformerfam.errors import TransformerFamError
+from transformerfam.weights.adapter import FamAdapter
 from transformerfam.weights.models import load_base, load_model
 
 serving = pytest.importorskip("transformers.cli.serving.utils")  # older transformers have none
@@ -54,3 +55,15 @@ def test_continuous_batching_and_a_static_cache_are_refused(served: Any, folder:
     inputs = tokenizer(PROMPT, return_tensors="pt")
     with pytest.raises(TransformerFamError, match="cache_implementation is 'static', required is None"):
         asyncio.run(serving.GenerateManager().generate_non_streaming(served, tokenizer, inputs, config, "one"))
+
+
+@pytest.mark.parametrize("name", ["shipped", "saved", "adapter"])
+def test_without_the_package_a_converted_model_is_refused(name: str, tmp_path: Path, folder: Path) -> None:
+    """Catches `transformers serve FOLDER`, without `install`, that answers with the base model and says nothing."""
+    shipped = Path(transformerfam.__file__).parent / "data" / "tiny"
+    source = {"shipped": shipped, "saved": folder, "adapter": tmp_path}[name]
+    if name == "adapter":
+        FamAdapter.from_model(load_model(folder)[0]).save_pretrained(tmp_path)
+    kind, words = (ValueError, "Unrecognized model") if name == "adapter" else (AttributeError, "FamLlamaForCausalLM")
+    with pytest.raises(kind, match=words):
+        managers.ModelManager(device="cpu")._load_model(f"{source}@main")

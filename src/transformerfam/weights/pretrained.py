@@ -1,13 +1,15 @@
 """Folders of converted models: written by `save_pretrained`, loaded by `transformerfam.from_pretrained`.
 
-Such a folder is what transformers writes, with `fam.safetensors` next to it and the configuration of the memory under
-`fam_config` in `config.json`. transformers' own `from_pretrained` gives its base model, and the converted one where
-`install` was called.
+Such a folder is what transformers writes, with `fam.safetensors` next to it, and in `config.json` the configuration of
+the memory under `fam_config` and an architecture that only this package knows (`FamLlamaForCausalLM`): servers look
+their models up by it, and so refuse a model that they would serve without its memory. transformers' own
+`from_pretrained` gives the base model, and the converted one where `install` was called.
 """
 
 import contextlib
 import contextvars
 import functools
+import json
 import logging
 import os
 import re
@@ -17,6 +19,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import transformers
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.utils import cached_file
@@ -25,12 +28,13 @@ from transformerfam.config import FamConfig
 from transformerfam.errors import CorruptFileError, MissingPackageError, TransformerFamError, UnsupportedModelError
 from transformerfam.fam.convert import memory_of
 from transformerfam.files.reading import parse_json, read_whole, refuse_endless
-from transformerfam.files.writing import share_rights
+from transformerfam.files.writing import share_rights, write_bytes
 from transformerfam.weights.adapter import FamAdapter
 from transformerfam.weights.folders import CONFIG_FILE, FAM_FILE
 from transformerfam.weights.peft_adapters import LORA_CONFIG_FILE, has_adapters
 
 CONFIG_KEY = "fam_config"
+ARCHITECTURE_PREFIX = "Fam"
 CODE_KEY = "auto_map"  # classes in Python files of the folder
 KERNEL_KEYS = ("attn_implementation", "_attn_implementation", "experts_implementation")  # or a repository of kernels
 OWN_ROWS = r"(^|\.)fam\.(prompt|prefix)$"
@@ -231,7 +235,11 @@ def save_pretrained(self: PreTrainedModel, save_directory: str | os.PathLike[str
         delattr(self.config, CONFIG_KEY)
     if not kwargs.get("is_main_process", True):  # one process of several writes
         return
-    if (Path(save_directory) / CONFIG_FILE).exists():
+    path = Path(save_directory) / CONFIG_FILE
+    if path.exists():
+        values = parse_json(read_whole(path))
+        values["architectures"] = [f"{ARCHITECTURE_PREFIX}{name}" for name in values["architectures"]]
+        write_bytes(path, f"{json.dumps(values, indent=2, sort_keys=True)}\n".encode())
         share_rights(save_directory, CONFIG_FILE)
     FamAdapter.from_model(self).save_pretrained(save_directory)
 
@@ -305,12 +313,21 @@ def require_one_configuration(model: Any, config: FamConfig, folder: str | os.Pa
             )
 
 
+class _Transformers(type(transformers)):  # type: ignore[misc]
+    """transformers where the architecture of a converted model is its base's class, which loads it with its memory."""
+
+    def __getattr__(self, name: str) -> Any:
+        is_installed = hasattr(PreTrainedModel.from_pretrained, "takes_memory")
+        return super().__getattr__(name.removeprefix(ARCHITECTURE_PREFIX) if is_installed else name)
+
+
 def install() -> None:
     """Let transformers' own `from_pretrained` give converted models back, of every class with a language-model head.
 
     For tools that load models themselves, as `pipeline("text-generation", FOLDER)`. Twice is once.
     """
     original = PreTrainedModel.from_pretrained.__func__
+    transformers.__class__ = _Transformers
     if hasattr(original, "takes_memory"):
         return
 
