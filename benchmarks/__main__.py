@@ -26,6 +26,7 @@ QUESTIONS = {  # by cost: seconds first, then minutes, then an hour
     "training": "training on long texts, against transformers' Trainer",
     "training_dtype": "LoRA with frozen weights in bfloat16, against float32",
     "time_to_memory": "from the plain model to keys recalled",
+    "serving": "`fam serve`: restarts, streams and a soak, against llama.cpp's server",
     "peers": "other memories that can be installed",
     "prefill": "reading by length, against transformers' caches",
 }
@@ -70,7 +71,7 @@ def main(
     torch.set_flush_denormal(True)
     torch.set_num_threads(threads or torch.get_num_threads())
     for question, module in modules.items():
-        for name in model or MODELS:
+        for name in model or getattr(module, "MODELS", MODELS):
             console.print(f"[bold]{question}[/bold] ({QUESTIONS[question]}), {name}")
             with RowFile(output) as rows:
                 for row in module.run(name, quick=quick, **lengths):
@@ -89,15 +90,16 @@ def _whole_numbers(tokens: str) -> tuple[int, ...]:
 
 def describe(row: Row) -> str:
     """Return what a row says, in one line."""
-    fields = [
-        f"{k} {row[k]}" for k in ("system", "num_tokens", "block_size", "fam_length", "num_memory_segments") if k in row
-    ]
+    where = ("system", "num_tokens", "tokens_read", "streams", "memories")
+    where += ("block_size", "fam_length", "num_memory_segments")
+    fields = [f"{k} {row[k]}" for k in where if k in row]
     if "skipped" in row:
         return ", ".join([*fields, "skipped: " + row["skipped"]])
     for name in [k.removesuffix("_median") for k in row if k.endswith("_median")]:
         median, low, high = (row[f"{name}_{which}"] for which in ("median", "min", "max"))
         fields.append(f"{name} {median:.4g} ({low:.4g} to {high:.4g})")
-    shown = ("num_calls", "seconds_training", "num_keys_right", "num_keys")
+    shown = ("num_calls", "seconds_training", "num_keys_right", "num_keys", "errors", "lost")
+    shown += ("memories_per_gb_ram", "memories_per_gb_disk")
     fields += [f"{k} {v:,}" for k, v in row.items() if k.startswith("bytes_") or k in shown]
     return ", ".join(fields)
 

@@ -13,9 +13,9 @@ from transformerfam import FamConfig, convert
 from transformerfam.weights.models import load_base
 
 MODELS = ("smollm2", "random_8m")
-OTHER_MODELS = ("random_135m", "random_1b")
-"""Timed when named, on devices: random weights in the shape of SmolLM2-135M, for machines without its package, and of a
-model of 1.0 billion parameters."""
+OTHER_MODELS = ("random_135m", "random_1b", "tiny")
+"""Timed when named: random weights in the shape of SmolLM2-135M, for machines without its package, and of a model of
+1.0 billion parameters, on devices; the shipped tiny model."""
 
 
 SHAPES = {
@@ -49,8 +49,8 @@ SHAPES = {
 @functools.cache
 def base_model(name: str) -> PreTrainedModel:
     """Return an unconverted model in evaluation mode, where `place` says, on attention back end `sdpa`."""
-    if name == "smollm2":
-        return load_base("smollm2")[0].to(PLACEMENT.device, PLACEMENT.dtype)
+    if name in ("smollm2", "tiny"):
+        return load_base(name)[0].to(PLACEMENT.device, PLACEMENT.dtype)
     torch.manual_seed(0)
     config = LlamaConfig(
         **SHAPES[name],

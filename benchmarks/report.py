@@ -42,7 +42,7 @@ PLOTS = {
 def last_of_each_cell(rows: Iterable[Row]) -> list[Row]:
     """Return the rows, of cells that were measured more than once the last."""
     names: tuple[str, ...] = ("figure", "model", "system", "num_tokens", "block_size", "num_memory_segments", "machine")
-    names += ("threads", "fam_update", "frozen_dtype")
+    names += ("threads", "fam_update", "frozen_dtype", "tokens_read", "streams", "memories")
     return list({tuple(row.get(name) for name in names): row for row in rows}.values())
 
 

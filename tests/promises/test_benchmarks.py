@@ -1,8 +1,12 @@
 """The benchmarks at small sizes: whether they run, what their rows carry, and what they do without a peer or memory."""
 
 import builtins
+import contextlib
 import json
+import random
+from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -10,10 +14,11 @@ import torch
 from typer.testing import CliRunner
 
 from benchmarks import __main__ as command
-from benchmarks import counts, efficiency, overhead, peers, prefill, state, training_dtype
+from benchmarks import counts, efficiency, overhead, peers, prefill, serving, state, training_dtype
 from benchmarks.models import converted, random_tokens
 from benchmarks.placement import Placement
 from benchmarks.report import slope, write_report
+from benchmarks.servers import Streamed
 
 EVERY_ROW = {"task", "figure", "threads", "torch", "transformers", "schema", "version", "git_commit", "machine"}
 runner = CliRunner()
@@ -157,3 +162,74 @@ def test_report_plots_prefill_with_its_slope(tmp_path: Path) -> None:
     page = written[-1].read_text()
     assert "to the power 1.00" in page
     assert "predicted to take 700 s" in page
+
+
+class FakeServer:
+    """What `soak` needs of a server; `lost` memories are gone after a restart, `failing` appends fail."""
+
+    def __init__(self, lost: int = 0, failing: bool = False) -> None:
+        self.kept: dict[str, dict[str, Any]] = {}
+        self.lost, self.failing = lost, failing
+        self.process = SimpleNamespace(send_signal=self._kill, wait=lambda: None)
+        self.model = "tiny"
+
+    def _kill(self, _: Any) -> None:
+        for memory in list(self.kept)[: self.lost]:
+            del self.kept[memory]
+
+    @contextlib.contextmanager
+    def running(self, *_: Any) -> Iterator["FakeServer"]:
+        yield self
+
+    def bytes_resident(self) -> int:
+        return 1_000_000
+
+    def read(self, text: str) -> dict[str, Any]:
+        memory = {"id": f"m{len(self.kept)}-{random.random()}", "num_tokens_read": len(text), "bytes": 10}
+        self.kept[memory["id"]] = memory | {"text": text}
+        return memory
+
+    def post(self, path: str, text: str = "") -> dict[str, Any]:
+        _, _, memory, what = path.split("/")
+        if what == "fork":
+            copy = self.read(self.kept[memory]["text"])["id"]
+            self.kept[copy]["num_tokens_read"] = self.kept[memory]["num_tokens_read"]
+            return self.kept[copy]
+        if self.failing:
+            raise RuntimeError("no room")
+        self.kept[memory]["num_tokens_read"] += len(text)
+        return self.kept[memory]
+
+    def wait_until_read(self, memory: str) -> dict[str, Any]:
+        return self.kept[memory]
+
+    def delete(self, memory: str) -> None:
+        del self.kept[memory]
+
+    def memories(self) -> dict[str, dict[str, Any]]:
+        return dict(self.kept)
+
+
+@pytest.mark.parametrize(("lost", "failing"), [(0, False), (3, False), (0, True)])
+def test_soak_counts_what_a_server_lost(
+    lost: int, failing: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Catches a soak that says 0 whatever the server does."""
+    server = FakeServer(lost, failing)
+    monkeypatch.setattr(serving, "fam_serve", server.running)
+    monkeypatch.setattr(serving, "_metrics", lambda _: {"fam_ram_state_bytes": 20.0, "fam_ram_states": 2.0})
+    monkeypatch.setattr(serving, "ask", lambda server, _, __, memory: Streamed([0.1, 0.3], server.kept[memory]["text"]))
+    soak, density = serving.soak("tiny", tmp_path / "store", num_memories=8, seconds=0.2, clients=3)
+    assert (soak["lost"], soak["errors"] > 0) == (lost, failing), soak
+    assert soak["keys_right"] == 1.0
+    assert soak["seconds_between_tokens_p95"] == pytest.approx(0.2)
+    assert density["memories_per_gb_ram"] == 100_000_000
+
+
+@pytest.mark.slow
+def test_serving_is_measured_on_a_real_server() -> None:
+    """Catches a benchmark that the server no longer answers."""
+    rows = {row["figure"]: row for row in serving.run("tiny", quick=True)}
+    assert set(rows) == {"serving_restart", "serving_streams", "serving_soak", "serving_density"}
+    assert (rows["serving_soak"]["errors"], rows["serving_soak"]["lost"]) == (0, 0)
+    assert rows["serving_streams"]["tokens_per_second"] > 0

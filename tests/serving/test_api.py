@@ -374,7 +374,13 @@ def test_health_and_metrics_need_no_key(client: Any) -> None:
     complete(client)
     shown = client.get("/metrics").text
     assert 'fam_requests_total{method="POST",path="/v1/completions",status="200"}' in shown
-    for name in ("fam_memories", "fam_ram_state_bytes", "fam_generated_tokens", "fam_first_token_seconds_count"):
+    for name in (
+        "fam_memories",
+        "fam_ram_states",
+        "fam_ram_state_bytes",
+        "fam_generated_tokens",
+        "fam_first_token_seconds_count",
+    ):
         assert name in shown
 
 

@@ -24,6 +24,9 @@ class StateCache:
         self._states: collections.OrderedDict[str, tuple[str, FamState]] = collections.OrderedDict()
         self._lock = threading.Lock()
 
+    def __len__(self) -> int:
+        return len(self._states)
+
     @property
     def num_bytes(self) -> int:
         """Bytes of the states that are kept."""

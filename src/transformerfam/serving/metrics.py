@@ -35,6 +35,7 @@ class Metrics:
         cache = memories.cache
         for name, text, read in (
             ("fam_memories", "Memories in the store", lambda: len(memories)),
+            ("fam_ram_states", "States in RAM", lambda: len(cache)),
             ("fam_ram_state_bytes", "Bytes of states in RAM", lambda: cache.num_bytes),
             ("fam_ram_hits", "States that were in RAM when they were needed", lambda: cache.num_hits),
             ("fam_ram_misses", "States that were not", lambda: cache.num_misses),
