@@ -175,6 +175,30 @@ def plain_lesson(lesson: Lesson) -> Lesson:
     return dataclasses.replace(lesson, emphasis_BT=None)
 
 
+@pytest.mark.parametrize("full_attention", [False, True])
+def test_logits_are_made_slice_by_slice(
+    base: str, text: str, full_attention: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Catches all logits of a step at once, and slices whose loss or gradient differs from theirs."""
+    recipe = recipe_of(base, text, FAR if full_attention else {})
+    found, most = [], []
+    for most_logits in (1 << 26, 5 * len(TOKENIZER)):
+        monkeypatch.setattr("transformerfam.training.step.teacher.MOST_LOGITS", most_logits)
+        made: list[int] = []
+        torch.manual_seed(0)
+        with nn.modules.module.register_module_forward_hook(
+            lambda module, _, output, made=made: (
+                made.append(output.shape[:-1].numel()) if getattr(module, "out_features", 0) == len(TOKENIZER) else None
+            )
+        ):
+            model, _, _, output = step_of(recipe)
+            (output.loss + 0).backward()
+        found.append([output.loss.detach(), *(p.grad for p in model.parameters() if p.requires_grad)])
+        most.append(max(made))
+    assert most[0] > 5 >= most[1]
+    torch.testing.assert_close(found[1], found[0], atol=1e-6, rtol=1e-4)
+
+
 def test_lessons_are_read_once_for_all_runs(base: str, text: str, tmp_path: Path) -> None:
     """Catches lessons of other texts, weights or ways of reading, and a run that depends on who read first."""
     loss = FAR | {"lessons": str(tmp_path / "lessons")}

@@ -4,10 +4,17 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
 from transformerfam.tasks.batch import Batch
-from transformerfam.training.step.teacher import Teaching, distance_to_teacher, divergence_from_teacher
+from transformerfam.training.step.teacher import (
+    Lesson,
+    Teaching,
+    distance_to_teacher,
+    divergence_from_teacher,
+    slice_length,
+)
 
 
 @dataclass
@@ -113,7 +120,8 @@ def score(
 ) -> Scores:
     """Score what a model predicts at some tokens of a batch.
 
-    Logits are made for the weighed positions alone, since all of them would be the largest tensor of the step.
+    Logits are made for the weighed positions alone, since all of them would be the largest tensor of the step; where
+    these are more than `MOST_LOGITS` numbers, slice by slice, each made once more for its gradient.
 
     Args:
         model: the model, for its head.
@@ -134,16 +142,43 @@ def score(
     rows, places = (weights_BN > 0).nonzero(as_tuple=True)
     if len(rows) == 0:
         return scores
-    labels = batch.labels_BT[rows, columns_N[places]].to(device)
-    logits = model.get_output_embeddings()(last_hidden_BND[rows, places]).float()
-    losses = nn.functional.cross_entropy(logits, labels, reduction="none")
-    is_key = batch.is_key_BT[rows, columns_N[places]].to(device)
-    if lesson is not None and lesson.text_hidden_BTD is not None and not bool(is_key.all()):
-        others = (~is_key).nonzero()[:, 0]
-        away = divergence_from_teacher(lesson, logits[others], rows[others.cpu()], columns_N[places[others.cpu()]])
-        losses = losses.index_put((others,), away)
-    is_wrong = (logits.detach().argmax(dim=-1) != labels) & is_key
-    scores.num_wrong_B = scores.num_wrong_B.index_add(0, rows.to(device), is_wrong.long())
-    scores.loss = (losses * weights_BN[rows, places].to(device)).sum()
-    scores.key_loss = losses.detach()[is_key].sum()
+    length = slice_length(model)
+    for part_rows, part_places in zip(rows.split(length), places.split(length), strict=True):
+        columns = columns_N[part_places]
+        is_key = batch.is_key_BT[part_rows, columns].to(device)
+        given = (
+            model.get_output_embeddings(),
+            last_hidden_BND[part_rows, part_places],
+            batch.labels_BT[part_rows, columns].to(device),
+            is_key,
+            lesson,
+            part_rows,
+            columns,
+        )
+        if len(rows) > length:
+            losses, is_wrong = checkpoint(_losses, *given, use_reentrant=False)
+        else:
+            losses, is_wrong = _losses(*given)
+        scores.num_wrong_B = scores.num_wrong_B.index_add(0, part_rows.to(device), is_wrong.long())
+        scores.loss = scores.loss + (losses * weights_BN[part_rows, part_places].to(device)).sum()
+        scores.key_loss = scores.key_loss + losses.detach()[is_key].sum()
     return scores
+
+
+def _losses(
+    head: nn.Module,
+    hidden_ND: torch.Tensor,
+    labels_N: torch.Tensor,
+    is_key_N: torch.Tensor,
+    lesson: Lesson | None,
+    rows_N: torch.Tensor,
+    columns_N: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the loss of each prediction, and whether it is a token of a key and wrong: `(N,)` each."""
+    logits_NV = head(hidden_ND).float()
+    losses_N = nn.functional.cross_entropy(logits_NV, labels_N, reduction="none")
+    if lesson is not None and lesson.text_hidden_BTD is not None and not bool(is_key_N.all()):
+        others = (~is_key_N).nonzero()[:, 0]
+        away = divergence_from_teacher(lesson, logits_NV[others], rows_N[others.cpu()], columns_N[others.cpu()])
+        losses_N = losses_N.index_put((others,), away)
+    return losses_N, (logits_NV.detach().argmax(dim=-1) != labels_N) & is_key_N

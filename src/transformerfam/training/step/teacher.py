@@ -17,6 +17,9 @@ from transformerfam.training.step.attention_outputs import AttentionOutputs
 from transformerfam.training.step.lessons import LessonStore
 from transformerfam.weights.models import load_base
 
+MOST_LOGITS = 1 << 26
+"""Logits that are made at a time: 268 MB in float32, and several times that with what a loss keeps of them."""
+
 
 @dataclass(frozen=True)
 class Lesson:
@@ -158,13 +161,15 @@ class Teacher:
     def _saved(self, batch: Batch, full_BTD: torch.Tensor, near_BTD: torch.Tensor) -> torch.Tensor:
         """Return the nats that the text before a token's stretch saves, at least 0; 0 for tokens without a weight."""
         rows, columns = (batch.weights_BT > 0).nonzero(as_tuple=True)
-        labels_N = batch.labels_BT[rows, columns].to(self.model.device)
-        full_N, near_N = (
-            nn.functional.cross_entropy(self._head(hidden_BTD[rows, columns]).float(), labels_N, reduction="none")
-            for hidden_BTD in (full_BTD, near_BTD)
-        )
         saved_BT = torch.zeros(batch.weights_BT.shape)
-        saved_BT[rows, columns] = (near_N - full_N).clamp(min=0).cpu()
+        length = slice_length(self.model)
+        for part in zip(rows.split(length), columns.split(length), strict=True):
+            labels_N = batch.labels_BT[part].to(self.model.device)
+            full_N, near_N = (
+                nn.functional.cross_entropy(self._head(hidden_BTD[part]).float(), labels_N, reduction="none")
+                for hidden_BTD in (full_BTD, near_BTD)
+            )
+            saved_BT[part] = (near_N - full_N).clamp(min=0).cpu()
         return saved_BT
 
     def _read_questions(self, read: Callable[..., Any], batch: Batch) -> torch.Tensor:
@@ -194,6 +199,11 @@ class Teacher:
         for layer_idx, kept in enumerate(self._common):
             cache.update(*(tensor.expand(num_rows, -1, -1, -1) for tensor in kept), layer_idx)
         return cache
+
+
+def slice_length(model: Any) -> int:
+    """Return at how many positions a model makes logits at a time."""
+    return max(1, MOST_LOGITS // int(model.config.get_text_config().vocab_size))
 
 
 def _kept(
