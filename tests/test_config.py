@@ -124,7 +124,7 @@ def test_integer_that_torch_cannot_hold_is_refused_by_name() -> None:
 
 def test_every_number_has_its_range() -> None:
     """Catches a range that is lost with the type that has it."""
-    assert sum(map(len, RANGES.values())) == 65
+    assert sum(map(len, RANGES.values())) == 67
     assert RANGES["optimizer"]["betas"] == "at least 0 and below 1"
     assert RANGES["lora"]["lr"] == "at least 0"
 

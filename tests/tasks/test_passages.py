@@ -45,9 +45,9 @@ def only(kind: str) -> dict[str, float]:
     return {name: float(name == kind) for name in KINDS}
 
 
-def rows_of(files: dict[str, Any], steps: int = 6, **data: Any) -> list[tuple[str, list[str]]]:
+def rows_of(files: dict[str, Any], steps: int = 6, tokenizer: Any = BYTES, **data: Any) -> list[tuple[str, list[str]]]:
     """Return the text of every row, and its answers in order, as they are predicted."""
-    found, made = [], builder(files, **data)
+    found, made = [], builder(files, tokenizer, **data)
     for step in range(steps):
         batch = made.batch(step, 0)
         for ids, labels, is_key in zip(batch.input_ids_BT, batch.labels_BT, batch.is_key_BT, strict=True):
@@ -90,7 +90,7 @@ def test_question_on_another_passage_has_no_answer(files: dict[str, Any]) -> Non
 def test_repeated_words_are_those_that_followed(files: dict[str, Any]) -> None:
     """Catches words of another place, or of a text that was not read."""
     for text, (answer,) in rows_of(files, **only("repeated"), passage_tokens=[1, 200], repeated_words=[4, 6]):
-        read, question = text.split('\n\nRepeat what came after "')
+        read, question = text.split('\n\nQuestion: Repeat what came after "')
         cue = question.split('"')[0]
         assert f"{cue}{answer}" in read
         assert 4 <= len(answer.split()) <= 6
@@ -117,6 +117,47 @@ def test_pairs_are_asked_in_any_order(files: dict[str, Any]) -> None:
                 == tuple(sorted(text.index(" ".join(value)) for value in values))
             )
     assert orders == {True, False}
+
+
+TURNS = (
+    "{% for m in messages %}<{{ m.role }}>{{ m.content }}</>{% endfor %}{% if add_generation_prompt %}<us>{% endif %}"
+)
+
+
+def chat_tokenizer(template: str | None, eos_token: str | None = "~") -> Any:
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template, tokenizer.eos_token = template, eos_token
+    return tokenizer
+
+
+def test_questions_are_asked_in_turns_of_a_chat(files: dict[str, Any]) -> None:
+    """Catches a memory that is only ever asked in the words of a test, and turns that are never ended."""
+    with pytest.raises(RecipeError, match="no eos_token, which ends a turn"):
+        builder(files, chat_tokenizer(TURNS, None), chat_share=0.5)
+    rows = rows_of(files, 20, chat_tokenizer(TURNS), chat_share=0.5, questions_asked=[2, 2])
+    in_turns = [(text, answers) for text, answers in rows if "<user>" in text]
+    assert 0.3 < len(in_turns) / len(rows) < 0.7
+    for text, answers in in_turns:
+        assert "Question:" not in text
+        assert text.count("<user>") == len(answers) == 2
+        for answer in answers:
+            assert answer.endswith("~")
+            assert f"</><us>{answer}" in text
+    assert not any(answer.endswith("~") for text, answers in rows if "Question:" in text for answer in answers)
+
+
+@pytest.mark.parametrize("template", [None, TURNS])
+def test_tasks_without_a_passage_are_answered(template: str | None, files: dict[str, Any], tmp_path: Path) -> None:
+    """Catches what a chat model could do before, and is never trained to do with a memory."""
+    (tmp_path / "tasks.jsonl").write_text('{"question": "Say the word sun.", "answers": ["sun"]}\n')
+    given = files | {"instructions": [str(tmp_path / "tasks.jsonl")]}
+    for text, answers in rows_of(given, 2, chat_tokenizer(template), **only("instructed")):
+        assert "keeps" not in text
+        if template:
+            assert f"<user>Say the word sun.</><us>{answers[0]}" in text
+            assert answers == ["sun~"]
+        else:
+            assert text.endswith("\n\nQuestion: Say the word sun.\nAnswer: sun")
 
 
 def test_kinds_have_their_shares_and_plain_rows_ask_nothing(files: dict[str, Any]) -> None:
@@ -153,6 +194,9 @@ def test_run_trains_and_knows_its_files(files: dict[str, Any], tmp_path: Path) -
         ({"repeated": 1.0, "answered": 0.0, "repeated_words": [90, 90], "passage_tokens": [1, 99]}, "have no 96 words"),
         ({"pairs": 1.0, "answered": 0.0}, "words of one token"),
         ({"no_answer": " "}, "data.no_answer is empty"),
+        ({"chat_share": 0.5}, "has no chat template"),
+        ({"instructed": 1.0}, "data.instructions is empty"),
+        ({"instructed": 1.0, "instructions": ["nowhere.jsonl"]}, "data.instructions: cannot read"),
     ],
 )
 def test_what_gives_no_row_is_refused(files: dict[str, Any], data: dict[str, Any], message: str) -> None:
