@@ -1,4 +1,4 @@
-"""Print the rows of docs/states.md: bytes of a state in RAM and in files, and what rounding one costs.
+"""Print the rows of docs/reference/states.md: bytes of a state in RAM and in files, and what rounding one costs.
 
 python scripts/state_bytes.py tiny 1024
 python scripts/state_bytes.py smollm2 2048

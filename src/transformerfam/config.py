@@ -165,7 +165,7 @@ class FamConfig:
 
     The default closes the memory, so that a pre-trained model keeps its language until its memory is trained: 0 costs
     SmolLM2 5.1 nats per token of a novel, -8 costs 0.07 and -16 nothing with 16 rows; with 64 rows -16 costs 0.07 and
-    -32 nothing (docs/choices.md)."""
+    -32 nothing (docs/explanation/choices.md)."""
 
     fam_dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """Type in which the FAM is kept from block to block, whatever the type of the model."""

@@ -12,7 +12,7 @@ from packaging.version import Version
 from transformerfam.errors import MissingPackageError, UnsupportedModelError, UnsupportedVersionError
 
 TESTED: dict[str, tuple[str, str]] = {"torch": ("2.8.0", "2.14.1"), "transformers": ("5.14.0", "5.24.0")}
-"""Oldest and newest tested release; `docs/versions.md` has what was found at each edge."""
+"""Oldest and newest tested release; `docs/reference/versions.md` has what was found at each edge."""
 
 OLDEST_PEFT = "0.21.0"
 

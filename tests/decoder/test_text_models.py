@@ -67,7 +67,7 @@ def test_fam_is_carried_and_generates() -> None:
 
 
 def test_snippet_of_the_docs_runs() -> None:
-    page = (Path(__file__).parents[2] / "docs" / "families.md").read_text()
+    page = (Path(__file__).parents[2] / "docs" / "reference" / "families.md").read_text()
     (block,) = re.findall(r"^```python\n(.*?)^```", page, re.MULTILINE | re.DOTALL)
     names: dict[str, Any] = {
         "multimodal": make_llava(max_position_embeddings=4096),

@@ -227,7 +227,7 @@ def test_edges_are_pinned_as_they_are_documented() -> None:
     floors = {f"{package}>={floor}" for package, (floor, _) in versions.TESTED.items()}
     assert floors <= set(project["dependencies"])
     assert f"peft>={versions.OLDEST_PEFT}" in project["optional-dependencies"]["train"]
-    documented = (ROOT / "docs" / "versions.md").read_text()
+    documented = (ROOT / "docs" / "reference" / "versions.md").read_text()
     for edges in versions.TESTED.values():
         assert all(edge in documented for edge in edges)
 

@@ -5,6 +5,6 @@ through to a step (`step`): FAM's piece, or a rival's. Here is all that knows fa
 and positions; nothing here knows what a memory keeps.
 
 May import: the root of the package.
-One more family: a row in `families`, a line in `docs/families.md`, an entry in the tests' `tiny_families.py`.
+One more family: a row in `families`, a line in `docs/reference/families.md`, an entry in the tests' `tiny_families.py`.
 One more attention back end: `kernels` or `flash`, and `structure`.
 """

@@ -60,7 +60,7 @@ async def _refuse(request: Request, error: Exception) -> Response:
     """Answer an error in OpenAI's form."""
     if isinstance(error, HTTPException):
         what = {404: "there is no such path", 405: "the path does not take this method"}.get(error.status_code)
-        refusal = ApiError(error.status_code, f"{what or error.detail}; look at docs/serving.md", "no_such_path")
+        refusal = ApiError(error.status_code, f"{what or error.detail}; look at docs/howto/serving.md", "no_such_path")
     elif isinstance(error, RequestValidationError):
         first = error.errors()[0]
         param = str(first["loc"][-1])

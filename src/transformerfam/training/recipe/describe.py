@@ -1,4 +1,4 @@
-"""What the keys of a recipe mean: a recipe as TOML with comments, and the reference page docs/recipes.md.
+"""What the keys of a recipe mean: a recipe as TOML with comments, and the reference page docs/reference/recipes.md.
 
 Types, ranges, defaults and meanings are those of the sections' own JSON schema.
 """
@@ -30,16 +30,16 @@ UNSET = {
     "model.num_key_value_heads": "as `model.num_hidden_layers`",
     "model.seed": "`fam compare` sets it for each of its seeds",
     "lora.targets": "models with fused layers have other names, as `qkv_proj` and `gate_up_proj`",
-    "lora.fused": "`false` is PEFT's own way, which [speed.md](speed.md) compares it with",
-    "schedule.accumulate": "the same step in less memory, see [tools.md](tools.md)",
-    "schedule.shard": "models that one GPU does not hold, see [tools.md](tools.md)",
+    "lora.fused": "`false` is PEFT's own way, which [speed](../results/speed.md) compares it with",
+    "schedule.accumulate": "the same step in less memory, see [tools](../howto/tools.md)",
+    "schedule.shard": "models that one GPU does not hold, see [tools](../howto/tools.md)",
     "state_passing.noise": "measured with the tiny memory, which then recalled more at 4,096 tokens and less at 16,384",
-    "key_bias.start_value": "lets a closed memory open slowly, see [choices.md](choices.md)",
+    "key_bias.start_value": "lets a closed memory open slowly, see [choices](../explanation/choices.md)",
     "key_bias.start_step": "as `key_bias.start_value`",
     "key_bias.end_step": "as `key_bias.start_value`",
     "data.allow_unknown": "what to set where a text is refused since the tokenizer knows next to no word of it",
-    "loss.attention_outputs": "the base model then reads in every step, see [training.md](training.md)",
-    "evaluation.questions": "held-out questions of one's own, see [training.md](training.md)",
+    "loss.attention_outputs": "the base model then reads in every step, see [training on instructions](../howto/training.md)",
+    "evaluation.questions": "held-out questions of one's own, see [training on instructions](../howto/training.md)",
     "loss.key": "what the other weights are relative to; 0 trains on text alone",
     "loss.fam_change": "measured with the tiny memory, which changed less with it and held no longer",
 }
@@ -77,7 +77,7 @@ def recipe_text(recipe: Recipe) -> str:
 
 
 def reference_page() -> str:
-    """Return docs/recipes.md."""
+    """Return docs/reference/recipes.md."""
     parts = [INTRODUCTION]
     for name, schema in _schema()["properties"].items():
         if name == "data":
