@@ -13,7 +13,7 @@ export HF_HUB_DISABLE_TELEMETRY := 1
 OFFLINE := HF_HUB_OFFLINE=1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-versions check lint types layers format prove package bench clean
+.PHONY: help setup demo test test-versions check lint types layers format prove package bench docs clean
 
 help:  ## say what the targets do
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/make \1\t\2/p' Makefile | expand -t 14
@@ -66,6 +66,9 @@ package: $(STAMP)  ## build wheel and sdist into dist/; install the wheel, use i
 
 bench: $(STAMP)  ## speed and memory against what you would use instead, some hours (ARGS="overhead --model smollm2")
 	@$(OFFLINE) $(BIN)/python -m benchmarks $(ARGS)
+
+docs: $(STAMP)  ## the documentation as a site in build/site; a broken link or anchor is an error
+	@$(OFFLINE) NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet $(ARGS)
 
 clean:  ## remove the virtual environment and caches
 	rm -rf $(VENV) .venv-versions build dist src/*.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis

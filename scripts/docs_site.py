@@ -55,7 +55,9 @@ def _parameter_row(command: Any, name: str, parameter: Any) -> str | None:
     context = _context(command, name)
     is_argument = parameter.param_type_name == "argument"
     names = (
-        parameter.human_readable_name.upper() if is_argument else ", ".join(parameter.opts + parameter.secondary_opts)
+        (parameter.metavar or parameter.name).upper()
+        if is_argument
+        else ", ".join(parameter.opts + parameter.secondary_opts)
     )
     takes = "" if getattr(parameter, "is_flag", False) else parameter.make_metavar(context)
     said = [takes if takes != names else ""]

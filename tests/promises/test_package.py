@@ -101,10 +101,10 @@ def test_hooks_run_what_make_check_runs() -> None:
     assert [hook["entry"] for hook in local["hooks"]] == [f"make {target}" for target in check.split()]
 
 
-def test_readme_file_tree_exists() -> None:
+def test_file_tree_exists() -> None:
     """Catches a file tree that names what was moved or removed."""
     folder = ROOT
-    (tree,) = code_blocks(README, "text")
+    (tree,) = code_blocks(DOCUMENTS["CONTRIBUTING.md"], "text")
     for line in tree.splitlines():
         names = [word for word in line[:22].split() if word.endswith((".py", "/"))]
         for name in names:

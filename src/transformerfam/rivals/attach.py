@@ -21,7 +21,7 @@ from transformerfam.versions import does_not_fit
 PROBE_LENGTHS = (3, 1, 5)
 
 
-def attach(model: PreTrainedModel, config: RivalConfig) -> RivalModel:
+def attach(model: PreTrainedModel, config: RivalConfig, kind: type[Rival] | None = None) -> RivalModel:
     """Give `model` a rival's memory, in place; its class and weights stay as they are.
 
     Adds `model.rival_config`, `model.init_state()` and `model.read()`, and lets `model(...)` and `model.generate(...)`
@@ -31,6 +31,8 @@ def attach(model: PreTrainedModel, config: RivalConfig) -> RivalModel:
     Args:
         model: a decoder with a language-model head of a family that `convert` serves.
         config: which rival, and its choices.
+        kind: a class of your own to try, in place of that of `config.system`. Its states and weights carry that name, so
+            register it before you keep any.
 
     Returns:
         The same object.
@@ -55,7 +57,7 @@ def attach(model: PreTrainedModel, config: RivalConfig) -> RivalModel:
         )
     with torch.autocast(model.device.type, enabled=False):
         layouts = find_layouts(model)
-    rival = rival_class(config.system)(config, model, layouts)
+    rival = (kind or rival_class(config.system))(config, model, layouts)
     handles = attach_memory(model, rival)
     if rival.mixes:
         rival.base_back_end = back_end
