@@ -1,4 +1,4 @@
-"""Write a task of your own as plain files: where is a thing, asked long after it was said.
+"""Write a task as plain files: where is a thing, asked long after it was said.
 
 python examples/own_task.py FOLDER [--items N] [--sentences N]
 
@@ -26,7 +26,7 @@ def draw_item(draw: random.Random, sentences: int) -> tuple[str, str, str]:
 
 def main() -> None:
     """Write the three files."""
-    parser = argparse.ArgumentParser(description="Write a task of your own as plain files.")
+    parser = argparse.ArgumentParser(description="Write a task as plain files.")
     parser.add_argument("folder", type=Path)
     parser.add_argument("--items", type=int, default=20_000)
     parser.add_argument("--sentences", type=int, default=24)

@@ -14,65 +14,42 @@ ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
 COMMANDS_PAGE = "reference/commands.md"
 OUTSIDE = "repository"
+WIDTH = 100
+"""Columns of the help texts."""
 LINK = re.compile(r"(!?)\[([^\]]*)\]\(([^)#:\s]+)(#[^)\s]*)?\)")
 
 
 def command_page() -> str:
-    """Return the reference of the command line: every command with its arguments and options."""
+    """Return the reference of the command line: what `--help` says of every command."""
     import typer
 
     from transformerfam.cli.app import app
 
     lines = ["# Command line", ""]
     lines += [
-        "Every command, as `--help` says it. An error is one line and status 2; `--traceback` shows its origin.",
+        "Every command, as its `--help` shows it. An error is one line and status 2; `--traceback` shows more.",
         "",
     ]
-    lines += _command_lines(typer.main.get_command(app), "fam")
+    for words in _commands(typer.main.get_command(app), []):
+        lines += [f"## `{' '.join(['fam', *words])}`", "", "```text", _help(app, words), "```", ""]
     return "\n".join(lines)
 
 
-def _command_lines(command: Any, name: str) -> list[str]:
-    """Return a section for a command, and those of its subcommands."""
-    usage = " ".join(command.collect_usage_pieces(_context(command, name)))
-    lines = [f"## `{name}`", "", _plain(command.help or ""), "", f"```text\n{name} {usage}\n```", ""]
-    rows = [row for parameter in command.params if (row := _parameter_row(command, name, parameter))]
-    if rows:
-        lines += ["| | | |", "|---|---|---|", *rows, ""]
-    for sub, child in getattr(command, "commands", {}).items():
-        lines += _command_lines(child, f"{name} {sub}")
-    return lines
+def _commands(command: Any, words: list[str]) -> list[list[str]]:
+    """Return the words of a command and of all below it."""
+    below = getattr(command, "commands", {})
+    return [words, *(found for name, child in below.items() for found in _commands(child, [*words, name]))]
 
 
-def _context(command: Any, name: str) -> Any:
-    return command.context_class(command, info_name=name)
+def _help(app: Any, words: list[str]) -> str:
+    """Return a command's help as plain text of one width, without colours."""
+    from typer.testing import CliRunner
 
-
-def _parameter_row(command: Any, name: str, parameter: Any) -> str | None:
-    """Return name, what it takes with its default, and help of one argument or option; None of a hidden one."""
-    if getattr(parameter, "hidden", False):
-        return None
-    context = _context(command, name)
-    is_argument = parameter.param_type_name == "argument"
-    names = (
-        (parameter.metavar or parameter.name).upper()
-        if is_argument
-        else ", ".join(parameter.opts + parameter.secondary_opts)
-    )
-    takes = "" if getattr(parameter, "is_flag", False) else parameter.make_metavar(context)
-    said = [takes if takes != names else ""]
-    if parameter.required:
-        said.append("required")
-    elif parameter.default not in (None, False, (), "") and not callable(parameter.default):
-        said.append(f"default `{getattr(parameter.default, 'value', parameter.default)}`")
-    cells = [f"`{names}`", "; ".join(word.replace("|", "\\|") for word in said if word)]
-    return "| " + " | ".join([*cells, _plain(parameter.help or "").replace("|", "\\|").replace("\n", " ")]) + " |"
-
-
-def _plain(help_text: str) -> str:
-    """Return help without the marks of rich and of click, safe as Markdown."""
-    text = re.sub(r"\[/?(?:bold|dim|italic|cyan|green|red|yellow)[^\]]*\]", "", help_text).replace("\b", "")
-    return text.replace("<", "&lt;").replace("*", "\\*").strip()
+    plain = {"TERMINAL_WIDTH": str(WIDTH), "COLUMNS": str(WIDTH), "NO_COLOR": "1", "TERM": "dumb"}
+    said = CliRunner().invoke(app, [*words, "--help"], prog_name="fam", env=plain)
+    if said.exit_code != 0:
+        raise RuntimeError(f"fam {' '.join(words)} --help ended with status {said.exit_code}: {said.output}")
+    return "\n".join(line.rstrip() for line in said.output.strip("\n").splitlines())
 
 
 def pages_outside() -> list[Path]:

@@ -22,7 +22,8 @@ PROMPT_TEXT = (
     "names and numbers were given, what was promised, what was asked and what is still open. Who reads on will need "
     "to know all of this, and nothing of it stands anywhere else."
 )
-"""What the prompt of a gated memory begins as; see docs/explanation/update.md, "What it costs a model that was not trained"."""
+"""What the prompt of a gated memory begins as; see docs/explanation/update.md, "What it costs a model that was not
+trained"."""
 
 
 def convert_command(

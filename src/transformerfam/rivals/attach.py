@@ -31,7 +31,7 @@ def attach(model: PreTrainedModel, config: RivalConfig, kind: type[Rival] | None
     Args:
         model: a decoder with a language-model head of a family that `convert` serves.
         config: which rival, and its choices.
-        kind: a class of your own to try, in place of that of `config.system`. Its states and weights carry that name, so
+        kind: a class of yours to try, in place of that of `config.system`. Its states and weights carry that name, so
             register it before you keep any.
 
     Returns:

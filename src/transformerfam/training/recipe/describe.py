@@ -38,7 +38,7 @@ UNSET = {
     "key_bias.start_step": "as `key_bias.start_value`",
     "key_bias.end_step": "as `key_bias.start_value`",
     "data.allow_unknown": "what to set where a text is refused since the tokenizer knows next to no word of it",
-    "loss.attention_outputs": "the base model then reads in every step, see [training on instructions](../howto/training.md)",
+    "loss.attention_outputs": "the base model then reads in every step, see [instructions](../howto/training.md)",
     "evaluation.questions": "held-out questions of one's own, see [training on instructions](../howto/training.md)",
     "loss.key": "what the other weights are relative to; 0 trains on text alone",
     "loss.fam_change": "measured with the tiny memory, which changed less with it and held no longer",

@@ -1,4 +1,6 @@
-"""The sections of a recipe: the string under a field is what `fam train --print-recipe` and docs/reference/recipes.md say of it.
+"""The sections of a recipe.
+
+The string under a field is what `fam train --print-recipe` and docs/reference/recipes.md say of it.
 
 A field that no recipe of the repository sets needs a reason, or goes to `removed.REMOVED`.
 """
