@@ -14,7 +14,7 @@ from transformerfam.fam.state import OLDER_VERSIONS, STATE_FORMAT_VERSION, FamSt
 from transformerfam.files.tensors import load_tensors
 from transformerfam.serving.cache import StateCache
 from transformerfam.serving.errors import ApiError
-from transformerfam.serving.records import NUM_KEYS, READING, READY, Record, fingerprint_of, new_id
+from transformerfam.serving.records import NO_PARTIAL, NUM_KEYS, READING, READY, Record, fingerprint_of, new_id
 from transformerfam.serving.store import Store
 
 
@@ -269,21 +269,44 @@ class Memories:
     def commit(self, record: Record, state: FamState, **changes: Any) -> Record:
         """Make a state the memory's, in the store first; errors as `write`."""
         state.compact()
+        own = {"bytes": state.file_bytes, "num_tokens_read": state.num_tokens_read}
+        with self._writing_of(record.id):
+            after = self._put(record, state, "state", **own, **NO_PARTIAL, **changes)
+            assert after.state is not None
+            self.cache.put(record.id, after.state, state)
+            return after
+
+    def save_partial(self, record: Record, state: FamState, num_taken: int) -> Record:
+        """Save what was read of a memory's first waiting text, so that a reading that is cut off is resumed there.
+
+        Args:
+            record: of the memory, which is claimed.
+            state: what it has read, with the part of the text.
+            num_taken: tokens of the text that are in it.
+
+        Raises:
+            ApiError: as `write`.
+        """
+        own = {"partial_taken": num_taken, "partial_tokens_read": state.num_tokens_read}
+        return self._put(record, state, "partial", **own)
+
+    def partial(self, record: Record) -> FamState:
+        """Return what `save_partial` has saved; errors as `load`, and 503."""
+        assert record.partial is not None
+        with self.store.local_file(record.owner, record.id, record.partial) as path:
+            return self.load(path)
+
+    def _put(self, record: Record, state: FamState, field: str, **changes: Any) -> Record:
+        """Write a state's file, and then the record that names it in a field."""
         with self._writing_of(record.id):
             name = self.store.put_state(record.owner, record.id, state)
+            own = changes | {field: name, "fingerprint": self.fingerprint, "model": self.model_name}
             try:
-                own: dict[str, Any] = {
-                    "state": name,
-                    "bytes": state.file_bytes,
-                    "num_tokens_read": state.num_tokens_read,
-                }
-                after = self.write(record, **own, fingerprint=self.fingerprint, model=self.model_name, **changes)
+                return self.write(record, **own)
             except Exception:
                 with contextlib.suppress(ApiError):
                     self.store.remove(record.owner, record.id, [name])
                 raise
-            self.cache.put(record.id, name, state)
-            return after
 
     def fork(self, owner: str, memory: str, name: str | None) -> Record:
         """Return a new memory that has read what another has.

@@ -3,6 +3,8 @@
 import contextlib
 import logging
 import threading
+import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -11,8 +13,11 @@ from transformerfam.serving.engine import Engine
 from transformerfam.serving.errors import ApiError, as_api_error
 from transformerfam.serving.jobs import Reading
 from transformerfam.serving.memories import Memories
-from transformerfam.serving.records import FAILED, READING, READY, Record
+from transformerfam.serving.records import FAILED, NO_PARTIAL, READING, READY, Record
 from transformerfam.serving.texts import Spool, TokenFeed
+
+SAVE_SECONDS = 60.0
+"""How often what was read of a text is saved: a server that is killed loses so much reading at most."""
 
 log = logging.getLogger("transformerfam.serving")
 
@@ -25,19 +30,32 @@ class OpenReading:
         spool: the text.
         state: what the memory has read; None: nothing.
         text: file of the text in the store; None: it is still arriving.
+        now: seconds of the clock by which it is saved.
 
     Attributes:
+        num_tokens: tokens of it that are read; `num_before` of them by servers of before.
+        saved: when it was saved last, by the same clock.
+        saving: held while it is saved or ended.
+        is_saving: whether it is being saved.
+        is_ended: whether it is not saved any more.
         refusal: why the text was refused before it was acknowledged.
         is_settled: set when the text is in the store or refused.
         is_over: set when the memory is ready, failed or gone.
     """
 
-    def __init__(self, record: Record, spool: Spool, state: FamState | None, text: str | None) -> None:
+    def __init__(
+        self, record: Record, spool: Spool, state: FamState | None, text: str | None, now: float = 0.0
+    ) -> None:
         self.record = record
         self.spool = spool
         self.is_new = state is None and text is None
         self.text = text
-        self.num_tokens = 0
+        self.num_before = max(0, record.partial_tokens_read - record.num_tokens_read)
+        self.num_tokens = self.num_before
+        self.saved = now
+        self.saving = threading.Lock()
+        self.is_saving = False
+        self.is_ended = False
         self.refusal: BaseException | None = None
         self.is_settled = threading.Event()
         self.is_over = threading.Event()
@@ -45,6 +63,11 @@ class OpenReading:
         self.job: Reading
         if text is not None:
             self.is_settled.set()
+
+    @property
+    def is_acknowledged(self) -> bool:
+        """Whether the text is in the store, and is read whatever ends this server."""
+        return self.text is not None and self.is_settled.is_set() and self.refusal is None
 
 
 class Readings:
@@ -54,12 +77,23 @@ class Readings:
         memories: where they go.
         engine: reads.
         tokenizer: of the model, shared.
+        save_seconds: how often what was read of a text is saved.
+        clock: gives the time in seconds.
     """
 
-    def __init__(self, memories: Memories, engine: Engine, tokenizer: Any) -> None:
+    def __init__(
+        self,
+        memories: Memories,
+        engine: Engine,
+        tokenizer: Any,
+        save_seconds: float = SAVE_SECONDS,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
         self.memories = memories
         self.engine = engine
         self.tokenizer = tokenizer
+        self.save_seconds = save_seconds
+        self.clock = clock
         self._open: dict[str, OpenReading] = {}
         self._savers = ThreadPoolExecutor(4, thread_name_prefix="saver")
 
@@ -70,8 +104,10 @@ class Readings:
     def num_tokens_of(self, record: Record) -> int:
         """Return the tokens that a memory has read, those of a text that it is reading included."""
         reading = self._open.get(record.id)
-        if reading is None or record.status != READING:
+        if record.status != READING:
             return record.num_tokens_read
+        if reading is None:
+            return max(record.num_tokens_read, record.partial_tokens_read)
         return record.num_tokens_read + reading.num_tokens
 
     def cancel(self, memory: str) -> None:
@@ -90,19 +126,24 @@ class Readings:
         Args:
             record: of the memory.
             spool: the text.
-            state: what the memory has read; None: nothing.
+            state: what the memory has read, the record's `partial_taken` tokens of the text included; None: nothing.
             text: file of the text in the store, where it is there already.
 
         Raises:
             ApiError: 429 or 503; the memory is released, and a new one forgotten.
         """
-        reading = OpenReading(record, spool, state, text)
-        begins = state is None or state.num_tokens_read == 0
-        reading.feed = TokenFeed(spool, self.tokenizer, begins=begins, allow_unknown=record.allow_unknown)
+        reading = OpenReading(record, spool, state, text, self.clock())
+        reading.feed = TokenFeed(
+            spool,
+            self.tokenizer,
+            begins=record.num_tokens_read == 0,
+            allow_unknown=record.allow_unknown,
+            num_taken=record.partial_taken,
+        )
         reading.job = Reading(
             self.memories.blank_state() if state is None else state,
             reading.feed,
-            lambda num_tokens: setattr(reading, "num_tokens", num_tokens),
+            lambda num_tokens: self._note(reading, num_tokens),
         )
         reading.job.on_done = lambda error: self._hand_over(reading, error)
         self._open[record.id] = reading
@@ -168,20 +209,55 @@ class Readings:
                         "texts": [],
                         "pending": pending,
                     }
-                    record = memories.write(record, status=READING, num_tokens_read=0, **changes)
+                    record = memories.write(record, status=READING, num_tokens_read=0, **changes, **NO_PARTIAL)
                 self._read_pending(record)
 
     def _read_pending(self, record: Record) -> None:
         """Read the first text that a claimed memory has still to read; those after it follow."""
         try:
-            state = None if record.state is None else self.memories.state(record)
+            record, state = self._state_to_resume(record)
             spool = self.memories.store.text(record.owner, record.id, record.pending[0])
             self.begin(record, spool, state, record.pending[0]).is_over.wait()
         except Exception as error:
             self._fail(record, error)
             self.memories.release(record.id)
 
+    def _state_to_resume(self, record: Record) -> tuple[Record, FamState | None]:
+        """Return what a memory has read of its first waiting text, or of all before it; None: nothing."""
+        if record.partial is not None:
+            try:
+                return record, self.memories.partial(record)
+            except ApiError as error:
+                if error.status == 503:
+                    raise
+                log.warning("a text is read from its beginning: %s", error, extra={"memory": record.id})
+                record = self.memories.write(record, **NO_PARTIAL)
+        return record, None if record.state is None else self.memories.state(record)
+
     # From the engine's side
+
+    def _note(self, reading: OpenReading, num_tokens: int) -> None:
+        """Note how much of a text is read, and let it be saved when it is time."""
+        reading.num_tokens = reading.num_before + num_tokens
+        now = self.clock()
+        if reading.is_saving or not reading.is_acknowledged or now - reading.saved < self.save_seconds:
+            return
+        reading.saved, reading.is_saving = now, True
+        self._savers.submit(self._save, reading, reading.job.state.fork(), reading.feed.num_taken)
+
+    def _save(self, reading: OpenReading, state: FamState, num_taken: int) -> None:
+        """Save what was read of a text, unless it is over; one that was deleted is not read further."""
+        with reading.saving:
+            try:
+                if not reading.is_ended and num_taken > reading.record.partial_taken:
+                    reading.record = self.memories.save_partial(reading.record, state, num_taken)
+            except ApiError as error:
+                if error.code == "memory_not_found":
+                    self.engine.cancel(reading.job)
+                else:
+                    log.warning("what was read is not saved: %s", error, extra={"memory": reading.record.id})
+            finally:
+                reading.is_saving = False
 
     def _hand_over(self, reading: OpenReading, error: BaseException | None) -> None:
         self._savers.submit(self._end, reading, error)
@@ -189,6 +265,10 @@ class Readings:
     def _end(self, reading: OpenReading, error: BaseException | None) -> None:
         """Save what was read, once its sender knows that the text has arrived."""
         reading.is_settled.wait()
+        if isinstance(error, ApiError) and error.code == "server_ending" and reading.is_acknowledged:
+            self._save(reading, reading.job.state, reading.feed.num_taken)  # where the next server resumes it
+        with reading.saving:
+            reading.is_ended = True
         record, rest, is_released = reading.record, None, False
         try:
             if reading.refusal is not None or reading.text is None:
@@ -225,9 +305,9 @@ class Readings:
         if refusal.code == "internal_error":
             log.error("a text was not read", exc_info=error)
         is_store = refusal.status in (503, 507)  # whose next start tries again
-        pending = record.pending if is_store else []
+        rest: dict[str, Any] = {} if is_store else {"pending": [], **NO_PARTIAL}
         try:
-            self.memories.write(record, status=FAILED, error=str(refusal), pending=pending)
+            self.memories.write(record, status=FAILED, error=str(refusal), **rest)
         except ApiError:
             self.memories.note(record, status=FAILED, error=str(refusal))
 

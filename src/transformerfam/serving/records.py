@@ -9,6 +9,8 @@ from typing import Any, Self
 from transformerfam.decoder.memory import memory_of
 
 READING, READY, FAILED = "reading", "ready", "failed"
+NO_PARTIAL: dict[str, Any] = {"partial": None, "partial_taken": 0, "partial_tokens_read": 0}
+"""Fields of a record of which no text is read in part."""
 NUM_KEYS = 64
 """Idempotency keys that a memory remembers."""
 
@@ -33,6 +35,9 @@ class Record:
         allow_unknown: whether texts of unknown words are read.
         state: file of its state; None before there is one.
         pending: files of texts that are to be read.
+        partial: file of what was read of the first of them, saved from time to time; None: nothing, or no reading.
+        partial_taken: tokens of that text that are in it.
+        partial_tokens_read: tokens that it has read, those of before the text included.
         texts: files of texts that were read and are kept.
         turns: digests of the messages of a chat that it has read.
         error: why the last reading failed.
@@ -55,6 +60,9 @@ class Record:
     allow_unknown: bool = False
     state: str | None = None
     pending: list[str] = dataclasses.field(default_factory=list)
+    partial: str | None = None
+    partial_taken: int = 0
+    partial_tokens_read: int = 0
     texts: list[str] = dataclasses.field(default_factory=list)
     turns: list[str] = dataclasses.field(default_factory=list)
     error: str | None = None
@@ -64,7 +72,7 @@ class Record:
     @property
     def files(self) -> list[str]:
         """Files in the store that belong to it."""
-        return [*([self.state] if self.state else []), *self.pending, *self.texts]
+        return [*(name for name in (self.state, self.partial) if name), *self.pending, *self.texts]
 
     def to_json(self) -> dict[str, Any]:
         """Return what the store keeps."""

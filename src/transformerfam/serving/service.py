@@ -12,7 +12,7 @@ from transformerfam.serving.engine import Engine
 from transformerfam.serving.errors import ApiError
 from transformerfam.serving.memories import Memories
 from transformerfam.serving.metrics import Metrics
-from transformerfam.serving.readings import Readings
+from transformerfam.serving.readings import SAVE_SECONDS, Readings
 from transformerfam.serving.records import owner_of
 from transformerfam.serving.store import Store
 from transformerfam.serving.texts import SharedTokenizer
@@ -34,6 +34,7 @@ class Settings:
         max_body: bytes of a JSON body at most.
         max_upload: bytes of a text or a state's file at most.
         slice_seconds: how long a slice of a text may hold up answers.
+        save_seconds: how often what was read of a text is saved; a server that is killed loses so much reading.
         chat_template: Jinja template in place of the tokenizer's own.
         limits: of one answer.
     """
@@ -47,6 +48,7 @@ class Settings:
     max_body: int = 8_000_000
     max_upload: int = 2_000_000_000
     slice_seconds: float = 0.25
+    save_seconds: float = SAVE_SECONDS
     chat_template: str | None = None
     limits: Limits = dataclasses.field(default_factory=Limits)
 
@@ -82,7 +84,7 @@ class Service:
             slice_seconds=settings.slice_seconds,
         )
         self.memories = Memories(self.store, model, name, settings.memory_budget)
-        self.readings = Readings(self.memories, self.engine, shared)
+        self.readings = Readings(self.memories, self.engine, shared, settings.save_seconds)
         template = ChatTemplate(shared, settings.chat_template)
         self.answers = Answers(self.memories, self.engine, shared, template, settings.limits, [name, *other_names])
         self.metrics = Metrics(self.engine, self.memories)

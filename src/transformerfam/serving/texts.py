@@ -116,13 +116,19 @@ class TokenFeed:
         tokenizer: of the model, shared.
         begins: whether the text begins a reading.
         allow_unknown: read a text of which the tokenizer knows next to no word, too.
+        num_taken: tokens that were taken before, and are left out.
 
     Attributes:
+        num_taken: tokens that were taken so far.
         num_unknown: tokens that are words the tokenizer does not know.
     """
 
-    def __init__(self, spool: Spool, tokenizer: Any, *, begins: bool, allow_unknown: bool = False) -> None:
+    def __init__(
+        self, spool: Spool, tokenizer: Any, *, begins: bool, allow_unknown: bool = False, num_taken: int = 0
+    ) -> None:
         self.spool = spool
+        self.num_taken = num_taken
+        self._num_left_out = num_taken
         self.tokenizer = tokenizer
         self.begins = begins
         self.allow_unknown = allow_unknown
@@ -142,6 +148,7 @@ class TokenFeed:
             if not self._ids:
                 return None if self._is_complete else []
             ids = [self._ids.popleft() for _ in range(min(num_tokens, len(self._ids)))]
+            self.num_taken += len(ids)
             self._condition.notify_all()
         return ids
 
@@ -158,13 +165,19 @@ class TokenFeed:
             num_seen = 0
             for ids in stream_token_ids(texts, self.tokenizer, PIECE_CHARS, begins=self.begins):
                 self._look_at(ids, is_first=num_seen == 0)
+                first = max(0, self._num_left_out - num_seen)
                 num_seen += len(ids)
                 with self._condition:
                     while len(self._ids) >= MOST_AHEAD and not self._is_complete:
                         self._condition.wait()
                     if self._is_complete:
                         return
-                    self._ids += ids
+                    self._ids += ids[first:]
+            if num_seen < self._num_left_out:
+                raise TransformerFamError(
+                    f"the text has {num_seen} tokens, of which {self._num_left_out} were read before, by another "
+                    "tokenizer; send it again as a new memory"
+                )
             if not num_seen:
                 raise TransformerFamError("the text is empty, at least one token is required; send a text")
         except Exception as error:
