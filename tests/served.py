@@ -20,8 +20,8 @@ TEMPLATE = (
 )
 
 
-def make_service(store: Any, seed: int = 0, **settings: Any) -> Service:
-    """Make a service of a tiny model; another seed gives other weights."""
+def make_service(store: Any, seed: int = 0, claims: Any = None, **settings: Any) -> Service:
+    """Make a service of a tiny model; another seed gives other weights, and with claims the store is shared."""
     import torch
 
     torch.manual_seed(seed)
@@ -30,7 +30,7 @@ def make_service(store: Any, seed: int = 0, **settings: Any) -> Service:
         with torch.no_grad():
             model.get_input_embeddings().weight.add_(0.01)
     given: dict[str, Any] = {"keys": (KEY, OTHER_KEY), "chat_template": TEMPLATE} | settings
-    return Service(model.eval(), tokenizer, "tiny", Settings(str(store), **given))
+    return Service(model.eval(), tokenizer, "tiny", Settings(str(store), **given), claims=claims)
 
 
 @contextmanager

@@ -2,7 +2,6 @@
 
 import os
 import signal
-import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -79,7 +78,7 @@ def content_of(store: Path, service: Service, memory: str) -> dict[str, Any]:
         return tensors | file.metadata()
 
 
-@pytest.mark.parametrize("is_append", [False, True])
+@pytest.mark.parametrize("is_append", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_reading_of_a_killed_server_is_resumed_to_the_same_bits(tmp_path: Path, is_append: bool) -> None:
     """Catches a text that is begun again after a kill, and tokens that are read twice or never at the place of it."""
     service, clock = stepped_service(tmp_path / "killed")
@@ -193,6 +192,7 @@ def test_kill_at_any_moment_of_a_save_leaves_the_old_or_the_new_part(tmp_path: P
     memories.write(record, pending=[service.store.put_text(OWNER, record.id, spool)])
     spool.close()
     service.store.close()
+    path = tmp_path / OWNER / record.id / "record.json"
     for attempt in range(4):
         child = os.fork()
         if child == 0:
@@ -203,10 +203,12 @@ def test_kill_at_any_moment_of_a_save_leaves_the_old_or_the_new_part(tmp_path: P
                     memories.save_partial(latest, model.read([[4]], state), latest.partial_taken + 1)
             finally:
                 os._exit(1)
-        killer = threading.Timer(0.05 + 0.03 * attempt, os.kill, (child, signal.SIGKILL))
-        killer.start()
+        before = path.read_bytes()
+        while path.read_bytes() == before:
+            pass
+        time.sleep(0.007 * attempt)
+        os.kill(child, signal.SIGKILL)
         os.waitpid(child, 0)
-        killer.join()
         store = Store(str(tmp_path))
         memories = Memories(store, model, "tiny", 10**6)
         found = memories.get(OWNER, record.id)
@@ -214,4 +216,4 @@ def test_kill_at_any_moment_of_a_save_leaves_the_old_or_the_new_part(tmp_path: P
             assert memories.partial(found).num_tokens_read == found.partial_tokens_read == found.partial_taken
         assert len(files_of(tmp_path)) == len(found.files) + 1
         store.close()
-    assert found.partial_taken > 2
+    assert found.partial_taken >= 4

@@ -61,12 +61,16 @@ def serve_command(
     grace_seconds: Annotated[
         float, typer.Option("--grace-seconds", min=0, max=3600, help="How long answers may end after SIGTERM.")
     ] = 30.0,
+    shared: Annotated[
+        bool, typer.Option("--shared", help="Share the folder of --store with other servers of this machine.")
+    ] = False,
     device: DeviceOption = "cpu",
     dtype: DtypeOption = None,
 ) -> None:
     """Serve a model and its memories over HTTP: OpenAI's API, and /v1/memories."""
     try:
         from transformerfam.serving.answers import Limits
+        from transformerfam.serving.claims import FileClaims
         from transformerfam.serving.process import LOOPBACK, Server, log_as_json, open_socket
         from transformerfam.serving.service import Service, Settings
     except ImportError as error:
@@ -95,7 +99,8 @@ def serve_command(
     listening = open_socket(host, port)
     loaded, tokenizer = load(model, device=device, dtype=dtype)
     called = name or Path(model).name
-    service = Service(loaded.eval(), tokenizer, called, settings, other_names=(model,))
+    claims = FileClaims.of if shared else None
+    service = Service(loaded.eval(), tokenizer, called, settings, other_names=(model,), claims=claims)
     log_as_json()
     server = Server(service, grace_seconds)
     shown = f"[{host}]" if ":" in host else host

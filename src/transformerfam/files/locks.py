@@ -32,6 +32,31 @@ def hold(path: str | os.PathLike[str], what: str) -> BaseFileLock:
     return lock
 
 
+def hold_shared(path: str | os.PathLike[str], what: str) -> IO[bytes]:
+    """Return an open file that keeps `hold` from a lock until it is closed, and lets others do the same meanwhile.
+
+    Arguments and errors are those of `hold`.
+    """
+    try:
+        import fcntl
+    except ImportError as error:
+        raise TransformerFamError(f"{what} cannot be shared on this system; use Linux or macOS") from error
+    end = time.monotonic() + LOCK_SECONDS
+    try:
+        file = open(path, "ab")  # noqa: SIM115
+    except OSError as error:
+        raise TransformerFamError(f"could not write {path}: {error.strerror}; choose another folder") from error
+    while True:
+        try:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            return file
+        except BlockingIOError:
+            if time.monotonic() >= end:
+                file.close()
+                raise in_use(what) from None
+            time.sleep(0.1)
+
+
 def hold_file(file: IO[bytes], what: str) -> None:
     """Lock an open file until it is closed; arguments and errors are those of `hold`."""
     end = time.monotonic() + LOCK_SECONDS

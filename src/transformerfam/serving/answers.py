@@ -17,6 +17,7 @@ from transformerfam.serving.memories import Memories
 from transformerfam.serving.records import READY, Record
 from transformerfam.serving.schemas import AnswerBody, ChatBody, CompletionBody, Message
 from transformerfam.serving.texts import Spool
+from transformerfam.serving.threads import in_thread
 from transformerfam.tasks.sampling import Sampler, Sampling, TokenLogprobs
 from transformerfam.tasks.speaking import TextStream
 from transformerfam.tasks.text import encode, encode_rest, encode_start, end_ids
@@ -245,7 +246,11 @@ class Answers:
         )
         record = None
         if body.memory is not None:
-            record = (self.memories.claim if updates else self.memories.get)(owner, body.memory)
+            if updates:
+                release = self.memories.release
+                record = await in_thread(self.memories.claim, owner, body.memory, undo=lambda one: release(one.id))
+            else:
+                record = await run_in_threadpool(self.memories.get, owner, body.memory)
         try:
             state = self.memories.blank_state()
             if record is not None:

@@ -2,6 +2,7 @@
 
 import collections
 import threading
+from collections.abc import Iterable
 
 from transformerfam.fam.state import FamState
 
@@ -54,6 +55,13 @@ class StateCache:
             while self._states and total > self.budget_bytes:
                 _, (_, oldest) = self._states.popitem(last=False)
                 total -= oldest.num_bytes
+
+    def keep(self, memories: Iterable[str]) -> None:
+        """Forget the states of all other memories."""
+        kept = set(memories)
+        with self._lock:
+            for memory in [memory for memory in self._states if memory not in kept]:
+                del self._states[memory]
 
     def drop(self, memory: str) -> None:
         """Forget a memory's state."""

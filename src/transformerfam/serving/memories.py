@@ -1,25 +1,26 @@
 """Memories by their owners: what there is, who works on it, and how a new state takes the old one's place."""
 
 import contextlib
-import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from transformerfam.errors import CorruptFileError, StateMismatchError
-from transformerfam.fam.state import OLDER_VERSIONS, STATE_FORMAT_VERSION, FamState
-from transformerfam.files.tensors import load_tensors
-from transformerfam.serving.cache import StateCache
+from transformerfam.fam.state import FamState
+from transformerfam.serving.catalogue import Catalogue, OwnCatalogue, SharedCatalogue
+from transformerfam.serving.claims import Claims, OwnClaims
 from transformerfam.serving.errors import ApiError
-from transformerfam.serving.records import NO_PARTIAL, NUM_KEYS, READING, READY, Record, fingerprint_of, new_id
+from transformerfam.serving.one_at_a_time import CLAIM_SECONDS, OneAtATime
+from transformerfam.serving.records import NO_PARTIAL, NUM_KEYS, READY, Record, new_id
+from transformerfam.serving.states import States
 from transformerfam.serving.store import Store
+
+WORK = frozenset(("state", "partial", "pending", "texts"))
+"""Fields of a record that whoever has claimed its memory changes alone."""
 
 
 class Memories:
-    """All memories of a server.
+    """All memories of a server, or of a store that several servers share.
 
     Args:
         store: where they are kept.
@@ -27,47 +28,44 @@ class Memories:
         model_name: what it is called.
         budget_bytes: bytes of states in RAM at most.
         clock: gives the time in seconds since 1970.
+        claims: by which servers that share the store keep one another from the same memory; None: it is not shared.
 
     Raises:
         ApiError: the store cannot be reached.
     """
 
     def __init__(
-        self, store: Store, model: Any, model_name: str, budget_bytes: int, clock: Callable[[], float] = time.time
+        self,
+        store: Store,
+        model: Any,
+        model_name: str,
+        budget_bytes: int,
+        clock: Callable[[], float] = time.time,
+        claims: Claims | None = None,
     ) -> None:
         self.store = store
-        self.model = model
         self.model_name = model_name
-        self.cache = StateCache(budget_bytes)
+        self.states = States(store, model, budget_bytes)
+        self.cache = self.states.cache
         self.clock = clock
-        self.fingerprint = fingerprint_of(model)
-        with torch.no_grad():
-            self._blank = model.init_state().compact()
-        self._lock = threading.RLock()
-        self._busy: set[str] = set()
-        self._writing: dict[str, threading.RLock] = {}
-        self._records = {record.id: record for record in map(Record.from_json, store.records())}
-        for record in self._records.values():
-            record.status = READING if record.pending else record.status
-        self._by_key = {(r.owner, key): r.id for r in self._records.values() for key in r.keys}
+        self.fingerprint = self.states.fingerprint
+        self.claims: Claims = OwnClaims() if claims is None else claims
+        self.one = OneAtATime(self.claims)
+        self._patience = 0.0 if claims is None else CLAIM_SECONDS
+        self.catalogue: Catalogue = OwnCatalogue(store) if claims is None else SharedCatalogue(store)
 
     def now(self) -> int:
         """Return the time in whole seconds."""
         return int(self.clock())
 
-    def blank_state(self) -> FamState:
-        """Return a state that has read nothing."""
-        return self._blank.fork()
-
     # What there is
 
     def __len__(self) -> int:
-        return len(self._records)
+        return len(self.catalogue)
 
     def everything(self) -> list[Record]:
         """Return all memories of all owners."""
-        with self._lock:
-            return list(self._records.values())
+        return self.catalogue.everything()
 
     def get(self, owner: str, memory: str) -> Record:
         """Return a memory's record.
@@ -75,36 +73,48 @@ class Memories:
         Raises:
             ApiError: 404, there is none, or it is another key's, or its time is over.
         """
-        with self._lock:
-            record = self._records.get(memory)
-        if record is not None and record.expires is not None and record.expires <= self.now():
-            self.delete(record.owner, memory)
+        record = self.catalogue.get(owner, memory)
+        if record is not None and self._is_over(record):
+            self.delete(owner, memory)
             record = None
-        if record is None or record.owner != owner:
+        if record is None:
             raise ApiError(404, f"there is no memory {memory!r}; list them with GET /v1/memories", "memory_not_found")
         return record
 
     def all_of(self, owner: str) -> list[Record]:
         """Return a key's memories, the newest first."""
-        self.sweep()
-        with self._lock:
-            own = [record for record in self._records.values() if record.owner == owner]
+        own = self._without_over(self.catalogue.of(owner))
         return sorted(own, key=lambda record: (-record.created, record.id))
 
     def sweep(self) -> None:
-        """Delete memories whose time is over."""
-        now = self.now()
-        with self._lock:
-            over = [r for r in self._records.values() if r.expires is not None and r.expires <= now]
-        for record in over:
-            with contextlib.suppress(ApiError):
-                self.delete(record.owner, record.id)
+        """Delete memories whose time is over, and forget what other servers have deleted or left.
+
+        Raises:
+            ApiError: the store cannot be reached.
+        """
+        self.cache.keep(record.id for record in self._without_over(self.everything()))
+        for owner, memory in self.catalogue.leftovers():
+            if self.one.take(memory):
+                try:
+                    with self.one.alone(memory):
+                        self.store.clean(owner, memory)
+                finally:
+                    self.release(memory)
+
+    def _is_over(self, record: Record) -> bool:
+        return record.expires is not None and record.expires <= self.now()
+
+    def _without_over(self, records: list[Record]) -> list[Record]:
+        """Return the records of memories whose time is not over, and delete the others."""
+        for record in records:
+            if self._is_over(record):
+                with contextlib.suppress(ApiError):
+                    self.delete(record.owner, record.id)
+        return [record for record in records if not self._is_over(record)]
 
     def known(self, owner: str, key: str | None) -> Record | None:
         """Return the memory that a request with this idempotency key has made or changed."""
-        with self._lock:
-            memory = None if key is None else self._by_key.get((owner, key))
-            return None if memory is None else self._records.get(memory)
+        return None if key is None else self.catalogue.by_key(owner, key)
 
     # Who works on it
 
@@ -119,16 +129,17 @@ class Memories:
         Raises:
             ApiError: 404; 409, somebody does, or a text is waiting.
         """
-        with self._lock:
-            record = self.get(owner, memory)
-            if memory in self._busy:
-                raise ApiError(
-                    409,
-                    f"memory {memory} is being changed by another request; wait until it is done, or fork the memory",
-                    "memory_busy",
-                    "memory",
-                    1,
-                )
+        self.get(owner, memory)
+        if not self.one.take(memory, 0.0 if resumes else self._patience):
+            raise ApiError(
+                409,
+                f"memory {memory} is being changed by another request; wait until it is done, or fork the memory",
+                "memory_busy",
+                "memory",
+                1,
+            )
+        try:
+            record = self.get(owner, memory)  # as it is, now that nobody changes it
             if record.pending and not resumes:
                 raise ApiError(
                     409,
@@ -138,13 +149,14 @@ class Memories:
                     "memory",
                     5,
                 )
-            self._busy.add(memory)
-        return record
+            return record
+        except BaseException:
+            self.release(memory)
+            raise
 
     def release(self, memory: str) -> None:
         """Let others change a memory."""
-        with self._lock:
-            self._busy.discard(memory)
+        self.claims.free(memory)
 
     @contextlib.contextmanager
     def claimed(self, owner: str, memory: str) -> Iterator[Record]:
@@ -157,20 +169,9 @@ class Memories:
 
     # States
 
-    def require_own_weights(self, record: Record) -> None:
-        """Refuse a memory that other weights have read.
-
-        Raises:
-            ApiError: 409.
-        """
-        if record.fingerprint != self.fingerprint:
-            raise ApiError(
-                409,
-                f"memory {record.id} was read by other weights, another adapter or configuration (fingerprint "
-                f"{record.fingerprint} there, {self.fingerprint} here); read the text again into a new memory",
-                "read_again",
-                "memory",
-            )
+    def blank_state(self) -> FamState:
+        """Return a state that has read nothing."""
+        return self.states.blank()
 
     def state(self, record: Record) -> FamState:
         """Return a copy of a memory's state.
@@ -178,45 +179,22 @@ class Memories:
         Raises:
             ApiError: 409, it is not read yet or of other weights; 503, the store cannot be reached.
         """
-        if record.state is None:
-            why = f" ({record.error})" if record.error else ""
-            raise ApiError(
-                409,
-                f"memory {record.id} is {record.status}{why}; wait until its status is ready, or read the text again",
-                "memory_not_ready",
-                "memory",
-                2,
-            )
-        self.require_own_weights(record)
-        with self._lock:
-            if record.id in self._records:
-                self._records[record.id].used = max(record.used, self.now())
-        found = self.cache.get(record.id, record.state)
-        if found is not None:
-            return found
-        with self.store.local_file(record.owner, record.id, record.state) as path:
-            state = self.load(path)
-        self.cache.put(record.id, record.state, state.fork())
+        state = self.states.of(record)
+        self.catalogue.note(record, used=max(record.used, self.now()))
         return state
 
-    def load(self, path: Path) -> FamState:
-        """Load the file of a state of this model's weights.
+    def partial(self, record: Record) -> FamState:
+        """Return what `save_partial` has saved.
 
         Raises:
-            ApiError: 409, other weights have read it; 400, it is none of this model.
+            ApiError: 409, other weights have read it; 400, it is no state of this model; 503.
         """
-        try:
-            _, metadata = load_tensors(path, "state", STATE_FORMAT_VERSION, OLDER_VERSIONS)
-            own, there = self._blank.identity_metadata(), metadata.get("identity")
-            parts = ("base_digest", "memory_digest")
-            if isinstance(there, dict) and any(own[part] != there.get(part) for part in parts):
-                raise ApiError(
-                    409, "the state was read by other weights or another adapter; read the text again", "read_again"
-                )
-            return FamState.load(path, self.model, batch_size=1)
-        except (CorruptFileError, StateMismatchError) as error:
-            message = str(error).replace(str(path), "the state's file")
-            raise ApiError(400, message, "invalid_state") from error
+        assert record.partial is not None
+        return self.states.from_store(record, record.partial)
+
+    def load(self, path: Path) -> FamState:
+        """Load the file of a state; see `States.load`."""
+        return self.states.load(path)
 
     # Changes
 
@@ -224,10 +202,9 @@ class Memories:
         """Note a new memory, claimed and not in the store yet, which `commit` or `write` put there."""
         now = self.now()
         record = Record(new_id(), owner, self.model_name, self.fingerprint, created=now, used=now, **fields)
-        with self._lock:
-            self._records[record.id] = record
-            self._busy.add(record.id)
-            self._by_key |= {(owner, key): record.id for key in record.keys}
+        if not self.one.take(record.id):
+            raise AssertionError("nobody else knows the id")
+        self.catalogue.add(record)
         return record
 
     def write(self, record: Record, releases: bool = False, **changes: Any) -> Record:
@@ -239,21 +216,18 @@ class Memories:
             **changes: fields of the record.
 
         Raises:
-            ApiError: 404, it was deleted meanwhile; 507 or 503, and all is as it was.
+            ApiError: 404, it was deleted meanwhile; 409, the claim on it was lost; 507 or 503. All is as it was.
         """
-        with self._writing_of(record.id):
-            with self._lock:
-                before = self._records.get(record.id)
-            if before is None:
-                raise ApiError(404, f"memory {record.id} was deleted meanwhile", "memory_not_found")
-            after = before.changed(**changes | {"used": max(before.used, self.now())})
-            after.keys = after.keys[-NUM_KEYS:]
-            self.store.put_record(after.owner, after.id, after.to_json())
-            with self._lock:
-                self._records[after.id] = after
-                if releases:
-                    self._busy.discard(after.id)
-                self._by_key |= {(after.owner, key): after.id for key in after.keys}
+        with self.one.writing(record.id):
+            with self.one.alone(record.id):
+                before = self.catalogue.get(record.owner, record.id)
+                if before is None:
+                    raise ApiError(404, f"memory {record.id} was deleted meanwhile", "memory_not_found")
+                if WORK.intersection(changes):
+                    self.one.require(record, before)
+                after = before.changed(**changes | {"used": max(before.used, self.now())})
+                after.keys = after.keys[-NUM_KEYS:]
+                self.catalogue.put(before, after, (lambda: self.release(after.id)) if releases else _nothing)
             rest = [name for name in before.files if name not in after.files]
             if rest:
                 with contextlib.suppress(ApiError):  # else they are removed at the next start
@@ -262,15 +236,13 @@ class Memories:
 
     def note(self, record: Record, **changes: Any) -> None:
         """Change a memory's record here alone, where the store does not take it."""
-        with self._lock:
-            if record.id in self._records:
-                self._records[record.id] = self._records[record.id].changed(**changes)
+        self.catalogue.note(record, **changes)
 
     def commit(self, record: Record, state: FamState, **changes: Any) -> Record:
         """Make a state the memory's, in the store first; errors as `write`."""
         state.compact()
         own = {"bytes": state.file_bytes, "num_tokens_read": state.num_tokens_read}
-        with self._writing_of(record.id):
+        with self.one.writing(record.id):
             after = self._put(record, state, "state", **own, **NO_PARTIAL, **changes)
             assert after.state is not None
             self.cache.put(record.id, after.state, state)
@@ -290,15 +262,9 @@ class Memories:
         own = {"partial_taken": num_taken, "partial_tokens_read": state.num_tokens_read}
         return self._put(record, state, "partial", **own)
 
-    def partial(self, record: Record) -> FamState:
-        """Return what `save_partial` has saved; errors as `load`, and 503."""
-        assert record.partial is not None
-        with self.store.local_file(record.owner, record.id, record.partial) as path:
-            return self.load(path)
-
     def _put(self, record: Record, state: FamState, field: str, **changes: Any) -> Record:
         """Write a state's file, and then the record that names it in a field."""
-        with self._writing_of(record.id):
+        with self.one.writing(record.id):
             name = self.store.put_state(record.owner, record.id, state)
             own = changes | {field: name, "fingerprint": self.fingerprint, "model": self.model_name}
             try:
@@ -334,29 +300,20 @@ class Memories:
         Raises:
             ApiError: 404; 503, the store cannot be reached, and the memory is still there.
         """
-        with self._writing_of(memory):
-            with self._lock:
-                record = self._records.get(memory)
-            if record is None or record.owner != owner:
+        with self.one.writing(memory), self.one.alone(memory):
+            record = self.catalogue.get(owner, memory)
+            if record is None:
                 raise ApiError(404, f"there is no memory {memory!r}", "memory_not_found")
             self.store.remove_memory(owner, memory)
             self.forget(record)
 
     def forget(self, record: Record) -> None:
         """Remove a memory that is not in the store, with what a failed request may have left there."""
-        with self._lock:
-            self._records.pop(record.id, None)
-            self._by_key = {key: memory for key, memory in self._by_key.items() if memory != record.id}
+        self.catalogue.forget(record)
         self.cache.drop(record.id)
         with contextlib.suppress(ApiError):
             self.store.remove_memory(record.owner, record.id)
 
-    @contextlib.contextmanager
-    def _writing_of(self, memory: str) -> Iterator[None]:
-        with self._lock:
-            lock = self._writing.setdefault(memory, threading.RLock())
-        with lock:
-            yield
-        with self._lock:
-            if memory not in self._records:
-                self._writing.pop(memory, None)
+
+def _nothing() -> None:
+    """Do nothing."""

@@ -18,6 +18,8 @@ from transformerfam.serving.texts import Spool, TokenFeed
 
 SAVE_SECONDS = 60.0
 """How often what was read of a text is saved: a server that is killed loses so much reading at most."""
+GONE = ("memory_not_found", "claim_lost")
+"""Why a text is not read further: its memory was deleted, or another server reads it."""
 
 log = logging.getLogger("transformerfam.serving")
 
@@ -187,30 +189,47 @@ class Readings:
 
     # After a restart
 
-    def resume(self) -> threading.Thread:
-        """Read in a thread what the last server has not read, and again what other weights have read and was kept."""
-        thread = threading.Thread(target=self._resume, name="resume", daemon=True)
+    def resume(self, rereads: bool = True) -> threading.Thread:
+        """Read in a thread what servers that ended have not read.
+
+        Args:
+            rereads: whether what other weights have read, and was kept, is read again, too.
+        """
+        thread = threading.Thread(target=self._resume, args=(rereads,), name="resume", daemon=True)
         thread.start()
         return thread
 
-    def _resume(self) -> None:
+    def _resume(self, rereads: bool) -> None:
+        try:
+            records = self.memories.everything()
+        except ApiError as error:
+            log.warning("what is to be read is not known: %s", error)
+            return
+        for record in records:
+            if record.pending or (rereads and self._has_to_read(record)):
+                with contextlib.suppress(ApiError):  # it was deleted, or its owner or another server changes it
+                    self._resume_one(self.memories.claim(record.owner, record.id, resumes=True))
+
+    def _has_to_read(self, record: Record) -> bool:
+        is_old = record.fingerprint != self.memories.fingerprint
+        return bool(record.pending or (is_old and record.keep_text and record.texts))
+
+    def _resume_one(self, record: Record) -> None:
+        """Read what a claimed memory has still to read, if it has, and release it."""
         memories = self.memories
-        for record in memories.everything():
-            is_old = record.fingerprint != memories.fingerprint
-            if not record.pending and not (is_old and record.keep_text and record.texts):
-                continue
-            with contextlib.suppress(ApiError):  # it was deleted, or its owner changes it
-                record = memories.claim(record.owner, record.id, resumes=True)
-                if is_old and record.keep_text:
-                    pending = [*record.texts, *record.pending]
-                    changes: dict[str, Any] = {
-                        "fingerprint": memories.fingerprint,
-                        "state": None,
-                        "texts": [],
-                        "pending": pending,
-                    }
-                    record = memories.write(record, status=READING, num_tokens_read=0, **changes, **NO_PARTIAL)
-                self._read_pending(record)
+        is_old = record.fingerprint != memories.fingerprint
+        if not self._has_to_read(record):
+            memories.release(record.id)
+            return
+        if is_old and record.keep_text:
+            pending = [*record.texts, *record.pending]
+            own: dict[str, Any] = {"fingerprint": memories.fingerprint, "state": None, "texts": [], "pending": pending}
+            try:
+                record = memories.write(record, status=READING, num_tokens_read=0, **own, **NO_PARTIAL)
+            except BaseException:
+                memories.release(record.id)
+                raise
+        self._read_pending(record)
 
     def _read_pending(self, record: Record) -> None:
         """Read the first text that a claimed memory has still to read; those after it follow."""
@@ -246,13 +265,13 @@ class Readings:
         self._savers.submit(self._save, reading, reading.job.state.fork(), reading.feed.num_taken)
 
     def _save(self, reading: OpenReading, state: FamState, num_taken: int) -> None:
-        """Save what was read of a text, unless it is over; one that was deleted is not read further."""
+        """Save what was read of a text, unless it is over; it is not read further if that is not ours to do."""
         with reading.saving:
             try:
                 if not reading.is_ended and num_taken > reading.record.partial_taken:
                     reading.record = self.memories.save_partial(reading.record, state, num_taken)
             except ApiError as error:
-                if error.code == "memory_not_found":
+                if error.code in GONE:
                     self.engine.cancel(reading.job)
                 else:
                     log.warning("what was read is not saved: %s", error, extra={"memory": reading.record.id})
@@ -300,7 +319,7 @@ class Readings:
     def _fail(self, record: Record, error: BaseException) -> None:
         """Note why a text was not read; a state of before stays as it was."""
         refusal = as_api_error(error)
-        if refusal.code == "memory_not_found":
+        if refusal.code in GONE:
             return
         if refusal.code == "internal_error":
             log.error("a text was not read", exc_info=error)

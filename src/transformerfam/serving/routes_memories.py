@@ -1,6 +1,7 @@
 """`/v1/memories`: texts in, states out."""
 
 import asyncio
+import contextlib
 import json
 import tempfile
 from collections.abc import AsyncIterator
@@ -18,6 +19,7 @@ from transformerfam.serving.records import READING, READY, Record
 from transformerfam.serving.schemas import AppendBody, ChangeBody, ForkBody, MemoryBody, MemoryOptions, checked
 from transformerfam.serving.service import Service
 from transformerfam.serving.texts import Spool
+from transformerfam.serving.threads import in_thread
 
 PROGRESS_SECONDS = 0.2
 LARGEST_KEY = 200
@@ -62,9 +64,22 @@ def _query(request: Request) -> dict[str, Any]:
 async def create(request: Request) -> Response:
     """Make a memory of a text: of JSON, or of a body of any length that is the text, with options in the query."""
     service, owner, key = service_of(request), owner_of(request), _key_of(request)
-    known = service.memories.known(owner, key)
-    if known is not None:
-        return _public(service, known)
+    async with _with_key(service, owner, key) as known:
+        return _public(service, known) if known is not None else await _create(request, service, owner, key)
+
+
+@contextlib.asynccontextmanager
+async def _with_key(service: Service, owner: str, key: str | None) -> AsyncIterator[Record | None]:
+    """Let nobody else serve a request with this key during the body; yield the memory that one has made before."""
+    held = service.memories.one.with_key(owner, key)
+    await in_thread(held.__enter__, undo=lambda _: held.__exit__(None, None, None))
+    try:
+        yield await run_in_threadpool(service.memories.known, owner, key)
+    finally:
+        held.__exit__(None, None, None)
+
+
+async def _create(request: Request, service: Service, owner: str, key: str | None) -> Response:
     text: str | None = None
     if is_json(request):
         body = checked(MemoryBody, await json_of(request, service.settings.max_body))
@@ -75,8 +90,7 @@ async def create(request: Request) -> Response:
             return _public(service, record, 201)
     else:
         options = checked(MemoryOptions, _query(request))
-    fields = {"name": options.name, "keep_text": options.keep_text, "allow_unknown": options.allow_unknown}
-    record = service.memories.add(owner, expires=_expires(service, options.ttl_seconds), keys=_keys(key), **fields)
+    record = await in_thread(_add, service, owner, options, key, undo=lambda added: _drop(service, added))
     return _public(service, await _read(request, service, record, text, None, key), 201)
 
 
@@ -88,10 +102,19 @@ def _expires(service: Service, ttl_seconds: int | None) -> int | None:
     return None if ttl_seconds is None else service.memories.now() + ttl_seconds
 
 
+def _add(service: Service, owner: str, options: MemoryOptions, key: str | None) -> Record:
+    fields = {"name": options.name, "keep_text": options.keep_text, "allow_unknown": options.allow_unknown}
+    return service.memories.add(owner, expires=_expires(service, options.ttl_seconds), keys=_keys(key), **fields)
+
+
+def _drop(service: Service, record: Record) -> None:
+    service.memories.forget(record)
+    service.memories.release(record.id)
+
+
 def _create_empty(service: Service, owner: str, options: MemoryOptions, key: str | None) -> Record:
     memories = service.memories
-    fields = {"name": options.name, "keep_text": options.keep_text, "allow_unknown": options.allow_unknown}
-    record = memories.add(owner, expires=_expires(service, options.ttl_seconds), keys=_keys(key), **fields)
+    record = _add(service, owner, options, key)
     try:
         return memories.write(record, status=READY)
     except BaseException:
@@ -106,7 +129,9 @@ async def _read(
 ) -> Record:
     """Read a text into a claimed memory while it arrives; return the record once the text is whole and kept."""
     spool = Spool()
-    reading = await run_in_threadpool(service.readings.begin, record, spool, state)
+    gone = ApiError(499, "the client is gone", "client_gone")
+    begin, refuse = service.readings.begin, service.readings.refuse
+    reading = await in_thread(begin, record, spool, state, undo=lambda begun: refuse(begun, gone))
     try:
         if text is None:
             await text_into(request, spool, service.settings.max_upload)
@@ -114,8 +139,8 @@ async def _read(
             await run_in_threadpool(spool.write, text.encode())
         spool.end()
     except BaseException as error:
-        refusal = error if isinstance(error, Exception) else ApiError(499, "the client is gone", "client_gone")
-        await asyncio.shield(run_in_threadpool(service.readings.refuse, reading, refusal))
+        refusal = error if isinstance(error, Exception) else gone
+        await asyncio.shield(run_in_threadpool(refuse, reading, refusal))
         raise
     new_key = key if key not in record.keys else None
     return await run_in_threadpool(service.readings.acknowledge, reading, new_key)
@@ -141,25 +166,30 @@ async def show_all(request: Request, limit: int = 100, after: str | None = None)
 async def upload(request: Request) -> Response:
     """Make a memory of the file of a state, which is the body; options are in the query."""
     service, owner, key = service_of(request), owner_of(request), _key_of(request)
-    known = service.memories.known(owner, key)
-    if known is not None:
-        return _public(service, known)
+    async with _with_key(service, owner, key) as known:
+        return _public(service, known) if known is not None else await _upload(request, service, owner, key)
+
+
+async def _upload(request: Request, service: Service, owner: str, key: str | None) -> Response:
     options = checked(MemoryOptions, _query(request))
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "state.safetensors"
         await file_into(request, path, service.settings.max_upload)
         state = await run_in_threadpool(service.memories.load, path)
-    record = service.memories.add(
-        owner, name=options.name, expires=_expires(service, options.ttl_seconds), keys=_keys(key)
-    )
+    record = await run_in_threadpool(_keep, service, owner, options, key, state)
+    return _public(service, record, 201)
+
+
+def _keep(service: Service, owner: str, options: MemoryOptions, key: str | None, state: Any) -> Record:
+    memories = service.memories
+    record = _add(service, owner, options, key)
     try:
-        record = await run_in_threadpool(lambda: service.memories.commit(record, state, status=READY))
+        return memories.commit(record, state, status=READY)
     except BaseException:
-        service.memories.forget(record)
+        memories.forget(record)
         raise
     finally:
-        service.memories.release(record.id)
-    return _public(service, record, 201)
+        memories.release(record.id)
 
 
 @router.get("/{memory}")
@@ -205,20 +235,30 @@ async def delete(request: Request, memory: str) -> Response:
 async def append(request: Request, memory: str) -> Response:
     """Let a memory read more text: JSON, or a body of any length that is the text."""
     service, owner, key = service_of(request), owner_of(request), _key_of(request)
-    known = service.memories.known(owner, key)
-    if known is not None and known.id == memory:
-        return _public(service, known)
+    async with _with_key(service, owner, key) as known:
+        if known is not None and known.id == memory:
+            return _public(service, known)
+        return await _append(request, service, owner, memory, key)
+
+
+async def _append(request: Request, service: Service, owner: str, memory: str, key: str | None) -> Response:
     text = None
     if is_json(request):
         text = checked(AppendBody, await json_of(request, service.settings.max_body)).text
-    record = service.memories.claim(owner, memory)
+    release = service.memories.release
+    record, state = await in_thread(_claim, service, owner, memory, undo=lambda claimed: release(claimed[0].id))
+    return _public(service, await _read(request, service, record, text, state, key), 202)
+
+
+def _claim(service: Service, owner: str, memory: str) -> tuple[Record, Any]:
+    memories = service.memories
+    record = memories.claim(owner, memory)
     try:
         is_empty = record.state is None and record.status == READY
-        state = service.memories.blank_state() if is_empty else await run_in_threadpool(service.memories.state, record)
+        return record, memories.blank_state() if is_empty else memories.state(record)
     except BaseException:
-        service.memories.release(memory)
+        memories.release(memory)
         raise
-    return _public(service, await _read(request, service, record, text, state, key), 202)
 
 
 @router.post("/{memory}/fork")
@@ -234,13 +274,13 @@ async def fork(request: Request, memory: str) -> Response:
 async def progress(request: Request, memory: str) -> Response:
     """Tell how far a reading is, by server-sent events, until it is ready, failed or deleted."""
     service, owner = service_of(request), owner_of(request)
-    service.memories.get(owner, memory)
+    await run_in_threadpool(service.memories.get, owner, memory)
 
     async def events() -> AsyncIterator[str]:
         last = None
         while not service.is_ending:
             try:
-                record = service.memories.get(owner, memory)
+                record = await run_in_threadpool(service.memories.get, owner, memory)
             except ApiError as error:
                 yield f"data: {json.dumps(error.body())}\n\n"
                 return

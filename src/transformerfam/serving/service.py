@@ -2,12 +2,15 @@
 
 import dataclasses
 import hmac
+import logging
 import threading
+from collections.abc import Callable
 from typing import Any
 
 from transformerfam.errors import TransformerFamError
 from transformerfam.serving.answers import Answers, Limits
 from transformerfam.serving.chat import ChatTemplate
+from transformerfam.serving.claims import Claims
 from transformerfam.serving.engine import Engine
 from transformerfam.serving.errors import ApiError
 from transformerfam.serving.memories import Memories
@@ -18,6 +21,8 @@ from transformerfam.serving.store import Store
 from transformerfam.serving.texts import SharedTokenizer
 
 SWEEP_SECONDS = 60.0
+
+log = logging.getLogger("transformerfam.serving")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,19 +67,28 @@ class Service:
         name: what requests call the model.
         settings: how it serves.
         other_names: what they may call it, too.
+        claims: makes, of the store, that by which servers that share it keep one another from the same memory; None: no
+            other server has the store.
 
     Raises:
         TransformerFamError: the store is not usable.
     """
 
     def __init__(
-        self, model: Any, tokenizer: Any, name: str, settings: Settings, other_names: tuple[str, ...] = ()
+        self,
+        model: Any,
+        tokenizer: Any,
+        name: str,
+        settings: Settings,
+        other_names: tuple[str, ...] = (),
+        claims: Callable[[Store], Claims] | None = None,
     ) -> None:
         if not hasattr(model, "fam_config"):
             raise TransformerFamError("the model has no memory yet, required is a converted one; call convert(model)")
         self.name = name
         self.settings = settings
-        self.store = Store(settings.store)
+        self.store = Store(settings.store, is_shared=claims is not None)
+        own_claims = None if claims is None else claims(self.store)
         shared = SharedTokenizer(tokenizer)
         self.engine = Engine(
             model,
@@ -83,7 +97,7 @@ class Service:
             max_readings=settings.max_readings,
             slice_seconds=settings.slice_seconds,
         )
-        self.memories = Memories(self.store, model, name, settings.memory_budget)
+        self.memories = Memories(self.store, model, name, settings.memory_budget, claims=own_claims)
         self.readings = Readings(self.memories, self.engine, shared, settings.save_seconds)
         template = ChatTemplate(shared, settings.chat_template)
         self.answers = Answers(self.memories, self.engine, shared, template, settings.limits, [name, *other_names])
@@ -103,12 +117,16 @@ class Service:
         self._ended.set()
         self.engine.stop()
         self.readings.close()
+        self.memories.claims.close()
         self.store.close()
 
     def _sweep(self) -> None:
         while not self._ended.wait(SWEEP_SECONDS):
-            self.memories.sweep()
-            self.readings.resume()  # what the store did not take before
+            try:
+                self.memories.sweep()
+            except ApiError as error:
+                log.warning("the store was not swept: %s", error)
+            self.readings.resume(rereads=False)  # what the store did not take, or a server that is gone has not read
 
     def owner(self, authorization: str | None) -> str:
         """Return who sends a request, by its header `Authorization`.

@@ -3,24 +3,26 @@
     OWNER/MEMORY/record.json            which state is the memory's, and all that is said of it
     OWNER/MEMORY/state-....safetensors  one version of its state
     OWNER/MEMORY/text-....txt           texts that are not read yet, or are kept
+    OWNER/key-...                       which memory a request with an idempotency key made; of shared stores alone
 
 A new version gets a new name, and the record that names it takes the old one's place in one step. So whenever the
 process is killed, the record names a whole state, the old or the new one; what no record names is removed at the next
-start.
+start, or where several servers share the store within a minute.
 """
 
 import contextlib
+import hashlib
 import json
 import re
 import secrets
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 from transformerfam.errors import MissingPackageError, TransformerFamError
-from transformerfam.files.locks import hold
-from transformerfam.files.writing import make_folder, write_bytes
+from transformerfam.files.locks import hold, hold_shared
+from transformerfam.files.writing import make_folder, replacing, write_bytes
 from transformerfam.serving.errors import ApiError
 from transformerfam.serving.texts import Spool
 
@@ -28,8 +30,11 @@ RECORD = "record.json"
 OWNER = r"[0-9a-f]{16}"
 MEMORY = r"mem_[0-9a-f]{24}"
 PART = r"(state|text)-[0-9a-f]{16}\.(safetensors|txt)"
+TAG = ("ETag", "ino", "mtime", "created", "LastModified", "size")
+"""By what a listing shows that a file is another than before, as far as the kind of store says it."""
 TEMPORARY = r"\.tmp\w+|\.(record\.json|(state|text)-[0-9a-f]{16}\.(safetensors|txt))\.[0-9a-f]{8}"
 """Files that a killed process leaves: this package's, and those of safetensors (`.tmp...`)."""
+OWN_FILES = f"{PART}|{TEMPORARY}|{re.escape(RECORD)}"
 
 
 class Store:
@@ -37,34 +42,35 @@ class Store:
 
     Args:
         url: a folder, or another address that fsspec knows ("s3://bucket/path", "memory://x").
+        is_shared: whether other servers use it, too, that all say so.
 
     Raises:
         TransformerFamError: there is no such kind of address, it cannot be reached, or another server has the folder.
         MissingPackageError: fsspec, or what serves the address, is not installed.
     """
 
-    def __init__(self, url: str) -> None:
+    def __init__(self, url: str, is_shared: bool = False) -> None:
         self.url = url
         try:
             import fsspec
         except ImportError as error:
             raise MissingPackageError('fsspec is not installed; pip install "transformerfam[serve]"') from error
         try:
-            self.files, self.root = fsspec.core.url_to_fs(url)
+            self.files, self.root = fsspec.core.url_to_fs(url, use_listings_cache=False)
         except ImportError as error:
             raise MissingPackageError(f"the store {url!r} needs a package that is not installed ({error})") from error
         except ValueError as error:
             raise TransformerFamError(f"the store is {url!r} ({error}); give a folder, or s3://BUCKET/PATH") from error
         self.is_local = "file" in (self.files.protocol if isinstance(self.files.protocol, tuple) else ())
-        self._lock = None
+        self._release: Callable[[], Any] = lambda: None
         if self.is_local:
             make_folder(self.root)
-            self._lock = hold(f"{self.root}/.lock", f"the store {self.root}")
+            lock, what = f"{self.root}/.lock", f"the store {self.root}"
+            self._release = hold_shared(lock, what).close if is_shared else hold(lock, what).release
 
     def close(self) -> None:
         """Let another server have the folder."""
-        if self._lock is not None:
-            self._lock.release()
+        self._release()
 
     def path(self, *parts: str) -> str:
         """Return the address of a file."""
@@ -81,22 +87,51 @@ class Store:
         with self._reached("read"):
             for owner in self._names(self.root, OWNER):
                 for memory in self._names(self.path(owner), MEMORY):
-                    record = self._record(owner, memory)
-                    kept = {RECORD, *record.get("files", [])} if record else set()
-                    for name in self._names(self.path(owner, memory), f"{PART}|{TEMPORARY}|{re.escape(RECORD)}"):
-                        if name not in kept:
-                            self._remove(owner, memory, name)
-                    if record:
+                    if record := self.clean(owner, memory):
                         yield record
-                    else:
-                        self._remove_folder(owner, memory)
 
-    def _record(self, owner: str, memory: str) -> dict[str, Any]:
-        path = self.path(owner, memory, RECORD)
-        if not self.files.exists(path):
+    def clean(self, owner: str, memory: str) -> dict[str, Any]:
+        """Remove what a memory's record does not name, and return the record; {}: there is none, and nothing is left.
+
+        Nobody may change the memory meanwhile. Errors as `records`.
+        """
+        with self._reached("clean"):
+            record = self.record(owner, memory)
+            kept = {RECORD, *record.get("files", [])} if record else set()
+            for name in self._names(self.path(owner, memory), OWN_FILES):
+                if name not in kept:
+                    self._remove(owner, memory, name)
+            if not record:
+                self._remove_folder(owner, memory)
+        return record
+
+    def listing(self, owner: str | None = None) -> list[tuple[str, str, dict[str, Any]]]:
+        """Return owner and id of every memory, or of those of one owner, and what a listing shows of its files by name.
+
+        Errors as `records`.
+        """
+        found: dict[tuple[str, str], dict[str, Any]] = {}
+        folder = self.root.rstrip("/") if owner is None else self.path(owner)
+        with self._reached("read"):
+            if not self.files.exists(folder):
+                return []
+            for path, shown in self.files.find(folder, detail=True).items():
+                parts = str(path).split("/")[-3:]
+                if len(parts) == 3 and all(map(re.fullmatch, (OWNER, MEMORY, OWN_FILES), parts)):
+                    tag = tuple(str(shown.get(field)) for field in TAG)
+                    found.setdefault((parts[0], parts[1]), {})[parts[2]] = tag
+        return [(*who, files) for who, files in sorted(found.items())]
+
+    def record(self, owner: str, memory: str) -> dict[str, Any]:
+        """Return a memory's record; {}: there is none. Errors as `records`, and 500 where it is damaged."""
+        if not re.fullmatch(MEMORY, memory):
             return {}
+        path = self.path(owner, memory, RECORD)
         try:
-            record = json.loads(self.files.cat_file(path))
+            content = b"{}"
+            with self._reached("read"), contextlib.suppress(FileNotFoundError):
+                content = self.files.cat_file(path)
+            record = json.loads(content)
             return record if isinstance(record, dict) and isinstance(record.get("files"), list) else {}
         except ValueError as error:
             raise ApiError(
@@ -143,8 +178,14 @@ class Store:
         """Write a whole text under a new name, and return the name; errors as `put_state`."""
         name = f"text-{secrets.token_hex(8)}.txt"
         with self._reached("write"):
-            self.files.makedirs(self.path(owner, memory), exist_ok=True)
-            with self.files.open(self.path(owner, memory, name), "wb") as file:
+            path = self.path(owner, memory, name)
+            with contextlib.ExitStack() as stack:
+                if self.is_local:
+                    make_folder(self.path(owner, memory))
+                    file: Any = stack.enter_context(stack.enter_context(replacing(path)).open("wb"))
+                else:
+                    self.files.makedirs(self.path(owner, memory), exist_ok=True)
+                    file = stack.enter_context(self.files.open(path, "wb"))
                 for piece in spool.pieces():
                     file.write(piece)
         return name
@@ -200,6 +241,33 @@ class Store:
                 self._remove(owner, memory, name)
             self._remove_folder(owner, memory)
 
+    # Idempotency keys, of stores that are shared
+
+    def put_key(self, owner: str, key: str, memory: str) -> None:
+        """Note which memory a request makes or changes; errors as `put_record`."""
+        with self._reached("write"):
+            if self.is_local:
+                make_folder(self.path(owner))
+                write_bytes(self._key(owner, key), memory.encode())
+            else:
+                self.files.makedirs(self.path(owner), exist_ok=True)
+                self.files.pipe_file(self._key(owner, key), memory.encode())
+
+    def memory_of_key(self, owner: str, key: str) -> str | None:
+        """Return what `put_key` noted; errors as `records`."""
+        with self._reached("read"), contextlib.suppress(FileNotFoundError):
+            return str(self.files.cat_file(self._key(owner, key)).decode())
+        return None
+
+    def remove_keys(self, owner: str, keys: list[str]) -> None:
+        """Remove notes of keys, as far as the store is reached: what is left leads to a memory that knows better."""
+        for key in keys:
+            with contextlib.suppress(Exception):
+                self.files.rm_file(self._key(owner, key))
+
+    def _key(self, owner: str, key: str) -> str:
+        return self.path(owner, f"key-{hashlib.sha256(key.encode()).hexdigest()[:32]}")
+
     # Within
 
     def _names(self, folder: str, pattern: str) -> list[str]:
@@ -212,8 +280,9 @@ class Store:
 
     def _remove(self, owner: str, memory: str, name: str) -> None:
         path = self.path(owner, memory, name)
-        if self.files.exists(path):
-            self.files.rm_file(path)
+        with contextlib.suppress(FileNotFoundError):
+            if self.files.exists(path):
+                self.files.rm_file(path)
 
     def _remove_folder(self, owner: str, memory: str) -> None:
         with contextlib.suppress(
