@@ -25,8 +25,9 @@ from served import (
 
 from transformerfam.errors import TransformerFamError
 from transformerfam.files.locks import hold
-from transformerfam.serving.claims import FileClaims, LeasedClaims, LeaseTable, OwnClaims
+from transformerfam.serving.claims import FileClaims, LeasedClaims, OwnClaims
 from transformerfam.serving.errors import ApiError
+from transformerfam.serving.leases import LeaseTable
 from transformerfam.serving.records import owner_of
 from transformerfam.serving.store import Store
 

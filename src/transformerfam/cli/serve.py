@@ -71,15 +71,14 @@ def serve_command(
     try:
         from transformerfam.serving.answers import Limits
         from transformerfam.serving.claims import FileClaims
+        from transformerfam.serving.keys import require_keys
         from transformerfam.serving.process import LOOPBACK, Server, log_as_json, open_socket
         from transformerfam.serving.service import Service, Settings
     except ImportError as error:
         raise MissingPackageError(
             f'a package of the server is not installed ({error.name}); pip install "transformerfam[serve]"'
         ) from error
-    keys = tuple(api_key or ())
-    if any(not key or not key.isascii() or any(c.isspace() for c in key) for key in keys):
-        raise TransformerFamError("--api-key is empty or has spaces or letters beyond ASCII; choose another key")
+    keys = require_keys(api_key or (), "--api-key")
     if not keys and host not in LOOPBACK:
         raise TransformerFamError(
             f"--host is {host}, which others reach, and no key is required of them; give --api-key KEY, or listen at "

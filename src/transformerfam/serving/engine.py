@@ -86,6 +86,11 @@ class Engine:
         """Start the thread."""
         self._thread.start()
 
+    @property
+    def is_running(self) -> bool:
+        """Whether the thread takes its turns."""
+        return self._thread.is_alive()
+
     def stop(self) -> None:
         """End the thread after its turn; jobs that are not done fail as those of a server that ends."""
         with self._condition:

@@ -40,6 +40,7 @@ class Settings:
         max_upload: bytes of a text or a state's file at most.
         slice_seconds: how long a slice of a text may hold up answers.
         save_seconds: how often what was read of a text is saved; a server that is killed loses so much reading.
+        sweep_seconds: how often memories whose time is over are deleted, and texts of servers that are gone are read.
         chat_template: Jinja template in place of the tokenizer's own.
         limits: of one answer.
     """
@@ -54,6 +55,7 @@ class Settings:
     max_upload: int = 2_000_000_000
     slice_seconds: float = 0.25
     save_seconds: float = SAVE_SECONDS
+    sweep_seconds: float = SWEEP_SECONDS
     chat_template: str | None = None
     limits: Limits = dataclasses.field(default_factory=Limits)
 
@@ -121,7 +123,7 @@ class Service:
         self.store.close()
 
     def _sweep(self) -> None:
-        while not self._ended.wait(SWEEP_SECONDS):
+        while not self._ended.wait(self.settings.sweep_seconds):
             try:
                 self.memories.sweep()
             except ApiError as error:
