@@ -143,6 +143,7 @@ def test_log_has_one_json_object_a_line_and_no_text(running: Running, caplog: py
         (["--max-upload", "-1"], "--max-upload is '-1', required is a size"),
         (["--api-key", "two words"], "--api-key is empty or has spaces"),
         (["--host", "203.0.113.1", "--api-key", "x"], "cannot listen at 203.0.113.1"),
+        (["--shared", "--store", "memory://x", "--port", "0"], "only a folder is shared by processes of one machine"),
     ],
 )
 def test_command_that_cannot_serve_says_why(options: list[str], message: str) -> None:

@@ -127,7 +127,7 @@ def test_idempotency_keys_hold_at_every_server(pair: Any) -> None:
     assert one.post("/v1/memories", json={"text": TEXT}, headers=headers).json()["id"] != memory
 
 
-def test_one_server_at_a_time_changes_a_memory(pair: Any) -> None:
+def test_one_server_at_a_time_changes_a_memory(pair: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Catches a turn of a chat that is lost because another server's took its place, and a name that is lost so."""
     one, two = pair
     memory = new_memory(one)["id"]
@@ -136,6 +136,10 @@ def test_one_server_at_a_time_changes_a_memory(pair: Any) -> None:
     for answer in (chat(two, "The sky", memory=memory), two.post(f"/v1/memories/{memory}/append", json={"text": TEXT})):
         assert (answer.status_code, answer.json()["error"]["code"]) == (409, "memory_busy")
     assert two.patch(f"/v1/memories/{memory}", json={"name": "kept"}).status_code == 200
+    with monkeypatch.context() as patch, memories.one.alone(memory):
+        patch.setattr("transformerfam.serving.one_at_a_time.WRITE_SECONDS", 0.0)
+        for answer in (two.patch(f"/v1/memories/{memory}", json={"name": "x"}), two.delete(f"/v1/memories/{memory}")):
+            assert (answer.status_code, answer.json()["error"]["code"]) == (503, "write_busy")
     memories.commit(record, memories.state(record), status="ready")
     memories.release(memory)
     assert one.get(f"/v1/memories/{memory}").json()["name"] == "kept"
@@ -279,6 +283,24 @@ def test_file_claims_of_a_killed_process_are_free(tmp_path: Path) -> None:
     claims.close()
     for end in (reading, writing):
         os.close(end)
+
+
+def test_file_that_its_holder_removes_while_another_locks_it_is_not_a_claim(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Catches a claim of a file that is gone, which a third process does not see and takes, too."""
+    from filelock import lock_descriptor
+
+    def late(fd: int, *, blocking: bool) -> bool:
+        (tmp_path / "a.lock").unlink()
+        monkeypatch.undo()
+        return lock_descriptor(fd, blocking=blocking)
+
+    one, two = FileClaims(tmp_path), FileClaims(tmp_path)
+    monkeypatch.setattr("transformerfam.serving.claims.lock_descriptor", late)
+    assert one.take("a")
+    assert not two.take("a")
+    one.close()
 
 
 def test_table_frees_what_a_silent_holder_had_and_a_new_table_learns_it() -> None:
