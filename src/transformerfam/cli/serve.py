@@ -95,14 +95,14 @@ def serve_command(
         chat_template=None if chat_template is None else read_text(chat_template),
         limits=Limits(max_tokens=max_tokens, default_tokens=min(512, max_tokens)),
     )
-    listening = open_socket(host, port)
-    loaded, tokenizer = load(model, device=device, dtype=dtype)
-    called = name or Path(model).name
-    claims = FileClaims.of if shared else None
-    service = Service(loaded.eval(), tokenizer, called, settings, other_names=(model,), claims=claims)
-    log_as_json()
-    server = Server(service, grace_seconds)
-    shown = f"[{host}]" if ":" in host else host
-    say(f"serving {called} at http://{shown}:{listening.getsockname()[1]}, memories in {store}; Ctrl-C ends it")
-    with contextlib.suppress(KeyboardInterrupt):  # which uvicorn raises again after a graceful end
-        server.run(sockets=[listening])
+    with open_socket(host, port) as listening:
+        loaded, tokenizer = load(model, device=device, dtype=dtype)
+        called = name or Path(model).name
+        claims = FileClaims.of if shared else None
+        service = Service(loaded.eval(), tokenizer, called, settings, other_names=(model,), claims=claims)
+        log_as_json()
+        server = Server(service, grace_seconds)
+        shown = f"[{host}]" if ":" in host else host
+        say(f"serving {called} at http://{shown}:{listening.getsockname()[1]}, memories in {store}; Ctrl-C ends it")
+        with contextlib.suppress(KeyboardInterrupt):  # which uvicorn raises again after a graceful end
+            server.run(sockets=[listening])

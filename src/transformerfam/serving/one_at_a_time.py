@@ -15,7 +15,7 @@ WRITE_SECONDS = 10.0
 CLAIM_SECONDS = 0.5
 """How long a request waits for a memory that another server is about to leave."""
 POLL_SECONDS = 0.01
-NUM_LOCKS = 64
+NUM_LOCKS = 1024
 """Locks of threads; memories whose ids fall together share one."""
 
 

@@ -275,6 +275,8 @@ class Readings:
                     self.engine.cancel(reading.job)
                 else:
                     log.warning("what was read is not saved: %s", error, extra={"memory": reading.record.id})
+            except Exception:  # the text is in the store, and is read whatever became of its part
+                log.exception("what was read is not saved", extra={"memory": reading.record.id})
             finally:
                 reading.is_saving = False
 
