@@ -27,7 +27,7 @@ with warnings.catch_warnings():
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # Ray's own, of processes and files that it leaves to their end
 
-CONFIG = Path(__file__).parents[2] / "docs" / "ray.yaml"
+CONFIG = Path(__file__).parents[2] / "docs" / "howto" / "ray.yaml"
 PORT = 8765
 SECONDS = 200.0
 """How long something is waited for that comes in a few seconds on a machine with nothing else to do."""

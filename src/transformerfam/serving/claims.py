@@ -101,7 +101,7 @@ class FileClaims:
         if not store.is_local:
             raise TransformerFamError(
                 f"the store is {store.url!r}, and only a folder is shared by processes of one machine; share another "
-                "store by Ray Serve (docs/serving_ray.md)"
+                "store by Ray Serve (docs/howto/serving_ray.md)"
             )
         return cls(store.path(".claims"))
 
