@@ -14,8 +14,9 @@ from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from transformerfam.serving import routes_memories, routes_openai
+from transformerfam.serving import routes_memories, routes_openai, routes_page
 from transformerfam.serving.errors import ApiError, as_api_error
+from transformerfam.serving.facts import facts_of
 from transformerfam.serving.service import Service
 
 log = logging.getLogger("transformerfam.serving")
@@ -35,8 +36,10 @@ def make_app(service: Service) -> FastAPI:
     app = FastAPI(title="transformerfam", lifespan=lifespan, docs_url=None, redoc_url=None, openapi_url=None)
     app.state.service = service
     app.state.started = int(time.time())
+    app.state.facts = facts_of(service)
     app.include_router(routes_memories.router)
     app.include_router(routes_openai.router)
+    routes_page.add_page(app)
 
     @app.get("/health")
     async def health() -> Response:
@@ -71,7 +74,7 @@ async def _refuse(request: Request, error: Exception) -> Response:
 
 
 OPEN_PATHS = ("/health", "/metrics")
-"""What is served without a key."""
+"""What is served without a key, besides the page's files."""
 
 
 class Gate:
@@ -102,7 +105,7 @@ class Gate:
 
         state = scope.setdefault("state", {})
         try:
-            if scope["path"] not in OPEN_PATHS:
+            if scope["path"] not in OPEN_PATHS and not routes_page.is_open(scope):
                 state["owner"] = self.service.owner(Headers(scope=scope).get("authorization"))
             await self.app(scope, receive, note)
         except Exception as error:

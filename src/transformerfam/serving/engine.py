@@ -319,7 +319,7 @@ class Engine:
                 if ids:
                     if state.unread_ids[0] is not None:
                         ids = [state.unread_ids[0], *ids]
-                    self.model.read(torch.tensor([ids], device=self.model.device), state)
+                    job.read(self.model, torch.tensor([ids], device=self.model.device))
                     self._timed(len(ids), began)
                     job.num_tokens += len(ids)
                     job.on_progress(job.num_tokens)

@@ -55,6 +55,15 @@ class Reading(Job):
         self.on_progress = on_progress
         self.num_tokens = 0
 
+    def read(self, model: Any, ids_1T: Tensor) -> None:
+        """Read a slice into the state; by the engine's thread.
+
+        Args:
+            model: that reads.
+            ids_1T: `(1, T)` token ids, no more than the state's block takes.
+        """
+        model.read(ids_1T, self.state)
+
 
 @dataclasses.dataclass(frozen=True)
 class Drawn:

@@ -44,13 +44,14 @@ async def model(request: Request, name: str) -> Response:
 def _model(request: Request) -> dict[str, Any]:
     service = service_of(request)
     created = request.app.state.started
-    return {
+    own = {
         "id": service.name,
         "object": "model",
         "created": created,
         "owned_by": "transformerfam",
         "fingerprint": service.memories.fingerprint,
     }
+    return own | request.app.state.facts
 
 
 @router.post("/completions")

@@ -134,6 +134,17 @@ class AppendBody(BaseModel):
     text: str = Field(min_length=1)
 
 
+class AttentionBody(BaseModel):
+    """`POST /v1/memories/ID/attention`; without a text those that the memory keeps are read again."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    text: str | None = Field(None, min_length=1)
+    first_block: StrictInt = Field(0, ge=0)
+    num_blocks: StrictInt = Field(64, ge=1)
+    layers: StrictBool = False
+
+
 class ForkBody(BaseModel):
     """`POST /v1/memories/ID/fork`."""
 

@@ -100,6 +100,47 @@ def _recording(model: PreTrainedModel) -> Iterator[_Recorder]:
         model.set_attn_implementation(back_end)
 
 
+def require_recordable(model: PreTrainedModel) -> None:
+    """Refuse a model whose attention cannot be recorded.
+
+    Raises:
+        TransformerFamError: its attention does not go through transformers' interface.
+    """
+    back_end = model.config._attn_implementation
+    if not family_of(model).has_attention_interface or back_end in ("eager", "flex_attention"):
+        raise TransformerFamError(
+            f"attention of {type(model).__name__} on back end {back_end!r} cannot be recorded: it does more than a "
+            "softmax over keys, or does not go through transformers' interface; load the model with "
+            "attn_implementation='sdpa'"
+        )
+
+
+@torch.no_grad()
+def read_end_of_block(model: PreTrainedModel, ids_1T: torch.Tensor, state: FamState) -> list[torch.Tensor | None]:
+    """Read the tokens that complete a block, and return how every layer's FAM rows looked at the whole block.
+
+    The tokens of the block in front of these may have been read by any back end.
+
+    Args:
+        model: converted, and recordable.
+        ids_1T: `(1, T)` token ids, as many as the state's block still takes.
+        state: of one sequence; it is advanced.
+
+    Returns:
+        Of every layer the rows' attention to the block's tokens, `(F, block_size)`, mean over heads; None of layers
+        without FAM. What is missing to a row's sum of 1 is its attention to the FAM.
+    """
+    block_size, fam_length = state.config.block_size, state.config.fam_length
+    room = block_size - state.block_fill[0]
+    assert ids_1T.shape == (1, room), f"{tuple(ids_1T.shape)} ids, the block takes {room}"
+    with _recording(model) as recorder:
+        model.read(ids_1T, state)
+    return [
+        None if layer.fam is None else weights_HRS[:, :fam_length, -block_size:].float().mean(0)
+        for layer, weights_HRS in zip(state.layers, recorder.weights, strict=True)
+    ]
+
+
 @torch.no_grad()
 def record_attention(
     model: PreTrainedModel,
@@ -122,13 +163,7 @@ def record_attention(
         TransformerFamError: the text is shorter than a block, there is no such layer, or the family's attention does
             not go through transformers' interface.
     """
-    back_end = model.config._attn_implementation
-    if not family_of(model).has_attention_interface or back_end in ("eager", "flex_attention"):
-        raise TransformerFamError(
-            f"attention of {type(model).__name__} on back end {back_end!r} cannot be recorded: it does more than a "
-            "softmax over keys, or does not go through transformers' interface; load the model with "
-            "attn_implementation='sdpa'"
-        )
+    require_recordable(model)
     ids_1T = torch.as_tensor(input_ids).reshape(1, -1).to(model.device)
     config, num_layers = memory_of(model).config, len(memory_of(model).layouts)
     for layer in layers:

@@ -210,11 +210,20 @@ def full_cache_bytes(model: Any, num_tokens: int, dtype: torch.dtype) -> int:
         num_tokens: of the text; layers with a sliding window keep no more than that.
         dtype: of keys and values.
     """
+    return _cache_elements(cache_layers(model), num_tokens) * dtype.itemsize
+
+
+def cache_layers(model: Any) -> list[tuple[int, int | None]]:
+    """Return of every layer of the base model the numbers that its cache keeps of a token, and its window in tokens.
+
+    Args:
+        model: a converted model.
+    """
     layers = []
     for layout in memory_of(model).layouts:
         (key_heads, key_width), (value_heads, value_width) = layout.key_shape, layout.value_shape
         layers.append((key_heads * key_width + value_heads * value_width, layout.window))
-    return _cache_elements(layers, num_tokens) * dtype.itemsize
+    return layers
 
 
 def _cache_elements(layers: Iterable[tuple[int, int | None]], num_tokens: int) -> int:
