@@ -9,14 +9,15 @@ from served import TEXT, chat, complete, make_service, new_memory, other, served
 from tiny_llama import make_tiny_llama, random_ids
 
 from transformerfam import FamConfig, convert
+from transformerfam.serving.texts import TokenFeed
 from transformerfam.tasks.text import encode_rest, encode_start
 from transformerfam.tools.attention_record import read_end_of_block, record_attention
 
 
 @pytest.fixture(scope="module")
 def client(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """A server that the tests of a module share; slices of a text are a few tokens."""
-    with served(tmp_path_factory.mktemp("store"), slice_seconds=1e-9) as made:
+    """A server that the tests of a module share."""
+    with served(tmp_path_factory.mktemp("store")) as made:
         yield made
 
 
@@ -27,6 +28,19 @@ def look(client: Any, memory: str, **body: Any) -> list[Any]:
     events = [line.removeprefix("data: ") for line in response.text.split("\n\n") if line]
     assert events[-1] == "[DONE]"
     return [json.loads(event) for event in events[:-1]]
+
+
+@pytest.fixture
+def begun(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
+    """Note of every text that is looked at whether it begins a reading, with the tokens that begin one."""
+    noted: list[bool] = []
+
+    def feed(*arguments: Any, begins: bool, **options: Any) -> TokenFeed:
+        noted.append(begins)
+        return TokenFeed(*arguments, begins=begins, **options)
+
+    monkeypatch.setattr("transformerfam.serving.attention.TokenFeed", feed)
+    return noted
 
 
 def recorded(model: Any, ids: Any) -> list[list[torch.Tensor]]:
@@ -94,7 +108,7 @@ def test_chosen_blocks_are_those_of_the_whole(client: Any) -> None:
     assert "layers" not in blocks[0]
 
 
-def test_another_text_follows_what_the_memory_has_read(client: Any) -> None:
+def test_another_text_follows_what_the_memory_has_read(client: Any, begun: list[bool]) -> None:
     """Catches a text that is looked at by an empty memory, blocks that begin with it, and a memory that reads it."""
     memory = new_memory(client)["id"]
     *blocks, _ = look(client, memory, text=" The pass key is 54321." * 4)
@@ -109,9 +123,10 @@ def test_another_text_follows_what_the_memory_has_read(client: Any) -> None:
     *blocks, end = look(client, empty, text=TEXT)
     assert end["num_tokens_read"] == len(encode_start(tokenizer, TEXT))
     assert blocks[0]["block"] == 0
+    assert begun == [False, False, True]
 
 
-def test_appended_texts_and_turns_are_looked_at_in_order(client: Any) -> None:
+def test_appended_texts_and_turns_are_looked_at_in_order(client: Any, begun: list[bool]) -> None:
     """Catches a look at the first text alone, and special tokens that begin each of several texts."""
     memory = new_memory(client, keep_text=True)["id"]
     client.post(f"/v1/memories/{memory}/append", json={"text": " There and back again." * 5})
@@ -122,6 +137,7 @@ def test_appended_texts_and_turns_are_looked_at_in_order(client: Any) -> None:
     tokenizer = client.app.state.service.answers.tokenizer
     least = len(encode_start(tokenizer, TEXT * 5)) + len(encode_rest(tokenizer, " There and back again." * 5))
     assert end["num_tokens_read"] > least
+    assert begun == [True, False, False]
     assert abs(end["num_tokens_read"] - client.get(f"/v1/memories/{memory}").json()["num_tokens_read"]) <= 1
 
 
