@@ -32,7 +32,7 @@ $(STAMP): requirements.lock pyproject.toml
 	@touch $@
 
 demo: $(STAMP)  ## hide a passkey on the first page of a novel, read it in constant memory, query it (ARGS="--seed 7")
-	@$(OFFLINE) $(BIN)/fam demo $(ARGS)
+	@$(OFFLINE) $(BIN)/fam demo --model smollm2 $(ARGS)
 
 test: $(STAMP)  ## all tests but the slow ones, offline (ARGS="-k passkey")
 	@$(OFFLINE) $(BIN)/python -m pytest -n auto $(ARGS)

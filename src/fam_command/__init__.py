@@ -1,22 +1,27 @@
-"""Where the command `fam` begins: Ctrl-C while its modules are loaded, which takes seconds, leaves no traceback.
+"""Where the command `fam` begins: what is wrong before its first line runs ends in one line, not in a traceback.
 
-It is no part of `transformerfam`, whose import is what takes the time.
+It is no part of `transformerfam`, which refuses to be imported with a torch or transformers that is too old.
 """
 
+import os
 import sys
 
-INTERRUPTED = 130
+INTERRUPTED, FAILED = 130, 2
+DOCTOR = "doctor"
+UNCHECKED = "TRANSFORMERFAM_UNCHECKED_VERSIONS"
+"""In the environment of `fam doctor`, which says itself what is too old."""
 
 
 def main() -> None:
     """Run the command."""
+    if next((word for word in sys.argv[1:] if not word.startswith("-")), None) == DOCTOR:
+        os.environ[UNCHECKED] = "1"
     try:
-        from transformerfam.cli import overview
-
-        if overview.is_asked_for(sys.argv[1:]):
-            overview.show(sys.argv[1:])
         from transformerfam.cli.app import app
     except KeyboardInterrupt:
         sys.stderr.write("interrupted\n")
         sys.exit(INTERRUPTED)
+    except ValueError as error:  # of the package, whose errors cannot be imported now
+        sys.stderr.write(f"error: {error}; fam doctor says what works\n")
+        sys.exit(FAILED)
     app()

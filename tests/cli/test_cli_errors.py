@@ -19,12 +19,10 @@ from transformerfam.cli import loading as cli_loading
 from transformerfam.cli import make as cli_make
 from transformerfam.cli import plan as cli_plan
 from transformerfam.cli import report as cli_report
-from transformerfam.cli.app import app
-from transformerfam.cli.data import data_app
-from transformerfam.cli.evaluate import evaluate_app
+from transformerfam.cli.app import app, function_of
+from transformerfam.cli.commands import all_commands
 from transformerfam.cli.loading import named_with
 from transformerfam.cli.progress import screen
-from transformerfam.cli.report import report_app
 from transformerfam.errors import NonFiniteLossError, RecipeError, TransformerFamError
 from transformerfam.tasks.reading import generate_text
 from transformerfam.tasks.text import encode
@@ -288,17 +286,14 @@ SEVERAL = {"--filler-tokens": "9", "--prefix-tokens": "9", "--places": "9", "--l
 
 def numeric_options():
     """Yield every option of the parser that is a number, or several, with its command and type."""
-    groups = [((), app), (("evaluate",), evaluate_app), (("report",), report_app), (("data",), data_app)]
-    for path, group in groups:
-        for command in group.registered_commands:
-            name = (*path, command.name or command.callback.__name__)
-            for hint in typing.get_type_hints(command.callback, include_extras=True).values():
-                kind, *notes = typing.get_args(hint) if typing.get_origin(hint) is typing.Annotated else (hint,)
-                kinds = {kind, *typing.get_args(kind)} - {type(None)}
-                names = [text for note in notes for text in (note.default, *(note.param_decls or ()))]
-                option = next((text for text in names if str(text).startswith("--")), None)
-                if kinds & {int, float} or option in SEVERAL:
-                    yield name, option, "several" if option in SEVERAL else min(kinds & {int, float}, key=str).__name__
+    for name, command in all_commands().items():
+        for hint in typing.get_type_hints(function_of(command), include_extras=True).values():
+            kind, *notes = typing.get_args(hint) if typing.get_origin(hint) is typing.Annotated else (hint,)
+            kinds = {kind, *typing.get_args(kind)} - {type(None)}
+            names = [text for note in notes for text in (note.default, *(note.param_decls or ()))]
+            option = next((text for text in names if str(text).startswith("--")), None)
+            if kinds & {int, float} or option in SEVERAL:
+                yield name, option, "several" if option in SEVERAL else min(kinds & {int, float}, key=str).__name__
 
 
 NUMERIC = sorted(set(numeric_options()))
@@ -372,8 +367,8 @@ def test_gradient_that_overflows_in_all_is_said(tmp_path):
         Trainer(recipe, tmp_path).run()
 
 
-def test_list_of_commands_needs_no_torch_and_is_that_of_the_commands() -> None:
-    """Catches an import that delays `fam --help` by seconds, and a command or a line of help that it lacks."""
+def test_list_of_commands_needs_no_torch() -> None:
+    """Catches an import that delays `fam --help` by seconds, and help that depends on how the command is called."""
     code = (
         "import sys\nfrom fam_command import main\nsys.argv = ['fam', '--help']\n"
         "try:\n    main()\nfinally:\n    assert not {'torch', 'transformers'} & set(sys.modules)\n"

@@ -259,7 +259,7 @@ def test_command_asks_reports_and_resumes(path: Path, folder: Path, tmp_path: Pa
     output, runner = tmp_path / "rows.jsonl", CliRunner()
     systems = "fam,fam_memory_zeroed,fam_memory_swapped,question_alone,full_context,bm25"
     command = ["evaluate", "answers", str(path), "--model", str(folder), "--output", str(output)]
-    command += ["--template", "\\n {question} It is", "--max-new-tokens", "3", "--set", "block_size=32"]
+    command += ["--prompt-template", "\\n {question} It is", "--max-new-tokens", "3", "--set", "block_size=32"]
 
     def done(*more: str, code: int = 0) -> str:
         result = runner.invoke(app, [*command, *more], env={"COLUMNS": "250"})
@@ -282,7 +282,7 @@ def test_command_asks_reports_and_resumes(path: Path, folder: Path, tmp_path: Pa
     assert "asks about one text, and a swapped memory is that of another" in done(
         "--system", "fam_memory_swapped", code=2
     )
-    assert "required is {question} in it" in done("--template", "no place", code=2)
+    assert "required is {question} in it" in done("--prompt-template", "no place", code=2)
     assert "there is no system 'bwsa' to load; did you mean bswa" in done("--system", "fam,bwsa", code=2)
     assert "--dtype is 'banana'" in done("--system", "full_context", "--dtype", "banana", code=2)
     assert "nonsense" in done("--system", "full_context", "--set", "nonsense=3", code=2)
@@ -348,7 +348,7 @@ def test_longer_texts_are_added_to_the_same_rows(path: Path, folder: Path, tmp_p
     assert result.exit_code == 0, result.output
     assert read_rows([output])[:4] == rows
     assert len(read_rows([output])) == 8
-    assert runner.invoke(app, [*command, "--template", "{question}"]).exit_code == 0
+    assert runner.invoke(app, [*command, "--prompt-template", "{question}"]).exit_code == 0
     assert runner.invoke(app, ["report", str(output)]).exit_code == 0
 
 

@@ -19,5 +19,7 @@ def append_rows(file: RowFile, rows: Iterable[Row]) -> None:
         for row in rows:
             file.append(row)
     except KeyboardInterrupt as interrupt:
-        say(f"interrupted; {file.path} keeps {len(file.rows)} rows; run the same command again to continue")
+        say(
+            f"interrupted; {file.path} keeps {len(file.rows)} rows; run the same command again to continue", always=True
+        )
         raise typer.Exit(INTERRUPTED) from interrupt

@@ -5,11 +5,11 @@ from typing import Annotated
 
 import torch
 import typer
-from rich.console import Console
 
-from transformerfam.cli.options import SetOption
-from transformerfam.cli.output import say
+from transformerfam.cli.options import JsonOption, SetOption
+from transformerfam.cli.output import print_tables, say
 from transformerfam.cli.process import set_up_training
+from transformerfam.cli.progress import parts_bar, runs_bar
 from transformerfam.comparison import Comparison, RunName, load_comparison, run_all, run_one
 from transformerfam.comparison.figures import plot_comparison
 from transformerfam.comparison.report import comparison_tables
@@ -36,6 +36,7 @@ def compare_command(
     run: Annotated[str | None, typer.Option("--run", help="One run alone, SYSTEM-SEED, in this process.")] = None,
     is_child: Annotated[bool, typer.Option("--ends-with-input", hidden=True)] = False,
     overrides: SetOption = None,
+    as_json: JsonOption = False,
 ) -> None:
     """Train and evaluate every system of a comparison alike; stop at any time, the same command resumes."""
     comparison = load_comparison(recipe, overrides or ())
@@ -50,21 +51,22 @@ def compare_command(
         require_figure(figure)
     if table is not None:
         require_page(table)
-    failed = []
+    failed: list[RunName] = []
     if not report_only:
         try:
-            failed = run_all(comparison, recipe, folder, rows, overrides or (), jobs, find_device(device))
+            place = find_device(device)
+            failed = run_all(comparison, recipe, folder, rows, overrides or (), jobs, place, runs_bar)
         except KeyboardInterrupt as interrupt:
             say(
                 f"stopped; the runs have saved what they have, and {rows} keeps those that are done; run the same "
-                "command again to continue"
+                "command again to continue",
+                always=True,
             )
             raise typer.Exit(INTERRUPTED) from interrupt
     found = read_rows([rows]) if rows.exists() else []
     with fields_of_rows():
         tables = comparison_tables(comparison, found)
-    for shown in tables:
-        Console().print(shown)
+    print_tables(tables, as_json, rows=rows, failed=[str(run) for run in failed])
     if table is not None:
         write_markdown(tables, table)
     for figure in figures or []:
@@ -76,16 +78,9 @@ def compare_command(
 def _run_alone(comparison: Comparison, run: RunName, folder: Path, device: torch.device) -> None:
     if run not in comparison.runs:
         raise TransformerFamError(f"{run} is not a run of this comparison, required is one of its systems and seeds")
-    last = [-1.0]
-
-    def update(what: str, done: int, total: int) -> None:
-        share = done / max(1, total)
-        if share - last[0] >= 0.05 or share < last[0]:
-            last[0] = share
-            say(f"{run}: {what} {done:,} of {total:,}")
-
     set_up_training(comparison.recipe_of(run).schedule.threads)
     try:
-        run_one(comparison, run, folder, update, device)
+        with parts_bar(str(run)) as update:
+            run_one(comparison, run, folder, update, device)
     except KeyboardInterrupt as interrupt:
         raise typer.Exit(INTERRUPTED) from interrupt

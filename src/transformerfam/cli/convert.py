@@ -6,8 +6,8 @@ from typing import Annotated
 import typer
 
 from transformerfam.cli.loading import load, warnings_said
-from transformerfam.cli.options import OR_OVERWRITE, OverwriteOption, SetOption
-from transformerfam.cli.output import say
+from transformerfam.cli.options import OR_OVERWRITE, JsonOption, OverwriteOption, SetOption
+from transformerfam.cli.output import tell
 from transformerfam.config import UPDATE_PRESETS, FamConfig
 from transformerfam.fam.prompt import set_prompt
 from transformerfam.rivals.presets import NUM_SINK_TOKENS
@@ -38,6 +38,7 @@ def convert_command(
     ] = None,
     overwrite: OverwriteOption = False,
     overrides: SetOption = None,
+    as_json: JsonOption = False,
 ) -> None:
     """Give a model an untrained memory, and save it with its weights; gated with 4 sink tokens."""
     require_own_folder(output, is_model=True, overwrite=overwrite, remedy=OR_OVERWRITE)
@@ -52,8 +53,10 @@ def convert_command(
             say_unknown(tokenizer, encode_rest(tokenizer, text), "the prompt text")
         set_prompt(converted, (ids * -(-config.fam_length // max(1, len(ids))))[: config.fam_length])
     save_model(converted, tokenizer, output)
-    say(
+    message = (
         f"{type(converted).__name__} in {output}: {preset}, block_size {config.block_size}, fam_length "
         f"{config.fam_length}, num_memory_segments {config.num_memory_segments}, num_sink_tokens "
         f"{config.num_sink_tokens}; train its memory with fam train"
     )
+    facts = {"folder": output, "class": type(converted).__name__, "preset": preset, "fam_config": config.to_dict()}
+    tell(facts, message, as_json)

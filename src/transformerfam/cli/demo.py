@@ -1,6 +1,7 @@
 """The subcommand `fam demo`: a passkey on the first page of a novel, and the question for it after the last."""
 
 import contextlib
+import dataclasses
 import gc
 import re
 import resource
@@ -19,9 +20,10 @@ from rich.console import Console
 from rich.filesize import decimal
 from rich.table import Table
 
-from transformerfam.cli.loading import hide_loading_bars
-from transformerfam.cli.options import ModelOption
-from transformerfam.cli.progress import tokens_bar
+from transformerfam.cli.options import JsonOption, ModelOption
+from transformerfam.cli.output import print_json, print_table
+from transformerfam.cli.progress import screen, tokens_bar
+from transformerfam.cli.verbosity import LEVEL
 from transformerfam.errors import TransformerFamError
 from transformerfam.fam.state import FamState
 from transformerfam.fields import LARGEST_INTEGER
@@ -241,15 +243,20 @@ def demo_command(
         int | None,
         typer.Option("--tokens", min=1, max=LARGEST_INTEGER, help="Tokens to read; what the memory was proven for."),
     ] = None,
-    model: ModelOption = "smollm2",
+    model: ModelOption = "tiny",
+    as_json: JsonOption = False,
 ) -> None:
     """Hide a key on the first page of a novel, read the novel, query the key: FAM next to BSWA."""
-    hide_loading_bars()
     console = Console()
     demo = prepare_demo(model, draw_seed() if seed is None else seed, tokens)
-    console.print(demo.introduction(), highlight=False)
+    if not as_json and not LEVEL.is_quiet:
+        console.print(demo.introduction(), highlight=False)
     results = run_demo(demo, tokens_bar)
-    console.print(demo.table(results))
+    if as_json:
+        facts = {"model": model, "num_tokens": demo.num_tokens, "key": demo.key, "seed": demo.seed}
+        print_json({**facts, "systems": {name: dataclasses.asdict(result) for name, result in results.items()}})
+    else:
+        print_table(demo.table(results))
     if not results["fam"].is_recalled:
-        console.print("[red]FAM did not recall the key[/red]")
+        screen().print("[red]FAM did not recall the key[/red]")
         raise typer.Exit(1)

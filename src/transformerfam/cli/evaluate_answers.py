@@ -1,23 +1,25 @@
 """The subcommand `fam evaluate answers`: your own questions, asked of what was read."""
 
+import importlib.resources
 from functools import partial
 from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
 from transformerfam.cli.appending import append_rows
 from transformerfam.cli.loading import load_system, named_with, systems_by_model, warnings_said
 from transformerfam.cli.options import (
     DeviceOption,
     DtypeOption,
+    JsonOption,
     MaxNewTokensOption,
     ModelOption,
     SetOption,
     SystemOption,
     TemplateOption,
 )
+from transformerfam.cli.output import print_tables
 from transformerfam.cli.progress import questions_bar
 from transformerfam.config import FamConfig
 from transformerfam.fields import LARGEST_INTEGER, values_to_fields, whole_numbers
@@ -38,8 +40,26 @@ from transformerfam.weights.models import SYSTEMS, name_in_rows, require_system
 
 SHOWN_TEMPLATE = TEMPLATE.replace("\n", "\\n")
 """As a command line has it."""
+EXAMPLE = importlib.resources.files("transformerfam") / "data" / "questions.jsonl"
 OWN = (QUESTION_ALONE, BM25)
 """Systems that the model with its memory answers for."""
+
+
+def _print_example(ctx: typer.Context, value: bool) -> None:
+    if value and not ctx.resilient_parsing:
+        typer.echo(EXAMPLE.read_text(encoding="utf-8"), nl=False)
+        raise typer.Exit
+
+
+ExampleOption = Annotated[
+    bool,
+    typer.Option(
+        "--template",
+        callback=_print_example,
+        is_eager=True,
+        help="Print a file of questions to begin with, each of another kind, which the model tiny can read.",
+    ),
+]
 
 
 def evaluate_answers_command(
@@ -54,7 +74,7 @@ def evaluate_answers_command(
     ] = "persuasion",
     filler_tokens: Annotated[str, typer.Option("--filler-tokens", help="Tokens of filler: N or N,N,...")] = "0",
     max_new_tokens: MaxNewTokensOption = 32,
-    template: TemplateOption = SHOWN_TEMPLATE,
+    prompt_template: TemplateOption = SHOWN_TEMPLATE,
     chat: Annotated[bool, typer.Option("--chat", help="Ask in the tokenizer's chat template.")] = False,
     allow_unknown: Annotated[
         bool, typer.Option("--allow-unknown", help="Read texts of words that the tokenizer does not know, too.")
@@ -66,6 +86,8 @@ def evaluate_answers_command(
     device: DeviceOption = "cpu",
     dtype: DtypeOption = None,
     overrides: SetOption = None,
+    example: ExampleOption = False,
+    as_json: JsonOption = False,
 ) -> None:
     """Ask your own questions of texts that were read, with controls; a killed run continues where it was.
 
@@ -79,7 +101,7 @@ def evaluate_answers_command(
         filler=filler,
         filler_lengths=whole_numbers(filler_tokens, "--filler-tokens"),
         max_new_tokens=max_new_tokens,
-        template=template.replace("\\n", "\n"),
+        template=prompt_template.replace("\\n", "\n"),
         chat=chat,
         allow_unknown=allow_unknown,
         batch_size=batch_size,
@@ -104,8 +126,7 @@ def evaluate_answers_command(
                     append_rows(rows, evaluation.rows(loaded_model, tokenizer))
     with fields_of_rows():
         tables = answers_tables(read_rows([output]))
-    for table in tables:
-        Console().print(table)
+    print_tables(tables, as_json, rows=output)
 
 
 def _systems_by_model(system: str | None) -> dict[str, list[str]]:

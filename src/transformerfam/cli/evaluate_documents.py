@@ -4,11 +4,11 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
 from transformerfam.cli.appending import append_rows
 from transformerfam.cli.loading import load_system, named_with, systems_by_model
-from transformerfam.cli.options import DeviceOption, DtypeOption, ModelOption, SetOption, SystemOption
+from transformerfam.cli.options import DeviceOption, DtypeOption, JsonOption, ModelOption, SetOption, SystemOption
+from transformerfam.cli.output import print_tables
 from transformerfam.cli.progress import tokens_bar
 from transformerfam.config import FamConfig
 from transformerfam.decoder.memory import memory_of
@@ -56,6 +56,7 @@ def evaluate_documents_command(
     device: DeviceOption = "cpu",
     dtype: DtypeOption = None,
     overrides: SetOption = None,
+    as_json: JsonOption = False,
 ) -> None:
     """Measure the loss by place in a document and in a block, and for names seen long before.
 
@@ -87,8 +88,7 @@ def evaluate_documents_command(
                 append_rows(rows, losses.rows(loaded_model, tokenizer))
     with fields_of_rows():
         tables = documents_tables(read_rows([output]))
-    for table in tables:
-        Console().print(table)
+    print_tables(tables, as_json, rows=output)
 
 
 def _groups(system: str | None) -> list[str]:

@@ -5,10 +5,10 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
 from transformerfam.cli.loading import load, named_with, systems_by_model
-from transformerfam.cli.options import DeviceOption, DtypeOption, ModelOption, SetOption, SystemOption
+from transformerfam.cli.options import DeviceOption, DtypeOption, JsonOption, ModelOption, SetOption, SystemOption
+from transformerfam.cli.output import print_tables
 from transformerfam.cli.progress import tokens_bar
 from transformerfam.errors import TransformerFamError
 from transformerfam.fields import LARGEST_INTEGER
@@ -36,6 +36,7 @@ def evaluate_next_token_command(
     device: DeviceOption = "cpu",
     dtype: DtypeOption = None,
     overrides: SetOption = None,
+    as_json: JsonOption = False,
 ) -> None:
     """Measure loss and accuracy of predicting every token of a text."""
     if file == STANDARD_INPUT and "," in (system or ""):
@@ -65,6 +66,4 @@ def evaluate_next_token_command(
                     shown.append(row)
                     if rows is not None:
                         rows.append(row)
-    table = next_token_table(shown)
-    if table is not None:
-        Console().print(table)
+    print_tables([next_token_table(shown)], as_json, rows=output, measured=shown)

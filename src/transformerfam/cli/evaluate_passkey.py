@@ -5,11 +5,11 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
-from rich.console import Console
 
 from transformerfam.cli.appending import append_rows
 from transformerfam.cli.loading import load, named_with, systems_by_model
-from transformerfam.cli.options import DeviceOption, DtypeOption, ModelOption, SetOption, SystemOption
+from transformerfam.cli.options import DeviceOption, DtypeOption, JsonOption, ModelOption, SetOption, SystemOption
+from transformerfam.cli.output import print_tables
 from transformerfam.cli.progress import tokens_bar
 from transformerfam.errors import TransformerFamError
 from transformerfam.fields import LARGEST_INTEGER, whole_numbers
@@ -74,6 +74,7 @@ def evaluate_passkey_command(
     device: DeviceOption = "cpu",
     dtype: DtypeOption = None,
     overrides: SetOption = None,
+    as_json: JsonOption = False,
 ) -> None:
     """Hide keys in filler, read once per key, and ask at every length; a killed run continues where it was."""
     model_name = named_with(model, overrides, dtype)
@@ -105,11 +106,10 @@ def evaluate_passkey_command(
                 with fields_of_rows():
                     evaluation.finished = finished_questions(rows.rows, evaluation)
                 append_rows(rows, evaluation.rows(loaded_model, tokenizer))
-        if process_share()[0] == 0:  # of several the first shows the rows of all that are done
-            with fields_of_rows():
-                table = passkey_table(read_rows([output]))
-            if table is not None:
-                Console().print(table)
+    if process_share()[0] == 0:  # of several the first shows the rows of all that are done
+        with fields_of_rows():
+            table = passkey_table(read_rows([output]))
+        print_tables([table], as_json, rows=output)
 
 
 def _prefix_length(text: str) -> int | Literal["uniform"]:

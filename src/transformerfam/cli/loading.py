@@ -4,10 +4,9 @@ import contextlib
 import json
 import warnings
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, get_args
 
 import torch
-from transformers.utils import logging as transformers_logging
 
 from transformerfam.cli.output import say
 from transformerfam.config import FAM_DTYPES, FamConfig
@@ -18,8 +17,11 @@ from transformerfam.rivals import RivalConfig, attach
 from transformerfam.tasks.answers_evaluation import FULL_CONTEXT
 from transformerfam.tasks.controls import control_of
 from transformerfam.training.recipe.toml import parse_overrides
-from transformerfam.weights.models import GATED, find_device, load_base, load_model
+from transformerfam.weights.memories import System
+from transformerfam.weights.models import GATED, find_device, load_base, load_model, name_in_rows
 
+READERS = get_args(System)
+"""Systems that `fam read` reads with."""
 FULL_BLOCK = 512
 """Tokens that full attention reads at a time."""
 
@@ -43,7 +45,6 @@ def load(
     Raises:
         TransformerFamError: there is no such model, device or type.
     """
-    hide_loading_bars()
     place = find_device(own_device(device))
     _require_dtype(dtype)
     loaded, tokenizer = load_model(model, system, overrides)
@@ -54,11 +55,19 @@ def load(
 
 def load_plain(model: str, device: str = "cpu", dtype: str | None = None) -> tuple[Any, Any]:
     """Load the model under a memory, without one, and its tokenizer; arguments and errors are those of `load`."""
-    hide_loading_bars()
     place = find_device(own_device(device))
     _require_dtype(dtype)
     loaded, tokenizer = load_base(model)
     return loaded.to(place, None if dtype is None else getattr(torch, dtype)), tokenizer
+
+
+def load_reader(model: str, system: str, device: str = "cpu", dtype: str | None = None) -> tuple[Any, Any]:
+    """Load a model whose readings are kept in files, and its tokenizer; arguments and errors are those of `load`."""
+    if system not in (*READERS, GATED):
+        raise TransformerFamError(f"--system is {system!r}, required is one of {', '.join(READERS)}; choose one")
+    loaded, tokenizer = load(model, "fam" if system == GATED else system, device=device, dtype=dtype)
+    name_in_rows(system, loaded)  # which refuses fam_gated where the memory is not
+    return loaded, tokenizer
 
 
 def load_system(
@@ -74,11 +83,6 @@ def load_system(
 def _require_dtype(dtype: str | None) -> None:
     if dtype not in (None, *FAM_DTYPES):
         raise TransformerFamError(f"--dtype is {dtype!r}, required is one of {', '.join(FAM_DTYPES)}; choose one")
-
-
-def hide_loading_bars() -> None:
-    """Turn off transformers' progress bars: a command has its own."""
-    transformers_logging.disable_progress_bar()
 
 
 def systems_by_model(systems: str | None) -> dict[str, list[str]]:
@@ -113,4 +117,4 @@ def warnings_said() -> Iterator[None]:
         warnings.simplefilter("always", UserWarning)
         yield
     for message in dict.fromkeys(str(warning.message) for warning in noted):
-        say(message)
+        say(message, always=True)

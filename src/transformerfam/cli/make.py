@@ -8,9 +8,9 @@ from typing import Annotated
 
 import typer
 
-from transformerfam.cli.loading import hide_loading_bars, warnings_said
-from transformerfam.cli.options import ModelOption
-from transformerfam.cli.output import say
+from transformerfam.cli.loading import warnings_said
+from transformerfam.cli.options import JsonOption, ModelOption
+from transformerfam.cli.output import print_json, say
 from transformerfam.cli.progress import questions_bar
 from transformerfam.errors import TransformerFamError
 from transformerfam.fields import LARGEST_INTEGER, whole_numbers
@@ -55,6 +55,7 @@ def make_command(
     folder: Annotated[
         Path | None, typer.Option("--folder", help=f"Where data is kept; {CACHE_VARIABLE}, else the user's cache.")
     ] = None,
+    as_json: JsonOption = False,
 ) -> None:
     """Write RULER's or BABILong's questions in texts of any length, or those of others from their published files.
 
@@ -72,6 +73,7 @@ def make_command(
         _named(names or (), tasks, "task")
         chosen = [tasks[name] for name in names or tasks]
         parts = _of_made(benchmark, chosen, tokens, model, num_items or NUM_ITEMS, seed)
+    written: dict[str, int] = {}
     try:
         with replacing(output) as temporary, temporary.open("w", encoding="utf-8") as file:
             for name, total, questions in parts:
@@ -80,11 +82,15 @@ def make_command(
                     for number, question in enumerate(questions, start=1):
                         file.write(question.line())
                         update(number)
+                written[name] = number
                 say(f"{name}: {number:,} written")
     except KeyboardInterrupt as interrupt:
-        say(f"interrupted; {output} was not written")
+        say(f"interrupted; {output} was not written", always=True)
         raise typer.Exit(INTERRUPTED) from interrupt
-    typer.echo(output)
+    if as_json:
+        print_json({"file": output, "questions": written})
+    else:
+        typer.echo(output)
 
 
 def _require_new(output: Path) -> None:
@@ -130,7 +136,6 @@ def _of_made(
     if tokens is None:
         raise TransformerFamError(f"{benchmark} is made in lengths, required is --tokens, for example 4096,32768")
     numbers = list(dict.fromkeys(whole_numbers(tokens, "--tokens")))
-    hide_loading_bars()
     tokenizer = load_tokenizer(model)
     lengths, parts = Lengths(tokenizer), list[Part]()
     with warnings_said():

@@ -6,7 +6,9 @@ import typer
 
 from transformerfam.config import FAM_DTYPES
 from transformerfam.fields import LARGEST_INTEGER
-from transformerfam.tasks.controls import CONTROLS
+
+CONTROLS = ("fam_memory_zeroed", "fam_memory_swapped", "fam_memory_initial")
+"""Those of `tasks.controls`, which takes seconds to import."""
 
 ModelOption = Annotated[str, typer.Option("--model", help="tiny, smollm2, or a folder.")]
 SystemOption = Annotated[
@@ -14,8 +16,12 @@ SystemOption = Annotated[
     typer.Option(
         "--system",
         help="fam (the model's own memory, in rows fam_gated where it is gated), bswa, fam_untrained, "
-        f"{', '.join(f'fam{ending}' for ending in CONTROLS)}; several with commas. By default the model's own memory.",
+        f"{', '.join(CONTROLS)}; several with commas. By default the model's own memory.",
     ),
+]
+OneSystemOption = Annotated[
+    str,
+    typer.Option("--system", help="fam (the model's own memory), bswa (its window alone), or fam_untrained."),
 ]
 DtypeOption = Annotated[
     str | None,
@@ -39,9 +45,10 @@ StopOption = Annotated[
     list[str] | None, typer.Option("--stop", help="A text before which an answer ends; may be given more than once.")
 ]
 TemplateOption = Annotated[
-    str, typer.Option("--template", help="What a question looks like, with {question} in it; \\n is a new line.")
+    str, typer.Option("--prompt-template", help="What a question looks like, with {question} in it; \\n is a new line.")
 ]
 OverwriteOption = Annotated[bool, typer.Option("--overwrite", help="Replace what this package wrote there.")]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object on standard output, for programs.")]
 
 OR_OVERWRITE = "add --overwrite to replace it, or "
 """What a message about a taken target adds in front of its remedy."""
@@ -50,3 +57,8 @@ OR_OVERWRITE = "add --overwrite to replace it, or "
 def device_argument(device: str) -> str:
     """Return what a command that resumes needs to say of the device."""
     return "" if device == "cpu" else f" --device {device}"
+
+
+def system_arguments(system: str) -> list[str]:
+    """Return what a command that resumes needs to say of the system."""
+    return [] if system == "fam" else ["--system", system]

@@ -1,12 +1,14 @@
 """The subcommand `fam plan`."""
 
+import dataclasses
 from typing import Annotated, cast
 
 import torch
 import typer
-from rich.console import Console
 from rich.table import Table
 
+from transformerfam.cli.options import JsonOption
+from transformerfam.cli.output import print_json, print_table
 from transformerfam.config import FAM_DTYPES, FamConfig
 from transformerfam.errors import TransformerFamError
 from transformerfam.fields import LARGEST_FLOAT, LARGEST_INTEGER
@@ -37,6 +39,7 @@ def plan_command(
         typer.Option("--tflops", min=1e-9, max=LARGEST_FLOAT, help="10^12 operations per second that a device does."),
     ] = 400.0,
     overrides: Annotated[list[str] | None, typer.Option("--set", help="Fields of the memory, key=value.")] = None,
+    as_json: JsonOption = False,
 ) -> None:
     """Say what a model will need, without its weights: parameters, bytes, operations, hours."""
     for name, value in (("--train", training), ("--optimizer", optimizer), ("--dtype", dtype)):
@@ -56,7 +59,10 @@ def plan_command(
         training_tokens=tokens,
         tflops=tflops,
     )
-    Console().print(plan_table(plan, training != "none"))
+    if as_json:
+        print_json({**dataclasses.asdict(plan), "bytes_training": plan.bytes_training, "train": training})
+    else:
+        print_table(plan_table(plan, training != "none"))
 
 
 def plan_table(plan: Plan, is_trained: bool) -> Table:

@@ -1,19 +1,29 @@
-"""Progress bars: of a reading (tokens, tokens per second, time left, bytes of state), and of a training."""
+"""Progress on standard error: a bar on a terminal, else a line every half minute; neither where a command is quiet."""
 
 import contextlib
 import io
 import sys
+import threading
+import time
 from collections.abc import Callable, Iterator, Mapping
+from datetime import timedelta
 from typing import IO, TYPE_CHECKING, Any, cast
 
 from rich.console import Console
 from rich.filesize import decimal
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.live import Live
+from rich.progress import BarColumn, Progress, ProgressColumn, TextColumn, TimeRemainingColumn
+from rich.table import Table
 
+from transformerfam.cli.verbosity import LEVEL
 from transformerfam.processes import process_share
 
 if TYPE_CHECKING:
     from transformerfam.decoder.state import ReadingState
+
+SECONDS_BETWEEN_LINES = 30.0
+NARROW = 60
+"""Columns of a terminal below which the bar itself is left out, for the numbers' sake."""
 
 
 class _Screen:
@@ -44,46 +54,116 @@ def screen(soft_wrap: bool = False) -> Console:
     return Console(file=cast(IO[str], _Screen(sys.stderr or io.StringIO())), soft_wrap=soft_wrap)
 
 
-@contextlib.contextmanager
-def reading_bar(
-    num_tokens: int | None, description: str = "reading"
-) -> Iterator[Callable[[int, int | None, "ReadingState"], None]]:
-    """Show a bar on standard error and yield the function that moves it.
+class Amount:
+    """How much of something is done.
 
     Args:
-        num_tokens: tokens to be read; None where that is unknown.
-        description: text in front of the bar.
+        description: what is being done.
+        unit: what is counted, in the plural.
+        total: how much there is to do; None where that is not known.
+    """
+
+    def __init__(self, description: str, unit: str, total: float | None) -> None:
+        self.description, self.unit, self.total = description, unit, total
+        self.done, self.detail = 0.0, ""
+        self._begin: tuple[float, float] | None = None
+        self._now = 0.0
+
+    def move(self, done: float, total: float | None, detail: str) -> None:
+        """Note how much is done; what was done before the first note counts for no rate."""
+        self.done, self.total, self.detail, self._now = done, total, detail, time.monotonic()
+        if self._begin is None:
+            self._begin = self._now, done
+
+    @property
+    def rate(self) -> float | None:
+        """Units per second; None before there is one."""
+        if self._begin is None or self.done <= self._begin[1] or self._now <= self._begin[0]:
+            return None
+        return (self.done - self._begin[1]) / (self._now - self._begin[0])
+
+    @property
+    def counted(self) -> str:
+        """What is done of what."""
+        if self.unit == "%":
+            return f"{self.done:.0f} %"
+        return (
+            f"{self.done:,.0f} {self.unit}" if self.total is None else f"{self.done:,.0f}/{self.total:,.0f} {self.unit}"
+        )
+
+    @property
+    def speed(self) -> str:
+        """The rate, as a text."""
+        if self.rate is None or self.unit == "%":
+            return ""
+        return f"{self.rate:,.0f} {self.unit}/s" if self.rate >= 10 else f"{self.rate:.2g} {self.unit}/s"
+
+    def line(self) -> str:
+        """Return all of it on one line, with the time left."""
+        left = (
+            ""
+            if not self.rate or self.total is None
+            else str(timedelta(seconds=round((self.total - self.done) / self.rate)))
+        )
+        parts = [self.counted, self.speed, self.detail, f"ETA {left}" if left else ""]
+        return f"{self.description}: {', '.join(part for part in parts if part)}"
+
+
+@contextlib.contextmanager
+def follow(
+    description: str, unit: str, total: float | None = None
+) -> Iterator[Callable[[float, float | None, str], None]]:
+    """Show how something proceeds, and yield the function that says so.
+
+    Args:
+        description: what is being done.
+        unit: what is counted, in the plural; "%" is a share.
+        total: how much there is to do; None where that is not known.
 
     Yields:
-        A function of (tokens done, tokens in all, state).
+        A function of (how much is done, how much there is to do, what else is to be shown).
     """
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("tokens"),
-        TextColumn("{task.fields[rate]}"),
-        TextColumn("state {task.fields[size]}"),
-        TextColumn("ETA"),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, console=screen(), disable=process_share()[0] > 0) as progress:
-        task = progress.add_task(description, total=num_tokens, rate="", size="")
+    amount, console = Amount(description, unit, total), screen(soft_wrap=True)
+    if LEVEL.is_quiet or process_share()[0] > 0:
+        yield amount.move
+    elif console.is_terminal and not console.is_dumb_terminal:
+        columns: list[ProgressColumn] = [TextColumn("{task.description}"), TextColumn("{task.fields[text]}")]
+        if console.width >= NARROW:
+            columns.insert(1, BarColumn(bar_width=None if console.width < 2 * NARROW else 40))
+        columns += [TextColumn("ETA"), TimeRemainingColumn()]
+        with Progress(*columns, console=screen(), expand=console.width < 2 * NARROW) as progress:
+            task = progress.add_task(description, total=total, text="")
 
-        def update(done: int, total: int | None, state: "ReadingState") -> None:
-            speed = progress.tasks[0].speed
-            rate = f"{speed:,.0f} tokens/s" if speed else ""
-            progress.update(task, completed=done, total=total, rate=rate, size=decimal(state.num_bytes))
+            def update(done: float, total: float | None, detail: str) -> None:
+                amount.move(done, total, detail)
+                text = ", ".join(part for part in (amount.counted, amount.speed, detail) if part)
+                progress.update(task, completed=done, total=total, text=text)
 
-        yield update
+            yield update
+    else:
+        yield _lines_of(amount)
+
+
+def _lines_of(amount: Amount) -> Callable[[float, float | None, str], None]:
+    """Return a function that notes an amount, and prints a line of it every half minute."""
+    last = time.monotonic()
+
+    def update(done: float, total: float | None, detail: str) -> None:
+        nonlocal last
+        amount.move(done, total, detail)
+        if time.monotonic() - last >= SECONDS_BETWEEN_LINES:
+            last = time.monotonic()
+            screen(soft_wrap=True).print(amount.line(), highlight=False, markup=False)
+
+    return update
 
 
 @contextlib.contextmanager
 def tokens_bar(description: str) -> Iterator[Callable[[int, int | None, "ReadingState"], None]]:
-    """Show a `reading_bar` that starts with the first update, which is the first to know how many tokens there are.
+    """Show the progress of a reading, from the first update on, which is the first to know how many tokens there are.
 
     Args:
-        description: text in front of the bar.
+        description: what is being done.
 
     Yields:
         A function of (tokens done, tokens in all, state).
@@ -94,32 +174,30 @@ def tokens_bar(description: str) -> Iterator[Callable[[int, int | None, "Reading
         def update(done: int, total: int | None, state: "ReadingState") -> None:
             nonlocal move
             if move is None:
-                move = stack.enter_context(reading_bar(total, description))
-            move(done, total, state)
+                move = stack.enter_context(follow(description, "tokens", total))
+            move(done, total, f"state {decimal(state.num_bytes)}")
 
         yield update
 
 
 @contextlib.contextmanager
 def questions_bar(num_questions: int | None, description: str) -> Iterator[Callable[[float], None]]:
-    """Show a bar of questions on standard error and yield the function that moves it.
+    """Show the progress of questions.
 
     Args:
         num_questions: all questions, those of earlier runs included; None where the number is not known.
-        description: text in front of the bar.
+        description: what is being done.
 
     Yields:
         A function of the questions done.
     """
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("questions ETA"))
-    with Progress(*columns, TimeRemainingColumn(), console=screen(), disable=process_share()[0] > 0) as progress:
-        task = progress.add_task(description, total=num_questions)
-        yield lambda done: progress.update(task, completed=done)
+    with follow(description, "questions", num_questions) as move:
+        yield lambda done: move(done, num_questions, "")
 
 
 @contextlib.contextmanager
 def training_bar(num_steps: int) -> Iterator[Callable[[Mapping[str, Any]], None]]:
-    """Show a bar of training steps on standard error and yield the function that moves it.
+    """Show the progress of a training.
 
     Args:
         num_steps: steps to be done, all runs together.
@@ -127,26 +205,19 @@ def training_bar(num_steps: int) -> Iterator[Callable[[Mapping[str, Any]], None]
     Yields:
         A function of a step's row of the log.
     """
-    columns = (BarColumn(), MofNCompleteColumn(), TextColumn("steps {task.description} ETA"))
-    is_silent = process_share()[0] > 0
-    with Progress(*columns, TimeRemainingColumn(), console=screen(), disable=is_silent) as progress:
-        task = progress.add_task("", total=num_steps)
+    with follow("training", "steps", num_steps) as move:
 
         def update(row: Mapping[str, Any]) -> None:
-            keys = "-" if row["key_accuracy"] is None else f"{row['key_accuracy']:.2f}"
-            text = (
-                f"stage {row['stage']}, loss {row['loss']:.3f}, keys {keys}, {row['tokens_per_second']:,.0f} tokens/s"
-            )
-            progress.update(task, completed=row["step"], description=text)
+            keys = "" if row["key_accuracy"] is None else f"keys {row['key_accuracy']:.2f}, "
+            numbers = f"loss {row['loss']:.3f}, {keys}{row['tokens_per_second']:,.0f} tokens/s"
+            move(row["step"], num_steps, f"stage {row['stage']}, {numbers}")
 
         yield update
 
 
 @contextlib.contextmanager
 def study_bar(seconds: float | None, steps: int | None) -> Iterator[Callable[[Mapping[str, Any]], None]]:
-    """Show a bar of a study on standard error and yield the function that moves it.
-
-    Where standard error is no terminal, each look at the held-out lessons is a line.
+    """Show the progress of a study.
 
     Args:
         seconds: time of training, all runs together; None where steps alone count.
@@ -155,10 +226,7 @@ def study_bar(seconds: float | None, steps: int | None) -> Iterator[Callable[[Ma
     Yields:
         A function of a step's row of the log.
     """
-    console = screen(soft_wrap=True)
-    columns = (BarColumn(), TextColumn("{task.description}"), TextColumn("ETA {task.fields[left]}"))
-    with Progress(*columns, console=console, disable=process_share()[0] > 0) as progress:
-        task = progress.add_task("", total=1.0, left="-")
+    with follow("studying", "%", 100.0) as move:
         held_out = "-"
 
         def update(row: Mapping[str, Any]) -> None:
@@ -166,13 +234,63 @@ def study_bar(seconds: float | None, steps: int | None) -> Iterator[Callable[[Ma
             done = row["step"] + 1
             shares = [row["seconds"] / seconds] if seconds else []
             shares += [done / steps] if steps else []
-            share = min(1.0, max(shares, default=0.0))
-            left = f"{row['seconds'] * (1 - share) / share / 60:.1f} min" if share else "-"
             if row["held_out_loss"] is not None:
                 held_out = f"{row['held_out_loss']:.3f}"
             text = f"step {done:,}, loss {row['loss']:.3f}, held out {held_out}"
-            progress.update(task, completed=share, description=text, left=left)
-            if row["held_out_loss"] is not None and not console.is_terminal:
-                console.print(f"{text}, ETA {left}", highlight=False)
+            move(100 * min(1.0, max(shares, default=0.0)), 100.0, text)
 
         yield update
+
+
+@contextlib.contextmanager
+def parts_bar(description: str) -> Iterator[Callable[[str, int, int], None]]:
+    """Show the progress of work in several parts, one after the other.
+
+    Args:
+        description: what is being done.
+
+    Yields:
+        A function of (name of the part, how much of it is done, how much there is).
+    """
+    with contextlib.ExitStack() as stack:
+        move: Callable[..., None] | None = None
+        current: str | None = None
+
+        def update(part: str, done: int, total: int) -> None:
+            nonlocal move, current
+            if part != current or move is None:
+                stack.close()
+                current, move = part, stack.enter_context(follow(f"{description}: {part}", "steps", total))
+            move(done, total, "")
+
+        yield update
+
+
+@contextlib.contextmanager
+def runs_bar(table: Callable[[], Table]) -> Iterator[None]:
+    """Show a table of runs on a terminal, as it changes; else a line of its caption every half minute.
+
+    Args:
+        table: gives it as it is now.
+    """
+    console = screen()
+    if LEVEL.is_quiet:
+        yield
+    elif console.is_terminal and not console.is_dumb_terminal:
+        with Live(get_renderable=table, console=console, refresh_per_second=0.5):
+            yield
+    else:
+        ended = threading.Event()
+
+        def print_lines() -> None:
+            while not ended.wait(SECONDS_BETWEEN_LINES):
+                shown = table()
+                screen(soft_wrap=True).print(f"{shown.title}: {shown.caption}", highlight=False, markup=False)
+
+        thread = threading.Thread(target=print_lines, daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            ended.set()
+            thread.join()

@@ -7,16 +7,19 @@ from typing import Annotated
 
 import typer
 
-from transformerfam.cli.loading import load
+from transformerfam.cli.loading import load_reader
 from transformerfam.cli.options import (
     OR_OVERWRITE,
     DeviceOption,
     DtypeOption,
+    JsonOption,
     ModelOption,
+    OneSystemOption,
     OverwriteOption,
     device_argument,
+    system_arguments,
 )
-from transformerfam.cli.output import say
+from transformerfam.cli.output import say, tell
 from transformerfam.cli.progress import tokens_bar
 from transformerfam.errors import TransformerFamError
 from transformerfam.fam.state import FamState
@@ -31,6 +34,7 @@ def read_command(
     file: Annotated[str, typer.Argument(help="UTF-8 text, a folder of them, or - for standard input.")],
     save: Annotated[Path, typer.Option("--save", help="Where the state goes.")],
     model: ModelOption = "tiny",
+    system: OneSystemOption = "fam",
     state: Annotated[Path | None, typer.Option("--state", help="Continue from this state.")] = None,
     skip_tokens: Annotated[
         int,
@@ -42,6 +46,7 @@ def read_command(
     device: DeviceOption = "cpu",
     dtype: DtypeOption = None,
     overwrite: OverwriteOption = False,
+    as_json: JsonOption = False,
 ) -> None:
     """Read a text of any length and save the state; if interrupted, save it and print the command that resumes."""
     is_resumed = state is not None and state.resolve() == save.resolve()
@@ -49,7 +54,7 @@ def read_command(
     require_target(save, "state", replaces, OR_OVERWRITE)
     if file != STANDARD_INPUT:
         list_files(file)  # before the model is loaded
-    loaded_model, tokenizer = load(model, device=device, dtype=dtype)
+    loaded_model, tokenizer = load_reader(model, system, device, dtype)
     reading = loaded_model.init_state().detach() if state is None else FamState.load(state, loaded_model, batch_size=1)
     num_before = reading.num_tokens_read
     num_tokens = None if is_read_once(file) else count_tokens(file, tokenizer, state is None)
@@ -71,19 +76,22 @@ def read_command(
             raise
         with uninterrupted(and_forgotten=True):
             kept, _ = save_somewhere(reading, save, replaces)
-            again = shlex.join(["fam", "read", file, "--model", model, "--state", str(kept), "--save", str(kept)])
+            named = ["--model", model, *system_arguments(system)]
+            again = shlex.join(["fam", "read", file, *named, "--state", str(kept), "--save", str(kept)])
             again += device_argument(device) + (f" --dtype {dtype}" if dtype else "")
             again += f"{' --allow-unknown' if allow_unknown else ''} --skip-tokens {num_done}"
             text = f"after {num_done:,} tokens, which are kept in {kept}; resume with: {again}"
             if isinstance(error, KeyboardInterrupt):
-                say(f"interrupted {text}")
+                say(f"interrupted {text}", always=True)
         if isinstance(error, KeyboardInterrupt):
             raise typer.Exit(INTERRUPTED) from error
         raise TransformerFamError(f"{error or type(error).__name__}; the reading ended {text}") from error
     with uninterrupted(and_forgotten=True):
         kept, refusal = save_somewhere(reading, save, replaces)
         for warning in noted:
-            say(str(warning.message))
-        say(f"read {reading.num_tokens_read:,} tokens; state of {reading.num_bytes:,} bytes in {kept}")
+            say(str(warning.message), always=True)
+        facts = {"state": kept, "num_tokens_read": reading.num_tokens_read, "state_bytes": reading.num_bytes}
+        message = f"read {reading.num_tokens_read:,} tokens; state of {reading.num_bytes:,} bytes in {kept}"
+        tell({**facts, "file_bytes": kept.stat().st_size, "model": model, "system": system}, message, as_json)
     if refusal is not None:
         raise refusal

@@ -1,25 +1,24 @@
 """The subcommands of `fam report`: tables and figures of result rows, and pictures of attention."""
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import torch
 import typer
-from rich.console import Console
-from typer.core import TyperGroup
 
-from transformerfam.cli.options import ModelOption
-from transformerfam.cli.output import say
+from transformerfam.cli.options import JsonOption, ModelOption
+from transformerfam.cli.output import print_tables, tell
 from transformerfam.errors import TransformerFamError
 from transformerfam.fields import LARGEST_INTEGER, whole_numbers
 from transformerfam.files.writing import make_folder
-from transformerfam.reports.answers import answers_tables
+from transformerfam.reports.answers import answers_tables, plot_answers
 from transformerfam.reports.figure import require_figure
 from transformerfam.reports.gap import gap_rows, gap_table
 from transformerfam.reports.losses import documents_tables
 from transformerfam.reports.next_token import next_token_table
 from transformerfam.reports.passkey import passkey_table, plot_passkey
 from transformerfam.reports.rows import RowFile, fields_of_rows, read_rows
+from transformerfam.reports.training import log_name, plot_training, read_log, training_table
 from transformerfam.tasks.answers_evaluation import FULL_CONTEXT
 from transformerfam.tasks.passkey import PasskeyText
 from transformerfam.tasks.provenance import provenance, weights_of
@@ -42,28 +41,20 @@ MAX_STRIP = 8
 """Blocks of the film's strip: the first ones where a key is given, else the last ones."""
 
 
-class RowsUnlessNamed(TyperGroup):
-    """Take what is no subcommand for the files of `rows`."""
-
-    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
-        """Find the subcommand of a command line."""
-        if args and args[0] not in self.commands:
-            args = ["rows", *args]
-        return super().resolve_command(ctx, args)
-
-
-report_app = typer.Typer(cls=RowsUnlessNamed, no_args_is_help=True)
-
-
-@report_app.command("rows")
 def report_rows(
     rows: Annotated[list[Path], typer.Argument(help="JSON lines files of rows.")],
-    figures: Annotated[list[Path] | None, typer.Option("--figure", help="Passkey figure: .svg, .png or .pdf.")] = None,
+    figures: Annotated[
+        list[Path] | None, typer.Option("--figure", help="Figure of passkeys or of answers: .svg, .png or .pdf.")
+    ] = None,
+    as_json: JsonOption = False,
 ) -> None:
-    """Print tables of result rows, and draw the passkey figure; `fam report ROWS...` is the same."""
+    """Print tables of result rows, and draw passkeys or answers; `fam report ROWS...` is the same."""
     for figure in figures or []:
         require_figure(figure)
     loaded = read_rows(rows)
+    tasks = {str(row["task"]) for row in loaded} & {"passkey", "answers"}
+    if figures and len(tasks) == 2:
+        raise TransformerFamError("a figure is of passkeys or of answers, and the files hold both; give those of one")
     with fields_of_rows():
         found = (
             passkey_table(loaded),
@@ -77,13 +68,29 @@ def report_rows(
             f"the {len(rows)} files hold {len(loaded)} rows and none is of a task that is reported; required are rows "
             "of passkey, next-token, documents or answers"
         )
-    for table in tables:
-        Console().print(table)
+    print_tables(tables, as_json, rows=rows)
+    draw = plot_answers if tasks == {"answers"} else plot_passkey
     for figure in figures or []:
-        plot_passkey(loaded, figure)
+        with fields_of_rows():
+            draw(loaded, figure)
 
 
-@report_app.command("gap")
+def report_training(
+    runs: Annotated[list[Path], typer.Argument(help="Folders of runs, or their log.jsonl.")],
+    figures: Annotated[list[Path] | None, typer.Option("--figure", help="Loss by step: .svg, .png or .pdf.")] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Print steps, tokens and losses of trainings, and draw the loss by step."""
+    for figure in figures or []:
+        require_figure(figure)
+    names = [log_name(path) for path in runs]
+    named = runs if len(set(names)) < len(runs) else names
+    logs = {str(name): read_log(path) for name, path in zip(named, runs, strict=True)}
+    print_tables([training_table(logs)], as_json)
+    for figure in figures or []:
+        plot_training(logs, figure)
+
+
 def report_gap(
     rows: Annotated[list[Path], typer.Argument(help="Rows of fam evaluate documents.")],
     fam: Annotated[str, typer.Option("--fam", help="The memory: MODEL, SYSTEM as in the table, or the system alone.")],
@@ -93,6 +100,7 @@ def report_gap(
         int, typer.Option("--least-place", min=0, max=LARGEST_INTEGER, help="Leave out parts that begin before it.")
     ] = 1024,
     output: Annotated[Path | None, typer.Option("--output", help="JSON lines; rows are appended.")] = None,
+    as_json: JsonOption = False,
 ) -> None:
     """Show how much of what full attention gains over a window the memory gains, by text."""
     loaded = read_rows(rows)
@@ -107,10 +115,9 @@ def report_gap(
         with RowFile(output) as file:
             for row in found:
                 file.append({"system": fam, "model": fam, "seed": 0, **row, **provenance()})
-    Console().print(gap_table(found))
+    print_tables([gap_table(found)], as_json, rows=found)
 
 
-@report_app.command("attention")
 def report_attention(
     output: Annotated[Path, typer.Option("--output", help="Folder for pictures and rows.")],
     model: ModelOption = "tiny",
@@ -128,6 +135,7 @@ def report_attention(
         int | None,
         typer.Option("--key", min=1, max=LARGEST_INTEGER, help="Give this pass key in front of the text, and mark it."),
     ] = None,
+    as_json: JsonOption = False,
 ) -> None:
     """Draw attention maps of one block, a film over blocks, the FAM's norm and change, and what gated rows wrote."""
     _require_own(output)
@@ -159,8 +167,8 @@ def report_attention(
     with RowFile(output / ROWS, replaces=True) as rows:  # its rows are those of the pictures
         for row in memory_rows(records):
             rows.append(row | {"system": "fam", "model": model, "text": text, **weights_of(loaded), **provenance()})
-    names = ", ".join(path.name for path in sorted(output.iterdir()))
-    say(f"{output}: {names}")
+    names = [path.name for path in sorted(output.iterdir())]
+    tell({"folder": output, "files": names}, f"{output}: {', '.join(names)}", as_json)
 
 
 def _require_own(folder: Path) -> None:

@@ -12,11 +12,12 @@ from transformerfam.cli.options import (
     OR_OVERWRITE,
     DeviceOption,
     DtypeOption,
+    JsonOption,
     ModelOption,
     OverwriteOption,
     device_argument,
 )
-from transformerfam.cli.output import say
+from transformerfam.cli.output import say, tell
 from transformerfam.cli.progress import study_bar, tokens_bar
 from transformerfam.errors import ReadInterrupted, TransformerFamError
 from transformerfam.fields import LARGEST_INTEGER
@@ -64,6 +65,7 @@ def study_command(
     device: DeviceOption = "cpu",
     dtype: DtypeOption = None,
     overwrite: OverwriteOption = False,
+    as_json: JsonOption = False,
 ) -> None:
     """Read a text, then improve the rows of the reading by questions that the model makes of it itself."""
     if resume and overwrite:
@@ -106,14 +108,16 @@ def study_command(
                     on_read=update,
                 )
         except ReadInterrupted as interrupt:
-            say(f"interrupted while reading; {files.reading} keeps what was read; {resumed}")
+            say(f"interrupted while reading; {files.reading} keeps what was read; {resumed}", always=True)
             raise typer.Exit(INTERRUPTED) from interrupt
-        _run(study, files, minutes * 60, steps, resumed, first=not (resume and save.exists()))
+        _run(study, files, minutes * 60, steps, resumed, first=not (resume and save.exists()), as_json=as_json)
     finally:
         lock.release()
 
 
-def _run(study: Study, files: StudyFiles, seconds: float, steps: int | None, resumed: str, first: bool) -> None:
+def _run(
+    study: Study, files: StudyFiles, seconds: float, steps: int | None, resumed: str, first: bool, as_json: bool
+) -> None:
     """Study, save the state, and say how it went."""
     if first:  # whatever comes, there is a reading to query
         with uninterrupted():
@@ -124,9 +128,10 @@ def _run(study: Study, files: StudyFiles, seconds: float, steps: int | None, res
         kept, refusal = save_somewhere(result.state, files.save, overwrite=True)
         size = f"state of {result.state.num_bytes:,} bytes in {kept}"
         if result.reason == "interrupted":
-            say(f"{result.message}; {size}; {resumed}")
+            say(f"{result.message}; {size}; {resumed}", always=True)
             raise typer.Exit(INTERRUPTED)
-        say(f"{result.message}; {size}")
+        facts = {"state": kept, "state_bytes": result.state.num_bytes, "checkpoint": files.checkpoint}
+        tell({**facts, "reason": result.reason, "message": result.message}, f"{result.message}; {size}", as_json)
         say(f"{files.checkpoint} and {files.reading} are needed to continue (--resume with more --minutes) alone")
     if refusal is not None:
         raise refusal

@@ -11,10 +11,9 @@ from transformerfam.comparison.figures import draw_shares
 from transformerfam.comparison.filler import FillerComparison
 from transformerfam.comparison.plan import Asked, Asking
 from transformerfam.comparison.report import cells, current_rows
-from transformerfam.reports.answers import answers_tables
+from transformerfam.reports.answers import answers_tables, worth
 from transformerfam.reports.figure import length_axis
 from transformerfam.reports.rows import Row
-from transformerfam.tasks.answer_scores import worth
 from transformerfam.tasks.answers import QuestionFile
 from transformerfam.tasks.answers_evaluation import TEMPLATE, AnswersEvaluation
 from transformerfam.tasks.filler import filler_text, text_digest

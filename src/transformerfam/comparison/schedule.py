@@ -8,13 +8,11 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
-from rich.live import Live
 from rich.table import Table
 
 from transformerfam.comparison.names import RunName
@@ -29,8 +27,9 @@ from transformerfam.training.checkpoint import last_log_row
 from transformerfam.training.run_folder import LOG_FILE
 
 RUN_LOG = "run.log"
-REFRESH_SECONDS = 2.0
 WAITING, RUNNING, DONE, FAILED = "waiting", "running", "done", "failed"
+Watch = Callable[[Callable[[], Table]], AbstractContextManager[None]]
+"""Shows, in its body, a table that a function gives as it is at the time."""
 
 
 class Schedule:
@@ -42,13 +41,20 @@ class Schedule:
         rows: file of the finished runs' rows.
         command: the command of one run, to which its name is added.
         num_jobs: runs at a time.
+        watch: shows how far each is; None: nothing does.
     """
 
     def __init__(
-        self, comparison: Comparison, folder: Path, rows: Path, command: Sequence[str], num_jobs: int = 2
+        self,
+        comparison: Comparison,
+        folder: Path,
+        rows: Path,
+        command: Sequence[str],
+        num_jobs: int = 2,
+        watch: Watch | None = None,
     ) -> None:
         self.comparison, self.folder, self.rows_path = comparison, folder, rows
-        self.command, self.num_jobs = list(command), num_jobs
+        self.command, self.num_jobs, self.watch = list(command), num_jobs, watch
         self.num_steps = {run: comparison.recipe_of(run).schedule.steps for run in comparison.runs}
         self.states: dict[RunName, str] = dict.fromkeys(comparison.runs, WAITING)
         self.begun: dict[RunName, float] = {}
@@ -79,14 +85,7 @@ class Schedule:
             with fields_of_rows():
                 require_same_recipe(self.comparison, self.rows.rows)
             tasks = {"task_compare": self._tasks, "DOIT_CONFIG": self._doit_config()}
-            stack.enter_context(
-                Live(
-                    get_renderable=self.table,
-                    console=Console(stderr=True),
-                    refresh_per_second=1 / REFRESH_SECONDS,
-                    transient=False,
-                )
-            )
+            stack.enter_context(nullcontext() if self.watch is None else self.watch(self.table))
             try:
                 code = DoitMain(ModuleTaskLoader(tasks), config_filenames=()).run(["run"])
             finally:
@@ -226,6 +225,7 @@ def run_all(
     overrides: Sequence[str] = (),
     num_jobs: int = 2,
     device: torch.device | str = "cpu",
+    watch: Watch | None = None,
 ) -> list[RunName]:
     """Do all runs of a comparison that are not done yet.
 
@@ -237,6 +237,7 @@ def run_all(
         overrides: what was changed of the file.
         num_jobs: runs at a time.
         device: where the runs train and are asked.
+        watch: shows how far each run is; None: nothing does.
 
     Returns:
         The runs that failed.
@@ -261,4 +262,4 @@ def run_all(
         "--ends-with-input",
         "--run",
     ]
-    return Schedule(comparison, folder, rows, command, num_jobs).run()
+    return Schedule(comparison, folder, rows, command, num_jobs, watch).run()

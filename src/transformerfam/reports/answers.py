@@ -1,16 +1,21 @@
 """Questions answered, by group and system: means, with bootstrap 95 % intervals of F1, scores and right choices."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from random import Random
 from statistics import mean
+from typing import Any
 
 from rich.markup import escape
 from rich.table import Table
 
+from transformerfam.errors import TransformerFamError
+from transformerfam.reports.figure import GREYS, LINES, MARKERS, label_ends, length_axis, new_figure, save_figure
 from transformerfam.reports.rows import Row, mixed_commits, require_alike
 
 NUM_RESAMPLES = 1000
 WITH_INTERVAL = ("f1", "correct", "score")
+WORTH = "F1, score or right"
 SHARES = {"exact_match": "exact", "f1": "F1", "contains": "contains", "correct": "right", "score": "score"}
 
 
@@ -63,7 +68,81 @@ def interval(values: Sequence[float], seed: int = 0) -> str:
     """Return a mean with its 95 % interval by resampling; "-" without values."""
     if not values:
         return "-"
+    low, high = bounds(values, seed)
+    return f"{mean(values):.2f} [{low:.2f}, {high:.2f}]"
+
+
+def bounds(values: Sequence[float], seed: int = 0) -> tuple[float, float]:
+    """Return the ends of the 95 % interval of a mean, by resampling."""
     draw = Random(seed)
     means = sorted(mean(draw.choices(values, k=len(values))) for _ in range(NUM_RESAMPLES))
-    low, high = means[int(0.025 * NUM_RESAMPLES)], means[int(0.975 * NUM_RESAMPLES) - 1]
-    return f"{mean(values):.2f} [{low:.2f}, {high:.2f}]"
+    return means[int(0.025 * NUM_RESAMPLES)], means[int(0.975 * NUM_RESAMPLES) - 1]
+
+
+def worth(row: Mapping[str, Any]) -> float:
+    """Return how good the answer of a row is, 0 to 1: whether it was the right choice, its score, or its F1."""
+    return float(next(row[name] for name in ("correct", "score", "f1") if name in row))
+
+
+def plot_answers(rows: Iterable[Row], path: str | Path) -> None:
+    """Draw how good the answers of every system are, one panel a group: bars, or lines over lengths of filler.
+
+    Args:
+        rows: result rows; those of other tasks are left out.
+        path: file to write; its suffix says how: .svg, .png or .pdf.
+
+    Raises:
+        MissingPackageError: matplotlib is not installed.
+        TransformerFamError: there are no rows of answers, or the suffix is another one.
+    """
+    panels: dict[str, dict[str, dict[int, list[float]]]] = {}
+    rows = [row for row in rows if row["task"] == "answers"]
+    several = len({row["model"] for row in rows}) > 1
+    for row in rows:
+        name = f"{row['model']}, {row['system']}" if several else row["system"]
+        by_length = panels.setdefault(row["group"] or row["file"], {}).setdefault(name, {})
+        by_length.setdefault(row["filler_tokens"], []).append(worth(row))
+    if not panels:
+        raise TransformerFamError(
+            "there are 0 rows of answers, at least 1 is required; run `fam evaluate answers` first"
+        )
+    lengths = sorted({row["filler_tokens"] for row in rows})
+    num_rows, num_columns = -(-len(panels) // 2), min(2, len(panels))
+    most = max(map(len, panels.values()))
+    height = 2.9 if len(lengths) > 1 else 0.9 + 0.3 * most
+    with new_figure(path, (4.8 * num_columns, height * num_rows), num_rows, num_columns) as (figure, all_axes):
+        for axes in all_axes[len(panels) :]:
+            axes.set_visible(False)
+        for axes, (title, systems) in zip(all_axes, panels.items(), strict=False):
+            axes.set_title(title, loc="left", fontsize=9)
+            if len(lengths) > 1:
+                label_ends(axes, [(_line(axes, i, found), name) for i, (name, found) in enumerate(systems.items())])
+                length_axis(axes, lengths, "filler (tokens)", WORTH)
+            else:
+                _bars(axes, {name: found[lengths[0]] for name, found in systems.items()})
+        save_figure(figure, path)
+
+
+def _errors(values: Sequence[Sequence[float]]) -> list[list[float]]:
+    """Return how far the ends of intervals are from their means, below and above."""
+    ends = [(mean(of_one), *bounds(of_one)) for of_one in values]
+    return [[max(0.0, middle - low) for middle, low, _ in ends], [max(0.0, high - middle) for middle, _, high in ends]]
+
+
+def _line(axes: Any, index: int, by_length: Mapping[int, Sequence[float]]) -> Any:
+    lengths = sorted(by_length)
+    values = [by_length[length] for length in lengths]
+    style: dict[str, Any] = {"color": GREYS[index % len(GREYS)], "linestyle": LINES[index % len(LINES)]}
+    style |= {"marker": MARKERS[index % len(MARKERS)], "markerfacecolor": "white", "clip_on": False}
+    drawn = axes.errorbar(lengths, [mean(v) for v in values], yerr=_errors(values), elinewidth=0.6, capsize=2, **style)
+    return drawn.lines[0]
+
+
+def _bars(axes: Any, by_system: Mapping[str, Sequence[float]]) -> None:
+    names, values = list(by_system)[::-1], list(by_system.values())[::-1]
+    colors = ["#303030" if name.endswith(("fam", "fam_gated")) else "#a0a0a0" for name in names]
+    error = {"elinewidth": 0.8, "capsize": 2}
+    axes.barh(names, [mean(v) for v in values], xerr=_errors(values), color=colors, height=0.6, error_kw=error)
+    axes.set_xlim(0, 1.02)
+    axes.set_xlabel(WORTH)
+    axes.spines[["top", "right"]].set_visible(False)

@@ -1,7 +1,7 @@
 """How good an answer is: as SQuAD counts it, and by the rules of benchmarks that people quote."""
 
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import cache
 from typing import Any
 
@@ -134,11 +134,6 @@ def rouge_scorer() -> Any:
             return ROUGE_WORD.findall(text.lower())
 
     return RougeScorer(["rougeL"], tokenizer=Words())
-
-
-def worth(row: Mapping[str, Any]) -> float:
-    """Return how good the answer of a row is, 0 to 1: whether it was the right choice, its score, or its F1."""
-    return float(next(row[name] for name in ("correct", "score", "f1") if name in row))
 
 
 def squad_metric() -> Any:

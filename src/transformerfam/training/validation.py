@@ -13,7 +13,7 @@ from torch import nn
 from transformerfam.decoder.memory import memory_of, set_configuration
 from transformerfam.errors import CorruptFileError, RecipeError
 from transformerfam.files.tensors import load_tensors, metadata_form, save_tensors
-from transformerfam.tasks.answer_scores import worth
+from transformerfam.reports.answers import worth
 from transformerfam.tasks.answers import QuestionFile
 from transformerfam.tasks.answers_evaluation import AnswersEvaluation
 from transformerfam.tasks.next_token import token_losses
