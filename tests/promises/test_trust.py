@@ -120,7 +120,7 @@ def test_peft_folders_that_name_each_other_end(tmp_path, names):
         (tmp_path / name).mkdir(exist_ok=True)
         values = {"base_model_name_or_path": str(tmp_path / base)}
         (tmp_path / name / "adapter_config.json").write_text(json.dumps(values))
-    with pytest.raises(TransformerFamError, match="which leads back to itself; required is the folder of a converted"):
+    with pytest.raises(TransformerFamError, match="which leads back to itself; required is the folder of a model"):
         load_model(tmp_path / "a")
 
 

@@ -8,6 +8,7 @@ from typing import Any
 import peft
 import pytest
 import torch
+from command_line import run
 from safetensors.torch import load_file, save_file
 from tiny_llama import make_tiny_llama, random_ids, random_rows
 from tiny_models import save_passkey_model
@@ -18,8 +19,8 @@ from transformerfam.errors import CorruptFileError, StateMismatchError, Transfor
 from transformerfam.fam.convert import fam_parameters, memory_of, personal_memory, set_block_size
 from transformerfam.rivals import RivalConfig, attach
 from transformerfam.weights.adapter import FamAdapter, inject_lora
-from transformerfam.weights.models import load_model
-from transformerfam.weights.peft_adapters import load_peft_folder, merge_lora
+from transformerfam.weights.models import load_base, load_model, load_tokenizer
+from transformerfam.weights.peft_adapters import has_adapters, load_peft_folder, merge_lora
 
 CONFIG = FamConfig(fam_key_bias=0.0, block_size=8, fam_length=3, num_memory_segments=1)
 KINDS: dict[str, dict[str, Any]] = {
@@ -221,12 +222,42 @@ def test_folder_of_peft_is_loaded_with_its_base(merge: bool, tmp_path: Path) -> 
     harness = pytest.importorskip("transformerfam.tools.lm_eval")
     lm = harness.FamLM(str(tmp_path / "base"), peft=str(tmp_path / "adapter"))
     torch.testing.assert_close(lm.model(input_ids=ids).logits, expected, atol=1e-4, rtol=1e-4)
-    with pytest.raises(TransformerFamError, match="requested is system 'bswa'"):
-        load_model(tmp_path / "adapter", "bswa")
+    for system in ("bswa", "fam_untrained"):  # as of the base, whose weights they have
+        pair = [load_model(tmp_path / name, system)[0] for name in ("adapter", "base")]
+        torch.testing.assert_close(*(one(input_ids=ids).logits for one in pair))
     with pytest.raises(StateMismatchError, match="does not fit this model"):
         load_peft_folder(convert(make_tiny_llama(), CONFIG), tmp_path / "adapter", merge)
     with pytest.raises(CorruptFileError, match=r"holds no PEFT adapter \(adapter_config.json is missing\)"):
         load_peft_folder(base, tmp_path / "base", merge)
+
+
+def test_adapter_of_a_plain_model_is_taken_wherever_a_model_is(tmp_path: Path) -> None:
+    """Catches a fine-tuned model that is converted, planned or read without its adapter, or refused."""
+    save_passkey_model(tmp_path / "converted")
+    base, tokenizer = load_base(tmp_path / "converted")
+    base.save_pretrained(tmp_path / "base")
+    tokenizer.save_pretrained(tmp_path / "base")
+    torch.manual_seed(1)
+    model = peft.get_peft_model(base, peft.LoraConfig(init_lora_weights=False, target_modules=["q_proj"])).eval()
+    model.peft_config["default"].base_model_name_or_path = str(tmp_path / "base")
+    model.save_pretrained(tmp_path / "adapter")
+    ids = torch.arange(20)[None]
+    expected = model(input_ids=ids).logits
+    plain, _ = load_base(tmp_path / "adapter")
+    torch.testing.assert_close(plain(input_ids=ids).logits, expected, atol=1e-4, rtol=1e-4)
+    assert not has_adapters(plain)
+    assert len(load_tokenizer(tmp_path / "adapter")) == len(tokenizer)
+    window, _ = load_model(tmp_path / "adapter", "bswa", {"block_size": 32, "fam_length": 2})
+    torch.testing.assert_close(window(input_ids=ids).logits, expected, atol=1e-4, rtol=1e-4)
+    run("convert", tmp_path / "adapter", tmp_path / "new", "--set", "block_size=32", "--set", "fam_length=2")
+    new, _ = load_base(tmp_path / "new")
+    torch.testing.assert_close(new(input_ids=ids).logits, expected, atol=1e-4, rtol=1e-4)
+    planned = [
+        run("plan", tmp_path / name, "--train", "none").partition("parameters")[2] for name in ("base", "adapter")
+    ]
+    assert planned[0] == planned[1]
+    with pytest.raises(TransformerFamError, match="has no trained memory"):
+        load_model(tmp_path / "adapter")
 
 
 SOFT_PROMPTS: dict[str, Any] = {

@@ -7,6 +7,7 @@ code that will run.
 
 import dataclasses
 import warnings
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -26,7 +27,7 @@ from transformerfam.tools.costs import flops_per_token, full_cache_bytes
 from transformerfam.tools.fake_model import AllocatedBytes, build_on_meta, convert_fake, make_fake
 from transformerfam.training.optimizer import new_optimizer
 from transformerfam.training.recipe.sections import OptimizerSection
-from transformerfam.weights.models import NAMED_MODELS, load_base
+from transformerfam.weights.models import NAMED_MODELS, base_folder, load_base
 from transformerfam.weights.pretrained import load_pretrained
 
 Training = Literal["full", "lora", "none"]
@@ -94,6 +95,8 @@ def find_config(model: str) -> Any:
         return LlamaConfig(vocab_size=256_000, tie_word_embeddings=True, **shape)
     if model in NAMED_MODELS:
         return load_base(model)[0].config
+    if Path(model).is_dir():
+        model = str(base_folder(model))
     try:
         return load_pretrained(AutoConfig, model, local_files_only=False)
     except CorruptFileError as error:

@@ -15,17 +15,22 @@ from transformerfam.config import FamConfig
 from transformerfam.decoder.memory import memory_of, set_configuration
 from transformerfam.decoder.model import ModelWithMemory
 from transformerfam.decoder.slot import memory_in
-from transformerfam.errors import CorruptFileError, TransformerFamError
+from transformerfam.errors import TransformerFamError
 from transformerfam.fam.convert import convert
 from transformerfam.fam.memory import FamModel
-from transformerfam.files.reading import parse_json, read_whole
 from transformerfam.files.tensors import is_ours
 from transformerfam.files.writing import share_rights
 from transformerfam.weights.adapter import FamAdapter
 from transformerfam.weights.eight_bit import EIGHT_BIT_FILE, load_eight_bit
 from transformerfam.weights.folders import CHECKPOINT_FILE, CONFIG_FILE, FAM_FILE
 from transformerfam.weights.memories import KINDS, MEMORY_FILES, System, kind_of, kind_to_load
-from transformerfam.weights.peft_adapters import LORA_CONFIG_FILE, has_adapters, load_peft_folder
+from transformerfam.weights.peft_adapters import (
+    LORA_CONFIG_FILE,
+    has_adapters,
+    load_peft_folder,
+    load_plain_peft,
+    named_base,
+)
 from transformerfam.weights.pretrained import (
     load_pretrained,
     load_pretrained_model,
@@ -107,7 +112,8 @@ def load_model(
 
     Args:
         name_or_folder: "tiny", "smollm2", or a folder: what `save_model` or `FamAdapter.save_pretrained` wrote, what
-            PEFT wrote for such a model, or any model that transformers loads (without a trained memory).
+            PEFT wrote for such a model, or any model that transformers loads (without a trained memory), with an
+            adapter of PEFT or not.
         system: "fam" is the trained memory; "bswa" the rival without memory: the one trained alike where the folder
             has it (sub-folder `bswa`), else the base weights with `fam_length` 0; "fam_untrained" the base weights
             with an untrained memory; the name of a rival is the one that was trained in the folder.
@@ -124,8 +130,13 @@ def load_model(
     """
     require_system(system)
     folder = _find_folder(name_or_folder)
-    if (folder / LORA_CONFIG_FILE).is_file() and not (folder / FAM_FILE).is_file():
-        return _load_peft(folder, system, config_overrides, merge)
+    if _is_peft(folder):
+        base = base_folder(folder)
+        if system == "fam":
+            memory_model, tokenizer = load_model(named_base(folder), system, config_overrides)
+            return load_peft_folder(memory_model, folder, merge).eval(), tokenizer
+        if any((base / name).is_file() for name in MEMORY_FILES):
+            return load_model(base, system, config_overrides)
     kind = kind_to_load(folder, system)
     if kind.read is not None:
         give = kind.read(folder, system)
@@ -157,39 +168,31 @@ def load_model(
     return model.eval(), tokenizer
 
 
-def _load_peft(
-    folder: Path, system: str, overrides: Mapping[str, Any] | None, merge: bool
-) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Load a folder that PEFT's `save_pretrained` wrote, with the converted model that its configuration names."""
-    base = _base_of_peft(folder)
-    if system != "fam" or not base:
-        raise TransformerFamError(
-            f"{folder} holds an adapter of PEFT for the base model {base!r}, requested is system {system!r}; required "
-            "is system 'fam' and the folder of a converted model as base_model_name_or_path"
-        )
-    seen, place = [folder.resolve()], _find_folder(base)
-    while (place / LORA_CONFIG_FILE).is_file() and not (place / FAM_FILE).is_file():
-        if place.resolve() in seen:
+def _is_peft(folder: Path) -> bool:
+    """Whether a folder is what PEFT's `save_pretrained` wrote; `FamAdapter`'s holds the same files, and more."""
+    return (folder / LORA_CONFIG_FILE).is_file() and not (folder / FAM_FILE).is_file()
+
+
+def base_folder(name_or_folder: str | os.PathLike[str]) -> Path:
+    """Return the folder of a model; of an adapter of PEFT the folder of its base model.
+
+    Raises:
+        TransformerFamError: there is no such model, or an adapter is its own base.
+        CorruptFileError: PEFT's configuration cannot be read.
+    """
+    place = folder = _find_folder(name_or_folder)
+    seen: list[Path] = []
+    while _is_peft(place):
+        base = named_base(place)
+        if not base or place.resolve() in seen:
+            what = f"is {base!r}, which leads back to itself" if base else "it does not name"
             raise TransformerFamError(
-                f"{folder} holds an adapter of PEFT whose base model is {base!r}, which leads back to itself; required "
-                "is the folder of a converted model as base_model_name_or_path"
+                f"{folder} holds an adapter of PEFT whose base model {what}; required is the folder of a model as "
+                "base_model_name_or_path"
             )
         seen.append(place.resolve())
-        place = _find_folder(_base_of_peft(place))
-    model, tokenizer = load_model(base, system, overrides)
-    return load_peft_folder(model, folder, merge).eval(), tokenizer
-
-
-def _base_of_peft(folder: Path) -> str:
-    """Return what a folder of PEFT names as its base model; "" where it names none."""
-    path = folder / LORA_CONFIG_FILE
-    try:
-        base = parse_json(read_whole(path))["base_model_name_or_path"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise CorruptFileError(f"{path} cannot be read ({error}); copy it again") from error
-    if not isinstance(base, str | None):
-        raise CorruptFileError(f"{path} has {base!r} as base_model_name_or_path, required is a text; correct it")
-    return base or ""
+        place = _find_folder(base)
+    return place
 
 
 def save_model(
@@ -274,23 +277,29 @@ def load_base(
         UnsupportedModelError: it needs its own code, which is never run.
     """
     folder = folder or _find_folder(name_or_folder)
+    if _is_peft(folder):
+        base = base_folder(folder)
+        if any((base / name).is_file() for name in MEMORY_FILES):
+            return load_base(base)
+        model, tokenizer = load_base(named_base(folder))
+        return load_plain_peft(model, folder).eval(), tokenizer
     if not (folder / CONFIG_FILE).is_file():
         if str(name_or_folder) == "smollm2":
             return load_smollm2()
         if adapter is None:
             adapter = FamAdapter.from_pretrained(folder)
-        base = adapter.notes.get(BASE_NOTE)
-        if not isinstance(base, str) or base == str(name_or_folder):
+        noted = adapter.notes.get(BASE_NOTE)
+        if not isinstance(noted, str) or noted == str(name_or_folder):
             raise TransformerFamError(
                 f"{folder} holds a memory without its base model, and its notes do not name one under {BASE_NOTE!r}; "
                 "load the base model yourself and call FamAdapter.from_pretrained(folder).apply(model)"
             )
-        if base != "smollm2" and not (_find_folder(base) / CONFIG_FILE).is_file():
+        if noted != "smollm2" and not (_find_folder(noted) / CONFIG_FILE).is_file():
             raise TransformerFamError(
-                f"{folder} names {base!r} as its base model, which is not a model; load the base model yourself and "
+                f"{folder} names {noted!r} as its base model, which is not a model; load the base model yourself and "
                 "call FamAdapter.from_pretrained(folder).apply(model)"
             )
-        return load_smollm2() if base == "smollm2" else load_base(base)
+        return load_smollm2() if noted == "smollm2" else load_base(noted)
     if (folder / EIGHT_BIT_FILE).is_file():
         return load_eight_bit(folder), load_pretrained(AutoTokenizer, folder)
     with plain_loading():
@@ -304,7 +313,7 @@ def load_tokenizer(name_or_folder: str | os.PathLike[str]) -> PreTrainedTokenize
     if any((folder / name).is_file() for name in (CONFIG_FILE, "tokenizer_config.json")):
         tokenizer: PreTrainedTokenizerBase = load_pretrained(AutoTokenizer, folder)
         return tokenizer
-    return load_base(name_or_folder)[1]
+    return load_tokenizer(named_base(folder)) if _is_peft(folder) else load_base(name_or_folder)[1]
 
 
 def _find_folder(name_or_folder: str | os.PathLike[str]) -> Path:

@@ -13,6 +13,7 @@ from transformerfam.decoder.parameters import adapters_in_force
 from transformerfam.errors import CorruptFileError, StateMismatchError, TransformerFamError, UnsupportedModelError
 from transformerfam.fam.convert import memory_of
 from transformerfam.fam.row_lora import refuse_merge
+from transformerfam.files.reading import parse_json, read_whole
 from transformerfam.versions import require_peft
 
 LORA_CONFIG_FILE = "adapter_config.json"
@@ -164,6 +165,27 @@ def set_adapter_tensors(model: PreTrainedModel, tensors: dict[str, torch.Tensor]
         raise StateMismatchError(f"adapter has no tensor {missing[0]}, which its configuration names")
 
 
+def named_base(folder: Path) -> str:
+    """Return what a folder of PEFT names as its base model; "" where it names none.
+
+    Raises:
+        CorruptFileError: its configuration cannot be read.
+    """
+    path = folder / LORA_CONFIG_FILE
+    try:
+        base = parse_json(read_whole(path))["base_model_name_or_path"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CorruptFileError(f"{path} cannot be read ({error}); copy it again") from error
+    if not isinstance(base, str | None):
+        raise CorruptFileError(f"{path} has {base!r} as base_model_name_or_path, required is a text; correct it")
+    return base or ""
+
+
+def load_plain_peft(model: PreTrainedModel, folder: str | os.PathLike[str]) -> PreTrainedModel:
+    """Add an adapter of PEFT to the weights of a model without a memory; arguments and errors as `load_peft_folder`."""
+    return _put_in(model, folder).merge_and_unload()
+
+
 def load_peft_folder(model: PreTrainedModel, folder: str | os.PathLike[str], merge: bool) -> PreTrainedModel:
     """Put an adapter that PEFT's `save_pretrained` wrote into a converted model, in place.
 
@@ -181,6 +203,14 @@ def load_peft_folder(model: PreTrainedModel, folder: str | os.PathLike[str], mer
         StateMismatchError: the adapter is of another model, or of a memory of another shape.
         MissingPackageError: PEFT is not installed.
     """
+    _put_in(model, folder)
+    if merge and can_merge(model):
+        merge_lora(model)
+    return model
+
+
+def _put_in(model: PreTrainedModel, folder: str | os.PathLike[str]) -> Any:
+    """Put an adapter into a model, in place, and return PEFT's model around it; errors are those of its callers."""
     peft = require_peft()
     for name in (LORA_CONFIG_FILE, LORA_FILE):
         if not (Path(folder) / name).is_file():
@@ -206,6 +236,4 @@ def load_peft_folder(model: PreTrainedModel, folder: str | os.PathLike[str], mer
                 f"the adapter in {folder} does not fit this model: it {what} {names[0]}; load it with the base model "
                 "and the FamConfig that it was trained with"
             )
-    if merge and can_merge(model):
-        merge_lora(model)
-    return model
+    return loaded
