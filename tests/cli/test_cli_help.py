@@ -1,6 +1,7 @@
 """Help, versions and completion: at once, since no command's module is imported for them."""
 
 import inspect
+import io
 import subprocess
 import sys
 
@@ -104,6 +105,17 @@ def test_versions_that_are_too_old_end_in_one_line_and_the_doctor_runs(monkeypat
         fam_command.main()
     assert caught.value.code == 2
     assert capsys.readouterr().err == "error: transformers is 4.0; fam doctor says what works\n"
+
+
+def test_what_the_terminal_cannot_show_is_an_escape(monkeypatch):
+    """Catches an answer that is lost on a terminal of another encoding."""
+    stream = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    monkeypatch.setattr(sys, "argv", ["fam"])
+    monkeypatch.setattr(sys, "stdout", stream)
+    monkeypatch.setattr("transformerfam.cli.app.app", lambda: typer.echo("caf\u00e9 \U0001f600"))
+    fam_command.main()
+    stream.flush()
+    assert stream.buffer.getvalue() == b"caf\\xe9 \\U0001f600\n"
 
 
 def test_help_fits_narrow_terminals_and_none_with_colour(monkeypatch):

@@ -59,7 +59,7 @@ def test_length_that_is_not_known_has_no_time_left(monkeypatch, clock):
     (
         lambda: training_bar(100),
         {"step": 50, "stage": 1, "loss": 2.5, "key_accuracy": None, "tokens_per_second": 1234.0},
-        "training: 50/100 steps, 1.2 steps/s, stage 1, loss 2.500, 1,234 tokens/s, ETA 0:00:41",
+        "training: 51/100 steps, 1.2 steps/s, stage 1, loss 2.500, 1,234 tokens/s, ETA 0:00:41",
     ),
     (
         lambda: study_bar(100.0, None),

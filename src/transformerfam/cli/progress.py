@@ -210,7 +210,7 @@ def training_bar(num_steps: int) -> Iterator[Callable[[Mapping[str, Any]], None]
         def update(row: Mapping[str, Any]) -> None:
             keys = "" if row["key_accuracy"] is None else f"keys {row['key_accuracy']:.2f}, "
             numbers = f"loss {row['loss']:.3f}, {keys}{row['tokens_per_second']:,.0f} tokens/s"
-            move(row["step"], num_steps, f"stage {row['stage']}, {numbers}")
+            move(row["step"] + 1, num_steps, f"stage {row['stage']}, {numbers}")
 
         yield update
 

@@ -101,7 +101,7 @@ def plot_training(logs: Mapping[str, Log], path: str | Path) -> None:
                 options = {"marker": marker, "markersize": 4.5, "markerfacecolor": "white", "linewidth": 0.7}
                 axes.plot(*zip(*held_out, strict=True), label=f"{run}, held-out texts", **options, **style)
         axes.set_xlabel("steps")
-        axes.set_ylabel("loss (nats per token)")
+        axes.set_ylabel("loss")
         axes.spines[["top", "right"]].set_visible(False)
         axes.legend(frameon=False)
         save_figure(figure, path)

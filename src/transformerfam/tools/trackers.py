@@ -86,7 +86,8 @@ class Trackers:
         values = flat_values(self.trainer.recipe.to_dict())
         for tracker in self.trackers:
             tracker.start()
-            tracker.store_init_configuration(values)
+            if not (tracker.name == TENSORBOARD and self.trainer.step):  # its folder has the recipe already
+                tracker.store_init_configuration(values)
         return self
 
     def __exit__(
