@@ -14,7 +14,8 @@ from typing import Any, NamedTuple
 import torch
 
 CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(["accelerate", "peft", "transformerfam.cli.app", __name__])
+COMMANDS = [f"transformerfam.cli.{name}" for name in ("app", "compare", "evaluate_passkey", "read", "train")]
+CONTEXT.set_forkserver_preload(["accelerate", "peft", *COMMANDS, __name__])
 SECONDS = 280
 
 

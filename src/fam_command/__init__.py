@@ -3,6 +3,7 @@
 It is no part of `transformerfam`, which refuses to be imported with a torch or transformers that is too old.
 """
 
+import io
 import os
 import sys
 
@@ -13,7 +14,10 @@ UNCHECKED = "TRANSFORMERFAM_UNCHECKED_VERSIONS"
 
 
 def main() -> None:
-    """Run the command."""
+    """Run the command; what the terminal's encoding lacks is written as an escape."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     if next((word for word in sys.argv[1:] if not word.startswith("-")), None) == DOCTOR:
         os.environ[UNCHECKED] = "1"
     try:
