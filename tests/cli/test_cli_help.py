@@ -89,12 +89,15 @@ def test_versions_that_are_too_old_end_in_one_line_and_the_doctor_runs(monkeypat
     assert fam_command.UNCHECKED == UNCHECKED
     monkeypatch.delenv(UNCHECKED)
     run_by = []
-    monkeypatch.setattr("transformerfam.cli.app.app", lambda: run_by.append(fam_command.os.environ.get(UNCHECKED)))
+    names = (UNCHECKED, fam_command.NO_BARS)
+    monkeypatch.setattr(
+        "transformerfam.cli.app.app", lambda: run_by.append([fam_command.os.environ.get(name) for name in names])
+    )
     for words in (["fam", "-q", "doctor"], ["fam", "read", "doctor"]):
+        monkeypatch.setattr(fam_command.os, "environ", {})
         monkeypatch.setattr(sys, "argv", words)
         fam_command.main()
-        monkeypatch.delenv(UNCHECKED, raising=False)
-    assert run_by == ["1", None]
+    assert run_by == [["1", "1"], [None, "1"]]
     monkeypatch.delattr("transformerfam.cli.app.app")
 
     def refuse(name):
@@ -112,10 +115,10 @@ def test_what_the_terminal_cannot_show_is_an_escape(monkeypatch):
     stream = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
     monkeypatch.setattr(sys, "argv", ["fam"])
     monkeypatch.setattr(sys, "stdout", stream)
-    monkeypatch.setattr("transformerfam.cli.app.app", lambda: typer.echo("caf\u00e9 \U0001f600"))
+    monkeypatch.setattr("transformerfam.cli.app.app", lambda: sys.stdout.write("caf\u00e9 \U0001f600"))
     fam_command.main()
     stream.flush()
-    assert stream.buffer.getvalue() == b"caf\\xe9 \\U0001f600\n"
+    assert stream.buffer.getvalue() == b"caf\\xe9 \\U0001f600"
 
 
 def test_help_fits_narrow_terminals_and_none_with_colour(monkeypatch):

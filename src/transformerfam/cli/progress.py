@@ -12,7 +12,8 @@ from typing import IO, TYPE_CHECKING, Any, cast
 from rich.console import Console
 from rich.filesize import decimal
 from rich.live import Live
-from rich.progress import BarColumn, Progress, ProgressColumn, TextColumn, TimeRemainingColumn
+from rich.markup import escape
+from rich.progress import BarColumn, Progress, TextColumn
 from rich.table import Table
 
 from transformerfam.cli.verbosity import LEVEL
@@ -22,8 +23,8 @@ if TYPE_CHECKING:
     from transformerfam.decoder.state import ReadingState
 
 SECONDS_BETWEEN_LINES = 30.0
-NARROW = 60
-"""Columns of a terminal below which the bar itself is left out, for the numbers' sake."""
+BAR, NARROW = 12, 60
+"""Columns of a bar, and those of a terminal below which it is left out, for the numbers' sake."""
 
 
 class _Screen:
@@ -59,12 +60,13 @@ class Amount:
 
     Args:
         description: what is being done.
-        unit: what is counted, in the plural.
+        unit: what is counted, in the plural; "%" is a share.
         total: how much there is to do; None where that is not known.
+        shows_rate: whether units per second are of interest.
     """
 
-    def __init__(self, description: str, unit: str, total: float | None) -> None:
-        self.description, self.unit, self.total = description, unit, total
+    def __init__(self, description: str, unit: str, total: float | None, shows_rate: bool = True) -> None:
+        self.description, self.unit, self.total, self.shows_rate = description, unit, total, shows_rate
         self.done, self.detail = 0.0, ""
         self._begin: tuple[float, float] | None = None
         self._now = 0.0
@@ -87,31 +89,39 @@ class Amount:
         """What is done of what."""
         if self.unit == "%":
             return f"{self.done:.0f} %"
-        return (
-            f"{self.done:,.0f} {self.unit}" if self.total is None else f"{self.done:,.0f}/{self.total:,.0f} {self.unit}"
-        )
+        of_all = "" if self.total is None else f"/{self.total:,.0f}"
+        return f"{self.done:,.0f}{of_all} {self.unit}"
 
     @property
     def speed(self) -> str:
         """The rate, as a text."""
-        if self.rate is None or self.unit == "%":
+        if self.rate is None or not self.shows_rate:
             return ""
         return f"{self.rate:,.0f} {self.unit}/s" if self.rate >= 10 else f"{self.rate:.2g} {self.unit}/s"
 
-    def line(self) -> str:
-        """Return all of it on one line, with the time left."""
-        left = (
-            ""
-            if not self.rate or self.total is None
-            else str(timedelta(seconds=round((self.total - self.done) / self.rate)))
-        )
-        parts = [self.counted, self.speed, self.detail, f"ETA {left}" if left else ""]
-        return f"{self.description}: {', '.join(part for part in parts if part)}"
+    @property
+    def left(self) -> str:
+        """The time left, as a text."""
+        if not self.rate or self.total is None:
+            return ""
+        return f"ETA {timedelta(seconds=round(max(0.0, self.total - self.done) / self.rate))}"
+
+    def text(self, width: int | None = None) -> str:
+        """Return what is done, the rate, the time left and what else there is, as much of it as fits.
+
+        Args:
+            width: columns; None: any number.
+        """
+        parts = [part for part in (self.counted, self.left, self.speed) if part]
+        while width is not None and len(parts) > 1 and len(", ".join(parts)) > width:
+            parts.pop()
+        text = ", ".join([*parts, self.detail] if self.detail else parts)
+        return text if width is None or len(text) <= width else f"{text[: max(0, width - 1)]}\N{HORIZONTAL ELLIPSIS}"
 
 
 @contextlib.contextmanager
 def follow(
-    description: str, unit: str, total: float | None = None
+    description: str, unit: str, total: float | None = None, shows_rate: bool = True
 ) -> Iterator[Callable[[float, float | None, str], None]]:
     """Show how something proceeds, and yield the function that says so.
 
@@ -119,25 +129,27 @@ def follow(
         description: what is being done.
         unit: what is counted, in the plural; "%" is a share.
         total: how much there is to do; None where that is not known.
+        shows_rate: whether units per second are of interest.
 
     Yields:
         A function of (how much is done, how much there is to do, what else is to be shown).
     """
-    amount, console = Amount(description, unit, total), screen(soft_wrap=True)
+    amount, console = Amount(description, unit, total, shows_rate), screen()
     if LEVEL.is_quiet or process_share()[0] > 0:
         yield amount.move
     elif console.is_terminal and not console.is_dumb_terminal:
-        columns: list[ProgressColumn] = [TextColumn("{task.description}"), TextColumn("{task.fields[text]}")]
-        if console.width >= NARROW:
-            columns.insert(1, BarColumn(bar_width=None if console.width < 2 * NARROW else 40))
-        columns += [TextColumn("ETA"), TimeRemainingColumn()]
-        with Progress(*columns, console=screen(), expand=console.width < 2 * NARROW) as progress:
-            task = progress.add_task(description, total=total, text="")
+        bars = [BarColumn(bar_width=BAR)] if console.width >= NARROW else []
+        room = console.width - (BAR + 1) * len(bars) - 1
+        with Progress(*bars, TextColumn("{task.description}"), console=console) as progress:
+            task = progress.add_task(description, total=total)
 
             def update(done: float, total: float | None, detail: str) -> None:
                 amount.move(done, total, detail)
-                text = ", ".join(part for part in (amount.counted, amount.speed, detail) if part)
-                progress.update(task, completed=done, total=total, text=text)
+                named = f"{description}: "
+                if len(named) + len(f"{amount.counted}, {amount.left}") > room:
+                    named = ""
+                shown = escape(named + amount.text(room - len(named)))
+                progress.update(task, completed=done, total=total, description=shown)
 
             yield update
     else:
@@ -153,7 +165,7 @@ def _lines_of(amount: Amount) -> Callable[[float, float | None, str], None]:
         amount.move(done, total, detail)
         if time.monotonic() - last >= SECONDS_BETWEEN_LINES:
             last = time.monotonic()
-            screen(soft_wrap=True).print(amount.line(), highlight=False, markup=False)
+            screen(soft_wrap=True).print(f"{amount.description}: {amount.text()}", highlight=False, markup=False)
 
     return update
 
@@ -205,12 +217,12 @@ def training_bar(num_steps: int) -> Iterator[Callable[[Mapping[str, Any]], None]
     Yields:
         A function of a step's row of the log.
     """
-    with follow("training", "steps", num_steps) as move:
+    with follow("training", "steps", num_steps, shows_rate=False) as move:
 
         def update(row: Mapping[str, Any]) -> None:
             keys = "" if row["key_accuracy"] is None else f"keys {row['key_accuracy']:.2f}, "
             numbers = f"loss {row['loss']:.3f}, {keys}{row['tokens_per_second']:,.0f} tokens/s"
-            move(row["step"] + 1, num_steps, f"stage {row['stage']}, {numbers}")
+            move(row["step"] + 1, num_steps, f"{numbers}, stage {row['stage']}")
 
         yield update
 
@@ -226,7 +238,7 @@ def study_bar(seconds: float | None, steps: int | None) -> Iterator[Callable[[Ma
     Yields:
         A function of a step's row of the log.
     """
-    with follow("studying", "%", 100.0) as move:
+    with follow("studying", "%", 100.0, shows_rate=False) as move:
         held_out = "-"
 
         def update(row: Mapping[str, Any]) -> None:
