@@ -27,7 +27,7 @@ trained"."""
 
 
 def convert_command(
-    model: Annotated[str, typer.Argument(help="smollm2, or a folder that transformers loads.")],
+    model: Annotated[str, typer.Argument(help="smollm2, or a folder that transformers loads or PEFT wrote.")],
     output: Annotated[Path, typer.Argument(help="Folder for the converted model.")],
     preset: Annotated[
         str,

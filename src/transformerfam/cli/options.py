@@ -10,7 +10,7 @@ from transformerfam.fields import LARGEST_INTEGER
 CONTROLS = ("fam_memory_zeroed", "fam_memory_swapped", "fam_memory_initial")
 """Those of `tasks.controls`, which takes seconds to import."""
 
-ModelOption = Annotated[str, typer.Option("--model", help="tiny, smollm2, or a folder.")]
+ModelOption = Annotated[str, typer.Option("--model", help="tiny, smollm2, or a folder, also one that PEFT wrote.")]
 SystemOption = Annotated[
     str | None,
     typer.Option(

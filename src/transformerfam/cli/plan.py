@@ -19,7 +19,9 @@ CHOICES = {"--train": ("full", "lora", "none"), "--optimizer": ("adamw", "adafac
 
 
 def plan_command(
-    model: Annotated[str, typer.Argument(help="paper-1b, paper-8b, paper-24b, tiny, smollm2, a folder or a Hub name.")],
+    model: Annotated[
+        str, typer.Argument(help="paper-1b, paper-8b, paper-24b, tiny, smollm2, a folder or a Hub name.")
+    ] = "tiny",
     context: Annotated[
         int, typer.Option("--context", min=1, max=LARGEST_INTEGER, help="Tokens of a training sequence.")
     ] = 8192,
