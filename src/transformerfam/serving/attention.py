@@ -259,8 +259,8 @@ async def look(service: Service, owner: str, memory: str, body: AttentionBody) -
             429; 503.
     """
     _require_rows(service)
-    record = service.memories.get(owner, memory)
-    service.memories.require_own_weights(record)
+    record = await run_in_threadpool(service.memories.get, owner, memory)
+    service.memories.states.require_own_weights(record)
     if body.text is not None:
         is_empty = record.state is None and record.status == READY
         state = service.memories.blank_state()
