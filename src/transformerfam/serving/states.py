@@ -54,7 +54,7 @@ class States:
                 "memory",
                 2,
             )
-        self._require_own_weights(record)
+        self.require_own_weights(record)
         found = self.cache.get(record.id, record.state)
         if found is not None:
             return found
@@ -86,7 +86,12 @@ class States:
             message = str(error).replace(str(path), "the state's file")
             raise ApiError(400, message, "invalid_state") from error
 
-    def _require_own_weights(self, record: Record) -> None:
+    def require_own_weights(self, record: Record) -> None:
+        """Refuse a memory that other weights have read.
+
+        Raises:
+            ApiError: 409.
+        """
         if record.fingerprint != self.fingerprint:
             raise ApiError(
                 409,
