@@ -3,7 +3,7 @@
 Nothing else of the package prints, or imports typer.
 
 May import: every other room.
-One more command: a file with a function, added to the application in `app` and to the list in `overview`.
+One more command: a file with a function, added to the list in `commands`.
 """
 
 from transformerfam.old_paths import names_of
