@@ -315,7 +315,8 @@ def test_failed_run_is_named(recipe: Path, tmp_path: Path, monkeypatch: pytest.M
     assert "2 empty" in result.output or EMPTY in result.output
 
 
-@pytest.mark.parametrize("is_killed", [False, pytest.param(True, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("is_killed", [False, True])
 def test_interrupted_comparison_goes_on(recipe: Path, tmp_path: Path, is_killed: bool) -> None:
     """Catches a Ctrl-C, or a killed scheduler, that leaves processes running or loses what they have trained."""
     folder = tmp_path / "runs"

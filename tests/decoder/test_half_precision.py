@@ -37,7 +37,7 @@ def test_fam_that_grows_past_float16_is_that_of_float32() -> None:
 
 
 @every_case
-@pytest.mark.parametrize("fam_dtype", ["float32", "float16"])
+@pytest.mark.parametrize("fam_dtype", [pytest.param("float32", marks=pytest.mark.slow), "float16"])
 @torch.no_grad()
 def test_saved_fam_larger_than_float16_gives_finite_numbers(case: str, fam_dtype: Any) -> None:
     """Catches a family, and a way into a layer, where large rows become infinite."""

@@ -92,7 +92,7 @@ configurations = st.builds(
 )
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(config=configurations, counts=st.lists(st.integers(1, 4), min_size=1, max_size=8))
 def test_sight_says_what_the_mask_says(config: FamConfig, counts: list[int]) -> None:
     """Catches a slot that one of the two counts as filled, at every phase of the first blocks."""

@@ -53,7 +53,7 @@ def assert_reads_alike(plain: Any, compiled: Any, ids: torch.Tensor, lengths: Se
             torch.testing.assert_close(found_layer.tensors()[name], tensor, atol=1e-6, rtol=0)
 
 
-IN_BLOCKS = ("fam", "memory segments", "sinks", "static", "gated slots", "gated, with a mask")
+IN_BLOCKS = ("fam", "memory segments", "gated slots", "gated, with a mask")
 """The fast tests compile these blocks, and the other configurations' tokens one by one; `make prove` compiles all."""
 
 

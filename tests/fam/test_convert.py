@@ -284,7 +284,7 @@ def test_interrupt_within_a_piece_leaves_the_state_whole(monkeypatch: pytest.Mon
 
 
 @pytest.mark.parametrize("case", ["mixtral", "qwen3_moe", "gpt_oss", "deepseek_v2", "gemma3_text"])
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, pytest.param(torch.float16, marks=pytest.mark.slow)])
 def test_rounding_of_half_precision_is_no_reason_to_refuse(case: str, dtype: torch.dtype) -> None:
     """Catches checks that compare after a choice of experts, which rounding turns: 1 in 4 of these were refused."""
     for seed in range(6):

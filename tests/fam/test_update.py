@@ -74,16 +74,16 @@ def test_checkpointed_blocks_have_the_same_gradients(name: str) -> None:
 @torch.no_grad()
 def test_gated_rows_stay_of_the_size_of_their_values() -> None:
     """Catches rows that grow with the number of blocks, as those of the paper do."""
-    ids, sizes = random_ids(1, 6 * 200), {}
+    ids, sizes = random_ids(1, 6 * 100), {}
     for name in ("paper", "gated", "gated without residual", "slots", "block"):
         model, sizes[name] = converted(**UPDATES[name]), []
         state = model.init_state()
         for block in ids.split(6, dim=1):
             model.read(block, state)
             sizes[name].append(float(state.fams[1].pow(2).mean().sqrt()))
-    assert sizes["paper"][-1] > 5 * sizes["paper"][9]
+    assert sizes["paper"][-1] > 4 * sizes["paper"][9]
     for name in ("gated", "gated without residual", "slots", "block"):
-        assert max(sizes[name][100:]) < 2 * max(sizes[name][:10])
+        assert max(sizes[name][50:]) < 2 * max(sizes[name][:10])
 
 
 def test_only_rows_that_are_needed_go_through_the_layers() -> None:

@@ -25,7 +25,7 @@ runner = CliRunner()
 
 
 @pytest.mark.parametrize(
-    "question", [state, *(pytest.param(one, marks=pytest.mark.slow) for one in (overhead, efficiency, training_dtype))]
+    "question", [pytest.param(one, marks=pytest.mark.slow) for one in (state, overhead, efficiency, training_dtype)]
 )
 def test_rows_carry_median_spread_and_where_they_come_from(question: Any) -> None:
     """Catches a figure without its spread, or one that cannot be distinguished from another machine's."""

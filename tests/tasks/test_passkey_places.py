@@ -30,7 +30,7 @@ def test_uniform_keys_stand_in_every_part_of_the_text_and_beyond_the_window(mode
         assert [int(8 * (place + 0.99) / free) for place in places] == list(range(8))
         assert max(places) <= length - window
     assert {row["placing"] for row in rows} == {"uniform"}
-    for row in rows[:6]:
+    for row in rows[:3]:
         ids = text_of_row(tokenizer, row, 0)
         assert row["answer"] == answer_alone(model, tokenizer, ids, len(PasskeyText(tokenizer).key_ids(row["key"])))
 

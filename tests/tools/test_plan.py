@@ -210,9 +210,8 @@ def test_what_cannot_be_planned_is_refused() -> None:
     assert "did you mean block_size?" in result.stderr
 
 
-@pytest.mark.parametrize(
-    ("training", "preset"), [("full", "paper"), pytest.param("lora", "gated", marks=pytest.mark.slow)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize(("training", "preset"), [("full", "paper"), ("lora", "gated")])
 def test_training_operations_are_those_that_torch_counts(training: Any, preset: str) -> None:
     """Catches what a step does besides the layers: logits made again with their block, LoRA's own matrices."""
     shape = {"vocab_size": 640, "hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4}

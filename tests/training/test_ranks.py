@@ -40,7 +40,7 @@ needs_sharding = pytest.mark.skipif(
     release(torch.__version__) < release(OLDEST_TORCH_THAT_SHARDS),
     reason=f"sharding needs torch {OLDEST_TORCH_THAT_SHARDS}; the mark goes when that is the oldest one supported",
 )
-MARKS = {"sharded": needs_sharding} | dict.fromkeys(("first", "all", "later"), pytest.mark.slow)
+MARKS = {"sharded": [needs_sharding, pytest.mark.slow]} | dict.fromkeys(("first", "all", "later"), pytest.mark.slow)
 
 
 def values_of(name: str) -> dict[str, Any]:
