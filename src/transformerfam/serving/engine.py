@@ -186,9 +186,8 @@ class Engine:
             for job in [job for job in queue if job.is_cancelled]:
                 queue.remove(job)  # type: ignore[arg-type]
                 self._finish(job, ApiError(499, "the client is gone", "cancelled"))
-        if any(job.is_cancelled for job in self._rows):
-            for job in self._leave(lambda job: job.is_cancelled):
-                self._finish(job, ApiError(499, "the client is gone", "cancelled"))
+        for job in self._leave(lambda job: job.is_cancelled):
+            self._finish(job, ApiError(499, "the client is gone", "cancelled"))
 
     # The batch
 
@@ -203,10 +202,8 @@ class Engine:
         done: list[Generation] = []
         for job, logits_V in zip(self._rows, logits_BV, strict=True):
             self._accept(job, logits_V, done)
-        if done:
-            self._leave(lambda job: job in done)
-            for job in done:
-                self._finish(job, None)
+        for job in self._leave(lambda job: job in done):
+            self._finish(job, None)
 
     def _logits(self, tokens: list[int], state: FamState) -> torch.Tensor:
         ids_B1 = torch.tensor(tokens, device=self.model.device)[:, None]
@@ -241,8 +238,7 @@ class Engine:
             self._join(job)
             done: list[Generation] = []
             self._accept(job, logits_V, done)
-            for one in done:
-                self._leave(lambda other, one=one: other is one)  # type: ignore[misc]
+            for one in self._leave(lambda other, done=done: other in done):  # type: ignore[misc]
                 self._finish(one, None)
 
     def _join(self, job: Generation) -> None:

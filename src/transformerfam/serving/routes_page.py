@@ -33,7 +33,7 @@ HEADERS = {
     "X-Content-Type-Options": "nosniff",
     "Referrer-Policy": "no-referrer",
     "Cross-Origin-Resource-Policy": "same-origin",
-    "Cache-Control": "no-cache",  # asked for again, and sent again if it has changed
+    "Cache-Control": "no-cache",  # the browser checks each time whether it has changed
 }
 
 router = APIRouter()
