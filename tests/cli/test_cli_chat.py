@@ -68,6 +68,7 @@ def test_chat_that_cannot_be_led_says_why(folder: Path, tmp_path: Path, template
     assert "no chat template; give --chat-template FILE" in run("chat", "--model", folder, status=2)
     command = ("chat", "--model", folder, "--chat-template", template)
     assert "'/sav x' is no command of the chat; /save FILE" in run(*command, status=2, stdin="/sav x\n")
+    assert "/save FILE keeps the chat" in run(*command, stdin="/help\n")
     assert "does not exist" in run(*command, status=2, stdin=f"/load {tmp_path / 'none'}\n")
     (tmp_path / "book.txt").write_text("mine")
     assert "only a state may replace" in run(*command, status=2, stdin=f"The sky\n/save {tmp_path / 'book.txt'}\n")

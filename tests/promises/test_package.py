@@ -9,7 +9,6 @@ from pathlib import Path
 
 import pytest
 import torch
-import typer
 import yaml
 from tiny_llama import make_tiny_llama
 from tiny_models import make_tokenizer
@@ -56,24 +55,6 @@ def test_readme_python_blocks_run_in_order(
         exec(compile(block.replace('"smollm2"', '"named"'), "README.md", "exec"), namespace)
     assert Path("book.fam.safetensors").stat().st_size > 0
     assert capsys.readouterr().out
-
-
-@pytest.mark.parametrize("command", commands("fam"))
-def test_documented_fam_command_parses(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Catches a documented subcommand or option that does not exist; nothing is run."""
-    cli = pytest.importorskip("transformerfam.cli.app")
-    import shlex
-
-    monkeypatch.chdir(ROOT)
-    words = shlex.split(command)
-    parsed, context = typer.main.get_command(cli.app), None
-    while True:
-        context = parsed.make_context(words[0], words[1:], parent=context)
-        if not hasattr(parsed, "resolve_command"):
-            break
-        words = [*context._protected_args, *context.args]
-        _, parsed, rest = parsed.resolve_command(context, words)
-        words = [words[0], *rest]
 
 
 @pytest.mark.parametrize("command", commands("make"))

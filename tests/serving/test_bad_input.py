@@ -79,6 +79,13 @@ def test_chat_that_is_not_served_says_why(client: Any, messages: Any, message: s
     assert message in refusal(client.post("/v1/chat/completions", json=body), 400, "invalid_value")
 
 
+def test_field_that_there_is_not_is_named(client: Any) -> None:
+    """Catches a slip in a field's name that the answer does not name."""
+    answer = client.post("/v1/memories", json={"text": "The sky is blue.", "nmae": "x"})
+    assert refusal(answer, 400, "invalid_value").startswith("nmae: there is no such field")
+    assert answer.json()["error"]["param"] == "nmae"
+
+
 def test_template_that_is_missing_or_fails_is_named(client: Any) -> None:
     """Catches a chat in a form that the model was never trained on."""
     template = client.app.state.service.answers.template

@@ -142,3 +142,17 @@ def test_lesson_that_fits_no_block_or_window_is_refused():
     with pytest.raises(TransformerFamError, match="'repeat' has .* give smaller pieces .--piece-tokens., or"):
         LessonMaker.require_room(model.fam_config, tokenizer, 30, 1)
     LessonMaker.require_room(model.fam_config.replace(num_memory_segments=1), tokenizer, 30, 1)
+
+
+def test_lengths_that_nobody_gives_fit_the_block():
+    """Catches defaults that every study with a small block is refused for, and given lengths that are changed."""
+    model, tokenizer = make_study_model()
+    config = model.fam_config
+    pieces, answers = LessonMaker.fitting(config, tokenizer, None, None)
+    LessonMaker.require_room(config, tokenizer, pieces, answers)
+    assert 16 <= pieces < 128
+    assert LessonMaker.fitting(config.replace(block_size=512), tokenizer, None, None) == (128, 48)
+    assert LessonMaker.fitting(config, tokenizer, 17, 5) == (17, 5)
+    for given in ((STUDY_BLOCK, None), (None, STUDY_BLOCK)):
+        with pytest.raises(TransformerFamError, match="give smaller pieces"):
+            LessonMaker.fitting(config, tokenizer, *given)

@@ -22,8 +22,9 @@ from transformerfam.config import UPDATE_PRESETS
 from transformerfam.errors import TransformerFamError, UnsupportedModelError
 from transformerfam.fam.convert import fam_parameters
 from transformerfam.tools.costs import ModelShape, block_flops
-from transformerfam.tools.plan import PAPER_SHAPES, WALKED_BLOCKS, find_config, make_plan
+from transformerfam.tools.plan import PAPER_SHAPES, WALKED_BLOCKS, find_config, find_memory, make_plan
 from transformerfam.training.recipe.toml import load_recipe
+from transformerfam.weights.models import load_model
 
 SMALL = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4}
 FAM = FamConfig(block_size=8, fam_length=2, num_memory_segments=1)
@@ -196,6 +197,16 @@ def test_command_says_what_a_model_needs(folder: Path) -> None:
     assert result.exit_code == 0, result.output
     for words in ("parameters", "state", "activations", "hours"):
         assert words in result.output
+
+
+def test_converted_model_is_planned_with_its_own_memory() -> None:
+    """Catches a state of the paper's size for a model that has another."""
+    options = ["--train", "none", "--context", "128", "--dtype", "float32", "--json"]
+    result = CliRunner().invoke(app, ["plan", "tiny", *options])
+    model, _ = load_model("tiny")
+    assert json.loads(result.stdout)["bytes_state"] == model.init_state().num_bytes
+    assert find_memory("tiny") == model.fam_config
+    assert find_memory("paper-1b") == FamConfig()
 
 
 def test_what_cannot_be_planned_is_refused() -> None:

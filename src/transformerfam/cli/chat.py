@@ -33,7 +33,7 @@ from transformerfam.tasks.unknown_words import say_unknown
 
 HELP = (
     "/save FILE keeps the chat as a state; /load FILE continues one, of a book, too; /fork NAME keeps a copy, to which "
-    "/load NAME goes back; /quit, or the end of the input, ends the chat"
+    "/load NAME goes back; /help says this; /quit, or the end of the input, ends the chat"
 )
 
 
@@ -85,6 +85,8 @@ class Chat:
         """
         name, _, value = line.partition(" ")
         value = value.strip()
+        if name == "/help":
+            return HELP
         if name not in ("/save", "/load", "/fork") or not value:
             raise TransformerFamError(f"{line!r} is no command of the chat; {HELP}")
         if name == "/fork":

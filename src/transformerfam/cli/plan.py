@@ -12,7 +12,7 @@ from transformerfam.cli.output import print_json, print_table
 from transformerfam.config import FAM_DTYPES, FamConfig
 from transformerfam.errors import TransformerFamError
 from transformerfam.fields import LARGEST_FLOAT, LARGEST_INTEGER
-from transformerfam.tools.plan import OptimizerKind, Plan, Training, make_plan
+from transformerfam.tools.plan import OptimizerKind, Plan, Training, find_memory, make_plan
 from transformerfam.training.recipe.toml import parse_overrides
 
 CHOICES = {"--train": ("full", "lora", "none"), "--optimizer": ("adamw", "adafactor"), "--dtype": FAM_DTYPES}
@@ -40,14 +40,16 @@ def plan_command(
         float,
         typer.Option("--tflops", min=1e-9, max=LARGEST_FLOAT, help="10^12 operations per second that a device does."),
     ] = 400.0,
-    overrides: Annotated[list[str] | None, typer.Option("--set", help="Fields of the memory, key=value.")] = None,
+    overrides: Annotated[
+        list[str] | None, typer.Option("--set", help="Fields of the memory, key=value; else its own, or the paper's.")
+    ] = None,
     as_json: JsonOption = False,
 ) -> None:
     """Say what a model will need, without its weights: parameters, bytes, operations, hours."""
     for name, value in (("--train", training), ("--optimizer", optimizer), ("--dtype", dtype)):
         if value not in CHOICES[name]:
             raise TransformerFamError(f"{name} is {value!r}, required is one of {', '.join(CHOICES[name])}")
-    fam = FamConfig.from_dict(parse_overrides(overrides))
+    fam = FamConfig.from_dict(find_memory(model).to_dict() | parse_overrides(overrides))
     plan = make_plan(
         model,
         fam,

@@ -26,6 +26,7 @@ from transformerfam.files.tensors import require_target
 from transformerfam.processes import INTERRUPTED, uninterrupted
 from transformerfam.study.begin import begin_study
 from transformerfam.study.checkpoint import StudyFiles, require_fresh
+from transformerfam.study.lessons import LessonMaker
 from transformerfam.study.options import StudyOptions
 from transformerfam.study.study import Study
 from transformerfam.tasks.reading import save_somewhere
@@ -46,11 +47,13 @@ def study_command(
     ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Continue the study that is beside --save.")] = False,
     piece_tokens: Annotated[
-        int, typer.Option("--piece-tokens", min=16, max=LARGEST_INTEGER, help="Tokens of a piece of the text.")
-    ] = DEFAULTS.piece_tokens,
+        int | None,
+        typer.Option("--piece-tokens", min=16, max=LARGEST_INTEGER, help="Of a piece of the text; 128, or what fits."),
+    ] = None,
     answer_tokens: Annotated[
-        int, typer.Option("--answer-tokens", min=1, max=LARGEST_INTEGER, help="Tokens of what the model says of it.")
-    ] = DEFAULTS.answer_tokens,
+        int | None,
+        typer.Option("--answer-tokens", min=1, max=LARGEST_INTEGER, help="Of what is said of it; 48, or what fits."),
+    ] = None,
     pieces_per_step: Annotated[
         int, typer.Option("--pieces-per-step", min=1, max=LARGEST_INTEGER, help="Pieces that a step learns from.")
     ] = DEFAULTS.pieces_per_step,
@@ -74,19 +77,6 @@ def study_command(
     _require_number("--lr", lr)
     if file == STANDARD_INPUT or is_read_once(file):
         raise TransformerFamError("a text is read again when a study is resumed; give a file, not a pipe")
-    options = StudyOptions(
-        piece_tokens=piece_tokens,
-        answer_tokens=answer_tokens,
-        pieces_per_step=pieces_per_step,
-        lr=lr,
-        seed=seed,
-        hide_memory=hide_memory,
-    )
-    more = ["--steps", str(steps)] * (steps is not None) + ["--allow-unknown"] * allow_unknown
-    more += ["--dtype", dtype] if dtype else []
-    again = ["fam", "study", file, "--model", model, "--save", str(save), "--minutes", f"{minutes:g}"]
-    again += [*_arguments(options), *more, "--resume"]
-    resumed = f"resume with: {shlex.join(again)}{device_argument(device)}"
     files = StudyFiles(save)
     require_target(save, "state", overwrite or resume, OR_OVERWRITE)
     if not resume:
@@ -95,6 +85,20 @@ def study_command(
     lock = hold(files.lock, f"the study of {save}")
     try:
         loaded, tokenizer = load(model, device=device, dtype=dtype)
+        pieces, answers = LessonMaker.fitting(loaded.fam_config, tokenizer, piece_tokens, answer_tokens)
+        options = StudyOptions(
+            piece_tokens=pieces,
+            answer_tokens=answers,
+            pieces_per_step=pieces_per_step,
+            lr=lr,
+            seed=seed,
+            hide_memory=hide_memory,
+        )
+        more = ["--steps", str(steps)] * (steps is not None) + ["--allow-unknown"] * allow_unknown
+        more += ["--dtype", dtype] if dtype else []
+        again = ["fam", "study", file, "--model", model, "--save", str(save), "--minutes", f"{minutes:g}"]
+        again += [*_arguments(options), *more, "--resume"]
+        resumed = f"resume with: {shlex.join(again)}{device_argument(device)}"
         try:
             with tokens_bar("reading") as update, warnings_said():
                 study = begin_study(

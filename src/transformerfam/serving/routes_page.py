@@ -62,7 +62,7 @@ def is_open(scope: Scope) -> bool:
     return scope["method"] in ("GET", "HEAD") and (path == "/" or path.startswith("/page/"))
 
 
-@router.get("/")
+@router.api_route("/", methods=["GET", "HEAD"])
 async def page(request: Request) -> Response:
     """Return the page."""
     return FileResponse(FOLDER / "index.html", headers=HEADERS)

@@ -179,5 +179,7 @@ def checked(kind: type[Body], values: Any) -> Body:
         first = error.errors()[0]
         param = ".".join(str(part) for part in first["loc"] if isinstance(part, int) or part in kind.model_fields)
         message = str(first["msg"]).removeprefix("Value error, ")
+        if first["type"] == "extra_forbidden":
+            param, message = str(first["loc"][-1])[:100], "there is no such field"
         where = f"{param}: " if param else ""
         raise ApiError(400, f"{where}{message}; correct the request", "invalid_value", param or None) from error

@@ -15,6 +15,7 @@ from transformerfam.config import FamConfig
 from transformerfam.errors import TransformerFamError
 from transformerfam.fam.state import FamState
 from transformerfam.study.document import Pieces
+from transformerfam.study.options import LEAST_PIECE, StudyOptions
 from transformerfam.tasks.text import encode_rest, end_ids, start_ids
 
 CONTINUE, REPEAT = "continue", "repeat"
@@ -169,6 +170,29 @@ class LessonMaker:
                     f"{config.block_size} tokens, the window {window}; give smaller pieces (--piece-tokens), or "
                     "shorter answers (--answer-tokens)"
                 )
+
+    @classmethod
+    def fitting(
+        cls, config: FamConfig, tokenizer: Any, piece_tokens: int | None, answer_tokens: int | None
+    ) -> tuple[int, int]:
+        """Return tokens of pieces and of answers that fit.
+
+        Those given are taken; in place of None as many as fit, up to the defaults.
+
+        Raises:
+            TransformerFamError: those given do not fit, or nothing does.
+        """
+        pieces = StudyOptions.piece_tokens if piece_tokens is None else piece_tokens
+        while True:
+            own = min(StudyOptions.answer_tokens, 2 * pieces // 3) if answer_tokens is None else answer_tokens
+            try:
+                cls.require_room(config, tokenizer, pieces, own)
+                return pieces, own
+            except TransformerFamError:
+                smaller = 3 * pieces // 4
+                if piece_tokens is not None or smaller < LEAST_PIECE:
+                    raise
+                pieces = smaller
 
     def lesson(self, number: int, held_out: bool = False) -> Lesson:
         """Return a lesson.

@@ -6,6 +6,9 @@ from typing import Any
 
 from transformerfam.fields import require_field, require_types
 
+LEAST_PIECE = 16
+"""Tokens of a piece at least."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class StudyOptions:
@@ -44,7 +47,7 @@ class StudyOptions:
 
     def __post_init__(self) -> None:
         require_types(self)
-        for name, least in (("piece_tokens", 16), ("answer_tokens", 1), ("num_held_out", 1), ("seed", 0)):
+        for name, least in (("piece_tokens", LEAST_PIECE), ("answer_tokens", 1), ("num_held_out", 1), ("seed", 0)):
             require_field(self, name, getattr(self, name) >= least, f"at least {least}")
         for name in ("pieces_per_step", "pool", "uses", "warmup_steps", "evaluate_every", "patience"):
             require_field(self, name, getattr(self, name) >= 1, "at least 1")

