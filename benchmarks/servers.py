@@ -1,4 +1,4 @@
-"""Servers in processes of their own, and clients that measure their answers."""
+"""Servers in separate processes, and clients that measure their answers."""
 
 import contextlib
 import os
@@ -22,7 +22,7 @@ POLL_SECONDS = 0.05
 
 
 class ServerProcess:
-    """A server of OpenAI's API in a process of its own, ready for requests.
+    """A server of OpenAI's API in a separate process, ready for requests.
 
     Args:
         command: starts it, without its port.

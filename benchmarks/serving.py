@@ -101,7 +101,7 @@ def restarts(model: str, store: Path, lengths: Sequence[int], repeats: int) -> I
 
 
 def streams(model: str, store: Path, counts: Sequence[int], max_tokens: int, repeats: int = 3) -> Iterator[Row]:
-    """Yield tokens per second of answers at the same time, each of its own memory at its own place of the block."""
+    """Yield tokens per second of answers at the same time, each of another memory at another place of the block."""
     most = max(counts)
     options = ("--max-batch", str(most), "--max-readings", str(most))
     text = text_of(model, 600)
@@ -175,7 +175,7 @@ class Traffic:
 
 
 def new_memory(server: ServerProcess, model: str, key: str, traffic: Traffic) -> None:
-    """Read a text of its own into a new memory."""
+    """Read a new text into a new memory."""
     memory = server.read(short_text(model, key))
     traffic.put(memory["id"], memory["num_tokens_read"], key)
 

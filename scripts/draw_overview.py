@@ -18,7 +18,7 @@ PICTURES = {
     "dark": ROOT / "docs" / "results" / "overview_dark.svg",
 }
 
-# Okabe and Ito's colours, which readers with any colour vision tell apart; a line style and a marker of its own, too.
+# Okabe and Ito's colours, which readers with any colour vision tell apart; each line has its style and marker, too.
 SYSTEMS = {
     "fam_gated": ("FAM, gated (ours)", {"light": "#0072B2", "dark": "#56B4E9"}, "-", "o"),
     "fam": ("FAM, the paper's", {"light": "#B8860B", "dark": "#E69F00"}, "--", "s"),
@@ -96,7 +96,7 @@ def draw_recall(axes: Any, rows: Sequence[Row], mode: str) -> None:
 
 
 def draw(rows: Sequence[Row], path: Path, mode: str) -> None:
-    """Draw both panels for a light or a dark page, on no ground of its own."""
+    """Draw both panels for a light or a dark page, on a transparent ground."""
     import matplotlib
 
     ink = INK[mode]

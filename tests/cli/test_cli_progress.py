@@ -80,7 +80,7 @@ def test_trainings_and_studies_have_the_same_lines(monkeypatch, clock, bar, row,
 
 @pytest.mark.parametrize("width", [40, 60, 80, 200])
 def test_bar_on_a_terminal_is_there_once_and_fits(monkeypatch, clock, width):
-    """Catches a bar that is drawn anew on every line, and a narrow terminal that cuts the time left."""
+    """Catches a bar that is drawn once more on every line, and a narrow terminal that cuts the time left."""
     stream = shown_by(monkeypatch, Terminal(), str(width))
     monkeypatch.setenv("NO_COLOR", "1")
     with tokens_bar("passkey, [fam]") as update:

@@ -285,9 +285,8 @@ class Store:
                 self.files.rm_file(path)
 
     def _remove_folder(self, owner: str, memory: str) -> None:
-        with contextlib.suppress(
-            OSError, NotImplementedError
-        ):  # object stores have none, others may hold foreign files
+        """Remove a memory's folder where there are such and nothing is left in it; an object store has none."""
+        with contextlib.suppress(OSError, NotImplementedError):
             self.files.rmdir(self.path(owner, memory))
 
     def _put(self, file: Path, owner: str, memory: str, name: str) -> None:

@@ -317,11 +317,7 @@ def load_tokenizer(name_or_folder: str | os.PathLike[str]) -> PreTrainedTokenize
 
 
 def find_folder(name_or_folder: str | os.PathLike[str]) -> Path:
-    """Return the folder of a model of the package, or the one that is named.
-
-    Raises:
-        TransformerFamError: there is none.
-    """
+    """Return the folder of a model of the package, or the one that is named; TransformerFamError: there is none."""
     if str(name_or_folder) in NAMED_MODELS:
         return Path(str(importlib.resources.files("transformerfam"))) / "data" / str(name_or_folder)
     if not isinstance(name_or_folder, str | os.PathLike) or not str(name_or_folder):
