@@ -78,16 +78,21 @@ def content_of(store: Path, service: Service, memory: str) -> dict[str, Any]:
         return tensors | file.metadata()
 
 
+def long_reading(service: Any, is_append: bool) -> Any:
+    """Begin to read a long text, into a new memory or into one that has read another."""
+    first = None
+    if is_append:
+        before = begun(service, TEXT * 3)
+        read_to_the_end(service, before)
+        first = before.record.id
+    return begun(service, TEXT * 20, first)
+
+
 @pytest.mark.parametrize("is_append", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_reading_of_a_killed_server_is_resumed_to_the_same_bits(tmp_path: Path, is_append: bool) -> None:
     """Catches a text that is begun again after a kill, and tokens that are read twice or never at the place of it."""
     service, clock = stepped_service(tmp_path / "killed")
-    first = None
-    if is_append:
-        first = begun(service, TEXT * 3)
-        read_to_the_end(service, first)
-        first = first.record.id
-    reading = begun(service, TEXT * 20, first)
+    reading = long_reading(service, is_append)
     memory = reading.record.id
     for num_turns, seconds in ((3, 61.0), (1, 0.0), (4, 61.0), (1, 0.0), (5, 0.0)):
         for _ in range(num_turns):
@@ -106,11 +111,7 @@ def test_reading_of_a_killed_server_is_resumed_to_the_same_bits(tmp_path: Path, 
     read_to_the_end(again, resumed)
 
     whole, _ = stepped_service(tmp_path / "whole")
-    if is_append:
-        first = begun(whole, TEXT * 3)
-        read_to_the_end(whole, first)
-        first = first.record.id
-    uncut = begun(whole, TEXT * 20, first)
+    uncut = long_reading(whole, is_append)
     before = whole.engine.num_read
     read_to_the_end(whole, uncut)
     read = whole.engine.num_read - before
